@@ -141,8 +141,14 @@ def split_scans(labels: npt.NDArray[np.int64], held_out: int, rng: np.random.Gen
     return chosen
 
 
-def draw(scan: npt.NDArray[np.float64], *, angle: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0, 0),
-         side: int = VIDEO_SIDE) -> Pixels:
+def draw(
+    scan: npt.NDArray[np.float64],
+    *,
+    angle: float = 0.0,
+    scale: float = 1.0,
+    shift: tuple[float, float] = (0, 0),
+    side: int = VIDEO_SIDE,
+) -> Pixels:
     """One scan [8, 8] in 0..16 as a drawing [side, side] in 0..255, turned, scaled and shifted about its centre.
 
     `angle` in degrees, `shift` in pixels of the scan. One affine resampling does all, so the strokes are blurred once.
@@ -157,8 +163,13 @@ def draw(scan: npt.NDArray[np.float64], *, angle: float = 0.0, scale: float = 1.
     return pixels
 
 
-def draw_all(scans: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], which: npt.NDArray[np.int64],
-             variants: int, rng: np.random.Generator) -> Digits:
+def draw_all(
+    scans: npt.NDArray[np.float64],
+    labels: npt.NDArray[np.int64],
+    which: npt.NDArray[np.int64],
+    variants: int,
+    rng: np.random.Generator,
+) -> Digits:
     """Drawings of the scans `which`: each as it is, then `variants - 1` times with a small change of its own."""
     pixels, origin = [], []
     for scan in which:
@@ -167,8 +178,14 @@ def draw_all(scans: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], whic
                 pixels.append(draw(scans[scan]))
             else:
                 vertical, horizontal = rng.uniform(-0.6, 0.6, size=2)
-                pixels.append(draw(scans[scan], angle=rng.uniform(-12, 12), scale=rng.uniform(0.88, 1.12),
-                                   shift=(vertical, horizontal)))
+                pixels.append(
+                    draw(
+                        scans[scan],
+                        angle=rng.uniform(-12, 12),
+                        scale=rng.uniform(0.88, 1.12),
+                        shift=(vertical, horizontal),
+                    )
+                )
             origin.append(scan)
     sources = np.asarray(origin, dtype=np.int64)
     return Digits(np.stack(pixels), labels[sources], sources)
@@ -243,8 +260,9 @@ def llava(name: str, image: str, turns: Sequence[tuple[str, str]]) -> Record:
     return {"id": name, "image": image, "conversations": conversations}
 
 
-def messages(turns: Sequence[tuple[str, str]], *, images: Sequence[str] = (), videos: Sequence[str] = (),
-             **more: Any) -> Record:
+def messages(
+    turns: Sequence[tuple[str, str]], *, images: Sequence[str] = (), videos: Sequence[str] = (), **more: Any
+) -> Record:
     """A record of Long-VITA's form; one placeholder per medium opens the first user turn."""
     opening = "<image>\n" * len(images) + "<video>\n" * len(videos)
     talk = []
@@ -294,8 +312,12 @@ def write_digits_parquet(root: Path, stock: Digits, count: int, rng: np.random.G
         many = int(rng.integers(2, len(ORDINALS) + 1))
         indices = rng.integers(0, len(stock), size=many)
         marked = int(rng.integers(many))
-        images.append([{"bytes": encode_picture(stock.picture(index, marked=place == marked)), "path": None}
-                       for place, index in enumerate(indices)])
+        images.append(
+            [
+                {"bytes": encode_picture(stock.picture(index, marked=place == marked)), "path": None}
+                for place, index in enumerate(indices)
+            ]
+        )
         turns = [(ASK_MARKED, str(stock.labels[indices[marked]]))]
         for place in rng.permutation(many)[: int(rng.integers(1, 3))]:
             turns.append((f"Which digit is in the {ORDINALS[place]} picture?", str(stock.labels[indices[place]])))
@@ -304,8 +326,9 @@ def write_digits_parquet(root: Path, stock: Digits, count: int, rng: np.random.G
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     text = pa.struct([("user", pa.string()), ("assistant", pa.string()), ("source", pa.string())])
     schema = pa.schema([("images", pa.list_(image)), ("texts", pa.list_(text))])
-    pq.write_table(pa.table({"images": images, "texts": texts}, schema=schema), root / "digits.parquet",
-                   row_group_size=500)
+    pq.write_table(
+        pa.table({"images": images, "texts": texts}, schema=schema), root / "digits.parquet", row_group_size=500
+    )
 
 
 PHOTOS = (("china.jpg", "temple", "A temple"), ("flower.jpg", "flower", "A flower"))
@@ -325,7 +348,9 @@ def crop_photo(photo: Pixels, *, held_out: bool, rng: np.random.Generator) -> Pi
     top, start = int(rng.integers(0, height - tall + 1)), int(rng.integers(left, right - wide + 1))
     piece = Image.fromarray(photo[top : top + tall, start : start + wide])
     side = 48 / max(piece.size)
-    return np.asarray(piece.resize((max(16, round(wide * side)), max(16, round(tall * side))), Image.Resampling.BICUBIC))
+    return np.asarray(
+        piece.resize((max(16, round(wide * side)), max(16, round(tall * side))), Image.Resampling.BICUBIC)
+    )
 
 
 def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generator) -> None:
@@ -350,8 +375,15 @@ def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generat
     write_jsonl(root / "eval_photos.jsonl", held)
 
 
-def plan_stage(root: Path, stage: int, stock: Digits, videos: int, frames: tuple[int, int], pictures: list[Record],
-               rng: np.random.Generator) -> list[VideoJob]:
+def plan_stage(
+    root: Path,
+    stage: int,
+    stock: Digits,
+    videos: int,
+    frames: tuple[int, int],
+    pictures: list[Record],
+    rng: np.random.Generator,
+) -> list[VideoJob]:
     """stageN.jsonl: `videos` videos and as many pictures of digits.json, shuffled; returns the videos to encode.
 
     The first question of a video is always for the marked frame. Later turns ask for frames by their number: more
@@ -385,8 +417,14 @@ def plan_needles(root: Path, stock: Digits, frames: int, videos: int, rng: np.ra
         indices = rng.integers(0, len(stock), size=frames)
         name = f"videos/needle_{frames}_{number:04d}.mp4"
         jobs.append((root / name, indices, int(marked)))
-        records.append(messages([(ASK_MARKED, str(stock.labels[indices[marked]]))], videos=[name], frames=frames,
-                                depth=round(int(marked) / (frames - 1), 4)))
+        records.append(
+            messages(
+                [(ASK_MARKED, str(stock.labels[indices[marked]]))],
+                videos=[name],
+                frames=frames,
+                depth=round(int(marked) / (frames - 1), 4),
+            )
+        )
     write_jsonl(root / f"eval_needle_{frames}.jsonl", records)
     return jobs
 
@@ -399,8 +437,14 @@ def plan_frame_numbers(root: Path, stock: Digits, videos: int, rng: np.random.Ge
         marked, asked = (int(place) for place in rng.integers(0, 64, size=2))
         name = f"videos/frame_number_{number:04d}.mp4"
         jobs.append((root / name, indices, marked))
-        records.append(messages([(f"Which digit is in frame {asked + 1}?", str(stock.labels[indices[asked]]))],
-                                videos=[name], frames=64, depth=round(asked / 63, 4)))
+        records.append(
+            messages(
+                [(f"Which digit is in frame {asked + 1}?", str(stock.labels[indices[asked]]))],
+                videos=[name],
+                frames=64,
+                depth=round(asked / 63, 4),
+            )
+        )
     write_jsonl(root / "eval_frame_number.jsonl", records)
     return jobs
 
@@ -425,8 +469,10 @@ def prose() -> list[str]:
 
     from sklearn import datasets
 
-    described = [getattr(datasets, f"load_{name}")().DESCR for name in
-                 ("digits", "iris", "wine", "diabetes", "breast_cancer", "linnerud")]
+    described = [
+        getattr(datasets, f"load_{name}")().DESCR
+        for name in ("digits", "iris", "wine", "diabetes", "breast_cancer", "linnerud")
+    ]
     sentences = []
     for text in [*described, *(topics[key] for key in sorted(topics))]:
         for paragraph in re.split(r"\n\s*\n", text):
@@ -473,8 +519,9 @@ def write_text(root: Path, sentences: list[str], count: int, rng: np.random.Gene
     write_jsonl(root / "text.jsonl", records)
 
 
-def write_long_text(root: Path, stage: int, sentences: list[str], count: int, characters: tuple[int, int],
-                    rng: np.random.Generator) -> None:
+def write_long_text(
+    root: Path, stage: int, sentences: list[str], count: int, characters: tuple[int, int], rng: np.random.Generator
+) -> None:
     """long_text_stageN.jsonl: prose of some length with one key hidden in it, and the question for the key."""
     records = []
     for _ in range(count):
@@ -545,8 +592,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode videos")
     args = parser.parse_args(argv)
     counts = make_data(args.output, SHORT if args.short else Sizes(), args.seed, args.workers)
-    print(f"wrote {args.output}: {counts['train']} scans to train on, {counts['held_out']} held out, "
-          f"{counts['videos']} videos")
+    print(
+        f"wrote {args.output}: {counts['train']} scans to train on, {counts['held_out']} held out, "
+        f"{counts['videos']} videos"
+    )
     return 0
 
 

@@ -1,0 +1,26 @@
+"""Settings: one frozen dataclass per concern, each validating itself. No torch here."""
+
+from megatron_vita.config.data import LAYOUTS, DataConfig
+from megatron_vita.config.load import load_run, to_dict
+from megatron_vita.config.model import IMAGE_NORMS, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.run import RunConfig, StageConfig
+from megatron_vita.config.train import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "IMAGE_NORMS",
+    "LAYOUTS",
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ProjectorConfig",
+    "RunConfig",
+    "StageConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "load_run",
+    "to_dict",
+]

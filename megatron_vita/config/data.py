@@ -1,0 +1,40 @@
+"""Which packed shards a stage reads, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.errors import ConfigError
+
+LAYOUTS = ("internvl", "long_vita")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The packed shards of one stage."""
+
+    data_path: str = ""
+    """Prefix of the training shards (what preprocess_data.py was given as --output)."""
+    valid_data_path: str | None = None
+    """Prefix of held-out shards for the validation loss; none: no validation."""
+    tokenizer_model: str = ""
+    """Hugging Face tokenizer folder (or SentencePiece model); its digest must be the shards'."""
+    seq_length: int = 4096
+    """Tokens of one pack, padding included. The shards must have been packed to this length."""
+    layout: str = "internvl"
+    """Token layout of pictures and videos: `internvl` or `long_vita`; must be the shards'."""
+    reset_per_document: bool = False
+    """Positions and attention restart at every sample of a pack (Megatron's --reset-position-ids and
+    --reset-attention-mask, which must not differ)."""
+    num_workers: int = 1
+    """Threads that decode tiles ahead of the step; 0 decodes in the step."""
+    max_failed_samples: int = 100
+    """Pictures that may fail to decode during a run before it stops."""
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"data.layout={self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        if self.seq_length < 1:
+            raise ConfigError(f"data.seq_length={self.seq_length} must be positive.")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers} must not be negative.")

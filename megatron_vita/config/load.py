@@ -1,0 +1,189 @@
+"""YAML recipe + command line -> RunConfig. An unknown key is refused and its nearest neighbour named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vita.config.run import RunConfig, StageConfig
+from megatron_vita.errors import ConfigError
+
+_SECTIONS = ("model", "data", "parallel", "optimizer", "train", "checkpoint", "logging")
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and lay the command line over it.
+
+    Args:
+        path: YAML with the sections model, data, parallel, optimizer, train, checkpoint, logging, and `stages`: a
+            list of overlays {name, section: {key: value}} over those common sections. Without `stages` the
+            common sections are the one stage, `train`.
+        overrides: `--flag value` pairs in Megatron's names (`--seq-length 2048`, `--vision-num-layers 3`);
+            booleans take `true` or `false`, or stand alone for true. They apply to every stage.
+
+    Returns:
+        The checked-by-section RunConfig; call `.check(world_size)` for the rules between sections.
+
+    Raises:
+        ConfigError: unreadable file, unknown key or flag, or a value of the wrong type.
+    """
+    recipe = _read_yaml(Path(path))
+    stages = recipe.pop("stages", None)
+    _known(recipe, _SECTIONS, str(path))
+    if stages is None:
+        stages = [{"name": "train"}]
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError(f"{path}: `stages` must be a list of mappings, one for each stage.")
+    flags = _parse_flags(overrides)
+    merged = []
+    for number, overlay in enumerate(stages, 1):
+        where = f"{path}, stage {number}"
+        _known(overlay, ("name", *_SECTIONS), where)
+        settings = _merge(_merge(recipe, overlay), flags)
+        settings.setdefault("name", f"stage{number}")
+        merged.append(_build(StageConfig, settings, where, ""))
+    return RunConfig(stages=tuple(merged))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain nested dictionaries, for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def stage_from_dict(settings: Mapping[str, Any], where: str) -> StageConfig:
+    """The inverse of `to_dict` for one stage, with the same checks as a recipe; `where` names the source."""
+    stage: StageConfig = _build(StageConfig, settings, where, "")
+    return stage
+
+
+def section_from_dict(kind: type, settings: Mapping[str, Any], where: str) -> Any:
+    """Build any one config section (for instance ModelConfig) from plain dictionaries, checked like a recipe."""
+    return _build(kind, settings, where, "")
+
+
+def flag_names() -> dict[str, str]:
+    """Every command-line flag with the setting it stands for, e.g. `--seq-length` -> `data.seq_length`."""
+    return {flag: ".".join(path) for flag, path, _ in _flags()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe. Give an existing YAML file with --config.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections ({', '.join(_SECTIONS)}, stages).")
+    return recipe
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown key `{key}`. {hint}")
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _section_type(hint: Any) -> type | None:
+    """The dataclass behind a field's type (`X` or `X | None`), or none for a plain value."""
+    for option in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(option) and isinstance(option, type):
+            return option
+    return None
+
+
+def _build(kind: type, settings: Any, where: str, prefix: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where}: `{prefix.rstrip('.')}` must be a mapping, got {settings!r}.")
+    hints = _hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    _known(settings, names, f"{where}: {prefix.rstrip('.')}" if prefix else where)
+    values = {}
+    for name, value in settings.items():
+        section = _section_type(hints[name])
+        if section is not None and value is not None:
+            values[name] = _build(section, value, where, f"{prefix}{name}.")
+        else:
+            values[name] = _coerce(value, hints[name], f"{where}: {prefix}{name}")
+    return kind(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Fit a YAML or command-line value to a field's type. YAML reads `1e-3` as text, so numbers in text count."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (value == "none" and type(None) in options):
+        if type(None) in options:
+            return None
+        raise ConfigError(f"{where}: needs a value of type {hint.__name__}, got nothing.")
+    wanted = next(option for option in options if option is not type(None))
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif wanted is str:
+        if isinstance(value, str):
+            return value
+    elif wanted in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if wanted is float and number == number:
+            return number
+        if wanted is int and number == number and number.is_integer():
+            return int(value) if isinstance(value, int) else int(number)
+    raise ConfigError(f"{where}: needs a value of type {wanted.__name__}, got {value!r}.")
+
+
+def _flags() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """(flag, path, type) of every setting. Nested sections (model.vision) lend their name: --vision-num-layers."""
+    for section, hint in _hints(StageConfig).items():
+        if section == "name":
+            continue
+        for name, inner in _hints(hint).items():
+            nested = _section_type(inner)
+            if nested is None:
+                yield "--" + name.replace("_", "-"), (section, name), inner
+                continue
+            for leaf, leaf_hint in _hints(nested).items():
+                yield f"--{name}-{leaf}".replace("_", "-"), (section, name, leaf), leaf_hint
+
+
+def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    table = {flag: path for flag, path, _ in _flags()}
+    out: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag not in table:
+            close = difflib.get_close_matches(flag, table, n=1, cutoff=0.5)
+            raise ConfigError(f"unknown flag {flag}." + (f" Did you mean {close[0]}?" if close else ""))
+        given: Any = value if equals else (rest.pop(0) if rest and not rest[0].startswith("--") else True)
+        node = out
+        *parents, leaf = table[flag]
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = given
+    return out

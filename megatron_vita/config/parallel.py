@@ -1,0 +1,82 @@
+"""How ranks are shared out. Names are Megatron's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.errors import ConfigError
+
+CP_COMM_TYPES = ("all_gather",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """world = data * pipeline * context * tensor."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that each hold a run of layers."""
+    context_parallel_size: int = 1
+    """Ranks that split one packed row."""
+    sequence_parallel: bool = False
+    """Activations outside the matrix products are split over the tensor-parallel ranks as well."""
+    cp_comm_type: str = "all_gather"
+    """How context-parallel attention moves keys and values."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward already runs (needs overlap_grad_reduce)."""
+    recompute_granularity: str | None = None
+    """`full` recomputes whole layers in the backward, `selective` the core attention; none keeps everything."""
+    recompute_method: str | None = None
+    """With `full`: `uniform` or `block`."""
+    recompute_num_layers: int | None = None
+    """With `full`: layers per recomputed unit (uniform) or layers recomputed (block)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1.")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1. Turn one of them."
+            )
+        if self.cp_comm_type not in CP_COMM_TYPES:
+            raise ConfigError(f"parallel.cp_comm_type={self.cp_comm_type!r}: choose one of {', '.join(CP_COMM_TYPES)}.")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce. Set both.")
+        if self.recompute_granularity not in (None, "full", "selective"):
+            raise ConfigError(
+                f"parallel.recompute_granularity={self.recompute_granularity!r}: choose full, selective or nothing."
+            )
+        if self.recompute_granularity == "full" and (
+            self.recompute_method not in ("uniform", "block") or not self.recompute_num_layers
+        ):
+            raise ConfigError(
+                "parallel.recompute_granularity=full needs recompute_method (uniform or block) and recompute_num_layers."
+            )
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that one copy of the model takes."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks that split the local sequence: TP with sequence parallelism, else 1."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel degree that `world_size` launched ranks leave over.
+
+        Raises:
+            ConfigError: the ranks do not divide into whole replicas.
+        """
+        if world_size % self.replica_size:
+            raise ConfigError(
+                f"{world_size} ranks were launched, but one replica takes tensor {self.tensor_model_parallel_size} x "
+                f"pipeline {self.pipeline_model_parallel_size} x context {self.context_parallel_size} = "
+                f"{self.replica_size}. Launch a multiple of {self.replica_size}, or lower one degree."
+            )
+        return world_size // self.replica_size

@@ -1,0 +1,92 @@
+"""The merged settings of one stage, and the rules between sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.config.data import DataConfig
+from megatron_vita.config.model import ModelConfig
+from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.train import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
+from megatron_vita.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of a run: the common sections with this stage's overlay applied."""
+
+    name: str = "train"
+    """Name of the stage; its checkpoints and ledger lie in checkpoint.save/<name>."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def check(self, world_size: int) -> None:
+        """Refuse, before any process group exists, a layout that cannot work.
+
+        Raises:
+            ConfigError: naming the rule that is broken and the nearest values that keep it.
+        """
+        tp, pp, cp = (
+            self.parallel.tensor_model_parallel_size,
+            self.parallel.pipeline_model_parallel_size,
+            self.parallel.context_parallel_size,
+        )
+        where = f"stage {self.name!r}: "
+        try:
+            dp = self.parallel.data_parallel_size(world_size)
+        except ConfigError as error:
+            raise ConfigError(where + str(error)) from None
+        model = self.model
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            _divides(where, f"model.{name}", getattr(model, name), "parallel.tensor_model_parallel_size", tp)
+        _divides(where, "model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
+        row = self.data.seq_length * self.train.micro_batch_size
+        shards = cp * self.parallel.sequence_shards
+        _divides(where, "data.seq_length x train.micro_batch_size", row, "context x sequence-parallel ranks", shards)
+        per_step = self.train.micro_batch_size * dp
+        _divides(
+            where, "train.global_batch_size", self.train.global_batch_size, "micro_batch_size x data ranks", per_step
+        )
+        if model.vocab_size < 1:
+            raise ConfigError(where + "model.vocab_size is not set. Copy it from the decoder's config.json.")
+        if self.data.seq_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"{where}data.seq_length={self.data.seq_length} exceeds model.max_position_embeddings="
+                f"{model.max_position_embeddings}. Raise the latter."
+            )
+        frozen = self.train
+        if model.vision is None and frozen.freeze_language_model:
+            raise ConfigError(where + "a text-only model with train.freeze_language_model has nothing to train.")
+        for name, value in (("data.data_path", self.data.data_path), ("checkpoint.save", self.checkpoint.save)):
+            if not value:
+                raise ConfigError(f"{where}{name} is not set. Give it in the recipe or on the command line.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run: its stages, in order."""
+
+    stages: tuple[StageConfig, ...]
+
+    def check(self, world_size: int) -> None:
+        """Check every stage, so that stage 4 cannot fail on its layout after stages 1 to 3 have trained."""
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"stages: the names {names} are not all different, but each names a folder.")
+        for stage in self.stages:
+            stage.check(world_size)
+
+
+def _divides(where: str, name: str, value: int, by_name: str, by: int) -> None:
+    """Raise unless `by` divides `value`, naming the nearest multiples."""
+    if value % by:
+        low, high = value // by * by, -(-value // by) * by
+        nearest = f"{low} or {high}" if low else f"{high}"
+        raise ConfigError(
+            f"{where}{name}={value} is not a multiple of {by_name}={by}. Use {nearest}, or change the latter."
+        )

@@ -1,0 +1,106 @@
+"""What a stage does: which parts train, for how long, with which optimizer, where it saves and what it logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and frozen parts of one stage."""
+
+    micro_batch_size: int = 1
+    """Packs joined into one row of a forward pass."""
+    global_batch_size: int = 1
+    """Packs of one optimizer step, over all ranks."""
+    train_iters: int = 1
+    """Optimizer steps of the stage."""
+    seed: int = 1234
+    """Seeds data order and fresh weights."""
+    bf16: bool = False
+    """bfloat16 weights and activations with float32 master weights; otherwise float32."""
+    freeze_vision_model: bool = False
+    """The tower keeps its weights."""
+    freeze_vision_projection: bool = False
+    """The projector keeps its weights."""
+    freeze_language_model: bool = False
+    """The decoder, its embedding and its head keep their weights."""
+    eval_interval: int = 0
+    """Steps between validations on data.valid_data_path; 0: only before the first and after the last step."""
+    eval_iters: int = 8
+    """Global batches of one validation."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "global_batch_size", "train_iters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.freeze_vision_model and self.freeze_vision_projection and self.freeze_language_model:
+            raise ConfigError("train: tower, projector and decoder are all frozen, so nothing would train.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    lr_decay_style: str = "cosine"
+    """`cosine`, `linear` or `constant`."""
+    lr_warmup_fraction: float = 0.03
+    """Part of the stage over which the rate rises from 0 to lr."""
+    weight_decay: float = 0.0
+    """AdamW's decay; biases and 1-D parameters get none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    vision_model_lr_mult: float = 1.0
+    """The tower's learning rate, relative to lr (Long-VITA stage 2: 0.1)."""
+    vision_model_lr_decay_rate: float = 1.0
+    """Further factor per tower layer below the top (Long-VITA stage 2: 0.9)."""
+
+    def __post_init__(self) -> None:
+        if self.lr_decay_style not in ("cosine", "linear", "constant"):
+            raise ConfigError(f"optimizer.lr_decay_style={self.lr_decay_style!r}: choose cosine, linear or constant.")
+        if self.lr <= 0 or self.min_lr < 0 or self.min_lr > self.lr:
+            raise ConfigError(f"optimizer: need 0 <= min_lr <= lr and lr > 0, got lr={self.lr}, min_lr={self.min_lr}.")
+        if not 0 <= self.lr_warmup_fraction < 1:
+            raise ConfigError(f"optimizer.lr_warmup_fraction={self.lr_warmup_fraction} must lie in [0, 1).")
+        if not 0 < self.vision_model_lr_decay_rate <= 1 or self.vision_model_lr_mult < 0:
+            raise ConfigError("optimizer: vision_model_lr_decay_rate must lie in (0, 1] and vision_model_lr_mult >= 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where a run saves and what it starts from."""
+
+    save: str = ""
+    """Folder of the run; stage K saves under save/<stage name>."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    pretrained_checkpoint: str | None = None
+    """Weights the first stage starts from (what convert_ckpt.py import wrote); none: fresh weights."""
+    keep_optimizer: bool = True
+    """Save the optimizer state as well, so that a killed run continues exactly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    log_interval: int = 1
+    """Steps between progress lines."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events; none: no events."""
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise ConfigError(f"logging.log_interval={self.log_interval} must be at least 1.")

@@ -1,0 +1,38 @@
+"""A Batch: what one rank needs for one micro-batch, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vita.layout import SequenceLayout, TileRoutes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch, sliced for one rank. CPU tensors; s is the row's length, cp the context-parallel size.
+
+    The tensors hold the context-parallel rank's tokens (`layout.local_positions(cp_rank)`); the sequence-parallel split
+    happens inside the model, where the embedding scatters.
+    """
+
+    tokens: torch.Tensor
+    """int64 `[1, s/cp]`; placeholders included."""
+    labels: torch.Tensor
+    """int64 `[1, s/cp]`; already shifted by one; -100 where there is no loss."""
+    positions: torch.Tensor
+    """int64 `[1, s/cp]`; position inside the document: the sample with reset, the pack without."""
+    layout: SequenceLayout
+    """Who owns which token of the row."""
+    tiles: torch.Tensor
+    """uint8 `[n_local, 3, S, S]`; the tiles this rank encodes, `routes.tiles_of(group_rank)`, in that order.
+    Empty on ranks that hold no tower (later pipeline stages)."""
+    tile_ids: torch.Tensor
+    """int64 `[n_local]`; global row numbers of those tiles in the shards' tiles file."""
+    routes: TileRoutes
+    """Which feature row goes to which token; the same on every rank of the tensor x context group."""
+    num_labels_global: int
+    """Labelled tokens of the whole global batch this micro-batch belongs to."""
+    sample_ids: tuple[int, ...]
+    """Samples of the row (row numbers in the shards' samples file)."""

@@ -1,0 +1,93 @@
+"""A Sample: what a dataset says, before any tokenizer or pixel is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vita.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text. A literal `<image>` in it stays text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A reference to `Sample.images[index]`."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A reference to `Sample.videos[index]`."""
+
+    index: int
+
+
+Part = Text | Image | Video
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A picture, video, or folder of frames: a path (already proven to lie under its media root) or bytes."""
+
+    path: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training or chat example in the canonical form every dataset is mapped to."""
+
+    messages: tuple[Message, ...]
+    images: tuple[MediaFile, ...] = ()
+    videos: tuple[MediaFile, ...] = ()
+    source: str = ""
+    """Name of the dataset it came from."""
+    line: int = 0
+    """Record number inside its file, from 1."""
+
+    @property
+    def id(self) -> str:
+        """Where the sample came from, for messages and ledgers."""
+        return f"{self.source}:{self.line}"
+
+    def check(self) -> None:
+        """Turns must be [system] (user assistant)*, possibly ending with a user turn to be answered; every media index must exist.
+
+        Raises:
+            DataError: whose message starts with the reason code (`bad_order`, `empty_turn`, `media_count`).
+        """
+        turns = [m for m in self.messages if m.role != "system"]
+        if any(m.role == "system" for m in self.messages[1:]) or not turns:
+            raise DataError(f"bad_order: {self.id}: a system turn may only come first, and some turn must follow")
+        for number, message in enumerate(turns):
+            if message.role != ("user", "assistant")[number % 2]:
+                raise DataError(
+                    f"bad_order: {self.id}: turn {number + 1} is {message.role}; turns must alternate from user"
+                )
+            if not any(not isinstance(p, Text) or p.text.strip() for p in message.parts):
+                raise DataError(f"empty_turn: {self.id}: turn {number + 1} says nothing")
+        for kind, media in ((Image, self.images), (Video, self.videos)):
+            used = sorted(p.index for m in self.messages for p in m.parts if isinstance(p, kind))
+            if used != list(range(len(media))):
+                raise DataError(
+                    f"media_count: {self.id}: {len(media)} {kind.__name__.lower()}s, but the turns refer to {used}"
+                )
+        if any(not isinstance(p, Text) for m in self.messages if m.role == "assistant" for p in m.parts):
+            raise DataError(f"media_count: {self.id}: a picture stands in an assistant turn")

@@ -1,0 +1,23 @@
+"""The three ways a user's input can be wrong. Each message says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+
+class VitaError(Exception):
+    """Base of every error that a user can mend. Command lines turn it into one line and an exit status."""
+
+    exit_status = 1
+
+
+class ConfigError(VitaError):
+    """A recipe, flag or layout that cannot work. Raised before anything expensive starts."""
+
+    exit_status = 2
+
+
+class DataError(VitaError):
+    """A dataset, shard or medium that is missing, damaged or of another shape than promised."""
+
+
+class CheckpointError(VitaError):
+    """A checkpoint or Hugging Face folder that is missing, damaged or of another shape than the model."""
