@@ -331,26 +331,26 @@ def write_digits_parquet(root: Path, stock: Digits, count: int, rng: np.random.G
     )
 
 
-PHOTOS = (("china.jpg", "temple", "A temple"), ("flower.jpg", "flower", "A flower"))
-TRAIN_SHARE = 0.62
-"""Training crops lie left of this share of a photograph's width, held-out crops right of it."""
+PHOTOS = (
+    ("china.jpg", "temple", "A temple", (215, 20, 420, 420), (20, 20, 215, 420)),
+    ("flower.jpg", "flower", "A flower", (305, 60, 560, 370), (60, 60, 305, 370)),
+)
+"""(file, kind, answer, box of the training crops, box of the held-out crops), boxes as left, top, right, bottom.
+
+The two boxes of a photograph meet in the middle of its subject: both halves show it, and they share no pixel.
+"""
 
 
-def crop_photo(photo: Pixels, *, held_out: bool, rng: np.random.Generator) -> Pixels:
-    """One crop of a photograph [h, w, 3], scaled down; its aspect ratio decides how many tiles it will have."""
-    height, width = photo.shape[:2]
-    border = int(width * TRAIN_SHARE)
-    left, right = (border, width) if held_out else (0, border)
+def crop_photo(photo: Pixels, box: tuple[int, int, int, int], rng: np.random.Generator) -> Pixels:
+    """One crop within `box` of a photograph [h, w, 3], scaled down; its aspect ratio decides how many tiles it has."""
+    left, top, right, bottom = box
     aspect = float(rng.choice([0.5, 0.67, 1.0, 1.5, 2.0]))
-    tallest = min(height, (right - left) / aspect)
-    tall = int(rng.uniform(0.6, 1.0) * tallest)
+    tall = int(rng.uniform(0.7, 1.0) * min(bottom - top, (right - left) / aspect))
     wide = int(tall * aspect)
-    top, start = int(rng.integers(0, height - tall + 1)), int(rng.integers(left, right - wide + 1))
-    piece = Image.fromarray(photo[top : top + tall, start : start + wide])
+    start, upper = int(rng.integers(left, right - wide + 1)), int(rng.integers(top, bottom - tall + 1))
+    piece = Image.fromarray(photo[upper : upper + tall, start : start + wide])
     side = 48 / max(piece.size)
-    return np.asarray(
-        piece.resize((max(16, round(wide * side)), max(16, round(tall * side))), Image.Resampling.BICUBIC)
-    )
+    return np.asarray(piece.resize((round(wide * side), round(tall * side)), Image.Resampling.BICUBIC))
 
 
 def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generator) -> None:
@@ -358,11 +358,11 @@ def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generat
     from sklearn.datasets import load_sample_image
 
     train, held = [], []
-    for file, kind, answer in PHOTOS:
+    for file, kind, answer, train_box, held_out_box in PHOTOS:
         photo = load_sample_image(file)
         for number in range(crops + eval_crops):
             held_out = number >= crops
-            crop = crop_photo(photo, held_out=held_out, rng=rng)
+            crop = crop_photo(photo, held_out_box if held_out else train_box, rng)
             name = f"photos/{'eval_' if held_out else ''}{kind}_{number:04d}.jpg"
             write_bytes(root / name, encode_picture(crop, "JPEG"))
             turns = [("Is this a flower or a temple?", answer)]
