@@ -1,0 +1,141 @@
+"""Lay whole samples into packs of at most one sequence length: best fit, longest first, on lengths alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vita.errors import DataError
+
+_WORD = 1024
+"""Bits of one leaf of the index of free spaces: a million-token pack needs about a thousand leaves."""
+
+
+def pack(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: every item once, whole, into as few packs as the heuristic finds.
+
+    Packs that are equally full are interchangeable, so the work is done on counts: items of one length are laid into
+    runs of packs with the same free space at once, and only the number of distinct (length, free space) pairs
+    costs anything. No random number is drawn: the same lengths give the same packs.
+
+    Inside a pack the items keep their input order, not the order of length: stages without reset read a pack as one
+    document, and a model that always saw the longest sample first would learn that. Packs come in the order of their
+    first item, so that writing them reads the input nearly in sequence.
+
+    Args:
+        lengths: tokens of each item, `[n]`, each in 1..capacity.
+        capacity: tokens a pack holds.
+
+    Returns:
+        For each pack the ascending indices of its items.
+
+    Raises:
+        DataError: an item is empty or longer than a pack (overlong samples are dealt with before packing).
+    """
+    sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
+    if not len(sizes):
+        return []
+    wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
+    if len(wrong):
+        raise DataError(
+            f"item {wrong[0]} has {sizes[wrong[0]]} tokens, but a pack holds 1 to {capacity}. "
+            "Reject or shorten such samples before packing, or raise the sequence length."
+        )
+    longest_first = np.argsort(-sizes, kind="stable")
+    values, counts = np.unique(sizes, return_counts=True)
+    runs = _best_fit(values[::-1].tolist(), counts[::-1].tolist(), capacity)
+    pack_of = np.empty(len(sizes), dtype=np.int64)
+    pack_of[longest_first] = _expand(runs)
+    by_pack = np.argsort(pack_of, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
+    items = by_pack.tolist()
+    packs = [items[start:stop] for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    packs.sort(key=lambda one: one[0])
+    return packs
+
+
+def fill(lengths: Sequence[int] | npt.NDArray[np.integer], packs: Sequence[Sequence[int]], capacity: int) -> float:
+    """Part of the packs' room that holds tokens, 0..1."""
+    return float(np.sum(np.asarray(lengths, dtype=np.int64))) / (len(packs) * capacity) if packs else 1.0
+
+
+def _best_fit(values: list[int], counts: list[int], capacity: int) -> list[tuple[int, int, int]]:
+    """Assign items, longest length first, to numbered packs.
+
+    Returns:
+        Runs (first pack, packs, items for each of them), which consume the items in the order of `values`.
+    """
+    free: list[list[tuple[int, int]] | None] = [None] * capacity  # free space -> runs (first pack, packs) that have it
+    leaves = [0] * (capacity // _WORD + 1)  # bit r % _WORD of leaf r // _WORD: some pack has r tokens free
+    summary = 0  # bit i: leaf i is not zero
+    runs: list[tuple[int, int, int]] = []
+    num_packs = 0
+    for value, count in zip(values, counts, strict=True):
+        while count:
+            # The tightest pack that still takes the item: the lowest set bit at or above `value`.
+            leaf = value // _WORD
+            word = leaves[leaf] >> value % _WORD
+            if word:
+                space = value + (word & -word).bit_length() - 1
+            else:
+                above = summary >> (leaf + 1)
+                if above:
+                    leaf += (above & -above).bit_length()
+                    word = leaves[leaf]
+                    space = leaf * _WORD + (word & -word).bit_length() - 1
+                else:
+                    space = capacity
+            if space == capacity:
+                each = capacity // value
+                first, size = num_packs, -(-count // each)
+                num_packs += size
+            else:
+                each = space // value  # the pack just filled is the tightest again, so it takes all it can
+                same = free[space]
+                assert same is not None
+                first, size = same.pop()
+                if not same:
+                    free[space] = None
+                    leaves[leaf] ^= 1 << space % _WORD
+                    if not leaves[leaf]:
+                        summary ^= 1 << leaf
+            full, rest = divmod(count, each)
+            full = min(full, size)
+            pieces = [(first, full, each)] if full else []
+            if full < size and full * each < count:
+                pieces.append((first + full, 1, rest))
+            taken = 0
+            for start, number, items in pieces:
+                runs.append((start, number, items))
+                taken += number
+                count -= number * items
+                left = space - items * value
+                if left:
+                    same = free[left]
+                    if same is None:
+                        free[left] = [(start, number)]
+                        if not leaves[left // _WORD]:
+                            summary |= 1 << left // _WORD
+                        leaves[left // _WORD] |= 1 << left % _WORD
+                    else:
+                        same.append((start, number))
+            if taken < size:
+                same = free[space]
+                if same is None:
+                    free[space] = [(first + taken, size - taken)]
+                    if not leaves[space // _WORD]:
+                        summary |= 1 << space // _WORD
+                    leaves[space // _WORD] |= 1 << space % _WORD
+                else:
+                    same.append((first + taken, size - taken))
+    return runs
+
+
+def _expand(runs: list[tuple[int, int, int]]) -> npt.NDArray[np.int64]:
+    """Pack of every item, `[n]`, in the order in which the runs consume them."""
+    first, number, each = np.array(runs, dtype=np.int64).T
+    ends = np.cumsum(number)
+    packs = np.arange(ends[-1]) + np.repeat(first - (ends - number), number)
+    return np.repeat(packs, np.repeat(each, number))
