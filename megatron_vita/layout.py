@@ -158,9 +158,10 @@ class TileRoutes:
     """Which rank of a tensor x context parallel group encodes which tile, and where each feature row goes.
 
     The same on every rank of the group. Group rank = cp_rank * tp + tp_rank (megatron-core's order: tp runs fastest).
-    Tiles are dealt in contiguous runs, to within one tile of even. A feature row is one context token of one tile; rows are numbered
-    `tile * tokens_per_tile + token`. Local row = the rank's tokens after the sequence-parallel split (or the context-parallel
-    rank's tokens where sequence parallelism is off: then all tp ranks receive the row).
+    Tiles are dealt in contiguous runs, to within one tile of even. A feature row is one context token of one tile; rows
+    are numbered `tile * tokens_per_tile + token`. A local token index counts the rank's tokens after the
+    sequence-parallel split, or the context-parallel rank's tokens where sequence parallelism is off: then all tp ranks
+    receive the row.
     """
 
     layout: SequenceLayout
@@ -207,7 +208,7 @@ class TileRoutes:
         return rows[mine] - tiles.start * self.tokens_per_tile, index[mine]
 
     def send(self, group_rank: int) -> tuple[Int64, list[int]]:
-        """What a rank sends: indices into its own feature rows, ordered by target rank, and the count for each target."""
+        """What a rank sends: indices into its own feature rows, ordered by target, and the count for each target."""
         rows = [self._between(group_rank, target)[0] for target in range(self.group_size)]
         return np.concatenate(rows), [len(one) for one in rows]
 

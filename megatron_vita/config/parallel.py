@@ -25,8 +25,6 @@ class ParallelConfig:
     """How context-parallel attention moves keys and values."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward already runs (needs overlap_grad_reduce)."""
     recompute_granularity: str | None = None
     """`full` recomputes whole layers in the backward, `selective` the core attention; none keeps everything."""
     recompute_method: str | None = None
@@ -44,8 +42,6 @@ class ParallelConfig:
             )
         if self.cp_comm_type not in CP_COMM_TYPES:
             raise ConfigError(f"parallel.cp_comm_type={self.cp_comm_type!r}: choose one of {', '.join(CP_COMM_TYPES)}.")
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ConfigError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce. Set both.")
         if self.recompute_granularity not in (None, "full", "selective"):
             raise ConfigError(
                 f"parallel.recompute_granularity={self.recompute_granularity!r}: choose full, selective or nothing."
@@ -54,7 +50,8 @@ class ParallelConfig:
             self.recompute_method not in ("uniform", "block") or not self.recompute_num_layers
         ):
             raise ConfigError(
-                "parallel.recompute_granularity=full needs recompute_method (uniform or block) and recompute_num_layers."
+                "parallel.recompute_granularity=full needs recompute_method (uniform or block) "
+                "and recompute_num_layers."
             )
 
     @property

@@ -68,7 +68,7 @@ class Sample:
         return f"{self.source}:{self.line}"
 
     def check(self) -> None:
-        """Turns must be [system] (user assistant)*, possibly ending with a user turn to be answered; every media index must exist.
+        """Turns must be [system] (user assistant)* [user]; every picture and video must be referred to exactly once.
 
         Raises:
             DataError: whose message starts with the reason code (`bad_order`, `empty_turn`, `media_count`).

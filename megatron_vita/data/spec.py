@@ -1,4 +1,4 @@
-"""How pictures and videos become tiles and tokens: the settings that training, chat, evaluation and export must share."""
+"""How pictures and videos become tiles and tokens: settings that training, chat, evaluation and export share."""
 
 from __future__ import annotations
 

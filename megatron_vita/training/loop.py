@@ -1,0 +1,110 @@
+"""The loop of one stage: load, step, write down, validate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vita import checkpoint
+from megatron_vita.training.faults import FailedSamples
+from megatron_vita.training.ledger import Ledger, LedgerLine
+from megatron_vita.training.metrics import Progress
+from megatron_vita.training.setup import Session
+from megatron_vita.training.step import train_step, validate
+
+log = logging.getLogger(__name__)
+
+
+def train(session: Session, folder: Path) -> Path:
+    """Train a stage from where it stands to its last step.
+
+    Args:
+        session: the stage's live parts.
+        folder: where its checkpoints and its ledger lie.
+
+    Returns:
+        The checkpoint of the last step.
+    """
+    stage, rank = session.stage, dist.get_rank()
+    start, last = session.state.iteration, stage.train.train_iters
+    ledger = Ledger(folder / "ledger.jsonl", resume_at=start) if rank == 0 else None
+    failed = FailedSamples(budget=stage.data.max_failed_samples, already=ledger.failed_samples if ledger else 0)
+    saved = folder
+    try:
+        with Progress(stage, start=start, rank=rank) as progress, session.loader() as loader:
+            if start == 0:
+                _validate(session, progress, 0)
+            for iteration in range(start + 1, last + 1):
+                began = time.monotonic()
+                step, masked = failed.agree(next(loader))
+                loss, grad_norm = train_step(
+                    stage,
+                    session.groups,
+                    session.wrapped,
+                    session.optimizer,
+                    session.schedule,
+                    step,
+                    iteration,
+                )
+                line = LedgerLine(
+                    stage=stage.name,
+                    iteration=iteration,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    lr=session.optimizer.param_groups[0]["lr"],
+                    num_labels=step.num_labels,
+                    num_tokens=stage.train.global_batch_size * stage.data.seq_length,
+                    sample_ids=list(step.sample_ids),
+                    failed_samples=list(masked),
+                    seconds=time.monotonic() - began,
+                )
+                if ledger:
+                    ledger.write(line)
+                progress.step(line)
+                session.state = dataclasses.replace(
+                    session.state,
+                    iteration=iteration,
+                    consumed_packs=session.state.consumed_packs + stage.train.global_batch_size,
+                )
+                every, save_every = stage.train.eval_interval, stage.checkpoint.save_interval
+                if iteration == last or (every and iteration % every == 0):
+                    _validate(session, progress, iteration)
+                if iteration == last or (save_every and iteration % save_every == 0):
+                    saved = _save(session, folder)
+    finally:
+        if ledger:
+            ledger.close()
+    return saved
+
+
+def _validate(session: Session, progress: Progress, iteration: int) -> None:
+    """Measure the loss on held-out shards, if the stage names any."""
+    stage = session.stage
+    if stage.data.valid_data_path is None:
+        return
+    with session.loader(valid=True) as loader:
+        steps = itertools.islice(loader, stage.train.eval_iters)
+        loss = validate(stage, session.groups, session.wrapped, steps)
+    progress.validation(iteration, loss)
+
+
+def _save(session: Session, folder: Path) -> Path:
+    """Write the checkpoint of the step just taken."""
+    keep = session.stage.checkpoint.keep_optimizer
+    began = time.monotonic()
+    saved = checkpoint.save(
+        folder,
+        session.models,
+        session.optimizer if keep else None,
+        session.schedule if keep else None,
+        session.state,
+        session.groups,
+        tokenizer_dir=session.stage.data.tokenizer_model,
+    )
+    log.info("saved %s in %.1f s", saved, time.monotonic() - began)
+    return saved

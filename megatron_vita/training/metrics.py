@@ -1,0 +1,100 @@
+"""What a person sees while training: a progress bar on a terminal, else log lines; TensorBoard events. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_vita.config import StageConfig
+from megatron_vita.training.ledger import LedgerLine
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows the steps of one stage. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, stage: StageConfig, *, start: int, rank: int) -> None:
+        """`start`: steps already done when the stage is resumed."""
+        self.stage = stage
+        self.active = rank == 0
+        self.began = time.monotonic()
+        self.start = start
+        self.bar = tqdm(
+            total=stage.train.train_iters,
+            initial=start,
+            desc=stage.name,
+            unit="step",
+            disable=not (self.active and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        self.events: Any = None
+        if self.active and stage.logging.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter  # costs a second to import, so only where it is used
+
+            folder = Path(stage.logging.tensorboard_dir) / stage.name
+            self.events = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
+
+    def step(self, line: LedgerLine) -> None:
+        """Show one finished step."""
+        if not self.active:
+            return
+        shown = "no labels" if line.loss is None else f"loss {line.loss:.4f}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(1)
+        last = line.iteration == self.stage.train.train_iters
+        if not sys.stderr.isatty() and (line.iteration % self.stage.logging.log_interval == 0 or last):
+            self._log_line(line, shown)
+        if self.events:
+            values = {
+                "loss": line.loss,
+                "grad_norm": line.grad_norm,
+                "lr": line.lr,
+                "tokens_per_second": line.num_tokens / line.seconds,
+                "labelled_tokens": line.num_labels,
+            }
+            for name, value in values.items():
+                if value is not None:
+                    self.events.add_scalar(name, value, line.iteration)
+
+    def _log_line(self, line: LedgerLine, shown: str) -> None:
+        total = self.stage.train.train_iters
+        rate = (line.iteration - self.start) / max(time.monotonic() - self.began, 1e-9)
+        norm = "" if line.grad_norm is None else f"  grad norm {line.grad_norm:.3f}"
+        left = (total - line.iteration) / rate
+        log.info(
+            "%s %*d/%d  %s%s  lr %.2e  %.1f step/s  %.0f tokens/s  %.0f s left",
+            self.stage.name,
+            len(str(total)),
+            line.iteration,
+            total,
+            shown,
+            norm,
+            line.lr,
+            rate,
+            line.num_tokens / line.seconds,
+            left,
+        )
+
+    def validation(self, iteration: int, loss: float) -> None:
+        """Show a validation loss."""
+        if self.active:
+            log.info("%s step %d: validation loss %.4f", self.stage.name, iteration, loss)
+            if self.events:
+                self.events.add_scalar("validation_loss", loss, iteration)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self.events:
+            self.events.close()

@@ -1,0 +1,132 @@
+"""Everything one stage needs, built in the order that keeps it right, and taken down again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_vita import checkpoint, seed
+from megatron_vita.config import StageConfig
+from megatron_vita.data.loader import PackLoader, RankCoords
+from megatron_vita.data.shards import ShardSet
+from megatron_vita.models.build import build_model
+from megatron_vita.models.vita import VitaModel
+from megatron_vita.parallel.grads import finalize_grads
+from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_vita.training.optimizer import build_optimizer
+
+
+@dataclass(kw_only=True)
+class Session:
+    """The live parts of one stage on this rank."""
+
+    stage: StageConfig
+    groups: Groups
+    models: list[VitaModel]
+    """This rank's model chunks, bare: what checkpoints see."""
+    wrapped: list[torch.nn.Module]
+    """The same chunks inside DistributedDataParallel: what the schedule runs."""
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    state: checkpoint.RunState
+    """Where the stage stands: iteration 0 at its start, or what the resumed checkpoint says."""
+
+    def loader(self, *, valid: bool = False) -> PackLoader:
+        """Global batches from where the stage stands (training), or from the start of the validation shards."""
+        groups = self.groups
+        coords = RankCoords(
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            cp_rank=groups.cp_rank,
+            cp_size=groups.cp_size,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            sequence_parallel=groups.sequence_parallel,
+            holds_tower=groups.first_stage and self.stage.model.vision is not None,
+        )
+        consumed = 0 if valid else self.state.consumed_packs
+        return PackLoader(self.stage.data, self.stage.train, coords, consumed_packs=consumed, valid=valid)
+
+
+@contextmanager
+def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | None) -> Iterator[Session]:
+    """Build groups, model, optimizer and state of a stage; destroy them afterwards, so that the next can be laid out anew.
+
+    Args:
+        stage: the merged settings.
+        weights: checkpoint whose weights (and nothing else) the stage starts from; none: fresh weights.
+        resume: checkpoint of this very stage to continue from, optimizer and data position included.
+    """
+    groups = build_groups(stage.parallel)
+    try:
+        seed.seed_all(stage.train.seed)
+        models = build_model(stage, groups)
+        if resume is None and weights is not None:
+            checkpoint.load_weights(weights, models)
+        wrapped = _wrap(stage, models)
+        optimizer, schedule = build_optimizer(stage, wrapped)
+        state = checkpoint.load_training(resume, models, optimizer, schedule) if resume else _fresh_state(stage)
+        yield Session(
+            stage=stage,
+            groups=groups,
+            models=models,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            schedule=schedule,
+            state=state,
+        )
+        dist.barrier()  # nobody takes the groups down while another rank still saves or validates
+    finally:
+        models = wrapped = optimizer = schedule = None  # type: ignore[assignment]
+        gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
+        destroy_groups()
+
+
+def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[torch.nn.Module]:
+    """Put the chunks into bf16 and data parallelism, and tell megatron-core how to finish gradients."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=True,
+        average_in_collective=False,  # gradients are sums, divided once by the global number of labelled tokens
+    )
+    wrapped: list[torch.nn.Module] = []
+    for model in models:
+        inner = Float16Module(model.config, model) if stage.train.bf16 else model
+        wrapped.append(DistributedDataParallel(model.config, settings, inner))
+    config = models[0].config
+    config.finalize_model_grads_func = finalize_grads
+    if stage.parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
+    return wrapped
+
+
+def _fresh_state(stage: StageConfig) -> checkpoint.RunState:
+    """The state of a stage before its first step."""
+    manifest = ShardSet(stage.data.data_path).manifest
+    return checkpoint.RunState(
+        stage=stage,
+        iteration=0,
+        consumed_packs=0,
+        preprocess=manifest.preprocess if stage.model.vision else None,
+        manifest_digest=manifest.digest,
+    )
+
+
+def on_rank_zero(question: partial) -> object:
+    """Ask the file system on rank 0 and tell everybody: other ranks may see a shared folder late, and must agree."""
+    answer: list[object] = [question() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

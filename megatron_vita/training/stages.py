@@ -1,0 +1,146 @@
+"""A whole run: its stages one after the other in the same processes, weights handed over through checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megatron_vita import checkpoint
+from megatron_vita.config import RunConfig, StageConfig, to_dict
+from megatron_vita.data.loader import check_compatible
+from megatron_vita.data.shards import ShardSet
+from megatron_vita.data.tokenizer import VitaTokenizer
+from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.parallel.groups import init_distributed
+from megatron_vita.training.loop import train
+from megatron_vita.training.setup import on_rank_zero, open_session
+
+log = logging.getLogger(__name__)
+
+_MAY_CHANGE = {
+    "parallel": None,
+    "logging": None,
+    "checkpoint": None,
+    "data": ("num_workers", "max_failed_samples", "valid_data_path"),
+    "train": ("micro_batch_size", "eval_interval", "eval_iters"),
+}
+"""Settings with which a stage may be continued although they differ: they do not change what is learnt."""
+
+
+def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
+    """Train every stage of a run, or go on where a killed run stopped.
+
+    A stage whose last step is saved is left alone; one with an earlier checkpoint is resumed; the next stage
+    takes the weights of the one before, at whatever layout it has.
+
+    Args:
+        run: the checked recipe.
+        only: number of the one stage to run, from 1; the stage before it must be complete.
+
+    Returns:
+        The last checkpoint of each stage that was run or found complete.
+
+    Raises:
+        ConfigError: shards, tokenizer, model and stages do not fit together, or the run's folder holds another run.
+        CheckpointError: a checkpoint is missing or damaged.
+    """
+    if only is not None and not 1 <= only <= len(run.stages):
+        raise ConfigError(f"--stage {only}: the recipe has stages 1 to {len(run.stages)}.")
+    init_distributed()
+    for stage in run.stages if only is None else run.stages[only - 1 : only]:
+        preflight(stage)
+    first = run.stages[0].checkpoint.pretrained_checkpoint
+    weights = _agreed(checkpoint.resolve, Path(first)) if first else None
+    finished = []
+    for number, stage in enumerate(run.stages, 1):
+        folder = Path(stage.checkpoint.save) / stage.name
+        found = _agreed(checkpoint.latest, folder)
+        state = checkpoint.read_state(found) if found else None
+        done = state is not None and state.iteration >= stage.train.train_iters
+        if only is not None and number < only:
+            if number == only - 1 and not done:
+                raise CheckpointError(
+                    f"stage {only} starts from stage {number}, but {folder} holds no finished checkpoint."
+                )
+        elif only is not None and number > only:
+            break
+        else:
+            if state is not None:
+                _refuse_other_run(stage, state, found)
+            if done:
+                log.info("%s is complete: %s", stage.name, found)
+            else:
+                found = _run_stage(stage, folder, weights=weights, resume=found)
+        weights = found
+        if weights is not None:
+            finished.append(weights)
+    return finished
+
+
+def preflight(stage: StageConfig) -> None:
+    """Open what a stage reads and see that it fits, before anything is trained.
+
+    Raises:
+        ConfigError: shards packed for another length, layout, tokenizer or tile size than the stage's.
+        DataError: shards that are missing or damaged.
+    """
+    tokenizer = VitaTokenizer.load(stage.data.tokenizer_model) if stage.data.tokenizer_model else None
+    if tokenizer is None:
+        raise ConfigError(
+            f"stage {stage.name!r}: data.tokenizer_model is not set. Give the folder the shards were made with."
+        )
+    for prefix in filter(None, (stage.data.data_path, stage.data.valid_data_path)):
+        check_compatible(ShardSet(prefix).manifest, stage, tokenizer)
+
+
+def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume: Path | None) -> Path:
+    settings = yaml.safe_dump(to_dict(stage), sort_keys=False)
+    log.info("%s starts %s with\n%s", stage.name, f"again from {resume}" if resume else f"from {weights}", settings)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+    with open_session(stage, weights=weights, resume=resume) as session:
+        return train(session, folder)
+
+
+def _agreed(question: Any, path: Path) -> Path | None:
+    """The answer of rank 0 about a path, on every rank; an error there is an error everywhere."""
+
+    def ask() -> Path | None | Exception:
+        try:
+            return question(path)
+        except (CheckpointError, ConfigError) as error:
+            return error
+
+    answer = on_rank_zero(partial(ask))
+    if isinstance(answer, Exception):
+        raise answer
+    return answer  # type: ignore[return-value]
+
+
+def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None) -> None:
+    """A checkpoint of other settings must not be continued in silence.
+
+    Raises:
+        ConfigError: naming every setting that differs.
+    """
+    now, then = to_dict(stage), to_dict(state.stage)
+    differing = []
+    for section, settings in now.items():
+        if section in _MAY_CHANGE and _MAY_CHANGE[section] is None:
+            continue
+        if not isinstance(settings, dict):
+            settings, then = {section: settings}, {**then, section: {section: then[section]}}
+        for key, value in settings.items():
+            if key not in (_MAY_CHANGE.get(section) or ()) and then[section].get(key) != value:
+                differing.append(f"{section}.{key} was {then[section].get(key)!r} and is {value!r}")
+    if differing:
+        raise ConfigError(
+            f"{found} belongs to a run with other settings ({'; '.join(differing)}). Choose another checkpoint.save, "
+            "remove that folder, or restore the settings."
+        )

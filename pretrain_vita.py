@@ -1,0 +1,39 @@
+"""torchrun's entry: read the recipe, run its stages. Everything else lives in the package.
+
+torchrun --nproc-per-node 8 pretrain_vita.py --config examples/.../run.yaml [--stage K] [--seq-length N ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_vita import log
+from megatron_vita.config import load_run
+from megatron_vita.errors import VitaError
+
+
+def main() -> int:
+    """Train; 0 on success, 2 for a usage or configuration error, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", required=True, help="YAML recipe; any setting may follow as a flag of Megatron's name"
+    )
+    parser.add_argument("--stage", type=int, help="run this stage alone (1 is the first)")
+    arguments, flags = parser.parse_known_args()
+    log.configure()
+    try:
+        run = load_run(arguments.config, flags)
+        run.check(int(os.environ.get("WORLD_SIZE", "1")))
+        from megatron_vita.training.stages import run_stages  # imports torch: only once the recipe is sound
+
+        run_stages(run, only=arguments.stage)
+    except VitaError as error:
+        print(f"pretrain_vita: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":  # the guard matters: checkpoint writers may spawn processes that import this file again
+    sys.exit(main())
