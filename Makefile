@@ -1,0 +1,44 @@
+# Two targets matter: `make quickstart` does the main job on a laptop, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+ARGS ?=
+# Without an NVIDIA driver the CPU build of PyTorch is installed, so that nobody downloads gigabytes of CUDA libraries.
+# pip finds it where the package index at hand carries it; uv knows PyTorch's own index of CPU builds.
+TORCH_CPU := 2.13.0
+
+.PHONY: quickstart quickstart-short test lint format check clean
+
+quickstart: $(BIN)/.installed
+	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) $(ARGS)
+
+quickstart-short: $(BIN)/.installed
+	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN)-short --short $(ARGS)
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BIN)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
+
+# PyTorch first: with it in place the requirement torch>=2.6 is satisfied and nothing else is fetched for it.
+$(BIN)/.installed: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c "import torch" 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install torch; \
+	else $(BIN)/pip install "torch==$(TORCH_CPU)+cpu" || \
+	  { $(BIN)/pip install uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "torch==$(TORCH_CPU)"; }; fi
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
