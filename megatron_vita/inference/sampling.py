@@ -39,7 +39,7 @@ GREEDY = SamplingConfig()
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Rule out all but the k largest logits of each row; [n, v]. k = 0 or k >= v keeps everything; ties are all kept."""
+    """Rule out all but the k largest logits of each row; [n, v]. k = 0 or k >= v keeps all; ties stay."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest = torch.topk(logits, k, dim=-1).values[..., -1:]

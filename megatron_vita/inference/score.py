@@ -1,0 +1,122 @@
+"""How answers are judged and counted: pure functions of text and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
+"""Verdicts of a result line. Unreadable: a medium or line was damaged, so nothing was asked; counts as wrong."""
+
+DEPTH_BANDS = 5
+"""Equal parts of a video or text that a needle's depth (0 first, 1 last) is counted in."""
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """The same words: white space at both ends and its amount between words do not count; everything else does."""
+    return answer.split() == expected.split()
+
+
+TASKS: Mapping[str, Callable[[str, str], bool]] = {"exact_match": exact_match}
+"""Task name -> judge of (answer, expected answer)."""
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (95% by default); it stays within [0, 1] and is sound for few trials.
+
+    Args:
+        right: successes, 0 <= right <= count.
+        count: trials; 0 gives (0, 1), for nothing is known.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share = right / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def depth_band(depth: float, bands: int = DEPTH_BANDS) -> int:
+    """Which of `bands` equal parts a depth in [0, 1] falls into, from 0; depth 1 belongs to the last."""
+    return min(int(depth * bands), bands - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Answers counted."""
+
+    count: int
+    right: int
+    unreadable: int = 0
+
+    @classmethod
+    def of(cls, verdicts: Iterable[str]) -> Tally:
+        """Count verdicts."""
+        found = list(verdicts)
+        return cls(len(found), found.count(RIGHT), found.count(UNREADABLE))
+
+    @property
+    def accuracy(self) -> float:
+        """Right answers over all questions, unreadable ones included; 0 without questions."""
+        return self.right / self.count if self.count else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a summary: counts, accuracy and its 95% Wilson interval."""
+        low, high = wilson(self.right, self.count)
+        return {
+            "count": self.count,
+            "right": self.right,
+            "unreadable": self.unreadable,
+            "accuracy": round(self.accuracy, 6),
+            "low": round(low, 6),
+            "high": round(high, 6),
+        }
+
+
+def summarise(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each (model, data file, zero tiles), in order of appearance.
+
+    A row is {model, name, task, data, zero_tiles, count, right, unreadable, accuracy, low, high, unfinished}, and
+    `depth_bands` (a list of tallies, first part first) where the lines carry a `depth`.
+    """
+    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["model"], result["data"], result["zero_tiles"]), []).append(result)
+    rows = []
+    for (model, data, zero_tiles), members in groups.items():
+        row = {"model": model, "name": members[0]["name"], "task": members[0]["task"]}
+        row |= {"data": data, "zero_tiles": zero_tiles} | Tally.of(m["verdict"] for m in members).to_dict()
+        row["unfinished"] = sum(not m["finished"] for m in members)
+        depths = [m["fields"].get("depth") for m in members]
+        if all(isinstance(depth, (int, float)) and 0 <= depth <= 1 for depth in depths):
+            row["depth_bands"] = [
+                Tally.of(
+                    m["verdict"] for m, d in zip(members, depths, strict=True) if depth_band(float(d)) == band
+                ).to_dict()
+                for band in range(DEPTH_BANDS)
+            ]
+        rows.append(row)
+    return rows
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Summary rows as aligned text for people."""
+    cells = [("model", "data", "tiles", "questions", "accuracy", "95% interval")]
+    for row in rows:
+        cells.append(
+            (
+                str(row["name"]),
+                str(row["data"]),
+                "zeroed" if row["zero_tiles"] else "seen",
+                str(row["count"]) + (f" ({row['unreadable']} unreadable)" if row["unreadable"] else ""),
+                f"{row['accuracy']:.1%}",
+                f"{row['low']:.1%} to {row['high']:.1%}",
+            )
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
