@@ -1,7 +1,7 @@
 """Settings: one frozen dataclass per concern, each validating itself. No torch here."""
 
 from megatron_vita.config.data import LAYOUTS, DataConfig
-from megatron_vita.config.load import load_run, to_dict
+from megatron_vita.config.load import load_run, read_yaml, to_dict
 from megatron_vita.config.model import IMAGE_NORMS, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.run import RunConfig, StageConfig
@@ -22,5 +22,6 @@ __all__ = [
     "TrainConfig",
     "VisionConfig",
     "load_run",
+    "read_yaml",
     "to_dict",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unreadable file, unknown key or flag, or a value of the wrong type.
     """
-    recipe = _read_yaml(Path(path))
+    recipe = read_yaml(Path(path))
     stages = recipe.pop("stages", None)
     _known(recipe, _SECTIONS, str(path))
     if stages is None:
@@ -73,16 +75,43 @@ def flag_names() -> dict[str, str]:
     return {flag: ".".join(path) for flag, path, _ in _flags()}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping, `${NAME}` and `${NAME:-default}` in its texts replaced from the environment.
+
+    So one recipe serves every machine: `data_path: ${SHARDS}/stage1`.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, no mapping, or names a variable that is not set.
+    """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe. Give an existing YAML file with --config.")
+        raise ConfigError(f"{path}: no such file. Give an existing YAML file.")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections ({', '.join(_SECTIONS)}, stages).")
-    return recipe
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections.")
+    expanded: dict[str, Any] = _expand(content, str(path))
+    return expanded
+
+
+def _expand(node: Any, where: str) -> Any:
+    """Replace environment variables in every text below `node`."""
+    if isinstance(node, dict):
+        return {key: _expand(value, where) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand(value, where) for value in node]
+    if not isinstance(node, str):
+        return node
+
+    def value_of(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        value = os.environ.get(name, default)
+        if value is None:
+            raise ConfigError(f"{where}: {node!r} needs the environment variable {name}. Set it (export {name}=...).")
+        return value
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value_of, node)
 
 
 def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

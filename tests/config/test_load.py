@@ -87,7 +87,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load_run(path)
-    with pytest.raises(ConfigError, match="no such recipe"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_run(tmp_path / "absent.yaml")
 
 
@@ -138,3 +138,14 @@ def test_a_stage_survives_the_way_through_json(tp: int, layers: int, lr: float, 
         data=DataConfig(reset_per_document=reset),
     )
     assert stage_from_dict(to_dict(stage), "test") == stage
+
+
+def test_environment_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {**BASE, "data": {"data_path": "${VITA_TEST_SHARDS}/a", "tokenizer_model": "${VITA_TEST_UNSET:-tok}"}}
+    path = write(tmp_path, recipe)
+    monkeypatch.delenv("VITA_TEST_SHARDS", raising=False)
+    with pytest.raises(ConfigError, match="VITA_TEST_SHARDS"):
+        load_run(path)
+    monkeypatch.setenv("VITA_TEST_SHARDS", "/data")
+    data = load_run(path).stages[0].data
+    assert (data.data_path, data.tokenizer_model) == ("/data/a", "tok")
