@@ -129,8 +129,8 @@ def draw_loss(ledgers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
     for middle, stage, last in middles:
         narrow = last < 0.08 * start  # then only the name fits above it
         axes.text(
-            middle, 1.015, f"{stage}\n" + ("" if narrow else f"{last} steps"), transform=axes.get_xaxis_transform(), ha="center", va="bottom",
-            fontsize=7.5 if narrow else 9.5, color="#222222", linespacing=1.25,
+            middle, 1.015, stage + ("\n" if narrow else f"\n{last} steps"), transform=axes.get_xaxis_transform(),
+            ha="center", va="bottom", fontsize=7.5 if narrow else 9.5, color="#222222", linespacing=1.25,
         )  # fmt: skip
     figure.suptitle("Training loss", fontsize=13, x=0.01, ha="left")
     figure.savefig(path)
