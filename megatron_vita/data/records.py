@@ -1,0 +1,120 @@
+"""The records and file names of the packed format, and what its cost column counts."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+
+TILE = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            "pack",
+            "first_token",  # counted from the pack's start
+            "tokens",
+            "media",  # sequence of the media container
+            "row",
+            "col",
+            "rows",
+            "cols",
+            "thumbnail",
+            "width",  # pixels of the whole picture, upright
+            "height",
+            "frame",  # 1: a video frame
+        )
+    ]
+)
+"""One tile of the tiles file; rows are in pack order, then token order."""
+
+SAMPLE = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            "source",  # index into the manifest's sources
+            "line",
+            "length",
+            "tiles",
+            "cost",  # see sample_cost
+            "labels",  # tokens that carry loss
+        )
+    ]
+)
+"""One Example of the samples file; rows are the sequences of the token container."""
+
+SUFFIXES = (
+    "tokens.bin",
+    "tokens.idx",
+    "labels.bin",
+    "labels.idx",
+    "media.bin",
+    "media.idx",
+    "tiles.npy",
+    "samples.npy",
+    "rejects.jsonl",
+)
+"""Every file of a set but its manifest; a set without media lacks the media and tiles files."""
+MEDIA_SUFFIXES = ("media.bin", "media.idx", "tiles.npy")
+REFERENCE = b"ref:"
+"""First bytes of a media item that is a path instead of a picture (no picture format begins so)."""
+
+
+def attention_pairs(length: npt.ArrayLike) -> Int64:
+    """Query-key pairs of a causal document of that many tokens."""
+    tokens = np.asarray(length, dtype=np.int64)
+    return tokens * (tokens + 1) // 2
+
+
+def sample_cost(length: npt.ArrayLike, tiles: npt.ArrayLike, tokens_per_tile: int) -> Int64:
+    """Work that differs between packs of one length, in query-key pairs of the decoder: attention and tower.
+
+    What is linear in tokens is the same for every (padded) pack and left out. One tile through InternViT-300M weighs as
+    much as 10 * 256^2 pairs of a 14-billion decoder; the same factor is used at every size.
+    """
+    return attention_pairs(length) + np.asarray(tiles, dtype=np.int64) * (10 * tokens_per_tile**2)
+
+
+class GrowingTable:
+    """A .npy file of records that grows at its end, so that no table is ever held in memory."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._dtype = dtype
+        self.rows = 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # numpy reserves room for a growing first axis: the header keeps its length when the count is filled in.
+        shape = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.rows,)}
+        np.lib.format.write_array_header_1_0(self._file, shape)
+
+    def append(self, records: npt.NDArray[Any]) -> None:
+        self._file.write(records.tobytes())
+        self.rows += len(records)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def abort(self) -> None:
+        self._file.close()
+
+
+def starts(counts: npt.NDArray[np.int64]) -> Int64:
+    """Where each of several runs begins when they are laid end to end, and their total; int64 `[n + 1]`."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def file_info(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file, as the manifest holds them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
