@@ -76,7 +76,7 @@ def flag_names() -> dict[str, str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping, `${NAME}` and `${NAME:-default}` in its texts replaced from the environment.
+    """A YAML mapping with `${NAME}` and `${NAME:-default}` in its texts replaced from the environment.
 
     So one recipe serves every machine: `data_path: ${SHARDS}/stage1`.
 

@@ -1,0 +1,61 @@
+"""Floating-point operations of one training step, counted, not measured. A multiply-add counts as two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_vita.config import ModelConfig, StageConfig
+from megatron_vita.planning.parameters import count_parameters
+
+
+def decoder_forward(model: ModelConfig, documents: Sequence[int], labelled: int) -> float:
+    """Forward operations of the decoder on one row.
+
+    Args:
+        documents: lengths of the row's attention spans; causal attention computes half of each square.
+        labelled: rows that go through the head.
+    """
+    counted = count_parameters(model)
+    matrices = 2.0 * counted.layer * counted.layers * sum(documents)
+    pairs = sum(length * (length + 1) / 2 for length in documents)
+    attention = 4.0 * pairs * model.num_attention_heads * model.head_dim * model.num_layers
+    head = 2.0 * labelled * model.vocab_size * model.hidden_size
+    return matrices + attention + head
+
+
+def tower_forward(model: ModelConfig, tiles: int) -> float:
+    """Forward operations of tower and projector on `tiles` tiles."""
+    vision = model.vision
+    if vision is None:
+        return 0.0
+    counted = count_parameters(model)
+    tokens = vision.num_patches + 1
+    tables = (vision.num_patches + 2) * vision.hidden_size
+    matrices = 2.0 * (counted.tower - tables) * tokens
+    attention = 4.0 * tokens**2 * vision.hidden_size * vision.num_layers
+    projector = 2.0 * counted.projector * vision.tokens_per_tile
+    return tiles * (matrices + attention + projector)
+
+
+def step_flops(stage: StageConfig, *, tiles_per_pack: int, labelled_fraction: float) -> float:
+    """Operations of one optimizer step (forward, backward, recomputation), over all ranks.
+
+    The backward costs the forward once for the gradient of the input and once for that of the weights; frozen parts
+    skip the latter, and a frozen tower has no backward at all.
+
+    Args:
+        stage: its sequence length, batch, frozen parts and recomputation.
+        tiles_per_pack: tiles of an average pack.
+        labelled_fraction: part of the tokens that carry a label.
+    """
+    model, train = stage.model, stage.train
+    length = stage.data.seq_length
+    decoder = decoder_forward(model, [length], round(length * labelled_fraction))
+    passes = 2.0 + (0.0 if train.freeze_language_model else 1.0)
+    if stage.parallel.recompute_granularity == "full":
+        passes += min(1.0, (stage.parallel.recompute_num_layers or 0) / model.num_layers)
+    if stage.parallel.recompute_granularity == "full" and stage.parallel.recompute_method == "uniform":
+        passes = 3.0 + (0.0 if train.freeze_language_model else 1.0)
+    tower = tower_forward(model, tiles_per_pack)
+    tower_passes = 1.0 if train.freeze_vision_model else 3.0
+    return train.global_batch_size * (decoder * passes + tower * tower_passes)

@@ -1,0 +1,64 @@
+"""How many parameters a model has, part by part, from its settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.config import ModelConfig, VisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Parameters of each part. Long-VITA-14B: 14,770,033,664 + 304,012,288 + 9,445,376."""
+
+    embedding: int
+    """The embedding table."""
+    layer: int
+    """One decoder layer."""
+    layers: int
+    """Decoder layers."""
+    head: int
+    """The output head (0 where it is the embedding again) and the final norm."""
+    tower: int
+    """The vision tower."""
+    projector: int
+    """The projector."""
+
+    @property
+    def decoder(self) -> int:
+        """The whole decoder."""
+        return self.embedding + self.layer * self.layers + self.head
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.decoder + self.tower + self.projector
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Count from the settings; the vocabulary without padding for tensor parallelism."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    queries = model.num_attention_heads * model.head_dim
+    keys_values = 2 * model.num_query_groups * model.head_dim
+    qkv = (queries + keys_values) * (hidden + (1 if model.add_qkv_bias else 0))
+    layer = qkv + queries * hidden + 3 * ffn * hidden + 2 * hidden
+    table = model.vocab_size * hidden
+    head = hidden + (table if model.untie_embeddings_and_output_weights else 0)
+    tower = projector = 0
+    if model.vision is not None:
+        tower = _tower(model.vision)
+        joined, width = 4 * model.vision.hidden_size, model.projector_width
+        bias = width + hidden if model.projector.bias else 0
+        projector = 2 * joined + joined * width + width * hidden + bias
+    return ParameterCount(table, layer, model.num_layers, head, tower, projector)
+
+
+def _tower(vision: VisionConfig) -> int:
+    """An InternViT: patch convolution, class token, position table, and blocks with biases and layer scale."""
+    h, ffn = vision.hidden_size, vision.ffn_hidden_size
+    patches = 3 * vision.patch_size**2 * h + h
+    positions = (vision.num_patches + 1) * h + h  # the table and the class token
+    attention = 3 * h * h + 3 * h + h * h + h
+    mlp = 2 * h * ffn + ffn + h
+    norms_and_scales = 4 * h + 2 * h
+    return patches + positions + vision.num_layers * (attention + mlp + norms_and_scales)

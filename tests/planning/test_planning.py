@@ -1,0 +1,95 @@
+"""The planner's counts against Long-VITA's published sizes and against hand-counted operations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_vita.config import (
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProjectorConfig,
+    StageConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from megatron_vita.errors import ConfigError
+from megatron_vita.planning.flops import decoder_forward, step_flops, tower_forward
+from megatron_vita.planning.memory import estimate_memory
+from megatron_vita.planning.parameters import count_parameters
+
+LONG_VITA_14B = ModelConfig(
+    num_layers=48,
+    hidden_size=5120,
+    ffn_hidden_size=13824,
+    num_attention_heads=40,
+    num_query_groups=8,
+    vocab_size=152064,
+    max_position_embeddings=1310720,
+    vision=VisionConfig(),
+    projector=ProjectorConfig(ffn_hidden_size=1024, bias=False),
+)
+
+
+def stage(**changes: object) -> StageConfig:
+    base = StageConfig(
+        model=LONG_VITA_14B,
+        data=DataConfig(seq_length=32768),
+        parallel=ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True),
+        train=TrainConfig(bf16=True, global_batch_size=8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_long_vita_14b_has_its_published_size() -> None:
+    counted = count_parameters(LONG_VITA_14B)
+    assert counted.decoder == 14_770_033_664
+    assert counted.tower == 304_012_288
+    assert counted.projector == 9_445_376
+
+
+def test_a_tied_head_counts_once() -> None:
+    tied = dataclasses.replace(LONG_VITA_14B, untie_embeddings_and_output_weights=False)
+    assert count_parameters(LONG_VITA_14B).total - count_parameters(tied).total == 152064 * 5120
+
+
+def test_decoder_operations_by_hand() -> None:
+    model = ModelConfig(
+        num_layers=1, hidden_size=4, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=10
+    )
+    layer = (4 + 4) * 5 + 4 * 4 + 3 * 8 * 4 + 8
+    pairs = 3 * 4 / 2 + 2 * 3 / 2
+    assert decoder_forward(model, [3, 2], labelled=2) == 2 * layer * 5 + 4 * pairs * 4 + 2 * 2 * 10 * 4
+
+
+def test_documents_cost_less_attention_than_one_sequence() -> None:
+    assert decoder_forward(LONG_VITA_14B, [512] * 4, 0) < decoder_forward(LONG_VITA_14B, [2048], 0)
+
+
+def test_frozen_parts_cost_less() -> None:
+    free = step_flops(stage(), tiles_per_pack=60, labelled_fraction=0.5)
+    aligned = stage(
+        train=TrainConfig(bf16=True, global_batch_size=8, freeze_language_model=True, freeze_vision_model=True)
+    )
+    frozen = step_flops(aligned, tiles_per_pack=60, labelled_fraction=0.5)
+    assert 0.55 < frozen / free < 0.7
+    assert tower_forward(LONG_VITA_14B, 2) == 2 * tower_forward(LONG_VITA_14B, 1) > 0
+
+
+def test_memory_falls_with_ranks_and_recompute() -> None:
+    plain = estimate_memory(stage(), 8)
+    assert plain.weights == pytest.approx(2 * (14_770_033_664 / 8 + 304_012_288 + 9_445_376), rel=1e-6)
+    more = estimate_memory(stage(), 64)
+    assert more.optimizer == pytest.approx(plain.optimizer / 8)
+    full = ParallelConfig(
+        tensor_model_parallel_size=8,
+        sequence_parallel=True,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    assert estimate_memory(stage(parallel=full), 8).activations < plain.activations / 5
+    with pytest.raises(ConfigError, match="Launch a multiple of 8"):
+        estimate_memory(stage(), 12)
