@@ -1,0 +1,134 @@
+"""integrity.json: what a finished checkpoint consists of, to the byte. Written last; without it there is no checkpoint.
+
+    {"format_version": 1,
+     "files": {"run.json": {"bytes": n, "sha256": hex},
+               "__0_0.distcp": {"bytes": n, "pieces": [[length, hex], ...]}, ...},
+     "digest": sha256 of the canonical JSON of "files"}
+
+A tensor file is a row of pieces, each a part of one tensor with a digest of its own, that together are exactly the
+file. So whoever reads one piece can verify it, and no rank has to hash what it does not read. Digests find damage; they
+are no signature, so the pickled parts are read with an allow-list besides (storage.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.errors import CheckpointError
+
+INTEGRITY_FILE = "integrity.json"
+_VERSION = 1
+_BLOCK = 1 << 22
+
+PieceDigests = Sequence[tuple[int, str]]
+"""(length in bytes, SHA-256) of each piece, in file order."""
+
+
+class Integrity:
+    """The parsed integrity.json of one folder."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.files = files
+        self._pieces: dict[tuple[str, int], tuple[int, str]] = {}
+        for name, entry in files.items():
+            offset = 0
+            for length, digest in entry.get("pieces", ()):
+                self._pieces[name, offset] = (length, digest)
+                offset += length
+
+    @classmethod
+    def read(cls, folder: Path) -> Integrity:
+        """Parse integrity.json and compare every file's size with it. Contents are not read yet.
+
+        Raises:
+            CheckpointError: no valid integrity.json (so no checkpoint), or a file is missing or of another size.
+        """
+        path = folder / INTEGRITY_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            files, digest, version = values["files"], values["digest"], values["format_version"]
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. Use an older step."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}). Use an older step.") from None
+        if version != _VERSION or _canonical(files) != digest:
+            raise CheckpointError(f"{path}: damaged (its own digest does not match). Use an older step.")
+        for name, entry in files.items():
+            file = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"{path}: names a file outside the folder, {name!r}. Do not use this checkpoint.")
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise CheckpointError(f"{file}: {found}, {entry['bytes']} were written. Use an older step.")
+        return cls(folder, files)
+
+    def read_file(self, name: str) -> bytes:
+        """Content of a small file, verified.
+
+        Raises:
+            CheckpointError: not part of the checkpoint, or its digest does not match.
+        """
+        path = self.folder / name
+        entry = self.files.get(name)
+        if entry is None or "sha256" not in entry:
+            raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path}: its content has changed since it was written. Use an older step.")
+        return content
+
+    def check_piece(self, file: str, offset: int, content: bytes | memoryview, what: str) -> None:
+        """Verify one piece that was just read; `what` names its tensor in the error."""
+        length, digest = self._pieces.get((file, offset), (-1, ""))
+        if length != len(content) or hashlib.sha256(content).hexdigest() != digest:
+            raise CheckpointError(
+                f"{self.folder / file}: the part that holds {what} has changed since it was written. Use an older step."
+            )
+
+    def check_all(self) -> None:
+        """Hash every byte of the folder. Raises CheckpointError naming the first file and offset that differ."""
+        for name, entry in self.files.items():
+            pieces = entry.get("pieces") or [[entry["bytes"], entry["sha256"]]]
+            with (self.folder / name).open("rb") as file:
+                for length, expected in pieces:
+                    offset, digest = file.tell(), hashlib.sha256()
+                    left = length
+                    while left and (block := file.read(min(left, _BLOCK))):
+                        digest.update(block)
+                        left -= len(block)
+                    if digest.hexdigest() != expected:
+                        raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. Use an older step.")
+
+
+def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
+    """Write integrity.json over everything in `folder`; the very last file of a checkpoint.
+
+    Args:
+        folder: the checkpoint, complete but for this file.
+        pieces: digests of the pieces of each tensor file, as its writer saw them. Other files are hashed here.
+    """
+    files: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(folder).as_posix()
+        size = path.stat().st_size
+        if name in pieces:
+            assert size == sum(length for length, _ in pieces[name]), f"{name}: its pieces do not make up the file"
+            files[name] = {"bytes": size, "pieces": [list(piece) for piece in pieces[name]]}
+        else:
+            files[name] = {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files)}
+    (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def _canonical(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
