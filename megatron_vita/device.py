@@ -1,8 +1,8 @@
 """CUDA or CPU: the one module that knows, and everything that megatron-core 0.16.1 needs to run without CUDA.
 
 megatron-core asks CUDA by name in some forty places. Where there is no CUDA, `install` gives each of those questions a
-CPU answer; where there is, it does nothing. Every line of it says who asks. No other file of the package names a device or a
-communication backend.
+CPU answer; where there is, it does nothing. Every line of it says who asks. No other file of the package names a device
+or a communication backend.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def install() -> None:
 
 
 def _quiet_imports() -> None:
-    """megatron-core warns on import, once per module, that Transformer Engine and Apex are absent: they are optional."""
+    """megatron-core warns on import, in every module, that Transformer Engine and Apex are absent: they are optional."""
     for text in (".*[Tt]ransformer [Ee]ngine.*", ".*[Aa]pex.*", ".*MLP requires ffn_hidden_size.*"):
         warnings.filterwarnings("ignore", message=text, module=r"megatron\..*")
 
@@ -207,9 +207,9 @@ def prepare_optimizer_for_load(optimizer: Any) -> None:
     """Let a distributed optimizer build the state dict that a checkpoint is read into. Call before asking for it.
 
     Two defects of megatron-core 0.16.1 with torch's AdamW: `state_dict` asserts on an optimizer that never stepped
-    (distrib_optimizer.py:642), and the setter copies every entry of the state, `step` among them, which the checkpoint does
-    not hold per parameter, and copies without no_grad (:938-940). Saving needs neither, but an optimizer that never stepped
-    can only be saved after this call too.
+    (distrib_optimizer.py:642), and the setter copies every entry of the state, `step` among them, which the checkpoint
+    does not hold per parameter, and copies without no_grad (:938-940). An optimizer that never stepped can only be
+    saved after this call too.
     """
     for one in _plain_distributed_optimizers(optimizer):
         if not one.optimizer.state:
