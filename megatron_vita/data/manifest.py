@@ -52,16 +52,18 @@ class SourceCounts:
     """Tiles of its Examples."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
     """One record that is not in the set, and why: a line of the rejects file."""
 
     source: str
+    """Name of the dataset in the mix."""
     line: int
     """Record number inside its file, from 1."""
     code: str
     """Reason code, one word."""
     message: str
+    """What was wrong, for people; begins with the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

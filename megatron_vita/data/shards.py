@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
+from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, image_block, load_manifest
 from megatron_vita.data.records import (
     MEDIA_SUFFIXES,
@@ -424,11 +424,11 @@ class ShardSet:
         rows = self.pack_samples(pack)
         return range(int(self._tile_starts[rows.start]), int(self._tile_starts[rows.stop]))
 
-    def tiles(self, rows: range) -> npt.NDArray[Any]:
+    def tiles(self, rows: range | Int64) -> npt.NDArray[Any]:
         """Records of the tiles file (`TILE`)."""
         if self._tiles is None:
             return np.zeros(0, dtype=TILE)
-        return np.array(self._tiles[rows.start : rows.stop])
+        return np.array(self._tiles[rows.start : rows.stop] if isinstance(rows, range) else self._tiles[rows])
 
     def sample_of_tile(self, rows: Int64) -> Int64:
         """The sample that each tile belongs to, `[n]`."""
@@ -442,22 +442,11 @@ class ShardSet:
         """
         if self._media is None:
             raise DataError(f"{self.prefix} is a set without media; there is no item {item}.")
-        data = self._media[item].tobytes()
+        index = self._media.index
+        data = self._media.bin_reader.read(
+            dtype=np.uint8, count=int(index.sequence_lengths[item]), offset=int(index.sequence_pointers[item])
+        ).tobytes()
         return self._referenced(data) if data.startswith(REFERENCE) else data
-
-    def media_item(self, tile: np.void) -> MediaItem:
-        """The picture that a record of the tiles file was cut from."""
-        data = self.media_bytes(int(tile["media"]))
-        return MediaItem(data, int(tile["width"]), int(tile["height"]), bool(tile["frame"]))
-
-    @staticmethod
-    def slots(tiles: npt.NDArray[Any]) -> list[TileSlot]:
-        """Records of the tiles file as tile slots for the renderer (token and media indices are the file's)."""
-        names = ("first_token", "media", "row", "col", "rows", "cols", "thumbnail")
-        return [
-            TileSlot(token, media, row, col, rows, cols, bool(thumbnail))
-            for token, media, row, col, rows, cols, thumbnail in tiles[list(names)].tolist()
-        ]
 
     def pack_costs(self, reset: bool) -> Int64:
         """Work of each pack that differs between packs, `[packs]`, in the unit of `sample_cost`.
