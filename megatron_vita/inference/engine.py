@@ -1,0 +1,359 @@
+"""Answers from a model on one rank: prompts joined as documents of one packed row, then decoded together.
+
+The prompt of a question is an Example made by the functions that training used, so ids and pixels are the same. Many
+prompts are laid side by side in one row; attention and positions restart at each, so none sees its neighbours. The
+first pass fills a key/value cache and gives the last token's logits only; every later pass carries one token for each
+prompt that is not finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vita import checkpoint
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
+from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
+from megatron_vita.convert import load_hf_for_inference
+from megatron_vita.data.chat import build_example
+from megatron_vita.data.example import Example
+from megatron_vita.data.media import read_items
+from megatron_vita.data.sample import Sample
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.tiling import render_tiles
+from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
+from megatron_vita.device import empty_cache, torch_device
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.inference.sampling import GREEDY, SamplingConfig, choose, generators_for
+from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.models.build import build_model
+from megatron_vita.models.vita import VitaModel
+from megatron_vita.parallel.context import KVCache
+from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer."""
+
+    text: str
+    """Without special tokens and without white space at its ends."""
+    ids: tuple[int, ...]
+    """Generated ids; the token that ended the answer is not among them."""
+    finished: bool
+    """The model ended the answer itself; otherwise it was cut at the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A Sample made ready for the model."""
+
+    example: Example
+    tiles: torch.Tensor
+    """uint8 [n, 3, S, S]; n = tiles of the example, in token order."""
+
+
+class Engine:
+    """A model with its tokenizer and preprocessing, on one rank."""
+
+    def __init__(
+        self, model: VitaModel, config: ModelConfig, tokenizer: VitaTokenizer, spec: PreprocessSpec, path: Path
+    ) -> None:
+        """Wrap parts that are loaded already; `Engine.load` loads them."""
+        self.model = model.eval()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.path = path
+        self._ends = frozenset(tokenizer.token_id(name) for name in (IM_END, END_OF_TEXT))
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Engine:
+        """Open a checkpoint (a step's folder or the folder above) or an exported Hugging Face `internvl` folder.
+
+        Args:
+            path: which of the two it is shows in its files (config.json: Hugging Face).
+            dtype: of weights and activations.
+
+        Raises:
+            ConfigError: no such folder, or no tokenizer in it.
+            CheckpointError: nothing loadable in it, or tensors of another shape than its settings promise.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
+        groups = _one_rank_groups()
+        spec: PreprocessSpec | None
+        if _is_hugging_face(path):
+            config, spec, tensors = load_hf_for_inference(path)
+            tokenizer = VitaTokenizer.load(path)
+        else:
+            folder = checkpoint.resolve(path)
+            state = checkpoint.read_state(folder)
+            config, spec = state.stage.model, state.preprocess
+            tokenizer = VitaTokenizer.load(folder / checkpoint.TOKENIZER_FOLDER)
+        model = build_model(StageConfig(model=config), groups, dtype=dtype)[0]
+        if _is_hugging_face(path):
+            checkpoint.load_tensors(tensors, [model], str(path))
+        else:
+            checkpoint.load_weights(folder, [model])
+        if config.vision is not None and spec is None:
+            raise ConfigError(f"{path}: a model with a tower, but nothing says how pictures become tiles.")
+        return cls(model, config, tokenizer, spec or PreprocessSpec(), path)
+
+    def close(self) -> None:
+        """Let go of the weights, so that the next model has room."""
+        del self.model
+        gc.collect()
+        empty_cache()
+
+    def prepare(self, sample: Sample, *, zero_tiles: bool = False) -> Prompt:
+        """Ids and pixels of a question, by the functions that made the training shards.
+
+        Args:
+            sample: its last turn is the user's.
+            zero_tiles: black tiles instead of the pictures'; lengths and ids stay.
+
+        Raises:
+            ConfigError: pictures for a model without a tower.
+            DataError: a damaged medium, or a conversation that does not end with a question.
+        """
+        sample.check()
+        if sample.messages[-1].role != "user":
+            raise DataError(f"bad_order: {sample.id}: the last turn is an answer already; end with a question")
+        if (sample.images or sample.videos) and self.config.vision is None:
+            raise ConfigError(
+                f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
+            )
+        images, videos = read_items(sample, self.spec)
+        example = build_example(
+            sample, images, videos, tokenizer=self.tokenizer, spec=self.spec, generation_prompt=True
+        )
+        if len(example.tokens) >= self.config.max_position_embeddings:
+            raise DataError(
+                f"overlong: {sample.id}: a prompt of {len(example.tokens)} tokens, but the model handles "
+                f"{self.config.max_position_embeddings} with the answer"
+            )
+        side = self.spec.image_size
+        tiles = np.zeros((len(example.tiles), 3, side, side), dtype=np.uint8)
+        if not zero_tiles:
+            for media, run in groupby(range(len(tiles)), key=lambda tile: example.tiles[tile].media):
+                members = list(run)
+                slots = [example.tiles[tile] for tile in members]
+                tiles[members[0] : members[-1] + 1] = render_tiles(example.media[media], slots, self.spec)
+        return Prompt(example, torch.from_numpy(tiles))
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int = 64,
+        sampling: SamplingConfig = GREEDY,
+        zero_tiles: bool = False,
+        batch_tokens: int = 8192,
+    ) -> list[Generation]:
+        """Answer every sample; see `stream`.
+
+        Raises:
+            DataError: the first sample that cannot be read.
+        """
+        answers: list[Generation] = []
+        for _, outcome in self.stream(
+            samples, max_new_tokens=max_new_tokens, sampling=sampling, zero_tiles=zero_tiles, batch_tokens=batch_tokens
+        ):
+            if isinstance(outcome, DataError):
+                raise outcome
+            answers.append(outcome)
+        return answers
+
+    def stream(
+        self,
+        samples: Iterable[Sample],
+        *,
+        max_new_tokens: int = 64,
+        sampling: SamplingConfig = GREEDY,
+        zero_tiles: bool = False,
+        batch_tokens: int = 8192,
+    ) -> Iterator[tuple[int, Generation | DataError]]:
+        """Answer samples row by row, in order, reading each sample only when its row is filled.
+
+        Args:
+            samples: questions.
+            max_new_tokens: longest answer.
+            sampling: how tokens are chosen.
+            zero_tiles: show the model black tiles.
+            batch_tokens: prompt tokens of one row; a longer prompt gets a row of its own.
+
+        Yields:
+            (number of the sample, its answer or why it cannot be read).
+        """
+        row: list[tuple[int, Prompt | DataError]] = []
+        tokens = 0
+        for number, sample in enumerate(samples):
+            prompt: Prompt | DataError
+            try:
+                prompt = self.prepare(sample, zero_tiles=zero_tiles)
+            except DataError as error:
+                row.append((number, error))
+                continue
+            length = len(prompt.example.tokens)
+            if tokens and tokens + length > batch_tokens:
+                yield from self._answer_row(row, max_new_tokens, sampling)
+                row, tokens = [], 0
+            row.append((number, prompt))
+            tokens += length
+        yield from self._answer_row(row, max_new_tokens, sampling)
+
+    def _answer_row(
+        self, row: Sequence[tuple[int, Prompt | DataError]], max_new_tokens: int, sampling: SamplingConfig
+    ) -> Iterator[tuple[int, Generation | DataError]]:
+        readable = [prompt for _, prompt in row if isinstance(prompt, Prompt)]
+        answers = iter(self.answer(readable, max_new_tokens=max_new_tokens, sampling=sampling) if readable else ())
+        for number, prompt in row:
+            yield number, (prompt if isinstance(prompt, DataError) else next(answers))
+
+    @torch.inference_mode()
+    def answer(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: SamplingConfig = GREEDY
+    ) -> list[Generation]:
+        """Answer prompts that share one row.
+
+        Args:
+            prompts: at least one.
+            max_new_tokens: longest answer; shorter where a prompt leaves fewer positions.
+            sampling: how tokens are chosen.
+        """
+        device = torch_device()
+        lengths = [len(prompt.example.tokens) for prompt in prompts]
+        room = [min(max_new_tokens, self.config.max_position_embeddings - length) for length in lengths]
+        said: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        generators = generators_for(len(prompts), sampling)
+        active = list(range(len(prompts)))
+        cache = KVCache(len(prompts))
+        logits = self._prefill(prompts, cache)
+        while True:
+            chosen = choose(logits, sampling, [generators[i] for i in active]).tolist()
+            going = []
+            for place, (i, token) in enumerate(zip(active, chosen, strict=True)):
+                ended[i] = token in self._ends
+                if not ended[i]:
+                    said[i].append(token)
+                    if len(said[i]) < room[i]:
+                        going.append(place)
+            if not going:
+                break
+            if len(going) < len(active):
+                cache.keep(going)
+            active = [active[place] for place in going]
+            tokens = torch.tensor([[said[i][-1] for i in active]], device=device)
+            positions = torch.tensor([[lengths[i] + len(said[i]) - 1 for i in active]], device=device)
+            logits = self._decode(tokens, positions, cache)
+        return [
+            Generation(self.tokenizer.decode(ids).strip(), tuple(ids), done)
+            for ids, done in zip(said, ended, strict=True)
+        ]
+
+    def _prefill(self, prompts: Sequence[Prompt], cache: KVCache | None) -> torch.Tensor:
+        """Logits after the last token of each prompt, float [n, v]; fills the cache."""
+        device = torch_device()
+        examples = [prompt.example for prompt in prompts]
+        layout = SequenceLayout(tuple(len(example.tokens) for example in examples))
+        first = [
+            slot.first_token + start
+            for example, start in zip(examples, layout.starts.tolist(), strict=True)
+            for slot in example.tiles
+        ]
+        tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
+        last = layout.starts + np.asarray(layout.documents) - 1
+        return self.model(
+            tokens=torch.from_numpy(tokens)[None].to(device),
+            positions=torch.from_numpy(layout.positions_in_document)[None].to(device),
+            layout=layout,
+            routes=TileRoutes(layout, np.asarray(first, dtype=np.int64), self.spec.tokens_per_tile),
+            tiles=torch.cat([prompt.tiles for prompt in prompts]).to(device),
+            logit_rows=torch.from_numpy(last).to(device),
+            cache=cache,
+        )
+
+    def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits after one more token of each sequence in the cache; tokens and positions [1, n] -> [n, v]."""
+        count = tokens.shape[1]
+        layout = SequenceLayout((1,) * count)
+        side = self.spec.image_size
+        return self.model(
+            tokens=tokens,
+            positions=positions,
+            layout=layout,
+            routes=TileRoutes(layout, np.empty(0, dtype=np.int64), self.spec.tokens_per_tile),
+            tiles=torch.empty((0, 3, side, side), dtype=torch.uint8, device=tokens.device),
+            logit_rows=torch.arange(count, device=tokens.device),
+            cache=cache,
+        )
+
+
+def model_name(path: str | Path) -> str:
+    """What a model is called in tables: the stage that trained it, or the name of its folder.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
+    if _is_hugging_face(path):
+        return path.resolve().name
+    return checkpoint.read_state(path).stage.name
+
+
+def fingerprint(path: str | Path) -> str:
+    """A digest that changes when a model's files change, without reading its weights; hexadecimal.
+
+    A checkpoint's integrity file holds the digests of all its tensors; of a Hugging Face folder, the names, sizes and
+    times of the weights stand for them.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if _is_hugging_face(path):
+        for file in sorted(path.glob("*.json")):
+            digest.update(file.name.encode() + file.read_bytes())
+        for file in sorted(path.glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    else:
+        digest.update((checkpoint.resolve(path) / INTEGRITY_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+_groups: Groups | None = None
+
+
+def _one_rank_groups() -> Groups:
+    """The groups of a world of one rank; shared by all engines of the process.
+
+    Raises:
+        ConfigError: started by torchrun on several ranks.
+    """
+    global _groups
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("chat and evaluation run in one process. Start without torchrun.")
+    init_distributed()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        if _groups is not None and parallel_state.get_tensor_model_parallel_group() is _groups.collection.tp:
+            return _groups
+        destroy_groups()
+    _groups = build_groups(ParallelConfig())
+    return _groups

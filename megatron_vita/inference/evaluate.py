@@ -1,0 +1,252 @@
+"""Ask models the questions of JSONL files and judge the answers; every answer is on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.inference.engine import Engine, fingerprint, model_name
+from megatron_vita.inference.questions import Question, read_questions
+from megatron_vita.inference.results import Result, ResultFile
+from megatron_vita.inference.sampling import GREEDY, SamplingConfig
+from megatron_vita.inference.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSettings:
+    """What decides an answer, besides the model and the question."""
+
+    task: str = "exact_match"
+    """How answers are judged."""
+    zero_tiles: bool = False
+    """Every tile is black: what does the model answer without seeing?"""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    sampling: SamplingConfig = GREEDY
+    """How tokens are chosen."""
+    batch_tokens: int = 8192
+    """Prompt tokens that are answered together; decides speed and memory, not answers."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"task {self.task!r} is not known. Choose one of {', '.join(TASKS)}.")
+        for name in ("max_new_tokens", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    def digest(self, *more: str) -> str:
+        """16 hex digits that change with any setting that changes answers, and with `more`."""
+        deciding = {key: value for key, value in asdict(self).items() if key != "batch_tokens"}
+        return hashlib.sha256(json.dumps([deciding, *more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One model's questions that are still to be asked."""
+
+    model: str
+    """The path as it was given."""
+    name: str
+    questions: tuple[tuple[str, str, Question], ...]
+    """(run, data file as it was given, question)."""
+
+
+def evaluate(
+    models: Sequence[str],
+    data: Sequence[str],
+    output: Path,
+    settings: EvalSettings,
+    *,
+    media_root: Path | None = None,
+    limit: int | None = None,
+    workers: int = 1,
+) -> list[dict[str, Any]]:
+    """Ask every model every question that `output/results.jsonl` does not answer yet; then write `output/summary.json`.
+
+    Args:
+        models: checkpoints or Hugging Face folders.
+        data: JSONL files in Long-VITA's messages form; the last assistant turn is the reference answer.
+        output: folder of the results.
+        settings: what decides an answer.
+        media_root: folder that media paths are relative to; by default each data file's own.
+        limit: only the first so many lines of each file.
+        workers: processes that share the questions; each loads the model.
+
+    Returns:
+        A summary row (see `summarise`) for each model and data file of this call, over all answers so far.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a missing path, a file that is no JSONL of messages, a foreign results
+            file. A single damaged question is not raised but counted (verdict `unreadable`).
+    """
+    files = {path: read_questions(Path(path), media_root=media_root, limit=limit) for path in data}
+    digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+    names = _names(models)
+    runs = {(m, d): settings.digest(fingerprint(m), digests[d], str(media_root)) for m in names for d in files}
+    results = ResultFile(output / "results.jsonl")
+    try:
+        stale = results.forget_stale((m, d, settings.zero_tiles, run) for (m, d), run in runs.items())
+        if stale:
+            log.info("%s: dropped %d answers given under another model, file or setting", results.path, stale)
+        finished = results.finished()
+        parts = []
+        for model, name in names.items():
+            todo = [(runs[model, d], d, q) for d, questions in files.items() for q in questions]
+            parts.append(_Part(model, name, tuple(t for t in todo if (t[0], t[1], t[2].line) not in finished)))
+        total = len(names) * sum(map(len, files.values()))
+        _ask(parts, results, settings, total, workers)
+    finally:
+        results.close()
+    _write_json(output / "summary.json", summarise(results.results))
+    mine = {(model, d, settings.zero_tiles) for model in names for d in files}
+    return [row for row in summarise(results.results) if (row["model"], row["data"], row["zero_tiles"]) in mine]
+
+
+def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, total: int, workers: int) -> None:
+    """Ask all that is left, appending each answer; a bar on standard error shows how far and how fast."""
+    parts = [part for part in parts if part.questions]
+    left = sum(len(part.questions) for part in parts)
+    if left < total:
+        log.info("%s: %d of %d answers are there already", results.path, total - left, total)
+    if not left:
+        return
+    workers = max(1, min(workers, max(len(part.questions) for part in parts)))
+    if workers == 1:
+        answers = _answer(parts, settings)
+    else:
+        answers = _in_processes(workers, lambda rank: _answer([_share(p, rank, workers) for p in parts], settings))
+    with tqdm(total=total, initial=total - left, unit="q", smoothing=0.1, mininterval=0.5) as bar:
+        right = 0
+        for asked, result in enumerate(answers, 1):
+            results.add(result)
+            right += result["verdict"] == RIGHT
+            bar.set_description(result["name"], refresh=False)
+            bar.set_postfix_str(f"right {right / asked:.1%}", refresh=False)
+            bar.update()
+
+
+def _share(part: _Part, rank: int, workers: int) -> _Part:
+    """Every `workers`-th question: neighbours in a file are alike, so the shares cost alike."""
+    return _Part(part.model, part.name, part.questions[rank::workers])
+
+
+def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
+    """Load each model in turn and answer its questions."""
+    judge = TASKS[settings.task]
+    for part in parts:
+        if not part.questions:
+            continue
+        engine = Engine.load(part.model)
+        outcomes = engine.stream(
+            (question.sample for _, _, question in part.questions),
+            max_new_tokens=settings.max_new_tokens,
+            sampling=settings.sampling,
+            zero_tiles=settings.zero_tiles,
+            batch_tokens=settings.batch_tokens,
+        )
+        for index, outcome in outcomes:
+            run, data, question = part.questions[index]
+            result: Result = {"run": run, "model": part.model, "name": part.name, "task": settings.task}
+            result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
+            if isinstance(outcome, DataError):
+                result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}
+                result |= {"error": str(outcome), "fields": question.fields}
+            else:
+                verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
+                result |= {"answer": outcome.text, "expected": question.expected, "verdict": verdict}
+                result |= {"finished": outcome.finished, "fields": question.fields}
+            yield result
+        engine.close()
+
+
+def _in_processes(workers: int, work: Callable[[int], Iterator[Result]]) -> Iterator[Result]:
+    """Run `work(rank)` in forked processes and hand on their results as they come.
+
+    Forked, so that the slow imports are paid once. A worker's failure ends all of them and is raised here.
+    """
+    context = multiprocessing.get_context("fork")
+    receivers: list[Connection] = []
+    processes = []
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    for rank in range(workers):
+        receiver, sender = context.Pipe(duplex=False)
+        receivers.append(receiver)
+        # The list as it is now: a child must hold no reading end, or it would not notice that the parent was killed.
+        process = context.Process(target=_worker, args=(rank, sender, list(receivers), threads, work), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+    try:
+        open_ends = list(receivers)
+        while open_ends:
+            for ready in wait(open_ends):
+                rank = receivers.index(ready)  # type: ignore[arg-type]
+                try:
+                    kind, content = ready.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise VitaError(
+                        f"evaluation process {rank} died (out of memory?). Run again to continue."
+                    ) from None
+                if kind == "done":
+                    open_ends.remove(ready)  # type: ignore[arg-type]
+                elif kind == "error":
+                    raise content
+                else:
+                    yield content
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _worker(
+    rank: int,
+    sender: Connection,
+    inherited: Sequence[Connection],
+    threads: int,
+    work: Callable[[int], Iterator[Result]],
+) -> None:
+    for one in inherited:
+        one.close()
+    torch.set_num_threads(threads)
+    try:
+        for result in work(rank):
+            sender.send(("result", result))
+        sender.send(("done", None))
+    except BrokenPipeError:
+        pass  # the parent was killed; what it had received is on disk
+    except KeyboardInterrupt:
+        pass  # the parent got the same signal and says so
+    except VitaError as error:
+        sender.send(("error", error))
+    except BaseException:
+        sender.send(("error", VitaError(f"evaluation process {rank} failed:\n{traceback.format_exc()}")))
+
+
+def _names(models: Sequence[str]) -> dict[str, str]:
+    """Path -> what the model is called in tables: its stage or folder name, or its path where that is not unique."""
+    names = {model: model_name(model) for model in models}
+    unique = {name for name in names.values() if list(names.values()).count(name) == 1}
+    return {model: name if name in unique else model for model, name in names.items()}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write all at once, or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(path)

@@ -1,0 +1,154 @@
+"""Judging and counting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.inference.questions import read_questions
+from megatron_vita.inference.results import ResultFile
+from megatron_vita.inference.score import depth_band, exact_match, summarise, table, wilson
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        ("7", "7", True),
+        (" 7\n", "7", True),
+        ("A  temple", "A temple", True),
+        ("a temple", "A temple", False),
+        ("", "7", False),
+        ("77", "7", False),
+    ],
+)
+def test_exact_match(answer: str, expected: str, same: bool) -> None:
+    assert exact_match(answer, expected) is same
+
+
+@given(st.integers(0, 500), st.integers(0, 500))
+def test_wilson_holds_the_share_and_stays_in_bounds(a: int, b: int) -> None:
+    right, count = min(a, b), max(a, b)
+    low, high = wilson(right, count)
+    assert 0 <= low <= high <= 1
+    if count:
+        assert low - 1e-12 <= right / count <= high + 1e-12
+        assert wilson(count - right, count) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_of_a_known_case() -> None:
+    assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
+
+
+@given(st.floats(0, 1))
+def test_every_depth_has_a_band(depth: float) -> None:
+    band = depth_band(depth)
+    assert 0 <= band <= 4
+    assert band / 5 <= depth
+    assert depth < (band + 1) / 5 or depth == 1 or depth == pytest.approx((band + 1) / 5)
+
+
+def result(line: int, verdict: str, *, run: str = "r", model: str = "m", **fields: float) -> dict[str, object]:
+    """A result line as evaluate writes it."""
+    return {
+        "run": run, "model": model, "name": model, "task": "exact_match", "data": "d.jsonl", "line": line,
+        "zero_tiles": False, "answer": "7", "expected": "7", "verdict": verdict, "finished": True, "fields": fields,
+    }  # fmt: skip
+
+
+def test_summary_counts_by_depth() -> None:
+    rows = summarise([result(1, "right", depth=0.0), result(2, "wrong", depth=1.0), result(3, "unreadable", depth=0.9)])
+    assert len(rows) == 1
+    assert (rows[0]["count"], rows[0]["right"], rows[0]["unreadable"]) == (3, 1, 1)
+    assert [band["count"] for band in rows[0]["depth_bands"]] == [1, 0, 0, 0, 2]
+    assert "33.3%" in table(rows)
+    assert "1 unreadable" in table(rows)
+    assert "depth_bands" not in summarise([result(1, "right")])[0]
+
+
+def test_results_continue_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.jsonl"
+    file = ResultFile(path)
+    file.add(result(1, "right"))
+    file.add(result(2, "wrong"))
+    file.close()
+    with path.open("a") as torn:
+        torn.write('{"run": "r", "mod')
+    again = ResultFile(path)
+    assert again.finished() == {("r", "d.jsonl", 1), ("r", "d.jsonl", 2)}
+    again.add(result(3, "right"))
+    again.close()
+    assert [json.loads(line)["line"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_results_of_another_run_are_forgotten_only_where_the_new_run_stands(tmp_path: Path) -> None:
+    file = ResultFile(tmp_path / "results.jsonl")
+    for line in (1, 2):
+        file.add(result(line, "right", run="old"))
+        file.add(result(line, "right", run="other", model="n"))
+    assert file.forget_stale([("m", "d.jsonl", False, "new")]) == 2
+    file.add(result(1, "wrong", run="new"))
+    file.close()
+    assert ResultFile(tmp_path / "results.jsonl").finished() == {
+        ("other", "d.jsonl", 1), ("other", "d.jsonl", 2), ("new", "d.jsonl", 1),
+    }  # fmt: skip
+
+
+def test_a_foreign_results_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"some": "thing"}\n')
+    with pytest.raises(DataError, match="line 1: not an evaluation result"):
+        ResultFile(tmp_path / "results.jsonl")
+
+
+def test_questions(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    talk = [
+        {"role": "user", "content": "<image>\nWhat? a < b"},
+        {"role": "assistant", "content": "One <image>"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Two"},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"messages": talk, "images": ["a.png"], "depth": 0.5}) + "\n\n")
+    (question,) = read_questions(file)
+    assert question.expected == "Two"
+    assert question.fields == {"depth": 0.5}
+    assert [message.role for message in question.sample.messages] == ["user", "assistant", "user"]
+    assert len(question.sample.messages[0].parts) == 2
+    assert question.sample.messages[1].parts[0].text == "One <image>"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not a record"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "reference answer"),
+        (
+            '{"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}',
+            "media_count",
+        ),
+        ('{"messages": [{"role": "robot", "content": "hi"}]}', "not a record"),
+        (
+            '{"messages": [{"role": "user", "content":"<image>"}, {"role":"gpt", "content": "x"}], "images": ["no.png"]}',
+            "media_missing",
+        ),
+    ],
+)
+def test_bad_questions_name_their_line(tmp_path: Path, line: str, says: str) -> None:
+    good = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}'
+    (tmp_path / "q.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(DataError, match=f"line 2: .*{says}"):
+        read_questions(tmp_path / "q.jsonl")
+    assert len(read_questions(tmp_path / "q.jsonl", limit=1)) == 1
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="no questions"):
+        read_questions(tmp_path / "q.jsonl")
