@@ -1,6 +1,6 @@
 """Draw what a quickstart run did: loss, needle heat map, accuracy after each stage, a page of answers.
 
-    python examples/quickstart/report.py --run DIR [--results DIR ...] [--data DIR] [--output DIR]
+    python examples/quickstart/report.py --run DIR [--save DIR] [--results DIR ...] [--data DIR] [--output DIR]
 
 Reads the ledgers `DIR/save/<stage>/ledger.jsonl` and every `results.jsonl` that tools/evaluate.py left under
 `DIR/eval` (or the folders given with --results), and writes into `DIR/report`:
@@ -369,10 +369,10 @@ def _length_rank(kind: str) -> int:
 # ---------------------------------------------------------------------------------------------------- all of it
 
 
-def write_report(run: Path, results_from: Sequence[Path], data: Path, output: Path) -> list[str]:
+def write_report(save: Path, results_from: Sequence[Path], data: Path, output: Path) -> list[str]:
     """Write every page that the run has material for; returns what could not be drawn, in words."""
     output.mkdir(parents=True, exist_ok=True)
-    ledgers = {stage: lines for stage, lines in read_ledgers(run / "save").items() if lines}
+    ledgers = {stage: lines for stage, lines in read_ledgers(save).items() if lines}
     results = read_results(results_from)
     missing, page = [], ["# What this run did", ""]
     if ledgers:
@@ -386,7 +386,7 @@ def write_report(run: Path, results_from: Sequence[Path], data: Path, output: Pa
             page.append(f"| {stage} | {len(lines)} | {losses[0]:.3f} | {sum(tail) / len(tail):.3f} | {seconds:.0f} s |")
         page.append("")
     else:
-        missing.append(f"no loss curve: no ledger under {run / 'save'}")
+        missing.append(f"no loss curve: no <stage>/ledger.jsonl under {save}")
     if not results:
         missing.append(f"no accuracies: no results.jsonl under {', '.join(map(str, results_from))}")
     else:
@@ -410,7 +410,8 @@ def write_report(run: Path, results_from: Sequence[Path], data: Path, output: Pa
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw what a quickstart run did.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, with save/<stage>/ledger.jsonl")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--save", type=Path, help="folder of the stages, as checkpoint.save (default: RUN/save)")
     parser.add_argument("--results", type=Path, nargs="+", help="folders with results.jsonl (default: RUN/eval)")
     parser.add_argument("--data", type=Path, help="folder of the evaluation files (default: RUN/data)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/report)")
@@ -418,7 +419,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.run.is_dir():
         parser.error(f"{args.run}: no such folder")
     output = args.output or args.run / "report"
-    missing = write_report(args.run, args.results or [args.run / "eval"], args.data or args.run / "data", output)
+    save = args.save or args.run / "save"
+    missing = write_report(save, args.results or [args.run / "eval"], args.data or args.run / "data", output)
     for reason in missing:
         print(f"left out: {reason}", file=sys.stderr)
     print(f"wrote {output / 'report.md'}")

@@ -95,5 +95,5 @@ def test_an_empty_run_says_what_is_missing(
     report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main(["--run", str(tmp_path)]) == 0
-    assert "no ledger" in capsys.readouterr().err
+    assert "no loss curve" in capsys.readouterr().err
     assert "Left out: no accuracies" in (tmp_path / "report/report.md").read_text()

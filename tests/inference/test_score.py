@@ -133,7 +133,7 @@ def test_questions(tmp_path: Path) -> None:
         ),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "not a record"),
         (
-            '{"messages": [{"role": "user", "content":"<image>"}, {"role":"gpt", "content": "x"}], "images": ["no.png"]}',
+            '{"messages": [{"role": "user", "content": "<image>"}, {"role": "gpt", "content": "x"}], "images": ["n"]}',
             "media_missing",
         ),
     ],
