@@ -113,6 +113,8 @@ class ModelConfig:
     """Longest sequence the exported model claims to handle."""
     init_method_std: float = 0.02
     """Standard deviation of fresh weights."""
+    embedding_init_method_std: float | None = None
+    """Standard deviation of a fresh embedding table; by default init_method_std."""
     transformer_impl: str = "auto"
     """Layer classes: `local` (megatron-core's own), `te` (Transformer Engine), or `auto`: te where it imports."""
     vision: VisionConfig | None = None

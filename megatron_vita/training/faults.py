@@ -66,6 +66,7 @@ def refuse_non_finite(name: str, value: float, *, stage: str, iteration: int, sa
     if not math.isfinite(value):
         shown = ", ".join(map(str, sample_ids[:20]))
         raise VitaError(
-            f"stage {stage!r}, step {iteration}: the {name} is {value}. The step's samples are {shown}. Look at them with "
-            "tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. The last checkpoint is unharmed."
+            f"stage {stage!r}, step {iteration}: the {name} is {value}. The step's samples are {shown}. Look at "
+            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. The last checkpoint is "
+            "whole."
         )

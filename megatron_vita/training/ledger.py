@@ -37,7 +37,7 @@ class Ledger:
     """Appends to `ledger.jsonl` of a stage. Only rank 0 holds one."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Open for appending after step `resume_at`, dropping lines of steps that a killed run took after its checkpoint."""
+        """Open for appending after step `resume_at`; lines of steps that a killed run took after its checkpoint go."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_ledger(path) if line["iteration"] <= resume_at] if path.exists() else []
         temporary = path.with_suffix(".tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def train(session: Session, folder: Path) -> Path:
     try:
         with Progress(stage, start=start, rank=rank) as progress, session.loader() as loader:
             if start == 0:
-                _validate(session, progress, 0)
+                _validate(session, progress, folder, 0)
             for iteration in range(start + 1, last + 1):
                 began = time.monotonic()
                 step, masked = failed.agree(next(loader))
@@ -73,7 +74,7 @@ def train(session: Session, folder: Path) -> Path:
                 )
                 every, save_every = stage.train.eval_interval, stage.checkpoint.save_interval
                 if iteration == last or (every and iteration % every == 0):
-                    _validate(session, progress, iteration)
+                    _validate(session, progress, folder, iteration)
                 if iteration == last or (save_every and iteration % save_every == 0):
                     saved = _save(session, folder)
     finally:
@@ -82,8 +83,8 @@ def train(session: Session, folder: Path) -> Path:
     return saved
 
 
-def _validate(session: Session, progress: Progress, iteration: int) -> None:
-    """Measure the loss on held-out shards, if the stage names any."""
+def _validate(session: Session, progress: Progress, folder: Path, iteration: int) -> None:
+    """Measure the loss on held-out shards, if the stage names any, and write it into `validation.jsonl`."""
     stage = session.stage
     if stage.data.valid_data_path is None:
         return
@@ -91,6 +92,9 @@ def _validate(session: Session, progress: Progress, iteration: int) -> None:
         steps = itertools.islice(loader, stage.train.eval_iters)
         loss = validate(stage, session.groups, session.wrapped, steps)
     progress.validation(iteration, loss)
+    if dist.get_rank() == 0:
+        with (folder / "validation.jsonl").open("w" if iteration == 0 else "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def _save(session: Session, folder: Path) -> Path:

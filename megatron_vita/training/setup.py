@@ -61,7 +61,7 @@ class Session:
 
 @contextmanager
 def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | None) -> Iterator[Session]:
-    """Build groups, model, optimizer and state of a stage; destroy them afterwards, so that the next can be laid out anew.
+    """Build groups, model, optimizer and state of a stage; destroy them afterwards, so that the next lays out anew.
 
     Args:
         stage: the merged settings.
@@ -120,7 +120,7 @@ def _fresh_state(stage: StageConfig) -> checkpoint.RunState:
         stage=stage,
         iteration=0,
         consumed_packs=0,
-        preprocess=manifest.preprocess if stage.model.vision else None,
+        preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
     )
 

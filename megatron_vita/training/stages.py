@@ -12,7 +12,7 @@ import yaml
 
 from megatron_vita import checkpoint
 from megatron_vita.config import RunConfig, StageConfig, to_dict
-from megatron_vita.data.loader import check_compatible
+from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -111,7 +111,7 @@ def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume
 def _agreed(question: Any, path: Path) -> Path | None:
     """The answer of rank 0 about a path, on every rank; an error there is an error everywhere."""
 
-    def ask() -> Path | None | Exception:
+    def ask() -> Path | Exception | None:
         try:
             return question(path)
         except (CheckpointError, ConfigError) as error:
