@@ -111,7 +111,7 @@ def install() -> None:
 
 
 def _quiet_imports() -> None:
-    """megatron-core warns on import, in every module, that Transformer Engine and Apex are absent: they are optional."""
+    """megatron-core warns on import that Transformer Engine and Apex are absent: they are optional."""
     for text in (".*[Tt]ransformer [Ee]ngine.*", ".*[Aa]pex.*", ".*MLP requires ffn_hidden_size.*"):
         warnings.filterwarnings("ignore", message=text, module=r"megatron\..*")
 

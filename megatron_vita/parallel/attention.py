@@ -2,7 +2,8 @@
 
 Every rank gathers the keys and values of the row (key/value heads unexpanded) and computes the blocks of its own
 queries; the backward returns the gradients of keys and values to their owners by reduce-scatter. Blocks are merged by
-their log-sum-exp in float32. Legend: t local tokens, s tokens of the row, h query heads, g key/value heads, d head size.
+their log-sum-exp in float32. Legend: t local tokens, s tokens of the row, h query heads, g key/value heads, d head
+size.
 """
 
 from __future__ import annotations
@@ -201,8 +202,17 @@ def _forward_batch(
 
 
 def _backward_batch(
-    batch: BlockBatch, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch: BlockBatch,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     own = batch.queries.of(grad)
     if batch.padding is not None:
         own.index_fill_(0, batch.padding, 0)  # `of` gathered a copy: padding sends no gradient
@@ -221,7 +231,8 @@ def _backward_batch(
 
 def _gather_row(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Keys and values of the whole row in row order, two [s, g, d], in one collective."""
-    assert group is not None and schedule.from_ranks is not None
+    assert group is not None
+    assert schedule.from_ranks is not None
     # torch.stack is contiguous whatever the strides of k and v: gloo permutes data in silence where they differ.
     mine = torch.stack([k, v], dim=1)
     everyone = mine.new_empty(group.size() * mine.shape[0], *mine.shape[1:])
@@ -232,7 +243,8 @@ def _gather_row(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGro
 
 def _scatter_row(row_grad: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> Tensor:
     """Sum [s, 2, g, d] over the group; each rank gets its own tokens, [t, 2, g, d]."""
-    assert group is not None and schedule.to_ranks is not None
+    assert group is not None
+    assert schedule.to_ranks is not None
     by_rank = row_grad.index_select(0, schedule.to_ranks)
     mine = by_rank.new_empty(schedule.tokens, *by_rank.shape[1:])
     dist.reduce_scatter_tensor(mine, by_rank, group=group)
@@ -250,8 +262,8 @@ def _cached_attention(
         )
     if len(layout.documents) < len(cache):
         raise ConfigError(
-            f"a row of {len(layout.documents)} documents for {len(cache)} cached sequences: document i continues sequence i, "
-            "so give each sequence a document, or forget finished ones with KVCache.keep."
+            f"a row of {len(layout.documents)} documents for {len(cache)} cached sequences: document i continues "
+            "sequence i, so give each sequence a document, or forget finished ones with KVCache.keep."
         )
     prefill = cache.empty
     keys, values = cache.append(layer, k, v, layout.documents)

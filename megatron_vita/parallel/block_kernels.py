@@ -1,8 +1,9 @@
 """One block of attention, with its log-sum-exp, forward and backward: the kernels that the block schedule calls.
 
 A kernel computes softmax(q k^T * scale) v over the keys of one block only; its log-sum-exp lets blocks be merged
-afterwards. The backward takes the output and the log-sum-exp of the *whole* row and then gives this block's exact share of the
-gradients. `plain_forward` and `plain_backward` are the readable twins, used where no kernel fits and by the tests.
+afterwards. The backward takes the output and the log-sum-exp of the *whole* row and then gives this block's exact share
+of the gradients. `plain_forward` and `plain_backward` are the readable twins, used where no kernel fits and by the
+tests.
 
 Shapes: n blocks of equal shape, h query heads, g key/value heads (g divides h; query head i reads key head i * g // h).
 """

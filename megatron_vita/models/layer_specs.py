@@ -1,0 +1,99 @@
+"""Which classes a layer is made of: megatron-core's own (`local`), or Transformer Engine's (`te`).
+
+Both give the same checkpoint keys: `local` keeps its norms beside the linears and maps their names to Transformer
+Engine's, which keeps them inside.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_vita.errors import ConfigError
+from megatron_vita.models.norms import LayerNorm, RMSNorm
+from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
+
+TE_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Local names of a layer's norms -> their names in checkpoints, which are Transformer Engine's."""
+
+
+def choose_implementation(wanted: str) -> str:
+    """`local` or `te`, from model.transformer_impl.
+
+    Raises:
+        ConfigError: `te` is asked for and does not import.
+    """
+    found = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "te" and not found:
+        raise ConfigError(
+            "model.transformer_impl=te, but transformer_engine cannot be imported. Install the `cuda` extra, "
+            "or use local."
+        )
+    return "te" if wanted == "te" or (wanted == "auto" and found) else "local"
+
+
+def decoder_spec(implementation: str, layers: int) -> TransformerBlockSubmodules:
+    """The decoder's layers on one pipeline stage: RMSNorm, causal attention within documents, SwiGLU."""
+    if implementation == "te":
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.self_attention.submodules.core_attention = VitaCoreAttention
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[_local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal)] * layers,
+        layer_norm=RMSNorm,
+    )
+
+
+def tower_spec(implementation: str, layers: int, layer_class: type) -> TransformerBlockSubmodules:
+    """The tower's layers: LayerNorm, attention of every patch to every other, GELU; no norm after the last."""
+    if implementation == "te":
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.module = layer_class
+        layer.submodules.self_attention.submodules.core_attention = TowerCoreAttention
+        layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
+    else:
+        layer = _local_layer(layer_class, LayerNorm, TowerCoreAttention, AttnMaskType.no_mask)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)
+
+
+def _local_layer(layer_class: type, norm: type, core_attention: type, mask: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=layer_class,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=TE_NAMES,
+        ),
+    )

@@ -1,0 +1,220 @@
+"""The whole model: tower, projector, splice, decoder, head on the labelled rows.
+
+Legend: s tokens of the row, h decoder width, t local tokens: s / cp, and s / (cp * tp) between splice and head under
+sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_sharded_tensor_for_checkpoint
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vita.config import ModelConfig
+from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.models.layer_specs import TE_NAMES
+from megatron_vita.models.projector import Projector
+from megatron_vita.models.rotary import RotaryTable
+from megatron_vita.models.vision.intern_vit import InternViT
+from megatron_vita.parallel.context import KVCache, RowContext
+from megatron_vita.parallel.grads import attach_zero_gradients
+from megatron_vita.parallel.groups import Groups
+from megatron_vita.parallel.loss import vocab_parallel_loss
+from megatron_vita.parallel.tiles import exchange_features
+
+_TOWER_TOKENS = 32768
+"""Patches that the tower holds at once: more tiles go through it in turns."""
+
+
+class VitaModel(MegatronModule):
+    """One pipeline stage of the model; the first holds tower, projector and embedding, the last norm and head."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        groups: Groups,
+        vision_model: InternViT | None,
+        vision_projection: Projector | None,
+        language_model: GPTModel,
+    ) -> None:
+        super().__init__(config=language_model.config)
+        self.model = model
+        self.groups = groups
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.vision_model = vision_model
+        self.vision_projection = vision_projection
+        self.language_model = language_model
+        self.rotary = RotaryTable(model.head_dim, model.rotary_base)
+
+    def forward(
+        self,
+        *,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: SequenceLayout,
+        routes: TileRoutes,
+        tiles: Tensor,
+        labels: Tensor | None = None,
+        logit_rows: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """One pass of one row.
+
+        Args:
+            tokens: int64 [1, s/cp], placeholders included.
+            positions: int64 [1, s/cp], counted as the stage's reset rule says; the rotary table is gathered by them.
+            layout: who owns which token.
+            routes: which feature row goes to which token.
+            tiles: uint8 [n_local, 3, S, S], the tiles this rank encodes; n_local may be 0.
+            labels: int64 [1, s/cp], -100 where there is no loss; last stage only.
+            logit_rows: int64 [n], local token indices whose logits are wanted instead; last stage only.
+            cache: past keys and values, when generating.
+
+        Returns:
+            not the last stage: hidden states [t, 1, h]. Last stage: with labels, the losses of this context rank's
+            labelled rows, float32 or wider [n], n may be 0; with logit_rows, logits [n, vocab_size], gathered and
+            cut; with neither, hidden states [t, 1, h] after the final norm.
+        """
+        hidden = self._embed(tokens, routes, tiles) if self.pre_process else None
+        row = RowContext(layout=layout, cp_rank=self.groups.cp_rank, cache=cache)
+        hidden = self.language_model.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary(positions),
+            packed_seq_params=row,
+        )
+        if cache is not None:
+            cache.advance(layout.documents)
+        if not self.post_process or (labels is None and logit_rows is None):
+            return hidden
+        if logit_rows is not None:
+            return self._logits(hidden, logit_rows)
+        return self._losses(hidden, labels)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the previous stage's hidden states (megatron-core's schedules call this)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The table that embedding and head share (megatron-core sums its gradients over the two stages)."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Features of this rank's tiles.
+
+        Args:
+            tiles: uint8 [n, 3, S, S]; n may be 0.
+
+        Returns:
+            [n * tokens_per_tile, h].
+        """
+        assert self.vision_model is not None, "this stage has no tower"
+        assert self.vision_projection is not None, "this stage has no projector"
+        if not len(tiles):
+            weight = self.vision_projection.pre_proj_layernorm.weight
+            empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
+            return attach_zero_gradients(empty, [*self.vision_model.parameters(), *self.vision_projection.parameters()])
+        chunk = max(1, _TOWER_TOKENS // (self.model.vision.num_patches + 1))  # type: ignore[union-attr]
+        turns = [self._encode_chunk(part, alone=len(tiles) <= chunk) for part in tiles.split(chunk)]
+        return torch.cat(turns).flatten(0, 1) if len(turns) > 1 else turns[0].flatten(0, 1)
+
+    def _encode_chunk(self, tiles: Tensor, *, alone: bool) -> Tensor:
+        """[n, 3, S, S] -> [n, tokens_per_tile, h]. With several chunks only one's activations are held at a time."""
+        if alone or not torch.is_grad_enabled():
+            return self._project(tiles)
+        # The tiles need no gradient, so the re-entrant form would see nothing to differentiate.
+        out: Tensor = checkpoint(self._project, tiles, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    def _project(self, tiles: Tensor) -> Tensor:
+        frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())  # type: ignore[union-attr]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            patches = self.vision_model(tiles)  # type: ignore[misc]
+        tokens: Tensor = self.vision_projection(patches)  # type: ignore[misc]
+        return tokens
+
+    def _embed(self, tokens: Tensor, routes: TileRoutes, tiles: Tensor) -> Tensor:
+        """Decoder input [t, 1, h]: embedded tokens, with this rank's feature rows in their places."""
+        embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=None)
+        if self.vision_model is not None:
+            rows, index = exchange_features(self.encode(tiles), routes, self.groups)
+            embedded = embedded.index_copy(0, index, rows.to(embedded.dtype).unsqueeze(1))
+        if torch.is_grad_enabled() and not embedded.requires_grad and self._trains_before_decoder():
+            # A rank whose loss needs no gradient would skip its backward and leave the others waiting in theirs.
+            embedded.requires_grad_(True)
+        return embedded
+
+    def _trains_before_decoder(self) -> bool:
+        parts = [self.language_model.embedding, self.vision_model, self.vision_projection]
+        return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[t, 1, h] -> [s/cp, h], the context rank's tokens on each of its tensor ranks."""
+        if self.groups.sequence_parallel:
+            hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
+        return hidden.squeeze(1)
+
+    def _head_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """[n, h]: some of the local tokens; the tensor ranks sum their gradients, each from its own vocabulary part."""
+        picked = self._whole(hidden).index_select(0, rows)
+        if self.groups.sequence_parallel:
+            return picked  # the gather's backward sums
+        return mappings.copy_to_tensor_model_parallel_region(picked, group=self.groups.collection.tp)
+
+    def _head_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        weight: Tensor = self.language_model.output_layer.weight
+        return weight
+
+    def _losses(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None, "the loss needs labels"
+        flat = labels.reshape(-1)
+        labelled = (flat >= 0).nonzero().squeeze(1)
+        return vocab_parallel_loss(
+            self._head_rows(hidden, labelled),
+            self._head_weight(),
+            flat.index_select(0, labelled),
+            vocab_size=self.model.vocab_size,
+            group=self.groups.collection.tp,
+        )
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        local = self._head_rows(hidden, rows) @ self._head_weight().t()
+        group = self.groups.collection.tp
+        logits = mappings.gather_from_tensor_model_parallel_region(local, group=group)
+        return logits[:, : self.model.vocab_size]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a distributed checkpoint stores of this stage: the same keys for any layout and any layer classes."""
+        metadata = {
+            **(metadata or {}),
+            "non_homogeneous_layers": True,  # layers keep their own keys
+            "dp_cp_group": self.groups.collection.dp_cp,
+        }
+        state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
+        state = {key: value for key, value in state.items() if "_extra_state" not in key}
+        replica = (0, self.groups.tp_rank, self.groups.collection.dp_cp.rank())
+        for name, part in (("vision_model", self.vision_model), ("vision_projection", self.vision_projection)):
+            for local, parameter in part.named_parameters() if part is not None else ():
+                key = f"{prefix}{name}.{local}"
+                state[key] = make_sharded_tensor_for_checkpoint(parameter, checkpoint_name(key), replica_id=replica)
+        return state
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter's name in checkpoints, from its name in whichever layer classes built it."""
+    for local, stored in TE_NAMES.items():
+        name = name.replace(f".{local}", f".{stored}")
+    return name
