@@ -330,9 +330,11 @@ class ShardSet:
             self.samples: npt.NDArray[Any] = np.load(f"{prefix}.samples.npy")
             self._media = None if self.manifest.media == "none" else IndexedDataset(f"{prefix}.media")
             self._tiles = None if self._media is None else np.load(f"{prefix}.tiles.npy", mmap_mode="r")
-        except (AssertionError, ValueError, OSError, EOFError) as error:
-            raise DataError(f"{prefix}: cannot open the shards: {error}. {_REMEDY}") from None
-        if not self._consistent():
+            intact = self._consistent()
+        except (AssertionError, ValueError, KeyError, OSError, EOFError):  # what the two libraries raise on damage
+            intact = False
+        if not intact:
+            self.verify(full=True)  # names the file
             raise DataError(f"{prefix}: the files do not fit together. {_REMEDY}")
 
     def __len__(self) -> int:
