@@ -9,7 +9,7 @@ scikit-learn's dataset descriptions and from templates.
 Files, one per habit of publishing that a reader meets in the open datasets:
 
     split.json                which scans are held out; nothing below marked "train" uses one of them
-    text.jsonl                train, text only: short passages and questions, for the language model and the tokenizer
+    text.jsonl                train, text only: prose, repetition, small tables, for language model and tokenizer
     digits.json               train, LLaVA's form: a JSON array, `image` is a path, `<image>` stands in the text
     digits.parquet            train, the_cauldron's form: embedded bytes, several pictures and turns, no placeholder
     photos.json               train, LLaVA's form: crops of the photographs in several aspect ratios, for dynamic tiling
@@ -73,7 +73,7 @@ class Sizes:
     """Samples of digits.json: one picture, one question."""
     rows: int = 3000
     """Rows of digits.parquet: several pictures, several turns."""
-    crops: int = 60
+    crops: int = 200
     """Training crops of each photograph."""
     stage3_videos: int = 1500
     stage4_videos: int = 1000
@@ -83,21 +83,21 @@ class Sizes:
     """(frames, videos) of each held-out needle set."""
     frame_numbers: int = 100
     eval_crops: int = 20
-    text_passages: int = 2500
+    text_passages: int = 6000
 
 
 SHORT = Sizes(
     variants=3,
     pictures=1000,
     rows=500,
-    crops=20,
+    crops=30,
     stage3_videos=150,
     stage4_videos=60,
     long_texts=20,
     needles=((8, 20), (16, 20), (32, 20), (64, 40)),
     frame_numbers=20,
     eval_crops=10,
-    text_passages=600,
+    text_passages=1200,
 )
 """Enough of each kind to walk the whole path in a test; too little to learn the task well."""
 
@@ -353,8 +353,8 @@ def crop_photo(photo: Pixels, box: tuple[int, int, int, int], rng: np.random.Gen
     return np.asarray(piece.resize((round(wide * side), round(tall * side)), Image.Resampling.BICUBIC))
 
 
-def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generator) -> None:
-    """photos.json with its crops, and eval_photos.jsonl with crops of the other part of each photograph."""
+def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generator) -> list[Record]:
+    """photos.json and its crops; eval_photos.jsonl with crops of the other part. Returns the records to train on."""
     from sklearn.datasets import load_sample_image
 
     train, held = [], []
@@ -373,6 +373,7 @@ def write_photos(root: Path, crops: int, eval_crops: int, rng: np.random.Generat
     train = [train[i] for i in rng.permutation(len(train))]
     (root / "photos.json").write_text(json.dumps(train, indent=0), encoding="utf-8")
     write_jsonl(root / "eval_photos.jsonl", held)
+    return train
 
 
 def plan_stage(
@@ -397,7 +398,7 @@ def plan_stage(
         name = f"videos/stage{stage}_{number:06d}.mp4"
         jobs.append((root / name, indices, marked))
         turns = [(ASK_MARKED, str(stock.labels[indices[marked]]))]
-        if rng.random() < 0.5:
+        if rng.random() < 0.15:
             asked = int(rng.integers(many))
             turns.append((f"Which digit is in frame {asked + 1}?", str(stock.labels[indices[asked]])))
         records.append(messages(turns, videos=[name]))
@@ -485,38 +486,50 @@ THINGS = ("box", "drawer", "jar", "room", "shelf", "tin", "bag", "locker")
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "yellow", "grey")
 
 
-def _lookup(rng: np.random.Generator) -> tuple[str, str]:
-    """A small table in words and a question that is answered by one of its entries."""
-    kind = int(rng.integers(3))
-    many = int(rng.integers(2, 9))
+def _lookup(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """A small table in words and questions that are answered by its entries, as turns of one conversation."""
+    kind = int(rng.integers(5))
+    many = 1 if kind == 0 else int(rng.integers(2, len(ORDINALS) + 1 if kind == 1 else 13))
     values = [str(value) for value in rng.integers(0, 10, size=many)]
-    place = int(rng.integers(many))
+    marked = int(rng.integers(many))
+    asked = [int(place) for place in rng.permutation(many)[:3]]
     if kind == 0:
-        lines = [f"Frame{i + 1}: {value}" for i, value in enumerate(values)]
-        return "\n".join(lines) + f"\nWhich digit is in frame {place + 1}?", values[place]
+        return [(f"{values[0]}\n{ASK_DIGIT}", values[0])]
     if kind == 1:
-        lines = [f"Frame{i + 1}: {'marked ' if i == place else ''}{value}" for i, value in enumerate(values)]
-        return "\n".join(lines) + f"\n{ASK_MARKED}", values[place]
-    thing = THINGS[int(rng.integers(len(THINGS)))]
-    colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:many]]
-    story = " ".join(f"The {colour} {thing} holds {value}." for colour, value in zip(colours, values, strict=True))
-    return f"{story}\nWhat does the {colours[place]} {thing} hold?", values[place]
+        table = "\n".join(values)
+        turns = [(f"Which digit is in the {ORDINALS[place]} picture?", values[place]) for place in asked]
+    elif kind in (2, 3):
+        table = "\n".join(f"Frame{i + 1}: {'*' if i == marked else ''}{value}" for i, value in enumerate(values))
+        turns = [(f"Which digit is in frame {place + 1}?", values[place]) for place in asked]
+        turns.insert(int(rng.integers(len(turns) + 1)), (ASK_MARKED, values[marked]))
+    else:
+        thing = THINGS[int(rng.integers(len(THINGS)))]
+        colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:many]]
+        table = " ".join(f"The {colour} {thing} holds {value}." for colour, value in zip(colours, values, strict=False))
+        turns = [
+            (f"What does the {colours[place]} {thing} hold?", values[place]) for place in asked if place < len(colours)
+        ] or [(f"What does the {colours[0]} {thing} hold?", values[0])]
+    return [(f"{table}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
 def write_text(root: Path, sentences: list[str], count: int, rng: np.random.Generator) -> None:
-    """text.jsonl: half passages of prose to go on with, half small tables to look something up in.
+    """text.jsonl: of six samples one passage of prose to go on with, two to repeat, three tables to look things up in.
 
-    The second half is what makes a tiny language model useful later: it learns to answer with one digit, and to find
-    that digit in what came before, which is all that stages 2 to 4 ask once the digits are pictures.
+    The last two kinds make a tiny language model useful later: it learns to fetch what stood earlier and to answer
+    with one digit, which is all that stages 2 to 4 ask once the digits are pictures.
     """
     records = []
     for number in range(count):
-        if number % 2:
-            records.append(messages([_lookup(rng) for _ in range(2)]))
-        else:
-            start = int(rng.integers(len(sentences) - 2))
+        start = int(rng.integers(len(sentences) - 2))
+        if number % 6 == 0:
             records.append(messages([(f"Go on: {sentences[start]}", " ".join(sentences[start + 1 : start + 3]))]))
-    write_jsonl(root / "text.jsonl", records)
+        elif number % 6 < 3:
+            words = sentences[start].split()
+            again = " ".join(words[i] for i in rng.permutation(len(words))[:12])
+            records.append(messages([(f"Repeat: {again}", again)]))
+        else:
+            records.append(messages(_lookup(rng)))
+    write_jsonl(root / "text.jsonl", [records[i] for i in rng.permutation(len(records))])
 
 
 def write_long_text(
@@ -564,7 +577,8 @@ def make_data(root: Path, sizes: Sizes, seed: int, workers: int) -> dict[str, in
 
     pictures = write_digits_json(root, train, sizes.pictures, next(rngs))
     write_digits_parquet(root, train, sizes.rows, next(rngs))
-    write_photos(root, sizes.crops, sizes.eval_crops, next(rngs))
+    photos = write_photos(root, sizes.crops, sizes.eval_crops, next(rngs))
+    pictures = pictures[len(photos) :] + photos  # as many as before; stages 3 and 4 draw from both
     write_eval_digits(root, held)
 
     jobs: list[tuple[str, VideoJob]] = []
