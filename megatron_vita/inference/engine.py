@@ -22,7 +22,6 @@ import torch
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
-from megatron_vita.convert import load_hf_for_inference
 from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import Example
 from megatron_vita.data.media import read_items
@@ -90,9 +89,11 @@ class Engine:
         path = Path(path)
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
-        groups = _one_rank_groups()
+        groups = one_rank_groups()
         spec: PreprocessSpec | None
         if _is_hugging_face(path):
+            from megatron_vita.convert import load_hf_for_inference
+
             config, spec, tensors = load_hf_for_inference(path)
             tokenizer = VitaTokenizer.load(path)
         else:
@@ -239,7 +240,7 @@ class Engine:
         generators = generators_for(len(prompts), sampling)
         active = list(range(len(prompts)))
         cache = KVCache(len(prompts))
-        logits = self._prefill(prompts, cache)
+        logits = self.prefill(prompts, cache)
         while True:
             chosen = choose(logits, sampling, [generators[i] for i in active]).tolist()
             going = []
@@ -262,7 +263,7 @@ class Engine:
             for ids, done in zip(said, ended, strict=True)
         ]
 
-    def _prefill(self, prompts: Sequence[Prompt], cache: KVCache | None) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[Prompt], cache: KVCache | None) -> torch.Tensor:
         """Logits after the last token of each prompt, float [n, v]; fills the cache."""
         device = torch_device()
         examples = [prompt.example for prompt in prompts]
@@ -339,7 +340,7 @@ def _is_hugging_face(path: Path) -> bool:
 _groups: Groups | None = None
 
 
-def _one_rank_groups() -> Groups:
+def one_rank_groups() -> Groups:
     """The groups of a world of one rank; shared by all engines of the process.
 
     Raises:
