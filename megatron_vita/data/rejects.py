@@ -1,0 +1,37 @@
+"""Why a record is refused: the reason codes. (A refused record itself is a `manifest.Reject`.)"""
+
+from __future__ import annotations
+
+from megatron_vita.errors import DataError
+
+CODES: dict[str, str] = {
+    "bad_json": "the record is not valid JSON (or not UTF-8)",
+    "bad_record": "a field is missing or of another type than the source's row in the table says",
+    "bad_role": "a turn's role is not known",
+    "bad_order": "turns do not alternate user, assistant",
+    "empty_turn": "a turn says nothing",
+    "no_answer": "the conversation has no answer to learn from",
+    "media_count": "placeholders and media do not match",
+    "media_missing": "the picture or video file does not exist",
+    "media_remote": "the medium is a web address; nothing is downloaded",
+    "path_escape": "the path leaves the media root",
+    "media_broken": "the picture cannot be decoded",
+    "media_truncated": "the picture file ends early",
+    "media_bomb": "the picture has too many pixels",
+    "media_size": "the picture has no area or an impossible shape",
+    "video_broken": "the video cannot be decoded",
+    "media_crash": "decoding the medium killed its process",
+    "overlong": "the sample is longer than a pack",
+}
+"""Every reason code with its meaning."""
+
+
+def refuse(code: str, message: str) -> DataError:
+    """A DataError whose message begins with its reason code, as `Sample.check` writes them."""
+    return DataError(f"{code}: {message}")
+
+
+def code_of(error: DataError) -> tuple[str, str]:
+    """(reason code, message without it) of a DataError; `bad_record` where it names no known code."""
+    code, colon, rest = str(error).partition(": ")
+    return (code, rest) if colon and code in CODES else ("bad_record", str(error))

@@ -1,0 +1,102 @@
+"""Tiles: the grid rule and the pixels of stock transformers' PIL image processor, Long-VITA's square frames."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import picture
+from PIL import Image
+
+from megatron_vita.config import IMAGE_NORMS
+from megatron_vita.data.example import MediaItem
+from megatron_vita.data.picture import read_image
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.tiling import grid_for, plan_tiles, render_tiles, shrink_frame
+from megatron_vita.data.video import encode_frame
+
+got_ocr2 = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from([(448, 1, 12), (448, 1, 6), (16, 1, 4), (336, 2, 9), (448, 1, 1)]),
+)
+@settings(max_examples=500)
+def test_grid_equals_stock(width: int, height: int, sizes: tuple[int, int, int]) -> None:
+    tile, least, most = sizes
+    spec = PreprocessSpec(image_size=tile, patch_size=14 if tile % 28 == 0 else 4, min_tiles=least, max_tiles=most)
+    stock = got_ocr2.get_optimal_tiled_canvas((height, width), (tile, tile), least, most)
+    assert grid_for(width, height, spec) == (stock if most > 1 else (1, 1))
+
+
+def test_every_tie_is_settled_as_stock() -> None:
+    spec = PreprocessSpec()
+    for cols in range(1, 13):
+        for rows in range(1, 13):
+            for scale in (1, 100, 300, 448, 700):
+                size = (cols * scale, rows * scale)
+                stock = got_ocr2.get_optimal_tiled_canvas(size[::-1], (448, 448), 1, 12)
+                assert grid_for(*size, spec) == stock
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("size", [(64, 64), (120, 40), (33, 90), (16, 16), (5, 300)])
+def test_pixels_equal_stock(mode: str, size: tuple[int, int]) -> None:
+    spec = PreprocessSpec(image_size=32, patch_size=4, max_tiles=6)
+    data = picture(*size, kind="TIFF", mode=mode)
+    item = read_image(MediaFile(data=data))
+    slots = plan_tiles(item, 0, spec)
+    mean, std = IMAGE_NORMS["imagenet"]
+    processor = got_ocr2.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=mean, image_std=std, crop_to_patches=True, max_patches=6
+    )
+    stock = processor(Image.open(io.BytesIO(data)), return_tensors="np")
+    tiles = render_tiles(item, slots, spec)
+    assert tiles.dtype == np.uint8
+    assert tiles.shape == stock["pixel_values"].shape
+    shape = (1, 3, 1, 1)
+    ours = (tiles.astype(np.float64) / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+    assert np.abs(ours - stock["pixel_values"]).max() < 1e-6
+
+
+def test_some_tiles_of_a_picture() -> None:
+    spec = PreprocessSpec(image_size=16, patch_size=4, max_tiles=6)
+    item = read_image(MediaFile(data=picture(60, 40)))
+    slots = plan_tiles(item, 0, spec)
+    assert len(slots) == 7
+    everything = render_tiles(item, slots, spec)
+    for number in (6, 0, 3):
+        assert np.array_equal(render_tiles(item, slots[number : number + 1], spec)[0], everything[number])
+    assert render_tiles(item, (), spec).shape == (0, 3, 16, 16)
+
+
+def test_frames_are_one_tile_stretched_or_padded() -> None:
+    frame = Image.new("RGB", (8, 4), (255, 0, 0))
+    for layout in ("internvl", "long_vita"):
+        spec = PreprocessSpec(layout=layout, image_size=16, patch_size=4)
+        item = encode_frame(frame)
+        assert (item.width, item.height, item.frame) == (8, 4, True)
+        (slot,) = plan_tiles(item, 0, spec)
+        tile = render_tiles(item, [slot], spec)[0]
+        assert tile[:, 8, 8].tolist() == [255, 0, 0]
+        corner = [255, 0, 0] if layout == "internvl" else [int(m * 255) for m in IMAGE_NORMS["imagenet"][0]]
+        assert tile[:, 0, 0].tolist() == corner
+
+
+def test_stored_frames_lose_no_pixel_of_their_tile() -> None:
+    picture_ = Image.open(io.BytesIO(picture(60, 40)))
+    for layout in ("internvl", "long_vita"):
+        spec = PreprocessSpec(layout=layout, image_size=16, patch_size=4)
+        raw = MediaItem(picture(60, 40), 60, 40, frame=True)
+        stored = encode_frame(shrink_frame(picture_, spec))
+        assert (stored.width, stored.height) == (16, 16)
+        slots = plan_tiles(stored, 0, spec)
+        assert np.array_equal(render_tiles(stored, slots, spec), render_tiles(raw, slots, spec))
+    large = encode_frame(Image.open(io.BytesIO(picture(200, 100))))
+    assert large.data[:2] == b"\xff\xd8"
