@@ -14,7 +14,7 @@ from megatron_vita import device, seed
 from megatron_vita.config import ModelConfig, StageConfig
 from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.vision.intern_vit import InternViT
+from megatron_vita.models.vision.intern_vit import InternViT, undrawn
 from megatron_vita.models.vita import VitaModel, checkpoint_name
 from megatron_vita.parallel.groups import Groups
 
@@ -99,7 +99,11 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
-        perform_initialization=False,  # `initialise` below draws by name
+        # `initialise` below draws by name. Not perform_initialization=False: then megatron-core would also not mark
+        # which weights are split, and norms would count them once instead of once for each part.
+        init_method=undrawn,
+        output_layer_init_method=undrawn,
+        embedding_init_method=undrawn,
         bias_activation_fusion=device.has_accelerator(),  # on CPU the fusion is a compilation of half a minute
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -112,20 +116,18 @@ def initialise(model: VitaModel, run_seed: int) -> None:
     So a weight does not depend on the layout, on the rank, or on which other parameters exist.
     """
     settings = model.model
-    layers = {layer: layer.layer_number - 1 for layer in model.language_model.decoder.layers}
     with torch.no_grad():
-        for prefix, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = checkpoint_name(_global_name(f"{prefix}.{leaf}", model, layers))
-                _fill(parameter, name, settings, run_seed, model.groups)
+        for local, parameter in model.named_parameters():
+            _fill(parameter, global_name(local, model), settings, run_seed, model.groups)
 
 
-def _global_name(name: str, model: VitaModel, layers: dict[nn.Module, int]) -> str:
-    """A parameter's name with its layer counted over all pipeline stages."""
+def global_name(name: str, model: VitaModel) -> str:
+    """A parameter's name in checkpoints: its layer counted over all pipeline stages, Transformer Engine's names."""
+    name = checkpoint_name(name)
     prefix = "language_model.decoder.layers."
     if name.startswith(prefix):
         index, rest = name.removeprefix(prefix).split(".", 1)
-        return f"{prefix}{layers[model.language_model.decoder.layers[int(index)]]}.{rest}"
+        return f"{prefix}{model.language_model.decoder.layers[int(index)].layer_number - 1}.{rest}"
     if name == "language_model.output_layer.weight" and model.share_embeddings_and_output_weights:
         return "language_model.embedding.word_embeddings.weight"
     return name
@@ -140,34 +142,51 @@ def _fill(parameter: nn.Parameter, name: str, settings: ModelConfig, run_seed: i
     elif "norm" in name.rsplit(".", 2)[-2] or leaf == "layer_norm_weight":
         parameter.fill_(1.0)
     else:
-        parameter.copy_(_draw(parameter, name, part, settings, run_seed, groups))
+        std = settings.init_method_std
+        if part == "vision_model":
+            std = settings.vision.init_method_std  # type: ignore[union-attr]
+        elif part == "language_model" and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2.0 * settings.num_layers)  # residual branches add up over the layers
+        whole = torch.empty(_whole_shape(parameter, name, settings, groups))
+        whole.normal_(0.0, std, generator=seed.generator(run_seed, "weights", name))
+        parameter.copy_(local_part(whole, parameter, name, settings, groups))
 
 
-def _draw(
-    parameter: nn.Parameter, name: str, part: str, settings: ModelConfig, run_seed: int, groups: Groups
-) -> torch.Tensor:
-    """This rank's part of a normally distributed matrix."""
-    vision = settings.vision
-    std = vision.init_method_std if part == "vision_model" and vision is not None else settings.init_method_std
-    if part == "language_model" and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std /= math.sqrt(2.0 * settings.num_layers)  # residual branches add up over the layers
-    axis = getattr(parameter, "partition_dim", 0) if getattr(parameter, "tensor_model_parallel", False) else None
+def _whole_shape(parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups) -> list[int]:
+    """Shape of a parameter before it is split over tensor ranks and its vocabulary padded."""
     shape = list(parameter.shape)
-    vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-    if vocabulary:
-        shape[0] = settings.vocab_size  # not the padded size, which depends on the layout
-    elif axis is not None:
-        shape[axis] *= groups.tp_size
-    whole = torch.empty(shape).normal_(0.0, std, generator=seed.generator(run_seed, "weights", name))
-    if vocabulary:
+    if _is_vocabulary(name):
+        shape[0] = settings.vocab_size
+    elif getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= groups.tp_size  # type: ignore[attr-defined]
+    return shape
+
+
+def local_part(
+    whole: torch.Tensor, parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups
+) -> torch.Tensor:
+    """This tensor rank's part of a whole tensor that belongs to `parameter` (a weight, or its gradient).
+
+    Args:
+        whole: as in a checkpoint: the vocabulary unpadded, `linear_fc1` of the decoder as [gate; up].
+        parameter: tells by megatron-core's marks whether and where it is split.
+        name: the parameter's name in checkpoints.
+        settings: the model.
+        groups: this rank's place.
+    """
+    if _is_vocabulary(name):
         padding = settings.padded_vocab_size(groups.tp_size) - settings.vocab_size
         whole = F.pad(whole, (0, 0, 0, padding))
-    if axis is None:
+    if not getattr(parameter, "tensor_model_parallel", False):
         return whole
-    if part == "language_model" and name.endswith("mlp.linear_fc1.weight"):
+    if name.startswith("language_model.") and ".mlp.linear_fc1." in name:
         gate, up = (half.chunk(groups.tp_size)[groups.tp_rank] for half in whole.chunk(2))
         return torch.cat([gate, up])
-    return whole.chunk(groups.tp_size, dim=axis)[groups.tp_rank]
+    return whole.chunk(groups.tp_size, dim=parameter.partition_dim)[groups.tp_rank]  # type: ignore[attr-defined]
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
 def _freeze(model: VitaModel, stage: StageConfig) -> None:

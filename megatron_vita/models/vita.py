@@ -47,6 +47,8 @@ class VitaModel(MegatronModule):
         super().__init__(config=language_model.config)
         self.model = model
         self.groups = groups
+        self.model_type = language_model.model_type  # read by megatron-core's schedules
+        self.vp_stage = None
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights

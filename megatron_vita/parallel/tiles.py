@@ -18,7 +18,7 @@ def exchange_features(features: Tensor, routes: TileRoutes, groups: Groups) -> t
 
     One all-to-all over the tensor x context group, joined by every rank of it, with tiles or without, forward and
     backward. Without sequence parallelism the tensor-parallel ranks hold copies of a token and of its *complete*
-    gradient; the backward takes it once, from the copy whose tensor rank is the encoder's, so the copies share the work.
+    gradient; the backward takes it once, from the copy whose tensor rank is the encoder's, which shares the work out.
 
     Args:
         features: [n_local * tokens_per_tile, h], the rows of `routes.tiles_of(group_rank)`.

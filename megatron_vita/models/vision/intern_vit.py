@@ -36,6 +36,10 @@ def _scaled(out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, scale
     return torch.addcmul(residual, out if bias is None else out + bias, scale)
 
 
+def undrawn(weight: Tensor) -> None:
+    """An init method that leaves the weight alone: fresh weights are drawn by name once the model stands."""
+
+
 def tower_config(vision: VisionConfig, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's settings for the tower: nothing split, its own epsilon, exact GELU, biases everywhere."""
     return TransformerConfig(
@@ -52,7 +56,8 @@ def tower_config(vision: VisionConfig, dtype: torch.dtype) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
-        perform_initialization=False,
+        init_method=undrawn,
+        output_layer_init_method=undrawn,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

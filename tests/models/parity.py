@@ -1,0 +1,181 @@
+"""A tiny model, two rows of data, and one training step without the update, in any parallel layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, TrainConfig, VisionConfig
+from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.models.build import build_model, global_name, local_part
+from megatron_vita.models.vita import VitaModel
+from megatron_vita.parallel.grads import finalize_grads
+from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
+
+VISION = VisionConfig(
+    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, image_size=16, patch_size=4
+)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=37,
+    init_method_std=0.3,
+    vision=VISION,
+)
+TOKENS_PER_TILE = VISION.tokens_per_tile
+
+ROWS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((13, 9, 20, 5, 1), (1, 14, 22, 27, 33)),
+    ((30, 2, 16), (3, 34, 40)),
+)
+"""Documents of each row, and the first token of each of its tiles. Tiles straddle every boundary of the layouts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A whole row, before anybody owns a part of it."""
+
+    documents: tuple[int, ...]
+    first_token: tuple[int, ...]
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    tiles: torch.Tensor
+
+
+def make_rows(rows: Any = ROWS, *, vocab: int = MODEL.vocab_size) -> list[Row]:
+    """The same rows on every rank. The last document of a row has no label, and most tokens have none."""
+    generator = torch.Generator().manual_seed(7)
+    out = []
+    for documents, first_token in rows:
+        length = sum(documents)
+        tokens = torch.randint(0, vocab, (length,), generator=generator)
+        labels = torch.randint(0, vocab, (length,), generator=generator)
+        labels[torch.rand(length, generator=generator) < 0.6] = -100
+        labels[length - documents[-1] :] = -100
+        size = VISION.image_size
+        tiles = torch.randint(0, 256, (len(first_token), 3, size, size), generator=generator, dtype=torch.uint8)
+        out.append(Row(documents, first_token, tokens, labels, tiles))
+    return out
+
+
+def inputs_of(row: Row, groups: Groups, *, reset: bool = True) -> dict[str, Any]:
+    """What VitaModel takes on this rank."""
+    documents = row.documents if reset else (sum(row.documents),)
+    layout = SequenceLayout(documents, cp=groups.cp_size, sp=groups.sequence_shards)
+    routes = TileRoutes(layout, np.array(row.first_token, dtype=np.int64), TOKENS_PER_TILE, tp=groups.tp_size)
+    mine = torch.from_numpy(layout.local_positions(groups.cp_rank))
+    tiles = row.tiles[list(routes.tiles_of(groups.group_rank))] if groups.first_stage else row.tiles[:0]
+    return {
+        "tokens": row.tokens[mine][None],
+        "positions": torch.from_numpy(layout.positions_in_document)[mine][None],
+        "layout": layout,
+        "routes": routes,
+        "tiles": tiles,
+        "labels": row.labels[mine][None],
+    }
+
+
+def stage_of(parallel: dict[str, Any], **train: Any) -> StageConfig:
+    return StageConfig(model=MODEL, parallel=ParallelConfig(**parallel), train=TrainConfig(**train))
+
+
+def one_step(
+    stage: StageConfig, rows: list[Row], *, dtype: torch.dtype = torch.float64, reset: bool = True
+) -> tuple[VitaModel, Groups, float]:
+    """Build, run all rows through megatron-core's schedule and finish the gradients.
+
+    Returns:
+        the model with `main_grad` on its trainable parameters, the groups (still alive), and the loss (sum / labels).
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    groups = build_groups(stage.parallel)
+    (model,) = build_model(stage, groups, dtype=dtype)
+    model.config.finalize_model_grads_func = finalize_grads
+    config = DistributedDataParallelConfig(overlap_grad_reduce=stage.parallel.overlap_grad_reduce)
+    wrapped = DistributedDataParallel(model.config, config, model)
+    wrapped.train()
+    wrapped.zero_grad_buffer()
+    mine = rows[groups.dp_rank :: groups.dp_size]
+    losses: list[torch.Tensor] = []
+
+    def sum_of(count: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        total = output.sum()
+        losses.append(total.detach())
+        return total, count, {}
+
+    def step(rest: Iterator[Row], chunk: Any) -> Any:
+        inputs = inputs_of(next(rest), groups, reset=reset)
+        if not groups.last_stage:
+            return chunk(**{**inputs, "labels": None}), None
+        count = (inputs["labels"] >= 0).sum().int()
+        return chunk(**inputs), partial(sum_of, count)
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(mine),
+        model=[wrapped],
+        num_microbatches=len(mine),
+        seq_length=sum(rows[0].documents),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype)
+    torch.distributed.all_reduce(total, group=groups.collection.dp_cp)
+    labels = sum(int((row.labels >= 0).sum()) for row in rows)
+    return model, groups, float(total) / max(labels, 1)
+
+
+def reference_step(path: str, train: dict[str, Any], rows: Any, reset: bool) -> None:
+    """One process: write loss and all gradients to `path`."""
+    model, _, loss = one_step(stage_of({}, **train), make_rows(rows), reset=reset)
+    grads = {name: p.main_grad.clone() for name, p in named(model) if p.requires_grad}
+    torch.save({"loss": loss, "grads": grads}, path)
+
+
+def named(model: VitaModel) -> Iterator[tuple[str, Any]]:
+    """Parameters under their names in checkpoints."""
+    for name, parameter in model.named_parameters():
+        yield global_name(name, model), parameter
+
+
+def compare_step(
+    reference: str,
+    parallel: dict[str, Any],
+    train: dict[str, Any],
+    rows: Any = ROWS,
+    reset: bool = True,
+    tolerance: float = 1e-9,
+) -> None:
+    """Run one step in a layout; loss and every gradient must be the reference's, relative to the tensor's largest."""
+    want = torch.load(reference, weights_only=True)
+    model, groups, loss = one_step(stage_of(parallel, **train), make_rows(rows), reset=reset)
+    if groups.last_stage:
+        assert abs(loss - want["loss"]) <= tolerance * max(1.0, abs(want["loss"])), (loss, want["loss"])
+    for name, parameter in named(model):
+        assert parameter.requires_grad == (name in want["grads"]), name
+        if not parameter.requires_grad:
+            continue
+        whole = want["grads"][name]
+        mine = local_part(whole, parameter, name, model.model, groups)
+        worst = float((parameter.main_grad - mine).abs().max() / whole.abs().max().clamp_min(1e-12))
+        assert worst <= tolerance, f"{name}: relative difference {worst:.1e} in {parallel}"
+    destroy_groups()
+
+
+def write_reference(path: Path, train: dict[str, Any], rows: Any = ROWS, reset: bool = True) -> str:
+    """Run the reference in a process of its own."""
+    from tests.ranks import run_ranks
+
+    run_ranks(1, reference_step, str(path), train, rows, reset)
+    return str(path)

@@ -1,0 +1,38 @@
+"""Every layout gives the loss and the gradients of one process (float64, forward and backward)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.parity import ROWS, compare_step, write_reference
+from tests.ranks import run_ranks
+
+TP2 = {"tensor_model_parallel_size": 2}
+SP2 = {**TP2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _check_layouts(
+    layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], rows: Any, reset: bool
+) -> None:
+    for parallel in layouts:
+        compare_step(reference, parallel, train, rows, reset)
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["documents", "one document"])
+def test_two_ranks_equal_one_process(tmp_path: Path, reset: bool) -> None:
+    reference = write_reference(tmp_path / "reference", {}, reset=reset)
+    layouts = [{}, {"overlap_grad_reduce": True}, TP2, SP2, PP2, CP2, {**SP2, **FULL}, {**CP2, **FULL}]
+    run_ranks(2, _check_layouts, layouts, reference, {}, ROWS, reset)
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+    reference = write_reference(tmp_path / "reference", {})
+    layouts = [{**TP2, **CP2}, {**SP2, **CP2}, {**PP2, **CP2}, {**PP2, **SP2, **FULL}, {"context_parallel_size": 4}]
+    run_ranks(4, _check_layouts, layouts, reference, {}, ROWS, True)
