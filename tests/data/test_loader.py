@@ -1,4 +1,4 @@
-"""The loader: the ranks' slices make up the whole row, every tile is decoded once, the stream does not know the layout."""
+"""The loader: ranks' slices make up the row, every tile is decoded once, the stream does not know the layout."""
 
 from __future__ import annotations
 
