@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_vita import checkpoint, seed
+from megatron_vita import checkpoint
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loader import PackLoader, RankCoords
 from megatron_vita.data.shards import ShardSet
@@ -28,10 +28,9 @@ from megatron_vita.training.optimizer import build_optimizer
 
 
 @dataclass(kw_only=True)
-class Session:
+class Parts:
     """The live parts of one stage on this rank."""
 
-    stage: StageConfig
     groups: Groups
     models: list[VitaModel]
     """This rank's model chunks, bare: what checkpoints see."""
@@ -39,6 +38,13 @@ class Session:
     """The same chunks inside DistributedDataParallel: what the schedule runs."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+
+
+@dataclass(kw_only=True)
+class Session(Parts):
+    """The live parts of a stage that reads shards and stands somewhere."""
+
+    stage: StageConfig
     state: checkpoint.RunState
     """Where the stage stands: iteration 0 at its start, or what the resumed checkpoint says."""
 
@@ -68,29 +74,33 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
         weights: checkpoint whose weights (and nothing else) the stage starts from; none: fresh weights.
         resume: checkpoint of this very stage to continue from, optimizer and data position included.
     """
-    groups = build_groups(stage.parallel)
     try:
-        seed.seed_all(stage.train.seed)
-        models = build_model(stage, groups)
-        if resume is None and weights is not None:
-            checkpoint.load_weights(weights, models)
-        wrapped = _wrap(stage, models)
-        optimizer, schedule = build_optimizer(stage, wrapped)
-        state = checkpoint.load_training(resume, models, optimizer, schedule) if resume else _fresh_state(stage)
-        yield Session(
-            stage=stage,
-            groups=groups,
-            models=models,
-            wrapped=wrapped,
-            optimizer=optimizer,
-            schedule=schedule,
-            state=state,
-        )
+        parts = build_parts(stage, weights=None if resume else weights)
+        if resume:
+            state = checkpoint.load_training(resume, parts.models, parts.optimizer, parts.schedule)
+        else:
+            state = _fresh_state(stage)
+        yield Session(**vars(parts), stage=stage, state=state)
         dist.barrier()  # nobody takes the groups down while another rank still saves or validates
     finally:
-        models = wrapped = optimizer = schedule = None  # type: ignore[assignment]
+        parts = None  # type: ignore[assignment]
         gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
         destroy_groups()
+
+
+def build_parts(stage: StageConfig, *, weights: Path | None = None) -> Parts:
+    """Groups, model, data parallelism and optimizer of a stage, in the order that keeps them right.
+
+    Weights are loaded before DistributedDataParallel copies parameters into its buffers, and the optimizer, which
+    copies them once more, is built last.
+    """
+    groups = build_groups(stage.parallel)
+    models = build_model(stage, groups)
+    if weights is not None:
+        checkpoint.load_weights(weights, models)
+    wrapped = _wrap(stage, models)
+    optimizer, schedule = build_optimizer(stage, wrapped)
+    return Parts(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, schedule=schedule)
 
 
 def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[torch.nn.Module]:
