@@ -1,0 +1,154 @@
+"""Whole runs: the same losses in every layout, exact resumption, and refusals before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_vita import checkpoint
+from megatron_vita.errors import CheckpointError, ConfigError, DataError
+from megatron_vita.training import ledger as ledgers
+from megatron_vita.training.stages import run_stages
+from tests.ranks import run_ranks
+from tests.training.runs import STAGES, alone, ledger, make_shards, recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    make_shards(path)
+    return path
+
+
+def train(folder: Path, save: str, **options: object) -> None:
+    """What a rank of a run does."""
+    run_stages(recipe(folder, save, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_four_layouts_learn_what_one_rank_learns(folder: Path) -> None:
+    run_ranks(2, train, folder, "spread")
+    run_ranks(1, _train_alone, folder, "alone")
+    for stage in STAGES:
+        many, one = ledger(folder, "spread", stage["name"]), ledger(folder, "alone", stage["name"])
+        assert len(many) == len(one) == 3
+        for spread, whole in zip(many, one, strict=True):
+            assert spread["sample_ids"] == whole["sample_ids"], "a layout must not change what a step sees"
+            assert spread["loss"] == pytest.approx(whole["loss"], rel=2e-4), stage["name"]
+            assert spread["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-3), stage["name"]
+    changed = _changed(folder / "spread/align", folder / "spread/learn")
+    assert any(name.startswith("vision_model") for name in changed)
+    frozen = _changed(folder / "spread/learn", folder / "spread/longer")
+    assert not any(name.startswith("vision_model") for name in frozen), "the tower was frozen in the last two stages"
+
+
+def _train_alone(folder: Path, save: str) -> None:
+    train(folder, save, stages=alone())
+
+
+def _changed(before: Path, after: Path) -> list[str]:
+    first, second = (checkpoint.tensor_digests(checkpoint.resolve(path)) for path in (before, after))
+    assert first.keys() == second.keys()
+    return [name for name in first if first[name] != second[name]]
+
+
+LONG = {"train": {"train_iters": 6, "global_batch_size": 4}, "checkpoint": {"save_interval": 2}}
+
+
+def _train_and_die(folder: Path, save: str, at: int) -> None:
+    """Train until step `at` is written down, then stop as a kill does."""
+    write = ledgers.Ledger.write
+
+    def dying(self: ledgers.Ledger, line: ledgers.LedgerLine) -> None:
+        write(self, line)
+        if line.iteration == at:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(ledgers.Ledger, "write", dying):
+        try:
+            _train_one_stage(folder, save)
+        except KeyboardInterrupt:
+            return
+    raise AssertionError("the run was not interrupted")
+
+
+def _train_one_stage(folder: Path, save: str) -> None:
+    one = ({"name": "only", "data": {"reset_per_document": True}},)
+    sections = {name: dict(values) for name, values in LONG.items()}
+    sections["checkpoint"]["save"] = str(folder / save)
+    train(folder, save, stages=one, **sections)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
+    run_ranks(1, _train_one_stage, folder, "whole")
+    run_ranks(1, _train_and_die, folder, "killed", 5)
+    assert [line["iteration"] for line in ledger(folder, "killed", "only")] == [1, 2, 3, 4, 5]
+    run_ranks(1, _train_one_stage, folder, "killed")
+    whole, resumed = ledger(folder, "whole", "only"), ledger(folder, "killed", "only")
+    for one, other in zip(whole, resumed, strict=True):
+        for key in ("iteration", "loss", "grad_norm", "lr", "sample_ids"):
+            assert one[key] == other[key], key
+    ends = [checkpoint.tensor_digests(checkpoint.resolve(folder / save / "only")) for save in ("whole", "killed")]
+    assert ends[0] == ends[1]
+
+
+def _refusals(folder: Path) -> None:
+    """One process, so that the rendezvous is paid once."""
+    with pytest.raises(ConfigError, match=r"length of a pack is 96 in the shards, but data.seq_length is 64"):
+        run_stages(recipe(folder, "bad", alone(), data={"seq_length": 64}))
+    with pytest.raises(ConfigError, match="token ids reach up to"):
+        run_stages(recipe(folder, "bad", alone(), model={"vocab_size": 100}))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        run_stages(recipe(folder, "bad", alone(), data={"tokenizer_model": ""}))
+    with pytest.raises((ConfigError, DataError), match="absent"):
+        run_stages(recipe(folder, "bad", alone(), data={"data_path": str(folder / "absent")}))
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        run_stages(recipe(folder, "bad", alone()), only=2)
+    with pytest.raises(ConfigError, match="stages 1 to 4"):
+        run_stages(recipe(folder, "bad", alone()), only=5)
+    with pytest.raises(CheckpointError):
+        run_stages(recipe(folder, "bad", alone(), checkpoint={"pretrained_checkpoint": str(folder / "absent")}))
+    assert not (folder / "bad").exists(), "nothing may be written by a run that is refused"
+
+
+def test_a_run_that_cannot_work_is_refused_before_it_writes(folder: Path) -> None:
+    run_ranks(1, _refusals, folder)
+
+
+def _other_settings(folder: Path) -> None:
+    stages = alone(STAGES[:1])
+    run_stages(recipe(folder, "twice", stages))
+    assert run_stages(recipe(folder, "twice", stages, logging={"log_interval": 7})), "a finished stage is left alone"
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.001 and is 0.002"):
+        run_stages(recipe(folder, "twice", stages, optimizer={"lr": 2e-3}))
+
+
+def test_a_run_with_other_settings_is_not_continued_in_silence(folder: Path) -> None:
+    run_ranks(1, _other_settings, folder)
+
+
+@pytest.mark.slow
+def test_pictures_that_do_not_decode_are_masked_on_every_rank(tmp_path: Path) -> None:
+    make_shards(tmp_path, broken=2)
+    run_ranks(2, _train_broken, tmp_path, "lenient", 100)
+    lines = ledger(tmp_path, "lenient", "learn")
+    assert any(line["failed_samples"] for line in lines)
+    assert all(line["loss"] is not None for line in lines)
+    run_ranks(2, _expect_budget, tmp_path)
+
+
+def _train_broken(folder: Path, save: str, budget: int) -> None:
+    stage = {**STAGES[1], "train": {"train_iters": 6, "global_batch_size": 4}}
+    train(folder, save, stages=(stage,), data={"max_failed_samples": budget, **_paths(folder)})
+
+
+def _paths(folder: Path) -> dict[str, object]:
+    return {"data_path": str(folder / "shards/train"), "tokenizer_model": str(folder / "tokenizer")}
+
+
+def _expect_budget(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"more than data.max_failed_samples=0"):
+        _train_broken(folder, "strict", 0)
