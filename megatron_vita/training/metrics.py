@@ -39,7 +39,7 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter  # costs a second to import, so only where it is used
 
             folder = Path(stage.logging.tensorboard_dir) / stage.name
-            self.events = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
+            self.events = SummaryWriter(str(folder), purge_step=start + 1)
 
     def step(self, line: LedgerLine) -> None:
         """Show one finished step."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -17,7 +18,7 @@ from megatron_vita.config import StageConfig
 
 
 def build_optimizer(
-    stage: StageConfig, model_chunks: Sequence[torch.nn.Module]
+    stage: StageConfig, model_chunks: Sequence[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer and schedule of one stage.
 

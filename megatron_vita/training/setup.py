@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -34,7 +33,7 @@ class Parts:
     groups: Groups
     models: list[VitaModel]
     """This rank's model chunks, bare: what checkpoints see."""
-    wrapped: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
     """The same chunks inside DistributedDataParallel: what the schedule runs."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
@@ -103,7 +102,7 @@ def build_parts(stage: StageConfig, *, weights: Path | None = None) -> Parts:
     return Parts(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, schedule=schedule)
 
 
-def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[torch.nn.Module]:
+def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[DistributedDataParallel]:
     """Put the chunks into bf16 and data parallelism, and tell megatron-core how to finish gradients."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -111,7 +110,7 @@ def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[torch.nn.Module]:
         use_distributed_optimizer=True,
         average_in_collective=False,  # gradients are sums, divided once by the global number of labelled tokens
     )
-    wrapped: list[torch.nn.Module] = []
+    wrapped: list[DistributedDataParallel] = []
     for model in models:
         inner = Float16Module(model.config, model) if stage.train.bf16 else model
         wrapped.append(DistributedDataParallel(model.config, settings, inner))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,7 +22,7 @@ from megatron_vita.training.faults import refuse_non_finite
 
 
 def forward_backward(
-    stage: StageConfig, model_chunks: Sequence[torch.nn.Module], step: StepBatches, *, forward_only: bool
+    stage: StageConfig, model_chunks: Sequence[DistributedDataParallel], step: StepBatches, *, forward_only: bool
 ) -> torch.Tensor:
     """Run every micro-batch of this rank through the schedule that fits the pipeline.
 
@@ -47,7 +48,7 @@ def forward_backward(
 def train_step(
     stage: StageConfig,
     groups: Groups,
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     step: StepBatches,
@@ -79,7 +80,7 @@ def train_step(
 
 
 def validate(
-    stage: StageConfig, groups: Groups, model_chunks: Sequence[torch.nn.Module], steps: Iterator[StepBatches]
+    stage: StageConfig, groups: Groups, model_chunks: Sequence[DistributedDataParallel], steps: Iterator[StepBatches]
 ) -> float:
     """Mean loss over the labelled tokens of `steps` global batches, without gradients."""
     for chunk in model_chunks:
