@@ -145,6 +145,8 @@ def _fill(parameter: nn.Parameter, name: str, settings: ModelConfig, run_seed: i
         std = settings.init_method_std
         if part == "vision_model":
             std = settings.vision.init_method_std  # type: ignore[union-attr]
+        elif name.endswith("word_embeddings.weight") and settings.embedding_init_method_std is not None:
+            std = settings.embedding_init_method_std
         elif part == "language_model" and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2.0 * settings.num_layers)  # residual branches add up over the layers
         whole = torch.empty(_whole_shape(parameter, name, settings, groups))
