@@ -1,0 +1,131 @@
+"""The command line of tools/convert_ckpt.py. Exit status 0: done; 2: usage or settings; 1: everything else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_vita import log as vita_log
+from megatron_vita.convert import exporter, importer, verify
+from megatron_vita.convert.opening import OpenModel, open_model
+from megatron_vita.convert.safetensors_folder import MAX_SHARD_BYTES
+from megatron_vita.convert.tokenizer_files import special_ids
+from megatron_vita.data.tokenizer import IMG_CONTEXT
+from megatron_vita.errors import ConfigError, VitaError
+
+log = logging.getLogger(__name__)
+
+LOGIT_TOLERANCE = 1e-4
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, do, and return the exit status. The last line on standard output says what was written or found."""
+    arguments = _parser().parse_args(argv)
+    vita_log.configure()
+    try:
+        status, last_line = arguments.act(arguments)
+    except VitaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_status
+    sys.stdout.write(last_line + "\n")
+    return int(status)
+
+
+def _import(arguments: argparse.Namespace) -> tuple[int, str]:
+    if (arguments.llm is None) == (arguments.model is None):
+        raise ConfigError("import: give either --llm (with --vision or without) or --model.")
+    if arguments.model is not None:
+        if arguments.vision or arguments.tokenizer:
+            raise ConfigError("import --model takes a whole model: --vision and --tokenizer belong to --llm.")
+        folder = importer.import_model(arguments.model, arguments.output, overwrite=arguments.overwrite)
+    else:
+        folder = importer.import_parts(
+            arguments.llm,
+            arguments.vision,
+            arguments.output,
+            tokenizer=arguments.tokenizer,
+            seed=arguments.seed,
+            overwrite=arguments.overwrite,
+        )
+    return 0, f"wrote {folder}"
+
+
+def _export(arguments: argparse.Namespace) -> tuple[int, str]:
+    folder = exporter.export(
+        arguments.checkpoint,
+        arguments.output,
+        arguments.format,
+        tokenizer=arguments.tokenizer,
+        dtype=_DTYPES[arguments.dtype] if arguments.dtype else None,
+        max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        overwrite=arguments.overwrite,
+    )
+    return 0, f"wrote {folder}"
+
+
+def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
+    a, b = open_model(arguments.a), open_model(arguments.b)
+    found = list(verify.compare_tensors(a.tensors, b.tensors))
+    different = [one for one in found if not one.equal]
+    for one in different[: arguments.show]:
+        note = f"  ({one.note})" if one.note else ""
+        sys.stdout.write(f"{one.name}: max difference {one.max_difference:.3g}, cosine {one.cosine:.9f}{note}\n")
+    if len(different) > arguments.show:
+        sys.stdout.write(f"... and {len(different) - arguments.show} more (--show)\n")
+    worst = max((one.max_difference for one in found), default=0.0)
+    line = f"{len(found)} tensors, {len(different)} differ, max difference {worst:.3g}"
+    failed = bool(different) and not worst <= arguments.tolerance
+    if arguments.logits:
+        gap = _logit_gap(a, b)
+        line += f"; logits differ by {gap:.3g}"
+        failed = failed or not gap <= LOGIT_TOLERANCE
+    return int(failed), ("different: " if failed else "equal: ") + line
+
+
+def _logit_gap(a: OpenModel, b: OpenModel) -> float:
+    from megatron_vita.convert import logits  # loads megatron-core, which the other commands do without
+
+    ids = special_ids(a.tokenizer_dir) if a.model.vision else {}
+    prompt = logits.make_prompt(a.model, ids.get(IMG_CONTEXT, -1))
+    return (logits.run(a, prompt) - logits.run(b, prompt)).abs().max().item()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_ckpt.py", description="Weights between Hugging Face and checkpoints."
+    )
+    commands = parser.add_subparsers(required=True, metavar="{import,export,verify}")
+
+    command = commands.add_parser("import", help="Hugging Face folders -> a checkpoint")
+    command.add_argument("--llm", metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5)")
+    command.add_argument("--vision", metavar="HF_DIR", help="InternViT, in OpenGVLab's or transformers' names")
+    command.add_argument("--model", metavar="HF_DIR", help="a whole model: native InternVL, Long-VITA, or a decoder")
+    command.add_argument("--output", metavar="CKPT", required=True, help="folder of checkpoints to write")
+    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the decoder's)")
+    command.add_argument("--seed", type=int, default=1234, help="of the projector's initial weights")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+    command.set_defaults(act=_import)
+
+    command = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder")
+    command.add_argument("--checkpoint", metavar="CKPT", required=True, help="checkpoint, or folder of them (newest)")
+    command.add_argument("--output", metavar="HF_DIR", required=True, help="folder to write")
+    command.add_argument("--format", choices=exporter.FORMATS, required=True)
+    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's own)")
+    command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert the weights (default: as they are)")
+    command.add_argument("--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of one file")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    command.set_defaults(act=_export)
+
+    command = commands.add_parser("verify", help="compare two models")
+    command.add_argument("a", metavar="A", help="checkpoint or Hugging Face folder")
+    command.add_argument("b", metavar="B", help="checkpoint or Hugging Face folder")
+    command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
+    command.add_argument("--tolerance", type=float, default=0.0, help="largest difference that counts as equal")
+    command.add_argument("--show", type=int, default=20, help="different tensors to list")
+    command.set_defaults(act=_verify)
+    return parser

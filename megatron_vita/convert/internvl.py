@@ -1,0 +1,123 @@
+"""transformers' native InternVL: what stock code loads and serves, with no code of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.convert import intern_vit, qwen2
+from megatron_vita.convert.hf_config import integer, refuse, require
+from megatron_vita.convert.rules import Rule, all_zero, rename, zero_padded
+from megatron_vita.errors import CheckpointError
+
+MODEL_TYPE = "internvl"
+ARCHITECTURE = "InternVLForConditionalGeneration"
+_PROJECTOR_EPSILON = 1e-5
+"""torch's default, which their projector's LayerNorm always has."""
+
+
+def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """A config.json of model_type internvl as ours.
+
+    Raises:
+        CheckpointError: a part is of an unknown kind, or asks for what we cannot do.
+    """
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
+        raise CheckpointError(f"{where}: has no text_config or no vision_config. Is it an InternVL of transformers?")
+    if text.get("model_type", qwen2.MODEL_TYPE) != qwen2.MODEL_TYPE:
+        raise refuse(where, "text_config.model_type", text["model_type"], qwen2.MODEL_TYPE)
+    require(config, "downsample_ratio", 0.5, 0.5, where)
+    require(config, "projector_hidden_act", "gelu", "gelu", where)
+    require(config, "vision_feature_layer", -1, -1, where)
+    require(config, "vision_feature_select_strategy", "default", "default", where)
+    # Stock code ties by the outer value, whose default is true; the inner one is a copy.
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    model = qwen2.read_config({**text, "tie_word_embeddings": tied}, f"{where}: text_config")
+    tower, _ = intern_vit.read_config({"model_type": "internvl_vision", **vision}, f"{where}: vision_config")
+    wanted = integer({"image_seq_length": 256, **config}, "image_seq_length", where)
+    if wanted != tower.tokens_per_tile:
+        raise CheckpointError(f"{where}: image_seq_length={wanted}, the tower gives {tower.tokens_per_tile} a tile.")
+    return replace(model, vision=tower, projector=ProjectorConfig())
+
+
+def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+    """Our model as their config.json.
+
+    Raises:
+        CheckpointError: their classes cannot represent the model; says why.
+    """
+    check_exportable(model)
+    assert model.vision is not None
+    tied = not model.untie_embeddings_and_output_weights
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "text_config": qwen2.write_config(model, dtype, special_ids),
+        "vision_config": intern_vit.write_config(model.vision, intern_vit.NATIVE, dtype),
+        "image_token_id": special_ids["<IMG_CONTEXT>"],
+        "image_seq_length": model.vision.tokens_per_tile,
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": tied,
+        "bos_token_id": special_ids.get("<|endoftext|>"),
+        "eos_token_id": special_ids.get("<|im_end|>"),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse a model that their classes cannot hold.
+
+    Raises:
+        CheckpointError: no tower, a projector wider than the decoder, or another epsilon in its LayerNorm.
+    """
+    if model.vision is None:
+        raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
+    if model.projector_width > model.hidden_size:
+        raise CheckpointError(
+            f"the projector's inner width {model.projector_width} exceeds the decoder's {model.hidden_size}, and that "
+            "is what InternVL's projector has: no room for it. Export with --format long_vita, or train "
+            f"with model.projector.ffn_hidden_size of at most {model.hidden_size}."
+        )
+    if model.projector.norm_epsilon != _PROJECTOR_EPSILON:
+        raise CheckpointError(
+            f"model.projector.norm_epsilon={model.projector.norm_epsilon}, but InternVL's projector always has "
+            f"{_PROJECTOR_EPSILON}. Such a model cannot be exported in this format."
+        )
+
+
+def rules(model: ModelConfig, names: Collection[str] = ()) -> list[Rule]:
+    """Every tensor of the model; a projector narrower than theirs is padded with zeros, which changes nothing.
+
+    Args:
+        names: tensor names of a folder that is being read: transformers has two spellings, on disk and in memory.
+    """
+    assert model.vision is not None
+    if any(name.startswith("model.language_model.") for name in names):
+        tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+        table = qwen2.rules(model, "model.language_model.", "lm_head.weight")
+    else:
+        tower, projector = "vision_tower.", "multi_modal_projector."
+        table = qwen2.rules(model, "language_model.model.", "language_model.lm_head.weight")
+    table += intern_vit.rules(model.vision, intern_vit.NATIVE, tower)
+    shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
+    our = "vision_projection."
+    for kind in ("weight", "bias"):
+        table.append(rename(f"{our}pre_proj_layernorm.{kind}", f"{projector}layer_norm.{kind}", (shuffled,)))
+    for number, rows, columns, their_rows, their_columns in (
+        (1, inner, shuffled, width, shuffled),
+        (2, width, inner, width, width),
+    ):
+        ours, theirs = f"{our}encoder.linear_fc{number}", f"{projector}linear_{number}"
+        table.append(zero_padded(ours + ".weight", theirs + ".weight", (rows, columns), (their_rows, their_columns)))
+        if model.projector.bias:
+            table.append(zero_padded(ours + ".bias", theirs + ".bias", (rows,), (their_rows,)))
+        else:
+            table.append(all_zero(theirs + ".bias", (their_rows,)))
+    return table

@@ -1,0 +1,125 @@
+"""Run a model, ours or stock, on one fixed prompt with pictures: what tensors cannot show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._device import _device_constructors
+
+from megatron_vita.checkpoint.sharded import load_tensors
+from megatron_vita.config import IMAGE_NORMS, ModelConfig, ParallelConfig, StageConfig
+from megatron_vita.convert.opening import OpenModel
+from megatron_vita.errors import CheckpointError
+from megatron_vita.layout import SequenceLayout, TileRoutes
+
+# torch remembers at its first use which functions `with torch.device("meta")` redirects. If device.install() has
+# replaced them by then, transformers' from_pretrained builds real, unfilled tensors: wrong logits without any error.
+_device_constructors()
+
+_TEXT = 7
+"""Random text tokens before, between and after the pictures."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids [1, s], tiles uint8 [n, 3, S, S], and the position of each tile's first context token."""
+
+    tokens: Tensor
+    tiles: Tensor
+    first_token: tuple[int, ...]
+
+
+def make_prompt(model: ModelConfig, image_token: int, *, tiles: tuple[int, ...] = (1, 5), seed: int = 0) -> Prompt:
+    """Random text with pictures of the given numbers of tiles; text only for a decoder alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text() -> list[int]:
+        ids = torch.randint(0, model.vocab_size, (_TEXT,), generator=generator).tolist()
+        return [(one + 1) % model.vocab_size if one == image_token else one for one in ids]
+
+    ids, first = text(), []
+    pixels = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+    if model.vision is not None:
+        size, length = model.vision.image_size, model.vision.tokens_per_tile
+        for count in tiles:
+            for _ in range(count):
+                first.append(len(ids))
+                ids += [image_token] * length
+            ids += text()
+        pixels = torch.randint(0, 256, (sum(tiles), 3, size, size), dtype=torch.uint8, generator=generator)
+    return Prompt(torch.tensor([ids]), pixels, tuple(first))
+
+
+def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
+    """Float32 logits [s, vocab_size] of our model, on this one process."""
+    from megatron_vita.device import torch_device
+    from megatron_vita.models.build import build_model
+    from megatron_vita.parallel.groups import build_groups, destroy_groups, init_distributed
+
+    init_distributed()
+    groups = build_groups(ParallelConfig())
+    try:
+        chunks = build_model(StageConfig(model=opened.model), groups, dtype=torch.float32)
+        load_tensors(opened.tensors, chunks, str(opened.path))
+        length = prompt.tokens.shape[1]
+        layout = SequenceLayout((length,))
+        per_tile = opened.model.vision.tokens_per_tile if opened.model.vision else 1
+        routes = TileRoutes(layout, np.array(prompt.first_token, dtype=np.int64), per_tile)
+        place = torch_device()
+        with torch.no_grad():
+            return (
+                chunks[0]
+                .eval()(
+                    tokens=prompt.tokens.to(place),
+                    positions=torch.arange(length, device=place)[None],
+                    layout=layout,
+                    routes=routes,
+                    tiles=prompt.tiles.to(place),
+                    logit_rows=torch.arange(length, device=place),
+                )
+                .float()
+                .cpu()
+            )
+    finally:
+        destroy_groups()
+
+
+def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
+    """Float32 logits [s, vocab_size] of stock transformers on the folder; no remote code.
+
+    Raises:
+        CheckpointError: transformers is not installed, or reports missing or unexpected weights.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            "transformers is not installed: pip install transformers, or leave --logits out."
+        ) from None
+    kind = {
+        "internvl": transformers.AutoModelForImageTextToText,
+        "qwen2": transformers.AutoModelForCausalLM,
+    }[opened.kind]
+    network, report = kind.from_pretrained(
+        str(opened.path), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(
+            f"{opened.path}: transformers reports {wrong[0]} (of {len(wrong)}) missing or unexpected."
+        )
+    inputs: dict[str, Tensor] = {"input_ids": prompt.tokens}
+    if opened.model.vision is not None:
+        norm = opened.preprocess.image_norm if opened.preprocess else "imagenet"
+        mean, std = (torch.tensor(one).view(3, 1, 1) for one in IMAGE_NORMS[norm])
+        inputs["pixel_values"] = (prompt.tiles.float() / 255 - mean) / std
+    with torch.no_grad():
+        return network.eval()(**inputs).logits[0].float()
+
+
+def run(opened: OpenModel, prompt: Prompt) -> Tensor:
+    """Stock transformers where it knows the folder's format, our model otherwise."""
+    return stock_logits(opened, prompt) if opened.kind in ("internvl", "qwen2") else our_logits(opened, prompt)

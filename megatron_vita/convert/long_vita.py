@@ -1,0 +1,68 @@
+"""Long-VITA's published Hugging Face format: a Qwen2 config with a `visual` object, InternViT in OpenGVLab's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.convert import intern_vit, qwen2
+from megatron_vita.convert.rules import Rule, rename
+from megatron_vita.errors import CheckpointError
+
+MODEL_TYPE = "long_vita"
+ARCHITECTURE = "LongVITAForCausalLM"
+
+
+def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """A published config.json as ours. Raises CheckpointError for what is missing or not supported."""
+    visual = config.get("visual")
+    if not isinstance(visual, Mapping):
+        raise CheckpointError(f"{where}: has no `visual` object. Is it a Long-VITA model?")
+    model = qwen2.read_config(config, where)
+    tower, _ = intern_vit.read_config({"model_type": "intern_vit_6b", **visual}, f"{where}: visual")
+    return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=tower.hidden_size, bias=False))
+
+
+def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+    """Our model as their config.json.
+
+    Raises:
+        CheckpointError: their projector cannot represent ours; says why.
+    """
+    check_exportable(model)
+    assert model.vision is not None
+    return {
+        **qwen2.write_config(model, dtype, special_ids),
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "visual": intern_vit.write_config(model.vision, intern_vit.REMOTE, dtype),
+    }
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse a model whose projector is not theirs: no biases, as wide as the tower."""
+    if model.vision is None:
+        raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
+    if model.projector.bias or model.projector_width != model.vision.hidden_size:
+        raise CheckpointError(
+            f"Long-VITA's projector has no biases and the tower's width {model.vision.hidden_size}; this one has "
+            f"{'biases' if model.projector.bias else 'no biases'} and width {model.projector_width}. Export with "
+            "--format internvl."
+        )
+
+
+def rules(model: ModelConfig) -> list[Rule]:
+    """Every tensor of the model in the published names."""
+    assert model.vision is not None
+    shuffled, inner = 4 * model.vision.hidden_size, model.projector_width
+    their, our = "model.vision_projection.", "vision_projection."
+    return [
+        *qwen2.rules(model),
+        *intern_vit.rules(model.vision, intern_vit.REMOTE, "model.vision_model."),
+        rename(our + "pre_proj_layernorm.weight", their + "pre_proj_layernorm.weight", (shuffled,)),
+        rename(our + "pre_proj_layernorm.bias", their + "pre_proj_layernorm.bias", (shuffled,)),
+        rename(our + "encoder.linear_fc1.weight", their + "mlp.0.weight", (inner, shuffled)),
+        rename(our + "encoder.linear_fc2.weight", their + "mlp.2.weight", (model.hidden_size, inner)),
+    ]

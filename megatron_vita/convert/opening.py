@@ -1,0 +1,164 @@
+"""Open a model in any format: a checkpoint of ours or a Hugging Face folder, found out by itself, under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.checkpoint.folder import TOKENIZER_FOLDER, latest, resolve
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
+from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.checkpoint.offline import model_keys, read_tensors
+from megatron_vita.checkpoint.state import RunState
+from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
+from megatron_vita.convert import intern_vit, internvl, long_vita, qwen2
+from megatron_vita.convert.hf_config import read_json, refuse
+from megatron_vita.convert.safetensors_folder import SafetensorsFolder
+from megatron_vita.convert.views import OurView, Subset
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import CheckpointError, ConfigError
+
+SIDECAR = "megatron_vita.json"
+"""What an exported folder remembers beyond what stock files can say."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """One model, wherever it lies."""
+
+    path: Path
+    """The checkpoint's or the Hugging Face folder."""
+    kind: str
+    """`checkpoint`, `internvl`, `long_vita` or `qwen2`."""
+    model: ModelConfig
+    tensors: LazyTensors
+    """Its weights by checkpoint key."""
+    preprocess: PreprocessSpec | None
+    """How it wants pictures; none for a decoder alone."""
+    tokenizer_dir: Path
+    """Where its tokenizer lies."""
+    state: RunState | None = None
+    """run.json of a checkpoint."""
+
+
+def open_model(path: str | Path) -> OpenModel:
+    """Open a checkpoint, a folder of checkpoints, or a Hugging Face folder. No tensor is read yet.
+
+    Raises:
+        CheckpointError: nothing of the kind there, or it is damaged, incomplete or not supported.
+    """
+    path = Path(path)
+    if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and latest(path)):
+        return _open_checkpoint(resolve(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
+    return _open_hf(path)
+
+
+def load_hf_for_inference(path: str | Path) -> tuple[ModelConfig, PreprocessSpec | None, LazyTensors]:
+    """A Hugging Face folder for chat and evaluation: its shape, how it wants pictures, its weights by checkpoint key.
+
+    Give the weights to checkpoint.load_tensors, which fills a model of any layout.
+    """
+    opened = open_model(path)
+    return opened.model, opened.preprocess, opened.tensors
+
+
+def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
+    """An InternViT's Hugging Face folder: its shape, its weights by checkpoint key.
+
+    Raises:
+        CheckpointError: not an InternViT, or incomplete.
+    """
+    path = Path(path)
+    where = path / "config.json"
+    config = read_json(where)
+    if config.get("model_type") in _FAMILIES:
+        raise CheckpointError(
+            f"{where}: is a whole model ({config['model_type']}). Use import --model, or give a tower."
+        )
+    vision, names = intern_vit.read_config(config, str(where))
+    return vision, OurView(intern_vit.rules(vision, names), SafetensorsFolder(path), str(path))
+
+
+def _open_checkpoint(folder: Path) -> OpenModel:
+    tensors = read_tensors(folder)
+    state = RunState.read(folder)
+    return OpenModel(
+        path=folder,
+        kind="checkpoint",
+        model=state.stage.model,
+        tensors=Subset(tensors, model_keys(tensors)),
+        preprocess=state.preprocess,
+        tokenizer_dir=folder / TOKENIZER_FOLDER,
+        state=state,
+    )
+
+
+def _open_hf(folder: Path) -> OpenModel:
+    where = folder / "config.json"
+    config = read_json(where)
+    kind = config.get("model_type")
+    if kind not in _FAMILIES:
+        raise refuse(str(where), "model_type", kind, ", ".join(_FAMILIES))
+    model = _FAMILIES[kind].read_config(config, str(where))
+    source = SafetensorsFolder(folder)
+    if kind == internvl.MODEL_TYPE:
+        rules = internvl.rules(model, list(source))
+    elif kind == long_vita.MODEL_TYPE:
+        rules = long_vita.rules(model)
+    else:
+        rules = qwen2.rules(model)
+    embedding = rules[0].theirs[0].name
+    heads = [name for name in (qwen2.HEAD, "language_model." + qwen2.HEAD) if name in source]
+    tied = (heads[0], embedding) if heads and not model.untie_embeddings_and_output_weights else None
+    return OpenModel(
+        path=folder,
+        kind=str(kind),
+        model=model,
+        tensors=OurView(rules, source, str(folder), tied=tied),
+        preprocess=_preprocess(folder, model) if model.vision else None,
+        tokenizer_dir=folder,
+    )
+
+
+_FAMILIES: dict[str, Any] = {
+    internvl.MODEL_TYPE: internvl,
+    long_vita.MODEL_TYPE: long_vita,
+    qwen2.MODEL_TYPE: qwen2,
+}
+
+
+def _preprocess(folder: Path, model: ModelConfig) -> PreprocessSpec:
+    """From our own side file where we wrote the folder, else from the stock processor settings."""
+    assert model.vision is not None
+    try:
+        if (folder / SIDECAR).is_file():
+            return PreprocessSpec.from_dict(read_json(folder / SIDECAR)["preprocess"])
+        side: dict[str, Any] = {"image_size": model.vision.image_size, "patch_size": model.vision.patch_size}
+        if not (folder / "preprocessor_config.json").is_file():
+            return PreprocessSpec(**side)
+        values = read_json(folder / "preprocessor_config.json")
+        default = PreprocessSpec()
+        return PreprocessSpec(
+            **side,
+            image_norm=_norm_name(values, folder),
+            min_tiles=int(values.get("min_patches", default.min_tiles)),
+            max_tiles=int(values.get("max_patches", default.max_tiles)) if values.get("crop_to_patches", True) else 1,
+        )
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its processor settings are not usable: {error}") from None
+
+
+def _norm_name(values: Mapping[str, Any], folder: Path) -> str:
+    pair = (values.get("image_mean"), values.get("image_std"))
+    if pair == (None, None):
+        return "imagenet"
+    for name, (mean, std) in IMAGE_NORMS.items():
+        if list(mean) == pair[0] and list(std) == pair[1]:
+            return name
+    raise CheckpointError(f"{folder / 'preprocessor_config.json'}: unknown image_mean and image_std {pair}.")

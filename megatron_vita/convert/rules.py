@@ -1,0 +1,211 @@
+"""Two-way slicing rules: which box of elements of which of their tensors is which box of ours.
+
+A rule ties one of our tensors to one or more of theirs by a list of copies between boxes. Everything else follows from
+that list: importing copies one way, exporting the other; a reader that wants only some rows reads only the boxes that
+meet them; and the proof that each element is used exactly once is arithmetic on boxes. Rules are pure: they know no
+file, no device and no process group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vita.checkpoint.lazy import Region, extent, overlap, shift, volume, whole
+from megatron_vita.errors import CheckpointError
+
+Reader = Callable[[str, Region], Tensor]
+"""(tensor name, region) -> that part of it."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor as it stands in a file: name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One box of ours that is one box of theirs, of the same extent."""
+
+    theirs: int
+    """Index among the rule's tensors of theirs."""
+    their_box: Region
+    our_box: Region
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of ours and what it is made of; or, with ours none, a tensor of theirs that is all zeros.
+
+    Boxes address both sides in `rank` dimensions; a tensor of theirs with more has leading dimensions of size 1.
+    What no copy covers is zero by definition: writing fills it with zeros, reading theirs insists on it.
+    """
+
+    ours: Named | None
+    theirs: tuple[Named, ...]
+    copies: tuple[Copy, ...]
+
+    def read_ours(self, read: Reader, dtype: torch.dtype, region: Region | None = None) -> Tensor:
+        """A region of our tensor, put together from theirs."""
+        assert self.ours is not None
+        region = whole(self.ours.shape) if region is None else region
+        out = torch.zeros(extent(region), dtype=dtype)
+        for copy in self.copies:
+            shared = overlap(copy.our_box, region)
+            if shared is not None:
+                there = _move(shared, copy.our_box, copy.their_box)
+                out[shift(shared, region)] = _read(read, self.theirs[copy.theirs], there)
+        return out
+
+    def read_theirs(self, index: int, read: Reader, dtype: torch.dtype, region: Region | None = None) -> Tensor:
+        """A region of one of their tensors, cut from ours."""
+        named = self.theirs[index]
+        if self.ours is None:
+            return torch.zeros(named.shape if region is None else extent(region), dtype=dtype)
+        lead = len(named.shape) - len(self.ours.shape)
+        inner = whole(named.shape[lead:]) if region is None else region[lead:]
+        out = torch.zeros(extent(inner), dtype=dtype)
+        for copy in self.copies:
+            shared = overlap(copy.their_box, inner) if copy.theirs == index else None
+            if shared is not None:
+                here = _move(shared, copy.their_box, copy.our_box)
+                out[shift(shared, inner)] = read(self.ours.name, here)
+        return out.reshape((1,) * lead + tuple(out.shape))
+
+    def uncovered(self, index: int) -> int:
+        """Elements of one of their tensors that no copy takes: they must be zero."""
+        return math.prod(self.theirs[index].shape) - sum(
+            volume(copy.their_box) for copy in self.copies if copy.theirs == index
+        )
+
+
+def prove(rules: Iterable[Rule]) -> None:
+    """Prove a table: no tensor named twice on either side, each of our elements filled once, each of theirs used once.
+
+    Elements of theirs that no copy takes are zeros by rule and are checked when read.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not covered exactly. It is a defect of the table.
+    """
+    seen: set[tuple[str, str]] = set()
+    for rule in rules:
+        for side, named in [("ours", rule.ours), *(("theirs", one) for one in rule.theirs)]:
+            if named is None:
+                continue
+            if (side, named.name) in seen:
+                raise CheckpointError(f"{named.name}: appears in two rules of one conversion table.")
+            seen.add((side, named.name))
+        if rule.ours is not None:
+            boxes = [copy.our_box for copy in rule.copies]
+            if not _disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.ours.shape):
+                raise CheckpointError(f"{rule.ours.name}: its conversion rule does not fill every element once.")
+        for index, named in enumerate(rule.theirs):
+            boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
+            if not _disjoint(boxes) or rule.uncovered(index) < 0:
+                raise CheckpointError(f"{named.name}: its conversion rule uses elements twice.")
+
+
+def rename(ours: str, theirs: str, shape: Sequence[int], *, their_shape: Sequence[int] | None = None) -> Rule:
+    """The same tensor under two names; theirs may have extra leading dimensions of size 1."""
+    box = whole(shape)
+    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape or shape)),), (Copy(0, box, box),))
+
+
+def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
+    """Our tensor is theirs one below the other (gate above up)."""
+    copies, start = [], 0
+    for index, size in enumerate(rows):
+        copies.append(_rows(index, 0, start, size, columns))
+        start += size
+    return Rule(
+        Named(ours, _shape(start, columns)),
+        tuple(Named(name, _shape(size, columns)) for name, size in zip(theirs, rows, strict=True)),
+        tuple(copies),
+    )
+
+
+def grouped_qkv(
+    ours: str, theirs: Sequence[str], *, heads: int, groups: int, head_dim: int, columns: int | None
+) -> Rule:
+    """Separate q, k, v against megatron-core's order: for each key/value group its query heads, then its k, then its v.
+
+    Args:
+        theirs: names of q, k, v.
+        columns: width of the weight, or none for a bias.
+    """
+    queries = heads // groups * head_dim
+    copies, start = [], 0
+    for group in range(groups):
+        for index, size in enumerate((queries, head_dim, head_dim)):
+            copies.append(_rows(index, group * size, start, size, columns))
+            start += size
+    sizes = (heads * head_dim, groups * head_dim, groups * head_dim)
+    return Rule(
+        Named(ours, _shape(start, columns)),
+        tuple(Named(name, _shape(size, columns)) for name, size in zip(theirs, sizes, strict=True)),
+        tuple(copies),
+    )
+
+
+def joint_qkv(ours: str, theirs: str, *, heads: int, head_dim: int, columns: int | None) -> Rule:
+    """One tensor [all Q; all K; all V] against megatron-core's order: q, k, v of each head."""
+    width = heads * head_dim
+    copies = [
+        _rows(0, part * width + head * head_dim, (3 * head + part) * head_dim, head_dim, columns)
+        for head in range(heads)
+        for part in range(3)
+    ]
+    shape = _shape(3 * width, columns)
+    return Rule(Named(ours, shape), (Named(theirs, shape),), tuple(copies))
+
+
+def zero_padded(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Rule:
+    """Our tensor is the first corner of a larger one of theirs, whose rest is zero."""
+    box = whole(shape)
+    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape)),), (Copy(0, box, box),))
+
+
+def all_zero(theirs: str, shape: Sequence[int]) -> Rule:
+    """A tensor that only they have, and that must be zero (the biases of a projector without biases)."""
+    return Rule(None, (Named(theirs, tuple(shape)),), ())
+
+
+def _shape(rows: int, columns: int | None) -> tuple[int, ...]:
+    return (rows,) if columns is None else (rows, columns)
+
+
+def _rows(index: int, their_start: int, our_start: int, size: int, columns: int | None) -> Copy:
+    rest = () if columns is None else (slice(0, columns),)
+    return Copy(index, (slice(their_start, their_start + size), *rest), (slice(our_start, our_start + size), *rest))
+
+
+def _move(part: Region, source: Region, target: Region) -> Region:
+    """`part` of the box `source`, as the same part of the box `target`."""
+    return tuple(
+        slice(one.start - a.start + b.start, one.stop - a.start + b.start)
+        for one, a, b in zip(part, source, target, strict=True)
+    )
+
+
+def _read(read: Reader, named: Named, box: Region) -> Tensor:
+    lead = len(named.shape) - len(box)
+    return read(named.name, (slice(0, 1),) * lead + box).reshape(extent(box))
+
+
+def _disjoint(boxes: Sequence[Region]) -> bool:
+    """No two boxes share an element. Sweeps along the first dimension, where boxes rarely meet."""
+    ordered = sorted((box for box in boxes if box), key=lambda box: box[0].start)
+    for index, box in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other[0].start >= box[0].stop:
+                break
+            if overlap(box, other) is not None:
+                return False
+    return True

@@ -1,0 +1,126 @@
+"""The tokenizer that travels with a model: special tokens added on import, named for stock processors on export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.checkpoint.folder import TOKENIZER_FILES
+from megatron_vita.convert.hf_config import read_json
+from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, IMG, IMG_CONTEXT, IMG_END, VIDEO, VITA_TOKENS
+from megatron_vita.errors import CheckpointError
+
+NAMED_TOKENS = {
+    "start_image_token": IMG,
+    "end_image_token": IMG_END,
+    "context_image_token": IMG_CONTEXT,
+    "video_token": VIDEO,
+}
+"""What transformers' InternVL processor asks its tokenizer for by name."""
+_TEMPLATE = Path(__file__).resolve().parent.parent / "data" / "chat_template.jinja"
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Id of every added token of a tokenizer folder.
+
+    Raises:
+        CheckpointError: no readable tokenizer.json.
+    """
+    values = read_json(folder / "tokenizer.json")
+    try:
+        return {entry["content"]: int(entry["id"]) for entry in values.get("added_tokens", ())}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: damaged list of added tokens ({error!r}).") from None
+
+
+def with_vision_tokens(source: Path, target: Path) -> int:
+    """Copy a tokenizer folder and add the special tokens of pictures and videos that it has not, at the end, in the
+    published order; name them for stock processors and give it the package's chat template if it knows no pictures.
+
+    Returns:
+        Rows an embedding needs to hold every id.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    present = special_ids(source)
+    missing = [token for token in VITA_TOKENS if token not in present]
+    if missing:
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+        tokenizer.save(str(target / "tokenizer.json"))
+        # Older side files list the added tokens again, without ours.
+        for name in ("added_tokens.json", "special_tokens_map.json"):
+            (target / name).unlink(missing_ok=True)
+    template = target / "chat_template.jinja"
+    if not template.is_file() or IMG_CONTEXT not in template.read_text(encoding="utf-8"):
+        shutil.copyfile(_TEMPLATE, template)
+    config = _tokenizer_config(target)
+    config["extra_special_tokens"] = NAMED_TOKENS
+    config.pop("chat_template", None)
+    config.pop("added_tokens_decoder", None)
+    _write(target / "tokenizer_config.json", config)
+    return _rows(target)
+
+
+def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, int]:
+    """Copy a checkpoint's tokenizer into a Hugging Face folder.
+
+    Returns:
+        Ids of its special tokens.
+
+    Raises:
+        CheckpointError: the checkpoint holds no tokenizer, or one without the tokens of pictures.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{source}: holds no tokenizer.json, and an exported folder needs one. Name its folder with --tokenizer."
+        )
+    ids = special_ids(source)
+    if vision:
+        missing = [token for token in NAMED_TOKENS.values() if token not in ids]
+        if missing:
+            raise CheckpointError(
+                f"{source}: its tokenizer has no {' '.join(missing)}. Export with the one it trained with."
+            )
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not (target / "chat_template.jinja").is_file():
+        shutil.copyfile(_TEMPLATE, target / "chat_template.jinja")
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        **_tokenizer_config(target),
+    }
+    if vision:
+        config["extra_special_tokens"] = NAMED_TOKENS
+        config["processor_class"] = "InternVLProcessor"
+    _write(target / "tokenizer_config.json", config)
+    return ids
+
+
+def _rows(folder: Path) -> int:
+    values: Mapping[str, Any] = read_json(folder / "tokenizer.json")
+    ids = (
+        [*(values.get("model", {}).get("vocab", {}) or {}).values()]
+        if isinstance(values.get("model", {}).get("vocab"), dict)
+        else []
+    )
+    return max([*ids, *special_ids(folder).values()], default=-1) + 1
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
