@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"config", "layout", "device", "seed", "parallel"},
     "planning": {"config"},
     "checkpoint": {"config", "device", "data.spec", "parallel", "seed"},
-    "convert": {"config", "device", "data.spec", "data.tokenizer", "parallel", "models", "checkpoint"},
+    "convert": {"config", "layout", "device", "data.spec", "data.tokenizer", "parallel", "models", "checkpoint"},
     "training": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
     "inference": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
 }
