@@ -1,0 +1,142 @@
+"""What device.py promises: megatron-core answered on CPU, the optimizer's load mended, everybody else left alone."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from megatron_vita import device
+from megatron_vita.config import ParallelConfig
+from megatron_vita.parallel.groups import build_groups, destroy_groups
+from tests.ranks import run_ranks
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
+
+
+@cpu_only
+def test_questions_get_cpu_answers() -> None:
+    device.install()
+    device.install()  # twice is once
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.tensor([1], device=torch.cuda.current_device(), pin_memory=True).device.type == "cpu"
+    assert torch.ones(2).cuda().device.type == "cpu"
+    torch.cuda.synchronize()
+    assert device.torch_device() == torch.device("cpu")
+    assert device.backend() == "gloo"
+    assert device.peak_memory_bytes() > 1 << 20
+
+
+@cpu_only
+def test_only_megatron_is_told_that_tensors_are_cuda() -> None:
+    device.install()
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    scope: dict[str, Any] = {"__name__": "megatron.core.anything", "torch": torch}
+    exec("answer = torch.ones(1).type()", scope)
+    assert scope["answer"] == "torch.cuda.FloatTensor"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+
+
+def _check_tracker() -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    groups = build_groups(ParallelConfig(tensor_model_parallel_size=2))
+    device.seed_all(11, tp_rank=groups.tp_rank)
+    before = torch.get_rng_state()
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("megatron").addHandler(handler)
+    with get_cuda_rng_tracker().fork():
+        drawn = torch.rand(4)
+    assert stream.getvalue() == "", "the expected noise is filtered"
+    assert torch.equal(torch.get_rng_state(), before), "a fork leaves the default stream alone"
+    both = [torch.empty(4) for _ in range(2)]
+    torch.distributed.all_gather(both, drawn, group=groups.collection.tp)
+    assert not torch.equal(*both), "tensor ranks draw different numbers"
+    device.seed_all(11, tp_rank=groups.tp_rank)
+    with get_cuda_rng_tracker().fork():
+        assert torch.equal(torch.rand(4), drawn), "seeding again repeats them"
+    destroy_groups()
+
+
+def test_tracker_is_seeded_distinct_and_quiet() -> None:
+    run_ranks(2, _check_tracker)
+
+
+def _optimizer(seed: int) -> tuple[Any, Any]:
+    """A distributed optimizer over a small DDP model, and the model."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    torch.manual_seed(seed)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    module.config = config  # type: ignore[assignment]
+    module.share_embeddings_and_output_weights = False  # type: ignore[assignment]
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    wrapped = DistributedDataParallel(config, ddp, module)
+    settings = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0)
+    return get_megatron_optimizer(settings, [wrapped]), wrapped
+
+
+def _step(optimizer: Any, wrapped: Any, seed: int) -> None:
+    wrapped.zero_grad_buffer()
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+    wrapped(inputs).square().sum().backward()
+    wrapped.finish_grad_sync()
+    optimizer.step()
+
+
+def _check_load() -> None:
+    """Save after two steps, load into a fresh optimizer, take a third: as if nothing had happened."""
+    build_groups(ParallelConfig())
+    optimizer, wrapped = _optimizer(1)
+    for seed in range(2):
+        _step(optimizer, wrapped, seed)
+    (inner,) = optimizer.chained_optimizers
+    saved = inner.state_dict()
+    saved["param_state"] = inner.get_parameter_state_dp_reshardable()
+    # It holds views of the living optimizer's state.
+    saved = tree_map(lambda one: one.detach().clone() if isinstance(one, torch.Tensor) else one, saved)
+    for buffer in (one for one in saved["param_state"].values() if isinstance(one, dict)):
+        for piece in (piece for buckets in buffer.values() for bucket in buckets for piece in bucket):
+            piece["padding"] = False  # what a checkpoint on disk adds
+    saved["param_state_sharding_type"] = "dp_reshardable"
+    weights = {name: one.clone() for name, one in wrapped.state_dict().items()}
+
+    other, fresh = _optimizer(2)
+    fresh.load_state_dict(weights)
+    device.prepare_optimizer_for_load(other)
+    other.chained_optimizers[0].state_dict()  # asserted on an empty state before
+    other.chained_optimizers[0].load_state_dict(saved)
+    states = list(other.chained_optimizers[0].optimizer.state.values())
+    assert len({id(one["step"]) for one in states}) == 1, (
+        "megatron-core has mended itself: drop fix_optimizer_after_load"
+    )
+    device.fix_optimizer_after_load(other)
+    states = list(other.chained_optimizers[0].optimizer.state.values())
+    assert len({id(one["step"]) for one in states}) == len(states)
+    for pair in ((optimizer, wrapped), (other, fresh)):
+        _step(*pair, 9)
+    for one, two in zip(wrapped.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
+    destroy_groups()
+
+
+def test_a_loaded_distributed_optimizer_steps_like_the_saved_one() -> None:
+    run_ranks(2, _check_load)
+
+
+def test_importing_the_module_changes_nothing() -> None:
+    code = (
+        "import torch; before = torch.zeros, torch.Tensor.type; import megatron_vita.device; "
+        "assert before == (torch.zeros, torch.Tensor.type)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
