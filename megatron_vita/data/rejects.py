@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "media_size": "the picture has no area or an impossible shape",
     "video_broken": "the video cannot be decoded",
     "media_crash": "decoding the medium killed its process",
+    "undeclared_media": "the record holds media, but its source declares none",
     "overlong": "the sample is longer than a pack",
 }
 """Every reason code with its meaning."""

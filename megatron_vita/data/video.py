@@ -195,7 +195,7 @@ def open_video(file: MediaFile, backend: str = "auto") -> VideoFile:
     openers: dict[str, list[Callable[[], VideoFile]]] = {
         "decord": [lambda: _Decord(name, source())],
         "pyav": [lambda: _PyAv(name, source())],
-        "auto": [lambda: _Decord(name, source(), rescue=lambda: _PyAv(name, source()))] if _has_decord() else [],
+        "auto": [lambda: _Decord(name, source(), rescue=lambda: open_video(file, "pyav"))] if _has_decord() else [],
     }
     openers["auto"] += openers["pyav"]
     if backend not in openers:

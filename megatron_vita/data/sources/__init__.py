@@ -1,0 +1,13 @@
+"""Open datasets: readers x mappers x media rules, and the table that names them.
+
+A *reader* knows a container and gives records, a *mapper* knows a record's fields and gives turns, a *media rule* says
+which fields hold pictures and where their files lie, and *fixes* mend what a publisher is known to get wrong. A dataset
+is one row of table.yaml that names one of each.
+"""
+
+from megatron_vita.data.sources.convert import record_to_sample
+from megatron_vita.data.sources.mix import MixFile, load_mix, read_samples
+from megatron_vita.data.sources.readers import open_reader
+from megatron_vita.data.sources.table import Row, detect_row, load_table
+
+__all__ = ["MixFile", "Row", "detect_row", "load_mix", "load_table", "open_reader", "read_samples", "record_to_sample"]

@@ -1,0 +1,250 @@
+"""One record becomes an Example of a packed set, or is refused: the work of one preprocessing process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vita.data.chat import build_document, build_example, frame_costs, shift_labels
+from megatron_vita.data.document import Document
+from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
+from megatron_vita.data.picture import read_image
+from megatron_vita.data.rejects import code_of, refuse
+from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.sources.convert import record_to_sample
+from megatron_vita.data.sources.mix import MixFile
+from megatron_vita.data.sources.readers import Places
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.tokenizer import VitaTokenizer
+from megatron_vita.data.video import open_video
+from megatron_vita.errors import DataError
+
+OVERLONG = ("reject", "truncate", "reduce-frames")
+
+_FRAME = MediaItem(b"", 1, 1, frame=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What a process must know besides the records."""
+
+    spec: PreprocessSpec
+    seq_length: int
+    overlong: str = "reduce-frames"
+    """`reject`; `truncate`: shorten the longest question, then the end; `reduce-frames`: take fewer frames."""
+    verify_media: str = "structure"
+    reference: bool = False
+    """Pictures stay files: remember their paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A record that made it."""
+
+    example: Example
+    references: tuple[Path | None, ...]
+    """For each item of example.media the file that holds exactly these bytes; None: embed them."""
+    shortened: bool
+    """Text was cut or frames were left out to fit the sequence."""
+    cleaned: int
+    """Answers that lost leading line breaks."""
+
+
+class Compiler:
+    """Records of a mix -> Examples. The same functions serve training, chat and the server."""
+
+    def __init__(self, tokenizer: VitaTokenizer, rules: Rules) -> None:
+        self._tokenizer, self._rules, self._spec = tokenizer, rules, rules.spec
+
+    def compile(self, record: Any, file: MixFile, line: int) -> Compiled:
+        """Convert, read media, tokenise, and fit to the sequence.
+
+        Raises:
+            DataError: beginning with a reason code.
+        """
+        if isinstance(record, DataError):
+            raise record
+        sample, cleaned = record_to_sample(record, file.row, media_root=file.media_root, source=file.name, line=line)
+        if isinstance(sample, Document):
+            example = build_document(sample, tokenizer=self._tokenizer)
+            cut = len(example.tokens) > self._rules.seq_length
+            return Compiled(self._cut(example) if cut else example, (), cut, cleaned)
+        return self._sample(sample, cleaned)
+
+    def _sample(self, sample: Sample, cleaned: int) -> Compiled:
+        if sample.messages[-1].role != "assistant":
+            raise refuse("no_answer", "the conversation ends with a question.")
+        images = [read_image(file, verify=self._rules.verify_media) for file in sample.images]
+        videos, reduced = self._videos(sample, images)
+        example = build_example(sample, images, videos, tokenizer=self._tokenizer, spec=self._spec)
+        shortened = reduced
+        if len(example.tokens) > self._rules.seq_length:
+            example = self._shorten(sample, images, videos, example)
+            shortened = True
+        paths = {id(item): file.path for item, file in zip(images, sample.images, strict=True)}
+        references: list[Path | None] = []
+        if self._rules.reference:
+            for item in example.media:
+                path = paths.get(id(item))
+                references.append(Path(path) if path else None)
+        return Compiled(example, tuple(references), shortened, cleaned)
+
+    def _videos(self, sample: Sample, images: Sequence[MediaItem]) -> tuple[list[list[MediaItem]], bool]:
+        """Frames of every video, each decoded once: how many fit is known before."""
+        spec, rules = self._spec, self._rules
+        opened = []
+        try:
+            opened = [open_video(file) for file in sample.videos]
+            counts = [video.count(spec, spec.max_frames) for video in opened]
+            if not counts:
+                return [], False
+            one_each = build_example(sample, images, [[_FRAME]] * len(counts), tokenizer=self._tokenizer, spec=spec)
+            room = rules.seq_length - len(one_each.tokens)
+            most = max(counts)
+            # tokens of every further frame, and how many videos have it
+            costs = frame_costs(self._tokenizer, spec, most)[1:]
+            having = np.array([sum(count > number for count in counts) for number in range(1, most)], dtype=np.int64)
+            fit = 1 + int(np.searchsorted(np.cumsum(costs * having), room, side="right")) if room >= 0 else 0
+            if fit < most and (fit < 1 or rules.overlong == "reject"):
+                raise refuse("overlong", f"{_too_long(rules)} with {most} frames.")
+            limit = most if rules.overlong == "truncate" else min(fit, most)
+            return [video.frames(spec, limit) for video in opened], limit < most
+        finally:
+            for video in opened:
+                video.close()
+
+    def _shorten(
+        self, sample: Sample, images: list[MediaItem], videos: list[list[MediaItem]], example: Example
+    ) -> Example:
+        """Cut the longest question so that the answers stay; if that is not enough, cut the end."""
+        rules = self._rules
+        if rules.overlong != "truncate":
+            raise refuse("overlong", f"{len(example.tokens)} tokens. {_too_long(rules)}.")
+        place = _longest_question(sample)
+        excess = len(example.tokens) - rules.seq_length
+        if place is not None:
+            turn, part = place
+            text = sample.messages[turn].parts[part]
+            assert isinstance(text, Text)
+            length = len(self._tokenizer.encode(text.text))
+            for spare in range(0, 64, 8):  # cut text may need a token more at its new end
+                keep = length - excess - spare
+                if keep < 1:
+                    break
+                shorter = _with_text(sample, turn, part, self._tokenizer.cut(text.text, keep))
+                built = build_example(shorter, images, videos, tokenizer=self._tokenizer, spec=self._spec)
+                if len(built.tokens) <= rules.seq_length:
+                    return built
+        return self._cut(example)
+
+    def _cut(self, example: Example) -> Example:
+        """The first seq_length tokens, if no tile is lost and something is left to learn."""
+        rules = self._rules
+        size = rules.seq_length
+        if rules.overlong != "truncate":
+            raise refuse("overlong", f"{len(example.tokens)} tokens. {_too_long(rules)}.")
+        if any(slot.first_token + self._spec.tokens_per_tile > size for slot in example.tiles):
+            raise refuse("overlong", f"its pictures alone are more than {size} tokens.")
+        tokens = example.tokens[:size]
+        labelled = np.concatenate([[False], example.labels[: size - 1] != IGNORE_INDEX])
+        labels = shift_labels(tokens, labelled)
+        if not (labels != IGNORE_INDEX).any():
+            raise refuse("overlong", f"nothing to learn is left in the first {size} tokens.")
+        return dataclasses.replace(example, tokens=tokens, labels=labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a spooled Example lies."""
+
+    line: int
+    length: int
+    spool: str
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What a process made of a run of records."""
+
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    rejects: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
+    """(record number, reason code, message)."""
+    shortened: int = 0
+    cleaned: int = 0
+
+
+class Worker:
+    """Compiles chunks and spools the Examples: they go to disk here and reach their pack later, not through a pipe."""
+
+    def __init__(self, tokenizer_path: str, rules: Rules, files: Sequence[MixFile], spool: Path) -> None:
+        self._compiler = Compiler(VitaTokenizer.load(tokenizer_path), rules)
+        self._files = list(files)
+        self._path = spool / f"{os.getpid()}.spool"
+        self._spool = self._path.open("ab")
+
+    def run(self, file_index: int, places: Places) -> ChunkResult:
+        """Every record of a chunk, in order."""
+        file = self._files[file_index]
+        out = ChunkResult()
+        for line, record in file.reader().read(places):
+            try:
+                made = self._compiler.compile(record, file, line)
+            except DataError as error:
+                code, message = code_of(error)
+                out.rejects.append((line, code, message))
+                continue
+            blob = pickle.dumps((made.example, made.references), protocol=5)
+            offset = self._spool.tell()
+            self._spool.write(blob)
+            out.entries.append(Entry(line, len(made.example.tokens), self._path.name, offset, len(blob)))
+            out.shortened += made.shortened
+            out.cleaned += made.cleaned
+        self._spool.flush()
+        return out
+
+    def close(self) -> None:
+        """Let go of the spool file."""
+        self._spool.close()
+
+
+def load_spooled(blob: bytes) -> tuple[Example, tuple[Path | None, ...]]:
+    """What `Worker.run` spooled. (Its own temporary file of this run: nothing foreign is ever unpickled.)"""
+    example, references = pickle.loads(blob)
+    return example, references
+
+
+def _too_long(rules: Rules) -> str:
+    return (
+        f"It does not fit into --seq-length {rules.seq_length} under --overlong {rules.overlong}; raise the one or "
+        "change the other"
+    )
+
+
+def _longest_question(sample: Sample) -> tuple[int, int] | None:
+    """(turn, part) of the longest text that is not an answer."""
+    texts = [
+        (len(part.text), -turn, -number)
+        for turn, message in enumerate(sample.messages)
+        for number, part in enumerate(message.parts)
+        if isinstance(part, Text) and message.role != "assistant"
+    ]
+    if not texts:
+        return None
+    _, turn, number = max(texts)
+    return -turn, -number
+
+
+def _with_text(sample: Sample, turn: int, part: int, text: str) -> Sample:
+    message = sample.messages[turn]
+    parts = (*message.parts[:part], Text(text), *message.parts[part + 1 :])
+    messages = (*sample.messages[:turn], Message(message.role, parts), *sample.messages[turn + 1 :])
+    return dataclasses.replace(sample, messages=messages)

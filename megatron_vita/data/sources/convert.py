@@ -1,0 +1,158 @@
+"""A record becomes a Sample: map its fields, mend it, put its media in their places, prove it whole."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from megatron_vita.data.chat import clean_answers
+from megatron_vita.data.document import Document
+from megatron_vita.data.media import safe_path
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import Image, MediaFile, Message, Part, Role, Sample, Text, Video
+from megatron_vita.data.sources.fixes import find_fix, unwrap
+from megatron_vita.data.sources.mappers import MAPPERS, Content, Draft
+from megatron_vita.data.sources.table import ROLES, Row
+
+_TAG = re.compile(r"<image>|<video>")
+_MEDIA_KEYS = ("image", "images", "video", "videos")
+
+
+def record_to_sample(
+    record: Any, row: Row, *, media_root: Path | None, source: str, line: int
+) -> tuple[Sample | Document, int]:
+    """Convert one record.
+
+    Args:
+        record: what a reader gave.
+        row: how this dataset is written.
+        media_root: where its media paths start; None: every medium must be embedded.
+        source: name in the mix, for messages and ledgers.
+        line: record number.
+
+    Returns:
+        The Sample (checked; media paths proven to lie under the root) or Document, and how many of its answers lost
+        leading line breaks.
+
+    Raises:
+        DataError: whose message begins with a reason code.
+    """
+    record = unwrap(record)
+    draft = MAPPERS[row.map](record, row.fields)
+    if draft.text is not None:
+        _no_undeclared(record, row)
+        return Document(draft.text, source, line), 0
+    for name, target, kind in ((row.image, draft.images, "image"), (row.video, draft.videos, "video")):
+        for key in name:
+            if isinstance(record, dict) and key in record:
+                draft.declared.add(kind)
+                found = _flatten(record[key])
+                if found:
+                    target += found
+                    break
+    _no_undeclared(record, row)
+    for fix in row.fix:
+        find_fix(fix)(draft)
+    sample = Sample(
+        _messages(draft),
+        tuple(_media(reference, media_root) for reference in draft.images),
+        tuple(_media(reference, media_root) for reference in draft.videos),
+        source,
+        line,
+    )
+    sample, cleaned = clean_answers(sample)
+    sample.check()
+    return sample, cleaned
+
+
+def _no_undeclared(record: Any, row: Row) -> None:
+    """A text-only row must not pass over media in silence."""
+    if isinstance(record, dict):
+        for key in _MEDIA_KEYS:
+            if key not in (*row.image, *row.video) and record.get(key) and not row.image + row.video:
+                raise refuse("undeclared_media", f"`{key}` holds media, but source `{row.name}` declares none.")
+
+
+def _flatten(value: Any) -> list[Any]:
+    if value is None or value in ("", []):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _messages(draft: Draft) -> tuple[Message, ...]:
+    counts = {"image": 0, "video": 0}
+    kinds = {kind for kind, media in (("image", draft.images), ("video", draft.videos)) if media} | draft.declared
+    explicit = any(not isinstance(content, str) for _, content in draft.turns)
+    if explicit:  # who writes parts does not write tags
+        kinds = set()
+    messages = []
+    for role, content in draft.turns:
+        if role not in ROLES:
+            raise refuse("bad_role", f"role {role!r} is not known.")
+        ours: Role = ROLES[role]  # type: ignore[assignment]
+        parts = _parts(content, ours, kinds, counts)
+        if ours == "system" and not any(not isinstance(p, Text) or p.text.strip() for p in parts):
+            continue  # an empty system turn says nothing and is none
+        messages.append(Message(ours, parts))
+    for kind, media in (("image", draft.images), ("video", draft.videos)):
+        if not explicit and counts[kind] != len(media):
+            raise refuse("media_count", f"{len(media)} {kind}s, but {counts[kind]} placeholders `<{kind}>`.")
+    return tuple(messages)
+
+
+def _parts(content: Content, role: str, kinds: set[str], counts: dict[str, int]) -> tuple[Part, ...]:
+    """Cut text at the tags that stand for media. In an answer, and of a kind that the record has no field for, a tag is
+    text."""
+    if not isinstance(content, str):
+        return tuple(part for part in content if not isinstance(part, Text) or part.text)
+    if role == "assistant":
+        return (Text(content),)
+    parts: list[Part] = []
+    start = 0
+    for match in _TAG.finditer(content):
+        kind = match.group()[1:-1]
+        if kind not in kinds:
+            continue
+        if match.start() > start:
+            parts.append(Text(content[start : match.start()]))
+        parts.append(Image(counts[kind]) if kind == "image" else Video(counts[kind]))
+        counts[kind] += 1
+        start = match.end()
+    if start < len(content) or not parts:
+        parts.append(Text(content[start:]))
+    return tuple(parts)
+
+
+def _media(reference: Any, root: Path | None) -> MediaFile:
+    if isinstance(reference, dict):
+        if reference.get("bytes"):
+            reference = reference["bytes"]
+        else:
+            reference = reference.get("path") or reference.get("url")
+    if isinstance(reference, bytes | bytearray):
+        return MediaFile(data=bytes(reference))
+    if not isinstance(reference, str) or not reference:
+        raise refuse("media_missing", "a medium is null.")
+    if reference.startswith("data:"):
+        return MediaFile(data=_data_url(reference))
+    if reference.startswith(("http://", "https://")):
+        raise refuse("media_remote", f"{reference} is a web address; fetch it and give the path.")
+    if reference.startswith("file://"):
+        reference = unquote(urlparse(reference).path)
+    if root is None:
+        raise refuse("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
+    return MediaFile(path=str(safe_path(root, reference)))
+
+
+def _data_url(url: str) -> bytes:
+    head, _, body = url.partition(",")
+    if not head.endswith(";base64"):
+        raise refuse("media_broken", "a data: address must be base64.")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise refuse("media_broken", "a data: address that is not base64.") from None

@@ -1,0 +1,131 @@
+"""Fixes: small changes to a Draft that mend what a publisher is known to get wrong. A table row lists them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sources.mappers import Draft
+from megatron_vita.errors import ConfigError
+
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+_ZERO_WIDTH = str.maketrans("", "", "\u200b\u200c\u200d\ufeff")
+_USERS = ("user", "human")
+_ANSWERERS = ("assistant", "gpt")
+
+
+def _each_text(change: Callable[[str, str], str]) -> Callable[[Draft], None]:
+    def fix(draft: Draft) -> None:
+        draft.turns = [(role, change(role, c) if isinstance(c, str) else c) for role, c in draft.turns]
+
+    return fix
+
+
+def _drop_leading_nonuser(draft: Draft) -> None:
+    while draft.turns and draft.turns[0][0] not in (*_USERS, "system"):
+        del draft.turns[0]
+
+
+def _drop_trailing_user(draft: Draft) -> None:
+    while draft.turns and draft.turns[-1][0] not in _ANSWERERS:
+        del draft.turns[-1]
+
+
+def _drop_bad_role(draft: Draft) -> None:
+    draft.turns = [turn for turn in draft.turns if turn[0] in (*_USERS, *_ANSWERERS, "system")]
+
+
+def _relabel_alternating_if_bad(draft: Draft) -> None:
+    wanted = [("user", "assistant")[number % 2] for number in range(len(draft.turns))]
+    if any(role not in ((_USERS, _ANSWERERS)[number % 2]) for number, (role, _) in enumerate(draft.turns)):
+        draft.turns = [(role, content) for role, (_, content) in zip(wanted, draft.turns, strict=True)]
+
+
+def _alias_image_tag_to_video(draft: Draft) -> None:
+    """Some video sets write `<image>` for a video."""
+    if draft.videos and not draft.images:
+        draft.turns = [
+            (role, c.replace(IMAGE_TAG, VIDEO_TAG) if isinstance(c, str) and role not in _ANSWERERS else c)
+            for role, c in draft.turns
+        ]
+
+
+def _ensure_placeholder(draft: Draft) -> None:
+    """Media without a single placeholder go before the first question, in order."""
+    asked = "".join(c for role, c in draft.turns if isinstance(c, str) and role not in _ANSWERERS)
+    tags = ""
+    if draft.images and IMAGE_TAG not in asked:
+        tags += f"{IMAGE_TAG}\n" * len(draft.images)
+    if draft.videos and VIDEO_TAG not in asked:
+        tags += f"{VIDEO_TAG}\n" * len(draft.videos)
+    for number, (role, content) in enumerate(draft.turns):
+        if tags and role in _USERS and isinstance(content, str):
+            draft.turns[number] = (role, tags + content)
+            return
+
+
+def _dedupe_placeholder(draft: Draft) -> None:
+    """One picture, several placeholders: the first counts."""
+    if len(draft.images) != 1:
+        return
+    seen = False
+    for number, (role, content) in enumerate(draft.turns):
+        if not isinstance(content, str) or role in _ANSWERERS or IMAGE_TAG not in content:
+            continue
+        before, _, after = content.partition(IMAGE_TAG)
+        kept = before + ("" if seen else IMAGE_TAG) + after.replace(IMAGE_TAG, "")
+        draft.turns[number] = (role, kept)
+        seen = True
+
+
+def _default_prompt(prompt: str) -> Callable[[Draft], None]:
+    def fix(draft: Draft) -> None:
+        for number, (role, content) in enumerate(draft.turns):
+            if role in _USERS and isinstance(content, str):
+                if not content.replace(IMAGE_TAG, "").replace(VIDEO_TAG, "").strip():
+                    draft.turns[number] = (role, f"{content.rstrip()}\n{prompt}")
+                return
+
+    return fix
+
+
+_SIMPLE: dict[str, Callable[[Draft], None]] = {
+    "strip": _each_text(lambda role, text: text.strip()),
+    "strip_zero_width": _each_text(lambda role, text: text.translate(_ZERO_WIDTH)),
+    "drop_leading_nonuser": _drop_leading_nonuser,
+    "drop_trailing_user": _drop_trailing_user,
+    "drop_bad_role": _drop_bad_role,
+    "relabel_alternating_if_bad": _relabel_alternating_if_bad,
+    "alias_image_tag_to_video": _alias_image_tag_to_video,
+    "ensure_placeholder": _ensure_placeholder,
+    "dedupe_placeholder": _dedupe_placeholder,
+}
+_WITH_ARGUMENT: dict[str, Callable[[str], Callable[[Draft], None]]] = {
+    "strip_prefix": lambda prefix: _each_text(
+        lambda role, text: text.removeprefix(prefix) if role in _ANSWERERS else text
+    ),
+    "default_prompt": _default_prompt,
+}
+
+
+def find_fix(name: str) -> Callable[[Draft], None]:
+    """A fix by its name in the table; `strip_prefix:X` and `default_prompt:X` take an argument.
+
+    Raises:
+        ConfigError: there is no such fix.
+    """
+    if name in _SIMPLE:
+        return _SIMPLE[name]
+    head, colon, argument = name.partition(":")
+    if colon and head in _WITH_ARGUMENT:
+        return _WITH_ARGUMENT[head](argument)
+    raise ConfigError(f"no fix {name!r}. Known: {', '.join([*_SIMPLE, *(f'{n}:TEXT' for n in _WITH_ARGUMENT)])}.")
+
+
+def unwrap(record: object) -> object:
+    """A record inside a list of one is that record (some revisions of LLaVA-Video-178K)."""
+    if isinstance(record, list) and len(record) == 1 and isinstance(record[0], dict):
+        if "role" in record[0] or "from" in record[0]:
+            raise refuse("bad_order", "a conversation of one turn.")
+        return record[0]
+    return record

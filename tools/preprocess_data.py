@@ -1,0 +1,89 @@
+"""Compile open datasets into packed shards.
+
+python tools/preprocess_data.py --data-config MIX.yaml --tokenizer DIR --output DIR/PREFIX --seq-length N
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over processes
+
+from megatron_vita import log
+from megatron_vita.config import IMAGE_NORMS, LAYOUTS
+from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import VitaError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(description="Compile open datasets into packed shards.", allow_abbrev=False)
+    add = out.add_argument
+    add("--data-config", required=True, metavar="MIX.yaml", help="data mix: files, forms, ratios")
+    add("--tokenizer", required=True, metavar="DIR_or_MODEL", help="Hugging Face folder or SentencePiece model")
+    add("--output", required=True, metavar="DIR/PREFIX", help="shards to write")
+    add("--seq-length", required=True, type=int, metavar="N", help="tokens of a pack")
+    add("--layout", choices=LAYOUTS, default="internvl", help="token layout of pictures and videos")
+    add("--image-size", type=int, default=448, help="side of a tile in pixels")
+    add("--patch-size", type=int, default=14, help="side of a patch in pixels")
+    add("--min-tiles", type=int, default=1, help="fewest tiles of a picture")
+    add("--max-tiles", type=int, default=12, help="most tiles of a picture, thumbnail not counted")
+    add("--image-norm", choices=sorted(IMAGE_NORMS), default="imagenet", help="pixel mean and deviation")
+    add("--max-frames", type=int, default=128, help="most frames of a video")
+    add("--max-fps", type=float, default=1.0, help="most frames a second")
+    add("--overlong", choices=("reject", "truncate", "reduce-frames"), default="reduce-frames", help="policy")
+    add("--seed", type=int, default=0, help="decides which records a ratio takes, and their order")
+    add("--media", choices=("embed", "reference"), default="embed", help="store pictures, or refer to their files")
+    add("--verify-media", choices=("structure", "decode"), default="structure", help="how closely pictures are checked")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--resume", action="store_true", help="keep a finished set whose inputs are the same")
+    add("--engine", choices=("local", "ray"), default="local", help="where the processes run")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    log.configure()
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core's, and no news here
+    signal.signal(signal.SIGTERM, _stop)  # so that temporary files are removed
+    try:
+        spec = PreprocessSpec(
+            layout=args.layout,
+            image_size=args.image_size,
+            patch_size=args.patch_size,
+            min_tiles=args.min_tiles,
+            max_tiles=args.max_tiles,
+            image_norm=args.image_norm,
+            max_frames=args.max_frames,
+            max_fps=args.max_fps,
+        )
+        names = ("data_config", "tokenizer", "output", "seq_length", "overlong", "seed", "media", "verify_media")
+        given = {name: getattr(args, name) for name in (*names, "workers", "resume", "engine")}
+        manifest = run(Options(spec=spec, **given))
+    except VitaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("error: stopped; nothing was published", file=sys.stderr)
+        return 1
+    totals = manifest.totals
+    print(
+        f"wrote {args.output}: {totals['samples']} samples of {totals['read']} records ({totals['rejected']} rejected) "
+        f"in {totals['packs']} packs of {args.seq_length}, {100 * manifest.packing['fill']:.1f}% full, "
+        f"{totals['tokens']} tokens, {totals['tiles']} tiles"
+    )
+    return 0
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
