@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
 class _RankFilter(logging.Filter):
@@ -34,3 +35,16 @@ def configure(level: int = logging.INFO, *, rank: int | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Keep what megatron-core and torch say on every run, and a user can do nothing about, out of the way.
+
+    That is: optional packages are absent, names are deprecated, and a staging folder already holds our own files.
+    `python -W` shows the warnings again.
+    """
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"megatron\..*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
