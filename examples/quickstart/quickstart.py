@@ -16,16 +16,15 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "examples/quickstart"
 STAGES = ("stage1", "stage2", "stage3", "stage4")
-SEQUENCE_LENGTHS = {"text": 512, "valid": 512, "stage1": 512, "stage2": 512, "stage3": 512, "stage4": 1024}
-UNSEEN = "data/images/eval_0007.png"
-"""One of the held-out scans."""
+SEQUENCE_LENGTHS = {"text": 512, "valid": 512, "stage1": 512, "stage2": 1024, "stage3": 512, "stage4": 1024}
+NUMBER_OF_STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,11 @@ class Step:
     commands: tuple[list[str], ...]
 
 
-def steps(run: str, *, seed: int, short: bool) -> list[Step]:
-    """The whole way, in order. `run` is the output folder, relative to the checkout or absolute."""
+def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
+    """The whole way, in order. `run` is the output folder, relative to the checkout or absolute.
+
+    Steps are made one by one, when the one before is done: the last asks about a picture that the first wrote.
+    """
     python = sys.executable
     less = ["--short"] if short else []
     seeds = ["--seed", str(seed)]
@@ -71,89 +73,85 @@ def steps(run: str, *, seed: int, short: bool) -> list[Step]:
     limit = ["--limit", "20"] if short else []
     saved = [f"{run}/save/{stage}" for stage in STAGES]
     thirty = ["--steps", "30"] if short else []
-    return [
-        Step(
-            "data",
-            "Write scikit-learn's digits and photographs the way publishers do",
-            (example("make_data.py", "--output", f"{run}/data", *seeds, *less),),
+    yield Step(
+        "data",
+        "Write scikit-learn's digits and photographs the way publishers do",
+        (example("make_data.py", "--output", f"{run}/data", *seeds, *less),),
+    )
+    yield Step(
+        "tokenizer",
+        "Train a byte-level BPE on the text",
+        (example("make_tokenizer.py", "--data", f"{run}/data", "--output", f"{run}/tokenizer"),),
+    )
+    yield Step(
+        "shards",
+        "Compile text and the first two stages into packed shards",
+        (preprocess("text", 1), preprocess("stage2", 1)),
+    )
+    yield Step(
+        "parts",
+        "Train a tiny Qwen2.5 on text and a tiny InternViT on digits; compile the other shards meanwhile",
+        (
+            train("lm.yaml", 1),
+            example("make_tower.py", "--data", f"{run}/data", "--output", f"{run}/parts/vision", *seeds, *thirty),
+            *(preprocess(name, 1) for name in ("stage1", "valid", "stage3", "stage4")),
         ),
-        Step(
-            "tokenizer",
-            "Train a byte-level BPE on the text",
-            (example("make_tokenizer.py", "--data", f"{run}/data", "--output", f"{run}/tokenizer"),),
-        ),
-        Step(
-            "shards",
-            "Compile text and the first two stages into packed shards",
-            (preprocess("text", 1), preprocess("stage2", 1)),
-        ),
-        Step(
-            "parts",
-            "Train a tiny Qwen2.5 on text and a tiny InternViT on digits; compile the other shards meanwhile",
-            (
-                train("lm.yaml", 1),
-                example("make_tower.py", "--data", f"{run}/data", "--output", f"{run}/parts/vision", *seeds, *thirty),
-                *(preprocess(name, 1) for name in ("stage1", "valid", "stage3", "stage4")),
+    )
+    yield Step(
+        "export the language model",
+        "Write the decoder as a publisher would",
+        (convert("export", "--checkpoint", f"{run}/parts/lm/text", "--output", f"{run}/parts/llm", "--format", "llm"),),
+    )
+    yield Step(
+        "import",
+        "Join the two Hugging Face folders into a fresh vision-language model",
+        (
+            convert(
+                "import",
+                "--llm",
+                f"{run}/parts/llm",
+                "--vision",
+                f"{run}/parts/vision",
+                "--output",
+                f"{run}/parts/start",
             ),
         ),
-        Step(
-            "export the language model",
-            "Write the decoder as a publisher would",
-            (
-                convert(
-                    "export", "--checkpoint", f"{run}/parts/lm/text", "--output", f"{run}/parts/llm", "--format", "llm"
-                ),
-            ),
+    )
+    yield Step(
+        "train",
+        "Four stages in two processes: data, tensor and sequence, pipeline, context parallel",
+        (train("run.yaml", 2),),
+    )
+    yield Step(
+        "export",
+        "Write the stage-4 model as a Hugging Face folder",
+        (convert("export", "--checkpoint", saved[-1], "--output", f"{run}/hf", "--format", "internvl"),),
+    )
+    yield Step(
+        "evaluate",
+        "Short and long questions about held-out pictures after every stage; stock transformers agrees with us",
+        (
+            evaluate("stages", saved, ["digits", "photos", "needle_16"], *limit),
+            evaluate("final", saved[-1:], ["needle_64", "needle_32", "needle_8", "frame_number"], *limit),
+            evaluate("blind", saved[-1:], ["needle_64"], "--zero-tiles", *limit),
+            convert("verify", saved[-1], f"{run}/hf", "--logits"),
         ),
-        Step(
-            "import",
-            "Join the two Hugging Face folders into a fresh vision-language model",
-            (
-                convert(
-                    "import",
-                    "--llm",
-                    f"{run}/parts/llm",
-                    "--vision",
-                    f"{run}/parts/vision",
-                    "--output",
-                    f"{run}/parts/start",
-                ),
-            ),
+    )
+    yield Step(
+        "report",
+        "Draw the loss, the needle heat map and a page of answers; check what was promised",
+        (
+            example("report.py", "--run", run),
+            example("check.py", "--run", run, *less),
         ),
-        Step(
-            "train",
-            "Four stages in two processes: data, tensor and sequence, pipeline, context parallel",
-            (train("run.yaml", 2),),
-        ),
-        Step(
-            "export",
-            "Write the stage-4 model as a Hugging Face folder",
-            (convert("export", "--checkpoint", saved[-1], "--output", f"{run}/hf", "--format", "internvl"),),
-        ),
-        Step(
-            "evaluate",
-            "Short and long questions about held-out pictures after every stage; stock transformers agrees with us",
-            (
-                evaluate("stages", saved, ["digits", "photos", "needle_16"], *limit),
-                evaluate("final", saved[-1:], ["needle_64", "needle_32", "needle_8", "frame_number"], *limit),
-                evaluate("blind", saved[-1:], ["needle_64"], "--zero-tiles", *limit),
-                convert("verify", saved[-1], f"{run}/hf", "--logits"),
-            ),
-        ),
-        Step(
-            "report",
-            "Draw the loss, the needle heat map and a page of answers; check what was promised",
-            (
-                example("report.py", "--run", run),
-                example("check.py", "--run", run, *less),
-            ),
-        ),
-        Step(
-            "chat",
-            "Ask about a picture it has never seen",
-            (tool("chat.py", "--model", f"{run}/hf", "--image", f"{run}/{UNSEEN}", "Which digit is this?"),),
-        ),
-    ]
+    )
+    first = (ROOT / run / "data" / "eval_digits.jsonl").open(encoding="utf-8").readline()
+    unseen = f"{run}/data/{json.loads(first)['images'][0]}"
+    yield Step(
+        "chat",
+        "Ask about a picture it has never seen",
+        (tool("chat.py", "--model", f"{run}/hf", "--image", unseen, "Which digit is this?"),),
+    )
 
 
 def run_step(step: Step, *, log_folder: Path) -> None:
@@ -231,13 +229,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         done = kept["seconds"]
     way = steps(arguments.output, seed=arguments.seed, short=arguments.short)
+    head = f"/{NUMBER_OF_STEPS}]"
     began = time.monotonic()
     for number, step in enumerate(way, 1):
         if step.name in done:
-            print(f"[{number}/{len(way)}] {step.name}: done before, in {done[step.name]:.0f} s", flush=True)
+            print(f"[{number}{head} {step.name}: done before, in {done[step.name]:.0f} s", flush=True)
             continue
         elapsed = time.monotonic() - began
-        print(f"[{number}/{len(way)}] {step.says}  ({elapsed:.0f} s gone)", flush=True)
+        print(f"[{number}{head} {step.says}  ({elapsed:.0f} s gone)", flush=True)
         started = time.monotonic()
         try:
             run_step(step, log_folder=run / "logs")
