@@ -43,7 +43,7 @@ def build_model(stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None
         pre_process=groups.first_stage,
         post_process=groups.last_stage,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type="none",  # the rotary table is gathered by position, see models/rotary.py
+        position_embedding_type="none",  # the rotary table is gathered by position, see parallel/rotary.py
         pg_collection=groups.collection,
     )
     vision_model = vision_projection = None
@@ -53,9 +53,9 @@ def build_model(stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None
         )
         vision_projection = Projector(model, dtype)
         for parameter in (*vision_model.parameters(), *vision_projection.parameters()):
-            parameter.partial_over_tp = True  # type: ignore[attr-defined]
+            parameter.partial_over_tp = True
             # Replicated, whatever the linears' constructors marked: norms and clipping count it once.
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = False
     whole = VitaModel(
         model=model,
         groups=groups,

@@ -20,15 +20,15 @@ from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.rotary import RotaryTable
 from megatron_vita.models.vision.intern_vit import InternViT
 from megatron_vita.parallel.context import KVCache, RowContext
 from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.loss import vocab_parallel_loss
+from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.tiles import exchange_features
 
-_TOWER_TOKENS = 32768
+_TOWER_TOKENS = 8192
 """Patches that the tower holds at once: more tiles go through it in turns."""
 
 
@@ -87,13 +87,9 @@ class VitaModel(MegatronModule):
             cut; with neither, hidden states [t, 1, h] after the final norm.
         """
         hidden = self._embed(tokens, routes, tiles) if self.pre_process else None
-        row = RowContext(layout=layout, cp_rank=self.groups.cp_rank, cache=cache)
-        hidden = self.language_model.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary(positions),
-            packed_seq_params=row,
-        )
+        rotary = self.rotary(positions, self.config.params_dtype)
+        row = RowContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
+        hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=row)
         if cache is not None:
             cache.advance(layout.documents)
         if not self.post_process or (labels is None and logit_rows is None):

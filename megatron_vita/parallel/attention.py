@@ -9,6 +9,7 @@ size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vita.errors import ConfigError
-from megatron_vita.layout import SequenceLayout
 from megatron_vita.parallel import block_kernels
-from megatron_vita.parallel.context import KVCache, RowContext
-from megatron_vita.parallel.schedule import BlockBatch, Schedule
+from megatron_vita.parallel.context import RowContext
+from megatron_vita.parallel.rotary import rotate
+from megatron_vita.parallel.schedule import FullBlocks, Schedule
 
 
 class VitaCoreAttention(MegatronModule):
@@ -59,8 +59,10 @@ class VitaCoreAttention(MegatronModule):
         row = packed_seq_params
         assert row.layout is not None, "attention needs the row's layout"
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if row.rotary is not None:
+            q, k = rotate(q, row.rotary), rotate(k, row.rotary)
         if row.cache is not None:
-            out = _cached_attention(q, k, v, row.cache, self.layer_number, row.layout, row, self.scale)
+            out = _cached_attention(q, k, v, row, self.layer_number, self.scale)
         else:
             out = document_attention(q, k, v, row.schedule(q.device), self.cp_group, self.scale)
         return out.reshape(out.shape[0], 1, -1)
@@ -114,119 +116,81 @@ class _DocumentAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None, scale: float
     ) -> Tensor:
-        if _one_block(schedule):
-            out, lse = block_kernels.forward(*(_blocks(x, 1) for x in (q, k, v)), causal=True, scale=scale)
-            ctx.save_for_backward(q, k, v, out, lse)
-            ctx.settings = schedule, group, scale
-            return out.transpose(1, 2).squeeze(0)
-        tokens, heads, _ = q.shape
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(tokens + 1, *q.shape[1:], dtype=wide if schedule.full else q.dtype)
-        lse = q.new_empty(tokens + 1, heads, dtype=wide)
-        for batch in schedule.causal:
-            block, block_lse = _forward_batch(batch, q, k, v, causal=True, scale=scale)
-            batch.write.put(out, block)
-            batch.write.put(lse, block_lse)
-        if schedule.full:
-            all_k, all_v = _gather_row(k, v, schedule, group)
+        causal = schedule.causal
+        dealt = [causal.deal(q), *(block_kernels.expand(causal.deal(x), q) for x in (k, v))]
+        results = [
+            block_kernels.forward(*blocks, causal=True, scale=scale) for blocks in _batches(causal.batches, *dealt)
+        ]
+        out = causal.collect([_rows(one) for one, _ in results])
+        lse = causal.collect([_rows(one) for _, one in results])
+        if schedule.from_ranks is not None:  # also where this rank needs no keys of others: they need its own
+            row_k, row_v = _gather_row(k, v, schedule, group)
+            wide = out.to(lse.dtype)
             for batch in schedule.full:
-                block, block_lse = _forward_batch(batch, q, all_k, all_v, causal=False, scale=scale)
-                merged = block_kernels.merge(batch.write.of(out), batch.write.of(lse), block.to(wide), block_lse)
-                batch.write.put(out, merged[0])
-                batch.write.put(lse, merged[1])
-        elif schedule.from_ranks is not None:
-            _gather_row(k, v, schedule, group)  # other ranks of the group need ours
-        out, lse = out[:tokens].to(q.dtype), lse[:tokens]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = schedule, group, scale
+                blocks = _full_inputs(batch, q, row_k, row_v)
+                more, more_lse = block_kernels.forward(*blocks, causal=False, scale=scale)
+                old = batch.queries.of(wide), batch.queries.of(lse)
+                merged, merged_lse = block_kernels.merge(*old, _rows(more).to(lse.dtype), _rows(more_lse))
+                batch.queries.put(wide, merged)
+                batch.queries.put(lse, merged_lse)
+            out = wide.to(q.dtype)
+        ctx.save_for_backward(*dealt, out, lse, *((q, k, v) if schedule.from_ranks is not None else (None,) * 3))
+        ctx.settings = schedule, group, scale, k.shape[1]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        schedule, group, scale = ctx.settings
-        if _one_block(schedule):
-            blocks = (_blocks(x, 1) for x in (grad, q, k, v))
-            dq, dk, dv = block_kernels.backward(*blocks, out, lse, causal=True, scale=scale)
-            return (*(one.transpose(1, 2).squeeze(0) for one in (dq, dk, dv)), None, None, None)
-        tokens = q.shape[0]
-        wide = torch.promote_types(q.dtype, torch.float32) if schedule.full else q.dtype
-        dq = q.new_empty(tokens + 1, *q.shape[1:], dtype=wide)
-        dk = k.new_empty(tokens + 1, *k.shape[1:], dtype=wide)
-        dv = torch.empty_like(dk)
-        for batch in schedule.causal:
-            shares = _backward_batch(batch, grad, q, k, v, out, lse, causal=True, scale=scale)
-            for target, share in zip((dq, dk, dv), shares, strict=True):
-                batch.write.put(target, share.to(wide))
-        dq, dk, dv = dq[:tokens], dk[:tokens], dv[:tokens]
+        *dealt, out, lse, q, k, v = ctx.saved_tensors
+        schedule, group, scale, heads = ctx.settings
+        causal = schedule.causal
+        own = causal.deal(grad)
+        if causal.padding is not None:
+            own.index_fill_(0, causal.padding, 0)  # `deal` made a copy: padding sends no gradient
+        batches = _batches(causal.batches, own, *dealt, causal.deal(out), causal.deal(lse))
+        shares = [block_kernels.backward(*blocks, causal=True, scale=scale) for blocks in batches]
+        dq, dk, dv = (causal.collect([_rows(share[one]) for share in shares]) for one in range(3))
+        dk, dv = block_kernels.reduce(dk, heads), block_kernels.reduce(dv, heads)
         if schedule.from_ranks is not None:
-            all_k, all_v = _gather_row(k, v, schedule, group)
-            row_grad = k.new_zeros(all_k.shape[0], 2, *k.shape[1:], dtype=torch.promote_types(k.dtype, torch.float32))
+            wide = torch.promote_types(dq.dtype, torch.float32)
+            dq = dq.to(wide)
+            row_grad = dk.new_zeros(len(schedule.from_ranks), 2, *dk.shape[1:], dtype=wide)
+            row_k, row_v = _gather_row(k, v, schedule, group)
             for batch in schedule.full:
-                share_q, share_k, share_v = _backward_batch(
-                    batch, grad, q, all_k, all_v, out, lse, causal=False, scale=scale
-                )
+                d_out, o, o_lse = (_blocks(batch.queries.of(x), batch.blocks) for x in (grad, out, lse))
+                in_q, in_k, in_v = _full_inputs(batch, q, row_k, row_v)
+                more = block_kernels.backward(d_out, in_q, in_k, in_v, o, o_lse, causal=False, scale=scale)
+                share_q, share_k, share_v = (_rows(one) for one in more)
                 batch.queries.add(dq, share_q.to(wide))
-                batch.keys.add(row_grad, torch.stack([share_k, share_v], dim=1).to(row_grad.dtype))
-            own = _scatter_row(row_grad, schedule, group)
-            dk, dv = dk + own[:, 0], dv + own[:, 1]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+                share = torch.stack([block_kernels.reduce(one, heads) for one in (share_k, share_v)], dim=1)
+                batch.keys.add(row_grad, share.to(wide))
+            from_others = _scatter_row(row_grad, schedule, group)
+            dk, dv = dk + from_others[:, 0], dv + from_others[:, 1]
+        dtype = grad.dtype
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
 
 
-def _one_block(schedule: Schedule) -> bool:
-    """The row is one document and this rank owns it all: one fused call, no copies."""
-    return schedule.from_ranks is None and len(schedule.causal) == 1 and schedule.causal[0].blocks == 1
+def _batches(shapes: Sequence[tuple[int, int]], *dealt: Tensor) -> Iterator[list[Tensor]]:
+    """The inputs of each kernel call, [blocks, heads, tokens, ...], as views."""
+    start = 0
+    for blocks, tokens in shapes:
+        count = blocks * tokens
+        yield [_blocks(rows.narrow(0, start, count), blocks) for rows in dealt]
+        start += count
+
+
+def _full_inputs(batch: FullBlocks, q: Tensor, row_k: Tensor, row_v: Tensor) -> list[Tensor]:
+    keys = [block_kernels.expand(batch.keys.of(x), q) for x in (row_k, row_v)]
+    return [_blocks(rows, batch.blocks) for rows in (batch.queries.of(q), *keys)]
 
 
 def _blocks(rows: Tensor, blocks: int) -> Tensor:
-    """[blocks * l, heads, d] -> [blocks, heads, l, d], without a copy."""
-    return rows.view(blocks, -1, *rows.shape[1:]).transpose(1, 2)
+    """[blocks * l, heads, ...] -> [blocks, heads, l, ...], without a copy."""
+    return rows.unflatten(0, (blocks, -1)).transpose(1, 2)
 
 
 def _rows(blocks: Tensor) -> Tensor:
     """[blocks, heads, l, ...] -> [blocks * l, heads, ...]."""
     return blocks.transpose(1, 2).flatten(0, 1)
-
-
-def _forward_batch(
-    batch: BlockBatch, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse = block_kernels.forward(
-        _blocks(batch.queries.of(q), batch.blocks),
-        _blocks(batch.keys.of(k), batch.blocks),
-        _blocks(batch.keys.of(v), batch.blocks),
-        causal=causal,
-        scale=scale,
-    )
-    return _rows(out), _rows(lse)
-
-
-def _backward_batch(
-    batch: BlockBatch,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    own = batch.queries.of(grad)
-    if batch.padding is not None:
-        own.index_fill_(0, batch.padding, 0)  # `of` gathered a copy: padding sends no gradient
-    dq, dk, dv = block_kernels.backward(
-        _blocks(own, batch.blocks),
-        _blocks(batch.queries.of(q), batch.blocks),
-        _blocks(batch.keys.of(k), batch.blocks),
-        _blocks(batch.keys.of(v), batch.blocks),
-        _blocks(batch.queries.of(out), batch.blocks),
-        _blocks(batch.queries.of(lse), batch.blocks),
-        causal=causal,
-        scale=scale,
-    )
-    return _rows(dq), _rows(dk), _rows(dv)
 
 
 def _gather_row(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -251,42 +215,24 @@ def _scatter_row(row_grad: Tensor, schedule: Schedule, group: dist.ProcessGroup 
     return mine
 
 
-def _cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, layout: SequenceLayout, row: RowContext, scale: float
-) -> Tensor:
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: RowContext, layer: int, scale: float) -> Tensor:
     """Attention of new tokens to the cached ones of their sequence and, causally, among themselves."""
-    if layout.cp > 1:
-        raise ConfigError(
-            f"generation with a cache runs at context_parallel_size 1, not {layout.cp}. Load the model with "
-            "parallel.context_parallel_size=1."
-        )
-    if len(layout.documents) < len(cache):
-        raise ConfigError(
-            f"a row of {len(layout.documents)} documents for {len(cache)} cached sequences: document i continues "
-            "sequence i, so give each sequence a document, or forget finished ones with KVCache.keep."
-        )
-    prefill = cache.empty
-    keys, values = cache.append(layer, k, v, layout.documents)
-    if prefill:
+    assert row.cache is not None
+    plan = row.decoding(q.device)
+    keys, values = row.cache.append(layer, k, v, plan)
+    if plan.prefill:
         return document_attention(q, k, v, row.schedule(q.device), None, scale)
-    counts = layout.documents[: len(cache)]
-    longest = max(counts)
-    known = sum(counts)
-    have = torch.tensor(cache.lengths, device=q.device)
-    padded = q.new_zeros(len(counts), longest, *q.shape[1:])
-    place = torch.cat([torch.arange(new, device=q.device) + one * longest for one, new in enumerate(counts)])
-    padded.view(-1, *q.shape[1:]).index_copy_(0, place, q[:known])
-    visible = (
-        torch.arange(keys.shape[1], device=q.device)
-        <= (have[:, None] + torch.arange(longest, device=q.device))[..., None]
-    )
+    sequences, longest, _ = plan.visible.shape
+    padded = q.new_zeros(sequences * longest, *q.shape[1:]).index_copy_(0, plan.queries, q[: plan.known])
     out = F.scaled_dot_product_attention(
-        padded.transpose(1, 2),
+        _blocks(padded, sequences),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=visible[:, None],
+        attn_mask=plan.visible[:, None],
         scale=scale,
         enable_gqa=True,
     )
-    found = out.transpose(1, 2).reshape(-1, *q.shape[1:]).index_select(0, place)
-    return torch.cat([found, torch.zeros_like(q[known:])])  # documents beyond the sequences are padding
+    found = _rows(out).index_select(0, plan.queries)
+    if plan.known == len(q):
+        return found
+    return torch.cat([found, torch.zeros_like(q[plan.known :])])  # documents beyond the sequences are padding

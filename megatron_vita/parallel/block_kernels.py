@@ -6,6 +6,7 @@ of the gradients. `plain_forward` and `plain_backward` are the readable twins, u
 tests.
 
 Shapes: n blocks of equal shape, h query heads, g key/value heads (g divides h; query head i reads key head i * g // h).
+Keys and values go through `expand` first, and their gradients through `reduce`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> t
         output [n, h, lq, d] (laid out as [n, lq, h, d]) and log-sum-exp [n, h, lq], float32 or wider.
     """
     if not q.is_cuda:
-        k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     if q.dtype in _HALF:
@@ -59,12 +59,10 @@ def backward(
         gradients of q [n, h, lq, d], k and v [n, g, lk, d].
     """
     if not q.is_cuda:
-        heads = k.shape[1]
-        k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-        return dq, _reduce(dk, heads), _reduce(dv, heads)
+        return dq, dk, dv
     if q.dtype in _HALF:
         # The philox state only matters with dropout; an empty one of the type that the forward returns.
         none = torch.empty(0, dtype=torch.int64, device=q.device)
@@ -78,7 +76,7 @@ def backward(
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Twin of `forward` in elementary operations; holds all scores in memory."""
-    k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    k, v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
     scores = _scores(q, k, causal, scale)
     lse = torch.logsumexp(scores, dim=-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v.to(scores.dtype)
@@ -90,7 +88,7 @@ def plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `backward` in elementary operations."""
     heads = k.shape[1]
-    wide_k, wide_v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+    wide_k, wide_v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
     p = (_scores(q, wide_k, causal, scale) - lse.unsqueeze(-1)).exp()  # [n, h, lq, lk], shares of the whole row
     work = p.dtype
     grad, out = grad.to(work), out.to(work)
@@ -99,7 +97,7 @@ def plain_backward(
     ds = p * (dp - (grad * out).sum(-1, keepdim=True)) * scale
     dq = ds @ wide_k.to(work)
     dk = ds.transpose(-1, -2) @ q.to(work)
-    return dq.to(q.dtype), _reduce(dk, heads).to(k.dtype), _reduce(dv, heads).to(v.dtype)
+    return dq.to(q.dtype), _each_group(dk, heads).to(k.dtype), _each_group(dv, heads).to(v.dtype)
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,17 +124,35 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return scores
 
 
-def _expand(k: Tensor, heads: int) -> Tensor:
+def expand(keys: Tensor, queries: Tensor) -> Tensor:
+    """Keys or values as this device's kernel reads them: the CPU kernel wants a key head for every query head.
+
+    Args:
+        keys: [rows, g, d].
+        queries: [rows, h, d].
+
+    Returns:
+        [rows, h, d] on CPU, `keys` itself elsewhere.
+    """
+    if keys.is_cuda:
+        return keys
+    rows, groups, size = keys.shape
+    heads = queries.shape[1]
+    if groups == heads:
+        return keys
+    return keys.unsqueeze(2).expand(rows, groups, heads // groups, size).reshape(rows, heads, size)
+
+
+def reduce(grad: Tensor, groups: int) -> Tensor:
+    """The adjoint of `expand`: [rows, h or g, d] -> [rows, g, d]."""
+    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
+
+
+def _each_head(keys: Tensor, heads: int) -> Tensor:
     """[n, g, l, d] -> [n, heads, l, d]: each key head repeated for the query heads that read it."""
-    n, groups, length, size = k.shape
-    if groups == heads:
-        return k
-    return k.unsqueeze(2).expand(n, groups, heads // groups, length, size).reshape(n, heads, length, size)
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
-def _reduce(grad: Tensor, groups: int) -> Tensor:
-    """The adjoint of `_expand`."""
-    n, heads, length, size = grad.shape
-    if groups == heads:
-        return grad
-    return grad.reshape(n, groups, heads // groups, length, size).sum(2)
+def _each_group(grad: Tensor, groups: int) -> Tensor:
+    """The adjoint of `_each_head`."""
+    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)

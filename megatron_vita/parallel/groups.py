@@ -42,7 +42,7 @@ def init_distributed(init_method: str | None = None, timeout_s: float = 600) -> 
     device.prepare_network(single_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size)
     where: dict[str, Any] = {"init_method": init_method or "env://"}
     if init_method is None and world_size == 1:
-        where = {"store": dist.HashStore()}
+        where = {"store": dist.HashStore()}  # type: ignore[attr-defined]
     dist.init_process_group(
         device.backend(), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), **where
     )
@@ -104,7 +104,7 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=_timeout_s / 60,  # type: ignore[arg-type]
+        distributed_timeout_minutes=_timeout_s / 60,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, timeout=timedelta(seconds=_timeout_s))

@@ -53,54 +53,69 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockBatch:
-    """Blocks of equal shape, computed by one kernel call."""
+class CausalBlocks:
+    """Every local token, once, dealt into batches of equal causal blocks that stand one after another."""
+
+    batches: tuple[tuple[int, int], ...]
+    """(blocks, tokens of each) of every kernel call, in the order of the dealt tokens."""
+    read: Tensor | None
+    """int64 [dealt]: the local token that stands at each place; padding repeats the last token of its block. None: the
+    local tokens as they are."""
+    place: Tensor | None
+    """int64 [t]: where each local token stands."""
+    padding: Tensor | None
+    """int64: the places that are padding; none: no padding."""
+
+    def deal(self, rows: Tensor) -> Tensor:
+        """[t, ...] -> [dealt, ...]."""
+        return rows if self.read is None else rows.index_select(0, self.read)
+
+    def collect(self, dealt: list[Tensor]) -> Tensor:
+        """The batches' results, [blocks * tokens, ...] each -> [t, ...] in local order."""
+        whole = dealt[0] if len(dealt) == 1 else torch.cat(dealt)
+        return whole if self.place is None else whole.index_select(0, self.place)
+
+
+@dataclass(frozen=True, slots=True)
+class FullBlocks:
+    """Blocks of equal shape without a mask, computed by one kernel call."""
 
     blocks: int
-    queries_each: int
-    keys_each: int
     queries: Rows
-    """[blocks * queries_each] local rows. Padding repeats the last token of its block."""
+    """[blocks * queries of each] local rows."""
     keys: Rows
-    """[blocks * keys_each] rows: local ones for a causal batch, row positions for a full one."""
-    write: Rows
-    """As `queries`, but padding points at a spare row behind the last one."""
-    padding: Tensor | None
-    """int64: which of the `queries` are padding; none: no padding."""
+    """[blocks * keys of each] row positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """All the blocks of one rank for one row."""
 
-    causal: tuple[BlockBatch, ...]
-    """Every local token is a query of exactly one of these; keys are the same local rows."""
-    full: tuple[BlockBatch, ...]
-    """Local queries against earlier keys of their document, in row order."""
+    causal: CausalBlocks
+    full: tuple[FullBlocks, ...]
     from_ranks: Tensor | None
-    """int64 [s]: where each row position lies when the ranks' local tokens stand one after another."""
+    """int64 [s]: where each row position lies when the ranks' local tokens stand one after another; none at cp 1."""
     to_ranks: Tensor | None
     """int64 [s]: its inverse, the row positions in rank order."""
     tokens: int
-    """Local tokens."""
+    """Local tokens, t."""
 
 
 def build_schedule(layout: SequenceLayout, cp_rank: int, device: torch.device) -> Schedule:
     """The blocks of one context-parallel rank; index tensors on `device`."""
     spans = layout.spans(cp_rank)
-    causal = [_causal_batch(group, layout.local_length, device) for group in _groups(spans)]
     shapes: dict[tuple[int, int], list[Span]] = {}
     for span in spans:
         if span.start:
             shapes.setdefault((span.stop - span.start, span.start), []).append(span)
-    full = [_full_batch(group, layout, device) for group in shapes.values()]
+    full = [_full_blocks(group, layout, device) for group in shapes.values()]
     from_ranks = to_ranks = None
     if layout.cp > 1:
         rank, index = layout.owner
         from_ranks = torch.from_numpy(rank * layout.local_length + index).to(device)
         order = np.concatenate([layout.local_positions(one) for one in range(layout.cp)])
         to_ranks = torch.from_numpy(order).to(device)
-    return Schedule(tuple(causal), tuple(full), from_ranks, to_ranks, layout.local_length)
+    return Schedule(_causal_blocks(spans, device), tuple(full), from_ranks, to_ranks, layout.local_length)
 
 
 def _groups(spans: Sequence[Span]) -> list[list[Span]]:
@@ -118,29 +133,30 @@ def _groups(spans: Sequence[Span]) -> list[list[Span]]:
     return [sorted(group, key=lambda one: one.local_start) for group in groups]
 
 
-def _causal_batch(spans: Sequence[Span], spare_row: int, device: torch.device) -> BlockBatch:
-    lengths = [span.stop - span.start for span in spans]
-    each = max(lengths)
-    total = each * len(spans)
-    if min(lengths) == each:
-        rows = _rows([span.local_start for span in spans], each, device)
-        return BlockBatch(len(spans), each, each, rows, rows, rows, None)
-    starts = np.array([span.local_start for span in spans])[:, None]
-    counts = np.array(lengths)[:, None]
-    token = np.arange(each)[None, :]
-    read = starts + np.minimum(token, counts - 1)
-    pad = token >= counts
-    read_rows = Rows(0, total, torch.from_numpy(read.reshape(-1)).to(device))
-    write_rows = Rows(0, total, torch.from_numpy(np.where(pad, spare_row, read).reshape(-1)).to(device))
-    padding = torch.from_numpy(np.flatnonzero(pad)).to(device)
-    return BlockBatch(len(spans), each, each, read_rows, read_rows, write_rows, padding)
+def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
+    batches, reads, pads = [], [], []
+    for group in _groups(spans):
+        lengths = np.array([span.stop - span.start for span in group])[:, None]
+        starts = np.array([span.local_start for span in group])[:, None]
+        each = int(lengths.max())
+        token = np.arange(each)[None, :]
+        reads.append((starts + np.minimum(token, lengths - 1)).reshape(-1))
+        pads.append((token >= lengths).reshape(-1))
+        batches.append((len(group), each))
+    read, pad = np.concatenate(reads), np.concatenate(pads)
+    if np.array_equal(read, np.arange(len(read))):
+        return CausalBlocks(tuple(batches), None, None, None)
+    place = np.empty(len(read) - int(pad.sum()), dtype=np.int64)
+    place[read[~pad]] = np.flatnonzero(~pad)
+    padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
+    return CausalBlocks(tuple(batches), torch.from_numpy(read).to(device), torch.from_numpy(place).to(device), padding)
 
 
-def _full_batch(spans: Sequence[Span], layout: SequenceLayout, device: torch.device) -> BlockBatch:
+def _full_blocks(spans: Sequence[Span], layout: SequenceLayout, device: torch.device) -> FullBlocks:
     queries, keys = spans[0].stop - spans[0].start, spans[0].start
     query_rows = _rows([span.local_start for span in spans], queries, device)
     key_rows = _rows([int(layout.starts[span.document]) for span in spans], keys, device)
-    return BlockBatch(len(spans), queries, keys, query_rows, key_rows, query_rows, None)
+    return FullBlocks(len(spans), query_rows, key_rows)
 
 
 def _rows(starts: Sequence[int], each: int, device: torch.device) -> Rows:

@@ -13,7 +13,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
-from megatron_vita.parallel.context import KVCache
+from megatron_vita.parallel.context import KVCache, RowContext
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
 from tests.models.parity import MODEL, TOKENS_PER_TILE, VISION, stage_of
 from tests.ranks import run_ranks
@@ -99,18 +99,21 @@ def test_a_sequence_without_a_document_is_refused() -> None:
 
 
 def test_cache_grows_and_forgets() -> None:
+    cpu = torch.device("cpu")
     cache = KVCache(2)
     key = torch.arange(12.0).view(6, 1, 2)
-    keys, values = cache.append(1, key, -key, (2, 3, 1))  # the last token is padding
+    keys, values = cache.append(1, key, -key, cache.plan((2, 3, 1), cpu))  # the last token is padding
     assert keys.shape == (2, 3, 1, 2)
     torch.testing.assert_close(keys[1], key[2:5])
     torch.testing.assert_close(values[0, 2], torch.zeros(1, 2))
     cache.advance((2, 3, 1))
     assert cache.lengths == [2, 3]
     long = torch.ones(101, 1, 2)
-    keys, _ = cache.append(1, long, long, (1, 100))
+    keys, _ = cache.append(1, long, long, cache.plan((1, 100), cpu))
     torch.testing.assert_close(keys[1, :3], key[2:5])
     assert keys.shape[1] == 103
     cache.advance((1, 100))
     cache.keep([1])
     assert cache.lengths == [103]
+    with pytest.raises(ConfigError, match="context_parallel_size=1"):
+        RowContext(layout=SequenceLayout((4, 4), cp=2), cache=cache).decoding(cpu)

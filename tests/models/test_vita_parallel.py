@@ -14,6 +14,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP2 = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+CORE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -27,7 +28,7 @@ def _check_layouts(
 @pytest.mark.parametrize("reset", [True, False], ids=["documents", "one document"])
 def test_two_ranks_equal_one_process(tmp_path: Path, reset: bool) -> None:
     reference = write_reference(tmp_path / "reference", {}, reset=reset)
-    layouts = [{}, {"overlap_grad_reduce": True}, TP2, SP2, PP2, CP2, {**SP2, **FULL}, {**CP2, **FULL}]
+    layouts = [{}, {"overlap_grad_reduce": True}, TP2, SP2, PP2, CP2, {**SP2, **FULL}, {**CP2, **FULL}, {**CP2, **CORE}]
     run_ranks(2, _check_layouts, layouts, reference, {}, ROWS, reset)
 
 

@@ -69,16 +69,20 @@ def test_context_parallel_equals_the_definition(cp: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_kernels_equal_their_plain_twins(causal: bool, dtype: torch.dtype, groups: int) -> None:
-    q, k, v, grad = (x.view(3, 17, -1, 16).transpose(1, 2) for x in _inputs(51, 4, groups, 16, dtype))
+    rows = _inputs(51, 4, groups, 16, dtype)
+    q, k, v, grad = (x.view(3, 17, -1, 16).transpose(1, 2) for x in rows)
+    wide_k, wide_v = (block_kernels.expand(x, rows[0]).view(3, 17, -1, 16).transpose(1, 2) for x in rows[1:3])
     scale = 0.3
-    out, lse = block_kernels.forward(q, k, v, causal=causal, scale=scale)
+    out, lse = block_kernels.forward(q, wide_k, wide_v, causal=causal, scale=scale)
     want, want_lse = block_kernels.plain_forward(q, k, v, causal=causal, scale=scale)
     close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(out, want, **close)
     torch.testing.assert_close(lse, want_lse, **close)
     # A log-sum-exp over more keys than the block's, in another memory order than the kernel's own.
     wider = (lse + 0.5).contiguous()
-    got = block_kernels.backward(grad, q, k, v, out, wider, causal=causal, scale=scale)
+    dq, *wide = block_kernels.backward(grad, q, wide_k, wide_v, out, wider, causal=causal, scale=scale)
+    rows = [block_kernels.reduce(x.transpose(1, 2).flatten(0, 1), groups) for x in wide]
+    got = [dq, *(x.view(3, 17, -1, 16).transpose(1, 2) for x in rows)]
     expected = block_kernels.plain_backward(grad, q, k, v, out, wider, causal=causal, scale=scale)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, **close)
@@ -100,8 +104,16 @@ def test_merging_two_halves_of_the_keys_gives_the_whole() -> None:
 def test_short_documents_share_a_call_and_long_ones_are_never_padded() -> None:
     layout = SequenceLayout((50, 51, 49, 52, 700, 690, 12))
     schedule = build_schedule(layout, 0, torch.device("cpu"))
-    shapes = sorted((batch.blocks, batch.queries_each) for batch in schedule.causal)
-    assert shapes == [(1, 12), (1, 690), (1, 700), (4, 52)]
+    assert schedule.causal.batches == ((1, 700), (1, 690), (4, 52), (1, 12))
+    assert schedule.causal.padding is not None
+    assert len(schedule.causal.padding) == 4 * 52 - (50 + 51 + 49 + 52)
+
+
+@pytest.mark.parametrize("documents", [(64,), (16, 16, 16, 16)])
+def test_equal_documents_are_not_copied(documents: tuple[int, ...]) -> None:
+    schedule = build_schedule(SequenceLayout(documents), 0, torch.device("cpu"))
+    assert schedule.causal.batches == ((len(documents), documents[0]),)
+    assert schedule.causal.read is None
 
 
 def test_bfloat16_stays_near_float64() -> None:
