@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_vita.errors import ConfigError, DataError, VitaError
@@ -178,16 +178,20 @@ def _in_processes(workers: int, work: Callable[[int], Iterator[Result]]) -> Iter
     """Run `work(rank)` in forked processes and hand on their results as they come.
 
     Forked, so that the slow imports are paid once. A worker's failure ends all of them and is raised here.
+
+    Raises:
+        ConfigError: a model was loaded in this process before: gloo does not survive a fork.
     """
+    if dist.is_initialized():
+        raise ConfigError("several evaluation processes must start before any model is loaded. Use workers=1 here.")
     context = multiprocessing.get_context("fork")
     receivers: list[Connection] = []
     processes = []
-    threads = max(1, (os.cpu_count() or 1) // workers)
     for rank in range(workers):
         receiver, sender = context.Pipe(duplex=False)
         receivers.append(receiver)
         # The list as it is now: a child must hold no reading end, or it would not notice that the parent was killed.
-        process = context.Process(target=_worker, args=(rank, sender, list(receivers), threads, work), daemon=True)
+        process = context.Process(target=_worker, args=(rank, sender, list(receivers), work), daemon=True)
         process.start()
         sender.close()
         processes.append(process)
@@ -218,12 +222,11 @@ def _worker(
     rank: int,
     sender: Connection,
     inherited: Sequence[Connection],
-    threads: int,
     work: Callable[[int], Iterator[Result]],
 ) -> None:
     for one in inherited:
         one.close()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # more would wait for the parent's pool, which the fork did not copy
     try:
         for result in work(rank):
             sender.send(("result", result))

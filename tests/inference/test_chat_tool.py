@@ -1,0 +1,84 @@
+"""tools/chat.py from end to end, and how it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vita.data.sample import Image, Text, Video
+from megatron_vita.inference.engine import Engine
+from tests.inference.test_evaluate import tool
+from tests.inference.tiny import question, save_checkpoint, write_media
+
+CHAT = tool("chat")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    save_checkpoint(folder)
+    write_media(folder)
+    return folder
+
+
+def ask(here: Path, *words: str) -> int:
+    return CHAT.main(["--model", str(here / "tiny"), "--max-new-tokens", "5", *words])
+
+
+def test_it_prints_the_engines_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine.load(here / "tiny")
+    image, video = here / "wide.jpg", here / "video.mp4"
+    sample = question("Which digit is this?", images=[image], videos=[video])
+    (expected,) = engine.generate([sample], max_new_tokens=5)
+    assert ask(here, "--image", str(image), "--video", str(video), "Which digit is this?") == 0
+    said = capsys.readouterr()
+    assert said.out == expected.text + "\n"
+    assert ("cut after 5 tokens" in said.err) == (not expected.finished)
+
+
+def test_a_seed_repeats_a_warm_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert ask(here, "--temperature", "2", "--top-k", "50", "--top-p", "0.99", "--seed", seed, "the") == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_last_word_is_the_question(here: Path) -> None:
+    args = CHAT.arguments(["--model", "m", "--image", "a.png", "b.png", "What?"])
+    assert (args.image, args.question) == (["a.png", "b.png"], "What?")
+    args = CHAT.arguments(["--model", "m", "--image", "a.png", "--video", "v.mp4", "What?"])
+    assert (args.image, args.video, args.question) == (["a.png"], ["v.mp4"], "What?")
+    args = CHAT.arguments(["What?", "--image", "a.png", "b.png", "--model", "m"])
+    assert (args.image, args.question) == (["a.png", "b.png"], "What?")
+    for missing in (["--model", "m"], ["--model", "m", "--image", "a.png"]):
+        with pytest.raises(SystemExit) as usage:
+            CHAT.arguments(missing)
+        assert usage.value.code == 2
+
+
+def test_pictures_come_before_videos_before_the_question(here: Path) -> None:
+    sample = CHAT.question_sample("What?", [str(here / "wide.jpg")], [str(here / "video.mp4")])
+    assert sample.messages[0].parts == (Image(0), Video(0), Text("\nWhat?"))
+    sample.check()
+
+
+def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(status: int, says: str, *words: str, model: Path = here / "tiny") -> None:
+        assert CHAT.main(["--model", str(model), *words]) == status
+        said = capsys.readouterr()
+        assert says in said.err
+        assert said.err.count("\n") == 1, "one line"
+        assert said.out == ""
+
+    fails(2, "gone.png: no such file", "--image", "gone.png", "What?")
+    fails(2, "no such folder", "What?", model=tmp_path / "none")
+    fails(2, "the question is empty", "  ")
+    fails(2, "temperature", "--temperature", "-1", "What?")
+    (tmp_path / "fake.png").write_text("no picture")
+    fails(1, "fake.png", "--image", str(tmp_path / "fake.png"), "What?")
+    (tmp_path / "empty").mkdir()
+    fails(1, "no finished checkpoint", "What?", model=tmp_path / "empty")
+    text = save_checkpoint(tmp_path, vision=False, name="text")
+    fails(2, "text-only", "--image", str(here / "wide.jpg"), "What?", model=text)

@@ -1,0 +1,248 @@
+"""Evaluation: right counts, nothing asked twice, nothing lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_vita.data.sample import Sample
+from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
+from megatron_vita.inference import evaluate as module
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.evaluate import EvalSettings, evaluate
+from megatron_vita.inference.questions import read_questions
+from tests.inference.tiny import save_checkpoint, write_media
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = EvalSettings(max_new_tokens=4)
+
+
+def tool(name: str) -> ModuleType:
+    """A command line as a module."""
+    path = ROOT / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def write_questions(path: Path, answers: list[str]) -> None:
+    """Text, a picture, tiles and a video in turn, with these reference answers."""
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("Which digit?", {}),
+        ("<image>\nWhich digit?", {"images": ["square.png"]}),
+        ("<image>\nAnd this?", {"images": ["wide.jpg"]}),
+        ("<video>\nWhich three?", {"videos": ["video.mp4"], "frames": 5, "depth": 0.25}),
+    ]
+    lines = []
+    for number, answer in enumerate(answers):
+        text, more = kinds[number % len(kinds)]
+        talk = [{"role": "user", "content": f"{text} {number}"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": talk} | more))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, media, and questions of which the model knows six of eight answers."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_checkpoint(folder)
+    write_media(folder)
+    write_questions(folder / "eval_mixed.jsonl", ["?"] * 8)
+    engine = Engine.load(folder / "tiny")
+    samples = [question.sample for question in read_questions(folder / "eval_mixed.jsonl")]
+    known = [answer.text or "-" for answer in engine.generate(samples, max_new_tokens=4)]
+    write_questions(folder / "eval_mixed.jsonl", [*known[:6], "wrong", "wrong"])
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """Every sample an engine of this process is asked."""
+    seen: list[Sample] = []
+    plain = Engine.prepare
+
+    def prepare(self: Engine, sample: Sample, **more: Any) -> Any:
+        seen.append(sample)
+        return plain(self, sample, **more)
+
+    monkeypatch.setattr(Engine, "prepare", prepare)
+    return seen
+
+
+def run(here: Path, output: Path, **more: Any) -> list[dict[str, Any]]:
+    return evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], output, SETTINGS, **more)
+
+
+def test_counts_and_carried_fields(here: Path, tmp_path: Path) -> None:
+    (row,) = run(here, tmp_path)
+    assert (row["name"], row["count"], row["right"], row["unreadable"]) == ("tiny", 8, 6, 0)
+    results = read(tmp_path)
+    assert [one["line"] for one in results] == list(range(1, 9))
+    assert results[3]["fields"] == {"frames": 5, "depth": 0.25}
+    assert [one["verdict"] for one in results] == ["right"] * 6 + ["wrong"] * 2
+    assert json.loads((tmp_path / "summary.json").read_text()) == [row]
+
+
+def test_a_rerun_asks_only_what_is_missing(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
+    run(here, tmp_path, limit=3)
+    assert len(asked) == 3
+    with (tmp_path / "results.jsonl").open("a") as torn:
+        torn.write('{"run": "ab')
+    (row,) = run(here, tmp_path)
+    assert len(asked) == 8
+    assert row["right"] == 6
+    run(here, tmp_path)
+    assert len(asked) == 8, "nothing was left to ask"
+    fresh = tmp_path / "fresh"
+    run(here, fresh)
+    assert read(fresh) == read(tmp_path)
+
+
+def test_a_kill_keeps_the_rows_that_were_answered(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = EvalSettings(max_new_tokens=4, batch_tokens=64)
+    whole = tmp_path / "whole"
+    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], whole, small)
+    plain, rows = Engine.answer, 0
+
+    def killed(self: Engine, prompts: Any, **more: Any) -> Any:
+        nonlocal rows
+        rows += 1
+        if rows == 3:
+            raise KeyboardInterrupt
+        return plain(self, prompts, **more)
+
+    monkeypatch.setattr(Engine, "answer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
+    kept = read(tmp_path)
+    assert 2 <= len(kept) < 8
+    monkeypatch.setattr(Engine, "answer", plain)
+    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
+    assert read(tmp_path) == read(whole)
+
+
+def test_two_processes_answer_as_one(here: Path, tmp_path: Path) -> None:
+    run(here, tmp_path / "one")
+    with pytest.raises(ConfigError, match="before any model"):
+        run(here, tmp_path / "two", workers=2)
+    command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--model", str(here / "tiny"), "--workers", "2"]
+    command += ["--data", str(here / "eval_mixed.jsonl"), "--output", str(tmp_path / "two"), "--max-new-tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "75.0%" in done.stdout
+    by_line = sorted(read(tmp_path / "two"), key=lambda one: one["line"])
+    assert by_line == read(tmp_path / "one")
+
+
+def test_a_failing_process_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: False)  # the work below starts no world
+
+    def work(rank: int, problem: str) -> Iterator[dict[str, Any]]:
+        yield {"rank": rank}
+        if rank == 1 and problem == "damaged":
+            raise CheckpointError("damaged")
+        if rank == 1 and problem == "bug":
+            raise RuntimeError("a bug")
+        if rank == 1 and problem == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for problem, kind, says in (
+        ("damaged", CheckpointError, "damaged"),
+        ("bug", VitaError, "process 1 failed:.*a bug"),
+        ("killed", VitaError, "process 1 died"),
+    ):
+        seen: list[int] = []
+        with pytest.raises(kind, match=f"(?s){says}"):
+            seen.extend(one["rank"] for one in module._in_processes(2, partial(work, problem=problem)))
+        assert 1 in seen, "what came before the failure is kept"
+    assert sorted(one["rank"] for one in module._in_processes(3, partial(work, problem=""))) == [0, 1, 2]
+
+
+def test_settings_and_weights_decide_what_counts_as_answered(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    root = save_checkpoint(copy)
+    data, output = [str(here / "eval_mixed.jsonl")], tmp_path / "out"
+    evaluate([str(root)], data, output, SETTINGS)
+    evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, batch_tokens=64))
+    assert len(asked) == 8, "the size of a row decides no answer"
+    (row,) = evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, zero_tiles=True))
+    assert len(asked) == 16
+    assert row["zero_tiles"]
+    assert len(read(output)) == 16, "seen and blind answers stand side by side"
+    shutil.rmtree(root)
+    save_checkpoint(copy, seed=5)
+    evaluate([str(root)], data, output, SETTINGS)
+    assert len(asked) == 24, "another model at the same path is asked anew"
+    assert len(read(output)) == 16
+
+
+def test_models_of_one_name_are_told_apart(here: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    second = save_checkpoint(other, seed=9)
+    rows = evaluate([str(here / "tiny"), str(second)], [str(here / "eval_mixed.jsonl")], tmp_path, SETTINGS, limit=2)
+    assert [row["name"] for row in rows] == [str(here / "tiny"), str(second)]
+
+
+def test_a_damaged_picture_counts_as_wrong_and_is_told(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("wide.jpg", "video.mp4"):
+        shutil.copy(here / name, tmp_path / name)
+    (tmp_path / "square.png").write_bytes(b"broken")
+    shutil.copy(here / "eval_mixed.jsonl", tmp_path / "eval_mixed.jsonl")
+    command = ["--model", str(here / "tiny"), "--data", str(tmp_path / "eval_mixed.jsonl")]
+    status = tool("evaluate").main([*command, "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])
+    assert status == 1
+    said = capsys.readouterr()
+    assert "8 (2 unreadable)" in said.out
+    assert "2 questions could not be read" in said.err
+    assert [one["line"] for one in read(tmp_path / "out") if one["verdict"] == "unreadable"] == [2, 6]
+
+
+def test_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = tool("evaluate").main
+    command = ["--model", str(here / "tiny"), "--data", str(here / "eval_mixed.jsonl"), "--output", str(tmp_path / "o")]
+    assert main([*command, "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "75.0%" in said
+    assert said.splitlines()[-1].startswith("wrote ")
+    assert main([*command, "--task", "guess"]) == 2
+    assert main([*command[2:], "--model", str(tmp_path / "none")]) == 2
+    assert main([*command, "--data", str(tmp_path / "none.jsonl")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main([*command[2:], "--model", str(tmp_path / "empty")]) == 1
+    assert "holds no finished checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as usage:
+        main([*command, "--workers", "0"])
+    assert usage.value.code == 2
+
+
+def test_wrong_settings_are_refused(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exact_match"):
+        EvalSettings(task="guess")
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        EvalSettings(max_new_tokens=0)
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="not an evaluation result"):
+        run(here, tmp_path)
