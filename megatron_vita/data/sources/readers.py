@@ -26,6 +26,7 @@ Places = npt.NDArray[np.int64]
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],]', re.DOTALL)
 _BLANK = b" \t\r\n"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PEEK = 1 << 16
 
 
@@ -71,9 +72,9 @@ class JsonLines(_Bytes):
             start = 0
             for number, line in enumerate(stream, 1):
                 stop = start + len(line)
-                if line.strip(_BLANK):
-                    skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-                    found.extend((number, start + skip, stop))
+                mark = number == 1 and line.startswith(_BYTE_ORDER_MARK)
+                if line.removeprefix(_BYTE_ORDER_MARK if mark else b"").strip(_BLANK):
+                    found.extend((number, start + len(_BYTE_ORDER_MARK) * mark, stop))
                 start = stop
         return _places(found)
 
@@ -180,7 +181,7 @@ def _kind_of(path: Path) -> str:
         head = stream.read(_PEEK)
     if head.startswith(b"PAR1"):
         return "parquet"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip(_BLANK)
+    text = head.removeprefix(_BYTE_ORDER_MARK).lstrip(_BLANK)
     if not text.startswith(b"["):
         return "jsonl"
     # `[` may also open the first line of a JSONL file whose records are bare lists of messages.

@@ -1,0 +1,310 @@
+"""Readers, mappers, fixes, the table and mixes: every form of the open datasets, and what is wrong with some."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import picture
+
+from megatron_vita.data.document import Document
+from megatron_vita.data.rejects import CODES
+from megatron_vita.data.sample import Image, Sample, Text, Video
+from megatron_vita.data.sources import detect_row, load_mix, load_table, open_reader, read_samples, record_to_sample
+from megatron_vita.data.sources.fixes import find_fix
+from megatron_vita.errors import ConfigError, DataError
+
+
+def records(path: Path, kind: str = "auto") -> list[tuple[int, Any]]:
+    reader = open_reader(path, kind)
+    return [(line, "bad" if isinstance(r, DataError) else r) for line, r in reader.read(reader.index())]
+
+
+# ---------------------------------------------------------------------------------------------------- readers
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda c: st.lists(c, max_size=3), max_leaves=6
+)
+RECORDS = st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=3), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=RECORDS, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), bom=st.booleans())
+def test_both_json_forms_give_their_records(
+    tmp_path_factory: pytest.TempPathFactory, content: list[dict], indent: int | None, ascii_only: bool, bom: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("json")
+    mark = "\ufeff" if bom else ""
+    (folder / "a.json").write_text(mark + json.dumps(content, indent=indent, ensure_ascii=ascii_only), "utf-8")
+    lines = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in content)
+    (folder / "l.json").write_text(mark + lines, "utf-8")
+    assert records(folder / "a.json") == list(enumerate(content, 1))
+    assert records(folder / "l.json") == list(enumerate(content, 1))
+
+
+def test_a_broken_record_hurts_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(
+        b'[{"a": 1}, {"b": "x" 2}, {"c": "[},{\\"]"},\n {"d": "\xff"}, {"say": "he said "hi", ok"}, 7, {"e": 5}]'
+    )
+    got = records(tmp_path / "a.json")
+    assert [line for line, _ in got] == list(range(1, 8))
+    assert [r for _, r in got] == [{"a": 1}, "bad", {"c": '[},{"]'}, "bad", "bad", "bad", {"e": 5}]
+    (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n\n{"b": \n{"c": 3}\r\n' + b"[" * 100000 + b"\n{}")
+    assert records(tmp_path / "l.jsonl") == [(1, {"a": 1}), (3, "bad"), (4, {"c": 3}), (5, "bad"), (6, {})]
+    (tmp_path / "cut.json").write_bytes(b'[{"a": 1}, {"b": 2')
+    assert records(tmp_path / "cut.json") == [(1, {"a": 1}), (2, "bad")]
+
+
+def test_bare_message_lists_a_line(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "b.jsonl").write_text((json.dumps(talk) + "\n") * 3)
+    assert records(tmp_path / "b.jsonl") == [(n, talk) for n in (1, 2, 3)]
+    (sample, _), *_ = read_samples(tmp_path / "b.jsonl")
+    assert isinstance(sample, Sample)
+    assert len(sample.messages) == 2
+
+
+def test_parquet_rows_by_group(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": list(range(230))}), tmp_path / "p.parquet", row_group_size=100)
+    reader = open_reader(tmp_path / "p.parquet")
+    places = reader.index()
+    assert [r["n"] for _, r in reader.read(places)] == list(range(230))
+    some = places[[3, 99, 100, 170, 229]]
+    assert [(line, r["n"]) for line, r in reader.read(some)] == [(4, 3), (100, 99), (101, 100), (171, 170), (230, 229)]
+    assert [len(chunk) for chunk in reader.chunks(some, 1)] == [2, 2, 1]
+    (tmp_path / "q.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match="parquet"):
+        open_reader(tmp_path / "q.parquet").index()
+
+
+def test_files_that_no_reader_takes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such data file"):
+        open_reader(tmp_path / "none.json")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="Unpack"):
+        open_reader(tmp_path / "a.jsonl.zst")
+
+
+# ---------------------------------------------------------------------------------------------------- mappers
+
+
+def convert(record: Any, row: str | None = None, root: Path | None = None) -> Sample | Document:
+    chosen = load_table()[row] if row else detect_row(record, "test")
+    return record_to_sample(record, chosen, media_root=root, source="s", line=1)[0]
+
+
+def talk(sample: Sample | Document) -> list[tuple[str, str]]:
+    assert isinstance(sample, Sample)
+    marks = {Image: "[i{}]", Video: "[v{}]"}
+    return [
+        (m.role, "".join(p.text if isinstance(p, Text) else marks[type(p)].format(p.index) for p in m.parts))
+        for m in sample.messages
+    ]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png", "v.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+QA = [("user", "q"), ("assistant", "a")]
+TEXT_FORMS: list[tuple[str | None, Any, list[tuple[str, str]]]] = [
+    (None, {"messages": [{"role": "system", "content": "s"}, Q, A]}, [("system", "s"), *QA]),
+    (None, {"messages": [{"role": "system", "content": " "}, Q, A]}, QA),
+    (None, {"conversations": [Q, A], "messages": []}, QA),
+    (None, [Q, A], QA),
+    ("long_vita", [{"messages": [Q, A]}], QA),
+    (None, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
+    (None, {"items": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a"}]}, QA),
+    (None, {"instruction": "q", "input": "", "output": "a"}, QA),
+    (None, {"instruction": "q", "input": "x", "output": "a"}, [("user", "q\n\nx"), ("assistant", "a")]),
+    (None, {"instruction": "q", "output": "a", "system": "s", "history": [["h", "g"]]},
+     [("system", "s"), ("user", "h"), ("assistant", "g"), *QA]),
+    (None, {"conversations": ["q", "a", "left over"]}, QA),
+    (None, {"texts": [{"user": "q", "assistant": "Answer: a", "source": "z"}]}, QA),
+    ("dolly", {"instruction": "q", "context": "c", "response": "a"}, [("user", "q\n\nc"), ("assistant", "a")]),
+    ("goat", {"instruction": "q", "input": "q again", "output": 12}, [("user", "q"), ("assistant", "12")]),
+    ("atlas_math", {"instruction": "q", "input": "1+2", "output": 3.0}, [("user", "q\n\n1+2"), ("assistant", "3")]),
+    ("longalign", {"messages": [Q, {"role": "assistant", "content": "\u200ba"}, Q]}, QA),
+    ("long_context_qa", {"context": "c", "questions": ["q", "r"], "answers": ["a", "b"]},
+     [("user", "c\n\nq"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]),
+    ("long_data_collections", {"text": "no", "prompt": "q ", "completion": " a"}, QA),
+    ("sharegpt4v", {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "q"},
+                                      {"from": "gpt", "value": "a"}]}, QA),
+    ("m4_image", {"conversations": [{"from": "gpt", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
+    (None, {"messages": [Q, {"role": "assistant", "content": "\n \n a"}]}, [("user", "q"), ("assistant", " a")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "record", "wanted"), TEXT_FORMS)
+def test_text_forms(row: str | None, record: Any, wanted: list[tuple[str, str]]) -> None:
+    assert talk(convert(record, row)) == wanted
+
+
+def test_plain_text_becomes_a_document() -> None:
+    assert convert({"text": "once <image>", "meta": 1}) == Document("once <image>", "s", 1)
+
+
+def human(text: str, answer: str = "a") -> list[dict[str, str]]:
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+
+
+def test_media_forms(root: Path) -> None:
+    sample = convert({"image": "a.png", "conversations": human("<image>\nq <video>", "an <image>")}, root=root)
+    assert talk(sample) == [("user", "[i0]\nq <video>"), ("assistant", "an <image>")]
+    assert isinstance(sample, Sample)
+    assert sample.images[0].path == str((root / "a.png").resolve())
+    both = {"messages": [{"role": "user", "content": "x<video>y<image><image>"}, A]}
+    both |= {"images": ["a.png", "b.png"], "videos": ["v.mp4"]}
+    assert talk(convert(both, root=root))[0] == ("user", "x[v0]y[i0][i1]")
+    struct = {"image": {"bytes": b"png", "path": "nowhere.png"}, "conversations": human("<image>")}
+    prompted = convert(struct, "llava_recap")
+    assert talk(prompted)[0] == ("user", "[i0]\nPlease describe this image in detail.")
+    assert isinstance(prompted, Sample)
+    assert prompted.images[0].data == b"png"
+    cauldron = {"images": [{"bytes": b"1", "path": None}, {"bytes": b"2"}], "texts": [{"user": "q", "assistant": "a"}]}
+    assert talk(convert(cauldron)) == [("user", "[i0]\n[i1]\nq"), ("assistant", "a")]
+    hound = {"video": "v.mp4", "conversations": human("<image>\nq")}
+    assert talk(convert([hound], "llava_video", root))[0] == ("user", "[v0]\nq")
+    assert talk(convert({"image": None, "conversations": human("q")}, "onevision")) == QA
+
+
+def test_openai_parts(root: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(picture(4, 4)).decode()
+    parts = [
+        {"type": "text", "text": "Left <image>:"},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image", "image": f"file://{root}/a.png"},
+        {"type": "video", "video": "v.mp4"},
+        {"type": "input_text", "text": "Name it."},
+    ]
+    sample = convert(
+        {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}, A]}, root=root
+    )
+    assert talk(sample)[:2] == [("system", "s"), ("user", "Left <image>:[i0][i1][v0]Name it.")]
+    assert isinstance(sample, Sample)
+    assert sample.images[0].data == picture(4, 4)
+
+
+BAD: list[tuple[str, str | None, Any]] = [
+    ("media_count", None, {"image": "a.png", "conversations": human("q")}),
+    ("media_count", None, {"image": "a.png", "conversations": human("<image><image>")}),
+    ("media_count", "llava", {"image": None, "conversations": human("<image>")}),
+    ("media_missing", None, {"image": "c.png", "conversations": human("<image>")}),
+    ("media_missing", None, {"images": ["a.png", None], "messages": [Q | {"content": "<image><image>"}, A]}),
+    ("path_escape", None, {"image": "../../etc/passwd", "conversations": human("<image>")}),
+    ("media_remote", None, {"image": "https://example.invalid/a.png", "conversations": human("<image>")}),
+    ("bad_role", None, {"messages": [{"role": "tool", "content": "q"}, A]}),
+    ("bad_order", None, {"messages": [A, Q]}),
+    ("bad_order", None, {"messages": [Q, Q, A]}),
+    ("empty_turn", None, {"messages": [{"role": "user", "content": "  "}, A]}),
+    ("empty_turn", None, {"messages": [Q, {"role": "assistant", "content": "\n\n"}]}),
+    ("bad_record", None, {"messages": [{"role": "user", "content": None}, A]}),
+    ("bad_record", "dolly", {"instruction": "q"}),
+    ("bad_record", "llava", {"conversations": "text"}),
+    ("bad_record", "llava", {"conversations": ["text"]}),
+    ("bad_record", "long_context_qa", {"context": "c", "questions": ["q"], "answers": []}),
+    ("undeclared_media", "metamath", {"query": "q", "response": "a", "image": "a.png"}),
+    ("media_broken", "openai", {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}]}, A]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "row", "record"), BAD)
+def test_bad_records_name_their_reason(root: Path, code: str, row: str | None, record: Any) -> None:
+    with pytest.raises(DataError, match=f"^{code}: "):
+        convert(record, row, root)
+
+
+@settings(max_examples=200, deadline=None)
+@given(record=st.dictionaries(st.sampled_from(["messages", "conversations", "images", "image", "texts", "text"]), JSON),
+       row=st.sampled_from(sorted(load_table())))  # fmt: skip
+def test_any_record_is_a_sample_or_a_data_error(record: dict, row: str) -> None:
+    code = next(iter(CODES))
+    try:
+        convert(record, row)
+    except DataError as error:
+        code = str(error).partition(": ")[0]
+    assert code in CODES
+
+
+def test_forms_that_cannot_be_told() -> None:
+    for record in ({"prompt": "a", "text": "b"}, {}, [1], {"question": "q", "answer": "a"}):
+        with pytest.raises(ConfigError, match="source"):
+            detect_row(record, "mix")
+    with pytest.raises(ConfigError, match="no fix"):
+        find_fix("strip_prefix")
+
+
+# ---------------------------------------------------------------------------------------------------- mixes
+
+
+def write_mix(folder: Path, **groups: Any) -> Path:
+    (folder / "mix.yaml").write_text(json.dumps({"dataset": groups}))
+    return folder / "mix.yaml"
+
+
+def test_mix_in_long_vitas_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "b.jsonl", "odd(1,2)+x.jsonl"):
+        (tmp_path / name).write_text((json.dumps({"messages": [Q, A]}) + "\n") * 10)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HERE", str(tmp_path))
+    mix = write_mix(
+        tmp_path,
+        one={"ratio": 0.25, "data_paths": ["a.jsonl"]},
+        two={"ratio": 2.5, "num": 22, "data_paths": ["${HERE}/[ab].jsonl", "odd(1,2)+x.jsonl"]},
+        off={"ratio": 0, "data_paths": ["not there"]},
+    )
+    files = load_mix(mix)
+    assert [file.name for file in files] == ["one", "two/a.jsonl", "two/b.jsonl", "two/odd(1,2)+x.jsonl"]
+    assert files[1].written == "${HERE}/[ab].jsonl: a.jsonl"
+    assert {file.row.name for file in files} == {"long_vita"}
+    places = files[0].reader().index()
+    chosen = files[0].choose(places, seed=1)
+    assert len(chosen) == 2
+    assert not np.array_equal(chosen, files[0].choose(places, seed=5))
+    lines = files[1].choose(places, seed=1)[:, 0].tolist()
+    assert len(lines) == 22
+    assert lines[:20] == [*range(1, 11)] * 2
+    assert lines[20] < lines[21]
+
+
+@pytest.mark.parametrize(
+    ("group", "complaint"),
+    [
+        ({"data_path": ["a.jsonl"]}, "data_paths"),
+        ({"data_paths": ["a.jsonl"], "ration": 1}, "ratio"),
+        ({"data_paths": ["none.jsonl"]}, "no such data file"),
+        ({"data_paths": ["."]}, "folder"),
+        ({"data_paths": ["a.jsonl"], "ratio": "much"}, "number"),
+        ({"data_paths": ["a.jsonl"], "source": "llavva"}, "Did you mean `llava`"),
+        ({"data_paths": ["a.jsonl"], "media_root": "nowhere"}, "no folder"),
+        ({"data_paths": ["a.jsonl"], "num": 0}, "nothing is left"),
+    ],
+)
+def test_wrong_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: dict[str, Any], complaint: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [Q, A]}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=complaint):
+        load_mix(write_mix(tmp_path, one=group))
+
+
+def test_read_samples_names_the_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [Q, A], "k": 1}) + "\n{oops\n")
+    stream = read_samples(tmp_path / "a.jsonl")
+    sample, record = next(stream)
+    assert talk(sample) == QA
+    assert record["k"] == 1
+    with pytest.raises(DataError, match=r"a\.jsonl, record 2: bad_json"):
+        next(stream)
