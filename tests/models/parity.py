@@ -84,8 +84,8 @@ def inputs_of(row: Row, groups: Groups, *, reset: bool = True) -> dict[str, Any]
     }
 
 
-def stage_of(parallel: dict[str, Any], **train: Any) -> StageConfig:
-    return StageConfig(model=MODEL, parallel=ParallelConfig(**parallel), train=TrainConfig(**train))
+def stage_of(parallel: dict[str, Any], *, model: ModelConfig = MODEL, **train: Any) -> StageConfig:
+    return StageConfig(model=model, parallel=ParallelConfig(**parallel), train=TrainConfig(**train))
 
 
 def one_step(

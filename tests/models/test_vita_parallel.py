@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.models.parity import ROWS, compare_step, write_reference
+from megatron_vita.config import ProjectorConfig
+from tests.models.parity import MODEL, ROWS, compare_step, write_reference
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -30,6 +32,25 @@ def test_two_ranks_equal_one_process(tmp_path: Path, reset: bool) -> None:
     reference = write_reference(tmp_path / "reference", {}, reset=reset)
     layouts = [{}, {"overlap_grad_reduce": True}, TP2, SP2, PP2, CP2, {**SP2, **FULL}, {**CP2, **FULL}, {**CP2, **CORE}]
     run_ranks(2, _check_layouts, layouts, reference, {}, ROWS, reset)
+
+
+TEXT_ROWS = tuple((documents, ()) for documents, _ in ROWS)
+VARIANTS = {
+    "tied embeddings": (dataclasses.replace(MODEL, untie_embeddings_and_output_weights=False), ROWS),
+    "text only": (dataclasses.replace(MODEL, vision=None), TEXT_ROWS),
+    "Long-VITA's projector": (
+        dataclasses.replace(MODEL, projector=ProjectorConfig(ffn_hidden_size=16, bias=False), add_qkv_bias=False),
+        ROWS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_models_equal_one_process(tmp_path: Path, name: str) -> None:
+    model, rows = VARIANTS[name]
+    train = {"model": model}
+    reference = write_reference(tmp_path / "reference", train, rows)
+    run_ranks(2, _check_layouts, [SP2, PP2, CP2], reference, train, rows, True)
 
 
 @pytest.mark.slow
