@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,19 @@ def stage_of(parallel: dict[str, Any], *, model: ModelConfig = MODEL, **train: A
 
 
 def one_step(
-    stage: StageConfig, rows: list[Row], *, dtype: torch.dtype = torch.float64, reset: bool = True
+    stage: StageConfig,
+    rows: list[Row],
+    *,
+    dtype: torch.dtype = torch.float64,
+    reset: bool = True,
+    distributed_optimizer: bool = False,
+    after: Callable[[Any], float] | None = None,
 ) -> tuple[VitaModel, Groups, float]:
     """Build, run all rows through megatron-core's schedule and finish the gradients.
 
     Returns:
-        the model with `main_grad` on its trainable parameters, the groups (still alive), and the loss (sum / labels).
+        the model with `main_grad` on its trainable parameters, the groups (still alive), and the loss (sum / labels)
+        or what `after` makes of the DDP-wrapped model.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -102,7 +109,9 @@ def one_step(
     groups = build_groups(stage.parallel)
     (model,) = build_model(stage, groups, dtype=dtype)
     model.config.finalize_model_grads_func = finalize_grads
-    config = DistributedDataParallelConfig(overlap_grad_reduce=stage.parallel.overlap_grad_reduce)
+    config = DistributedDataParallelConfig(
+        overlap_grad_reduce=stage.parallel.overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer
+    )
     wrapped = DistributedDataParallel(model.config, config, model)
     wrapped.train()
     wrapped.zero_grad_buffer()
@@ -130,6 +139,8 @@ def one_step(
         micro_batch_size=1,
         forward_only=False,
     )
+    if after is not None:
+        return model, groups, after(wrapped)
     total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype)
     torch.distributed.all_reduce(total, group=groups.collection.dp_cp)
     labels = sum(int((row.labels >= 0).sum()) for row in rows)
