@@ -77,6 +77,7 @@ def train(session: Session, folder: Path) -> Path:
                     _validate(session, progress, folder, iteration)
                 if iteration == last or (save_every and iteration % save_every == 0):
                     saved = _save(session, folder)
+            dist.barrier()  # nobody takes the groups down while another rank still validates or saves
     finally:
         if ledger:
             ledger.close()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,10 +61,16 @@ class Session(Parts):
         consumed = 0 if valid else self.state.consumed_packs
         return PackLoader(self.stage.data, self.stage.train, coords, consumed_packs=consumed, valid=valid)
 
+    def close(self) -> None:
+        """Free the model and its process groups, so that the next stage can be laid out anew."""
+        self.models, self.wrapped = [], []
+        self.optimizer = self.schedule = None
+        gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
+        destroy_groups()
 
-@contextmanager
-def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | None) -> Iterator[Session]:
-    """Build groups, model, optimizer and state of a stage; destroy them afterwards, so that the next lays out anew.
+
+def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | None) -> Session:
+    """Build groups, model, optimizer and state of a stage. Close the session before another is opened.
 
     Args:
         stage: the merged settings.
@@ -79,12 +83,10 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
             state = checkpoint.load_training(resume, parts.models, parts.optimizer, parts.schedule)
         else:
             state = _fresh_state(stage)
-        yield Session(**vars(parts), stage=stage, state=state)
-        dist.barrier()  # nobody takes the groups down while another rank still saves or validates
-    finally:
-        parts = None  # type: ignore[assignment]
-        gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
+        return Session(**vars(parts), stage=stage, state=state)
+    except BaseException:
         destroy_groups()
+        raise
 
 
 def build_parts(stage: StageConfig, *, weights: Path | None = None) -> Parts:

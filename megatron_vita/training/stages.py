@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
-from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import init_distributed
 from megatron_vita.training.loop import train
 from megatron_vita.training.setup import on_rank_zero, open_session
@@ -46,16 +48,18 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
         The last checkpoint of each stage that was run or found complete.
 
     Raises:
-        ConfigError: shards, tokenizer, model and stages do not fit together, or the run's folder holds another run.
-        CheckpointError: a checkpoint is missing or damaged.
+        ConfigError: before anything is trained: shards, tokenizer, checkpoints, model and stages do not exist or do not
+            fit together, or the run's folder holds another run.
+        CheckpointError: the stage that `only` starts from is not complete.
     """
     if only is not None and not 1 <= only <= len(run.stages):
         raise ConfigError(f"--stage {only}: the recipe has stages 1 to {len(run.stages)}.")
     init_distributed()
-    for stage in run.stages if only is None else run.stages[only - 1 : only]:
-        preflight(stage)
     first = run.stages[0].checkpoint.pretrained_checkpoint
-    weights = _agreed(checkpoint.resolve, Path(first)) if first else None
+    with _before_training():
+        for stage in run.stages if only is None else run.stages[only - 1 : only]:
+            preflight(stage)
+        weights = _agreed(checkpoint.resolve, Path(first)) if first else None
     finished = []
     for number, stage in enumerate(run.stages, 1):
         folder = Path(stage.checkpoint.save) / stage.name
@@ -101,11 +105,24 @@ def preflight(stage: StageConfig) -> None:
 def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume: Path | None) -> Path:
     settings = yaml.safe_dump(to_dict(stage), sort_keys=False)
     log.info("%s starts %s with\n%s", stage.name, f"again from {resume}" if resume else f"from {weights}", settings)
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings, encoding="utf-8")
-    with open_session(stage, weights=weights, resume=resume) as session:
+    with _before_training():
+        session = open_session(stage, weights=weights, resume=resume)
+    try:
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(settings, encoding="utf-8")
         return train(session, folder)
+    finally:
+        session.close()
+
+
+@contextmanager
+def _before_training() -> Iterator[None]:
+    """Nothing is trained yet: whatever a user can mend now is a matter of configuration (exit status 2)."""
+    try:
+        yield
+    except (CheckpointError, DataError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _agreed(question: Any, path: Path) -> Path | None:
