@@ -46,6 +46,7 @@ from megatron_vita.checkpoint.storage import (
     write_metadata,
     write_pieces,
 )
+from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError, VitaError
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,7 @@ def _finish(root: Path, staging: Path, state: RunState, tokenizer_dir: Any, writ
 
 
 def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn.Module], state: RunState) -> Any:
+    _check_settings(folder, state, unwrap_model(list(model_chunks)))
     tensors = CheckpointTensors(folder)
     try:
         loaded = dist_checkpointing.load(
@@ -215,6 +217,28 @@ def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn
         raise CheckpointError(f"{folder}: {error}") from None
     _into_models(loaded, model_chunks)
     return loaded
+
+
+def _check_settings(folder: Path, state: RunState, chunks: Sequence[torch.nn.Module]) -> None:
+    """Compare what shapes do not show: how rows split into heads, and how many rows of a vocabulary are padding."""
+    saved = state.stage.model
+    for chunk in chunks:
+        needed = getattr(chunk, "model", None)
+        if not isinstance(needed, ModelConfig):
+            continue
+        pairs = [
+            (f"model.{name}", getattr(saved, name), getattr(needed, name))
+            for name in ("vocab_size", "num_attention_heads", "num_query_groups", "head_dim")
+        ]
+        if saved.vision is not None and needed.vision is not None:
+            heads = (saved.vision.num_attention_heads, needed.vision.num_attention_heads)
+            pairs.append(("model.vision.num_attention_heads", *heads))
+        for name, ours, theirs in pairs:
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{folder}: was saved with {name}={ours}, the recipe has {theirs}. Set it to {ours}, or start from "
+                    "another checkpoint."
+                )
 
 
 def _into_models(loaded: Mapping[str, Any], model_chunks: Sequence[torch.nn.Module]) -> None:

@@ -1,0 +1,158 @@
+"""Checkpoints on disk: parts are read as parts, damage and malice are found before anything is believed."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vita import checkpoint
+from megatron_vita.checkpoint import offline
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
+from megatron_vita.checkpoint.storage import load_pickled
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import CheckpointError
+from tests.checkpoint.tiny import stage, state
+
+TENSORS = {
+    "language_model.a.weight": torch.arange(7 * 5, dtype=torch.float32).reshape(7, 5),
+    "language_model.b.bias": torch.arange(3, dtype=torch.bfloat16),
+    "vision_model.c": torch.randn(2, 3, 4, dtype=torch.float64),
+    "vision_model.scalar": torch.tensor(5, dtype=torch.int64),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(offline, "PIECE_BYTES", 40)  # several pieces a tensor
+    run = state(stage(), 4, preprocess=PreprocessSpec(image_size=16, patch_size=4), consumed_packs=3)
+    return checkpoint.write_tensors(tmp_path / "run", 4, TENSORS, run)
+
+
+def test_round_trip(folder: Path) -> None:
+    tensors = checkpoint.read_tensors(folder.parent)
+    assert set(tensors) == set(TENSORS)
+    for name, one in TENSORS.items():
+        assert tensors.dtype(name) == one.dtype
+        assert torch.equal(tensors[name], one)
+    state_back = checkpoint.read_state(folder)
+    assert (state_back.iteration, state_back.consumed_packs) == (4, 3)
+    assert state_back.preprocess == PreprocessSpec(image_size=16, patch_size=4)
+    assert (folder.parent / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+
+
+def test_a_part_is_read_as_a_part(folder: Path) -> None:
+    tensors = checkpoint.read_tensors(folder)
+    part = tensors.read("language_model.a.weight", (slice(1, 6), slice(2, 4)))
+    assert torch.equal(part, TENSORS["language_model.a.weight"][1:6, 2:4])
+
+
+def test_only_what_is_read_is_verified_and_damage_names_the_tensor(folder: Path) -> None:
+    file = folder / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    first_piece = Integrity.read(folder).files["__0_0.distcp"]["pieces"][0][0]
+    content[first_piece // 2] ^= 1
+    file.write_bytes(content)
+    tensors = checkpoint.read_tensors(folder)
+    assert torch.equal(tensors["vision_model.c"], TENSORS["vision_model.c"])
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp.*language_model.a.weight has changed"):
+        tensors["language_model.a.weight"]
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: damaged at byte 0"):
+        Integrity.read(folder).check_all()
+
+
+@pytest.mark.parametrize("name", [".metadata", "run.json", "common.pt", "__0_0.distcp", INTEGRITY_FILE])
+def test_a_truncated_or_missing_file_means_no_checkpoint(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-3])
+    assert checkpoint.latest(folder.parent) is None
+    with pytest.raises(CheckpointError):
+        checkpoint.resolve(folder)
+    path.unlink()
+    assert checkpoint.latest(folder.parent) is None
+
+
+def test_an_older_step_is_taken_when_the_newest_is_damaged(folder: Path) -> None:
+    newer = checkpoint.write_tensors(folder.parent, 9, TENSORS, state(stage(), 9))
+    assert checkpoint.latest(folder.parent) == newer
+    (newer / "run.json").write_text("{}")
+    assert checkpoint.latest(folder.parent) == folder
+
+
+def test_edited_run_json_is_found(folder: Path) -> None:
+    text = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(text.replace('"iteration": 4', '"iteration": 5'))
+    with pytest.raises(CheckpointError, match=r"run.json.*changed"):
+        checkpoint.read_state(folder)
+
+
+class _Evil:
+    """What a pickle may do if one lets it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def _seal(folder: Path) -> None:
+    """An attacker can write a correct integrity.json: digests are no signature."""
+    pieces = {"__0_0.distcp": Integrity.read(folder).files["__0_0.distcp"]["pieces"]}
+    (folder / INTEGRITY_FILE).unlink()
+    write_integrity(folder, pieces)
+
+
+def test_malicious_metadata_is_refused_and_nothing_runs(folder: Path, tmp_path: Path) -> None:
+    integrity = Integrity.read(folder)
+    trap = tmp_path / "sprung"
+    (folder / ".metadata").write_bytes(pickle.dumps(_Evil(trap)))
+    pieces = {"__0_0.distcp": integrity.files["__0_0.distcp"]["pieces"]}
+    (folder / INTEGRITY_FILE).unlink()
+    write_integrity(folder, pieces)
+    with pytest.raises(CheckpointError, match="refused"):
+        checkpoint.read_tensors(folder)
+    assert not trap.exists()
+
+
+def test_malicious_objects_inside_torch_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trap, stream = tmp_path / "sprung", io.BytesIO()
+    torch.save({"optimizer": _Evil(trap)}, stream)
+    stream.seek(0)
+    with pytest.raises(CheckpointError, match="refused"):
+        load_pickled(stream, tmp_path / "common.pt")
+    assert not trap.exists()
+
+
+def test_a_file_outside_the_folder_is_refused(folder: Path) -> None:
+    values = json.loads((folder / INTEGRITY_FILE).read_text())
+    (folder.parent / "outside").write_bytes(b"x")
+    values["files"]["../outside"] = {"bytes": 1, "sha256": "0"}
+    (folder / INTEGRITY_FILE).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError):
+        checkpoint.resolve(folder)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            raise CheckpointError("unreadable")
+
+    with pytest.raises(CheckpointError, match="unreadable"):
+        checkpoint.write_tensors(tmp_path / "run", 0, Broken(a=torch.zeros(1)), state(stage(), 0))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_tokenizer_travels_but_weights_beside_it_do_not(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (source / name).write_text("{}")
+    folder = checkpoint.write_tensors(tmp_path / "run", 0, TENSORS, state(stage(), 0), source)
+    assert sorted(path.name for path in (folder / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]

@@ -1,0 +1,187 @@
+"""Checkpoints move between layouts, resume exactly, and exist whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_vita import checkpoint
+from megatron_vita.checkpoint import sharded
+from megatron_vita.config import ParallelConfig
+from megatron_vita.errors import CheckpointError
+from megatron_vita.models.build import build_model
+from megatron_vita.parallel.groups import build_groups, destroy_groups
+from tests.checkpoint.tiny import MODEL, Trainer, smaller, stage, state
+from tests.ranks import run_ranks
+
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+CP2 = ParallelConfig(context_parallel_size=2)
+DP2 = ParallelConfig()
+
+
+def _save_then_load_elsewhere(root: str) -> None:
+    settings = stage(TP2, seed=5)
+    groups = build_groups(TP2)
+    checkpoint.save(f"{root}/0", build_model(settings, groups), None, None, state(settings), groups)
+    assert not psutil.Process().children(), "a save must leave no helper process"
+    destroy_groups()
+    for number, parallel in enumerate((PP2, CP2, DP2, TP2), 1):
+        settings = stage(parallel, seed=number)  # other fresh weights, all of which must be overwritten
+        groups = build_groups(parallel)
+        models = build_model(settings, groups)
+        checkpoint.load_weights(f"{root}/{number - 1}", models)
+        checkpoint.save(f"{root}/{number}", models, None, None, state(settings), groups)
+        destroy_groups()
+
+
+def test_weights_move_between_layouts(tmp_path: Path) -> None:
+    run_ranks(2, _save_then_load_elsewhere, str(tmp_path))
+    first = checkpoint.tensor_digests(tmp_path / "0")
+    assert checkpoint.read_tensors(tmp_path / "0").shape("language_model.output_layer.weight") == (37, 24)
+    for number in range(1, 5):
+        assert checkpoint.tensor_digests(tmp_path / str(number)) == first
+
+
+def _resume(root: str) -> None:
+    trainer = Trainer(stage(DP2))
+    for _ in range(2):
+        trainer.step()
+    run = state(trainer.stage, 2, consumed_packs=7, manifest_digest="d" * 8, extra={"note": [1, 2]})
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    wanted = [trainer.step() for _ in range(3)]
+    weights = {name: one.detach().clone() for name, one in trainer.models[0].named_parameters()}
+    destroy_groups()
+
+    resumed = Trainer(stage(DP2, seed=9))
+    back = checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.schedule)
+    assert back == run
+    assert [resumed.step() for _ in range(3)] == wanted
+    for name, one in resumed.models[0].named_parameters():
+        assert torch.equal(one, weights[name]), name
+    destroy_groups()
+
+    for parallel in (TP2, PP2):
+        moved = Trainer(stage(parallel, seed=9))
+        checkpoint.load_training(root, moved.models, moved.optimizer, moved.schedule)
+        norms = [moved.step() for _ in range(3)]
+        # the norm counts a replicated tower once, whatever the layout
+        torch.testing.assert_close(norms, wanted, rtol=1e-5, atol=0)
+        checkpoint.save(f"{root}/moved", moved.models, None, None, state(moved.stage, 5), moved.groups)
+        tensors = checkpoint.read_tensors(f"{root}/moved")
+        for name, one in weights.items():
+            if name in tensors:
+                torch.testing.assert_close(tensors[name][: len(one)], one[: len(tensors[name])], rtol=1e-5, atol=1e-6)
+        destroy_groups()
+
+    again = Trainer(stage(DP2))
+    with pytest.raises(CheckpointError, match="optimizer"):
+        checkpoint.load_training(f"{root}/moved", again.models, again.optimizer, again.schedule)
+    destroy_groups()
+
+
+def test_a_resumed_run_steps_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    run_ranks(2, _resume, str(tmp_path))
+
+
+def _refusals(root: str) -> None:
+    settings = stage(TP2)
+    groups = build_groups(TP2)
+    models = build_model(settings, groups)
+    folder = checkpoint.save(root, models, None, None, state(settings), groups)
+    destroy_groups()
+    for parallel, changes, message in (
+        (
+            PP2,
+            {"ffn_hidden_size": 44},
+            r"linear_fc1.weight has shape \(80, 24\) in the checkpoint and \(88, 24\) in the",
+        ),
+        (DP2, {"num_layers": 1}, r"decoder.layers.1.*not in the model"),
+        (PP2, {"num_layers": 4}, r"decoder.layers.2.*is missing"),
+        (DP2, {"vocab_size": 36}, r"vocab_size=37.*36"),
+        (TP2, {"vocab_size": 38}, r"vocab_size=37.*38"),
+        (TP2, {"num_query_groups": 4, "num_attention_heads": 4, "kv_channels": 6}, "num_query_groups=2.*4"),
+        (DP2, {"num_attention_heads": 2, "num_query_groups": 1}, "num_attention_heads"),
+    ):
+        groups = build_groups(parallel)
+        other = build_model(stage(parallel, model=smaller(**changes)), groups)
+        before = [one.detach().clone() for one in other[0].parameters()]
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_weights(folder, other)
+        assert all(torch.equal(a, b) for a, b in zip(before, other[0].parameters(), strict=True))
+        destroy_groups()
+
+
+def test_another_shape_is_refused_on_every_rank_before_loading(tmp_path: Path) -> None:
+    run_ranks(2, _refusals, str(tmp_path))
+
+
+def _one_rank_cannot_write(root: str) -> None:
+    settings = stage(TP2)
+    groups = build_groups(TP2)
+    models = build_model(settings, groups)
+    write = sharded.write_pieces
+
+    def full(*args: object) -> object:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(*args)  # type: ignore[arg-type]
+
+    sharded.write_pieces = full  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"rank 1 could not write.*No space left"):
+        checkpoint.save(root, models, None, None, state(settings), groups)
+    dist.barrier()
+    assert os.listdir(root) == []
+
+
+def test_a_failed_write_fails_everywhere_and_leaves_nothing(tmp_path: Path) -> None:
+    run_ranks(2, _one_rank_cannot_write, str(tmp_path))
+
+
+def _save(root: str, iteration: int, kill: bool) -> None:
+    if kill:
+        sharded.write_integrity = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    settings = stage()
+    groups = build_groups(settings.parallel)
+    checkpoint.save(root, build_model(settings, groups), None, None, state(settings, iteration), groups)
+
+
+def test_a_killed_save_leaves_the_last_checkpoint_in_force(tmp_path: Path) -> None:
+    run_ranks(1, _save, str(tmp_path), 1, False)
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(1, _save, str(tmp_path), 2, True)
+    assert (tmp_path / ".writing-iter_0000002").is_dir()
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "iter_0000001"
+    for _ in range(2):  # saving a step again replaces it
+        run_ranks(1, _save, str(tmp_path), 3, False)
+        assert sorted(os.listdir(tmp_path)) == ["iter_0000001", "iter_0000003", "latest_checkpointed_iteration.txt"]
+    assert checkpoint.resolve(tmp_path).name == "iter_0000003"
+
+
+def _stock_loader(root: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    settings = stage(TP2, seed=3)
+    groups = build_groups(TP2)
+    models = build_model(settings, groups)
+    folder = checkpoint.save(root, models, None, None, state(settings), groups)
+    content = models[0].sharded_state_dict(metadata=dict(sharded.CONTENT))
+    loaded = dist_checkpointing.load(content, str(folder))
+    for name, one in models[0].state_dict().items():
+        if isinstance(one, torch.Tensor) and name in loaded:
+            rows = (
+                MODEL.vocab_size - groups.tp_rank * 19 if "embeddings.weight" in name or "output" in name else len(one)
+            )
+            torch.testing.assert_close(loaded[name][:rows], one[:rows], rtol=0, atol=0)
+
+
+def test_megatron_core_reads_our_format_with_its_own_loader(tmp_path: Path) -> None:
+    run_ranks(2, _stock_loader, str(tmp_path))
