@@ -32,7 +32,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
     parser.add_argument("--limit", type=int, help="only the first so many lines of each file")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="prompt tokens answered together")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="prompt tokens answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the questions")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token always")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")

@@ -22,6 +22,7 @@ import torch
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
+from megatron_vita.convert import open_model
 from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import Example
 from megatron_vita.data.media import read_items
@@ -76,10 +77,10 @@ class Engine:
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Engine:
-        """Open a checkpoint (a step's folder or the folder above) or an exported Hugging Face `internvl` folder.
+        """Open a checkpoint (a step's folder or the folder above) or a Hugging Face folder of any format we convert.
 
         Args:
-            path: which of the two it is shows in its files (config.json: Hugging Face).
+            path: which it is shows in its files.
             dtype: of weights and activations.
 
         Raises:
@@ -89,26 +90,11 @@ class Engine:
         path = Path(path)
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
-        groups = one_rank_groups()
-        spec: PreprocessSpec | None
-        if _is_hugging_face(path):
-            from megatron_vita.convert import load_hf_for_inference
-
-            config, spec, tensors = load_hf_for_inference(path)
-            tokenizer = VitaTokenizer.load(path)
-        else:
-            folder = checkpoint.resolve(path)
-            state = checkpoint.read_state(folder)
-            config, spec = state.stage.model, state.preprocess
-            tokenizer = VitaTokenizer.load(folder / checkpoint.TOKENIZER_FOLDER)
-        model = build_model(StageConfig(model=config), groups, dtype=dtype)[0]
-        if _is_hugging_face(path):
-            checkpoint.load_tensors(tensors, [model], str(path))
-        else:
-            checkpoint.load_weights(folder, [model])
-        if config.vision is not None and spec is None:
-            raise ConfigError(f"{path}: a model with a tower, but nothing says how pictures become tiles.")
-        return cls(model, config, tokenizer, spec or PreprocessSpec(), path)
+        opened = open_model(path)
+        tokenizer = VitaTokenizer.load(opened.tokenizer_dir)
+        model = build_model(StageConfig(model=opened.model), one_rank_groups(), dtype=dtype)[0]
+        checkpoint.load_tensors(opened.tensors, [model], str(path))
+        return cls(model, opened.model, tokenizer, opened.preprocess or _default_spec(opened.model), path)
 
     def close(self) -> None:
         """Let go of the weights, so that the next model has room."""
@@ -159,7 +145,7 @@ class Engine:
         max_new_tokens: int = 64,
         sampling: SamplingConfig = GREEDY,
         zero_tiles: bool = False,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
     ) -> list[Generation]:
         """Answer every sample; see `stream`.
 
@@ -182,7 +168,7 @@ class Engine:
         max_new_tokens: int = 64,
         sampling: SamplingConfig = GREEDY,
         zero_tiles: bool = False,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
     ) -> Iterator[tuple[int, Generation | DataError]]:
         """Answer samples row by row, in order, reading each sample only when its row is filled.
 
@@ -310,9 +296,8 @@ def model_name(path: str | Path) -> str:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
-    if _is_hugging_face(path):
-        return path.resolve().name
-    return checkpoint.read_state(path).stage.name
+    opened = open_model(path)
+    return opened.state.stage.name if opened.state else opened.path.resolve().name
 
 
 def fingerprint(path: str | Path) -> str:
@@ -321,20 +306,24 @@ def fingerprint(path: str | Path) -> str:
     A checkpoint's integrity file holds the digests of all its tensors; of a Hugging Face folder, the names, sizes and
     times of the weights stand for them.
     """
-    path = Path(path)
+    opened = open_model(path)
     digest = hashlib.sha256()
-    if _is_hugging_face(path):
-        for file in sorted(path.glob("*.json")):
-            digest.update(file.name.encode() + file.read_bytes())
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    if opened.state:
+        digest.update((opened.path / INTEGRITY_FILE).read_bytes())
     else:
-        digest.update((checkpoint.resolve(path) / INTEGRITY_FILE).read_bytes())
+        for file in sorted(opened.path.glob("*.json")):
+            digest.update(file.name.encode() + file.read_bytes())
+        for file in sorted(opened.path.glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file()
+def _default_spec(model: ModelConfig) -> PreprocessSpec:
+    """How pictures become tiles where nothing was trained yet that could say so (a fresh import)."""
+    vision = model.vision
+    if vision is None:
+        return PreprocessSpec()
+    return PreprocessSpec(image_size=vision.image_size, patch_size=vision.patch_size, image_norm=vision.image_norm)
 
 
 _groups: Groups | None = None

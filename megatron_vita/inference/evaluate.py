@@ -39,7 +39,7 @@ class EvalSettings:
     """Longest answer."""
     sampling: SamplingConfig = GREEDY
     """How tokens are chosen."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Prompt tokens that are answered together; decides speed and memory, not answers."""
 
     def __post_init__(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_vita.convert.exporter import export
 from megatron_vita.data.sample import Image, Text, Video
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine import Engine, fingerprint, model_name
 from tests.inference.test_evaluate import tool
 from tests.inference.tiny import question, save_checkpoint, write_media
 
@@ -35,6 +37,26 @@ def test_it_prints_the_engines_answer(here: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr()
     assert said.out == expected.text + "\n"
     assert ("cut after 5 tokens" in said.err) == (not expected.finished)
+
+
+def test_an_exported_folder_answers_as_its_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(here / "tiny", here / "hf", "internvl")
+    words = ["--image", str(here / "wide.jpg"), "--video", str(here / "video.mp4"), "Which digit is this?"]
+    said = []
+    for model in ("tiny", "hf"):
+        assert CHAT.main(["--model", str(here / model), "--max-new-tokens", "8", *words]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    samples = [question("And the answer?", images=[here / "square.png"]), question("the")]
+    ours, exported = (Engine.load(here / model) for model in ("tiny", "hf"))
+    prompts = [ours.prepare(sample) for sample in samples]
+    for mine, theirs in zip(prompts, (exported.prepare(sample) for sample in samples), strict=True):
+        assert (mine.example.tokens == theirs.example.tokens).all()
+        assert torch.equal(mine.tiles, theirs.tiles)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.prefill(prompts, None), exported.prefill(prompts, None), atol=0, rtol=0)
+    assert model_name(here / "hf") == "hf"
+    assert fingerprint(here / "hf") != fingerprint(here / "tiny")
 
 
 def test_a_seed_repeats_a_warm_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +101,6 @@ def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "fake.png").write_text("no picture")
     fails(1, "fake.png", "--image", str(tmp_path / "fake.png"), "What?")
     (tmp_path / "empty").mkdir()
-    fails(1, "no finished checkpoint", "What?", model=tmp_path / "empty")
+    fails(1, "neither a finished checkpoint nor a Hugging Face folder", "What?", model=tmp_path / "empty")
     text = save_checkpoint(tmp_path, vision=False, name="text")
     fails(2, "text-only", "--image", str(here / "wide.jpg"), "What?", model=text)

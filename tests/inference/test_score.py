@@ -125,23 +125,23 @@ def test_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "not a record"),
+        ("{", "bad_json"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "reference answer"),
         (
             '{"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}',
             "media_count",
         ),
-        ('{"messages": [{"role": "robot", "content": "hi"}]}', "not a record"),
+        ('{"messages": [{"role": "robot", "content": "hi"}]}', "bad_role"),
         (
             '{"messages": [{"role": "user", "content": "<image>"}, {"role": "gpt", "content": "x"}], "images": ["n"]}',
             "media_missing",
         ),
     ],
 )
-def test_bad_questions_name_their_line(tmp_path: Path, line: str, says: str) -> None:
+def test_bad_questions_name_their_record(tmp_path: Path, line: str, says: str) -> None:
     good = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}'
     (tmp_path / "q.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(DataError, match=f"line 2: .*{says}"):
+    with pytest.raises(DataError, match=f"record 2: .*{says}"):
         read_questions(tmp_path / "q.jsonl")
     assert len(read_questions(tmp_path / "q.jsonl", limit=1)) == 1
 
@@ -150,5 +150,5 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_questions(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text("\n")
-    with pytest.raises(ConfigError, match="no questions"):
+    with pytest.raises(ConfigError, match="no record"):
         read_questions(tmp_path / "q.jsonl")
