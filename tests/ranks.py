@@ -18,7 +18,7 @@ TIMEOUT_S = 120
 def run_ranks(world_size: int, check: Callable[..., None], *args: Any, timeout_s: float = TIMEOUT_S) -> None:
     """Call `check(*args)` in `world_size` forked processes that already form a world.
 
-    Inside, RANK, WORLD_SIZE and LOCAL_RANK are set and torch.distributed is initialised as in training. The first failure's traceback is raised here.
+    Inside, RANK, WORLD_SIZE and LOCAL_RANK are set and torch.distributed is initialised as in training.
 
     Raises:
         AssertionError: a rank failed, hung or died; the message names it and carries its traceback.
