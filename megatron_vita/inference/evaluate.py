@@ -196,20 +196,20 @@ def _in_processes(workers: int, work: Callable[[int], Iterator[Result]]) -> Iter
         sender.close()
         processes.append(process)
     try:
-        open_ends = list(receivers)
-        while open_ends:
-            for ready in wait(open_ends):
-                rank = receivers.index(ready)  # type: ignore[arg-type]
+        speaking = dict(enumerate(receivers))
+        while speaking:
+            ready = wait(list(speaking.values()))
+            for rank, receiver in [(rank, one) for rank, one in speaking.items() if one in ready]:
                 try:
-                    kind, content = ready.recv()  # type: ignore[union-attr]
+                    kind, content = receiver.recv()
                 except EOFError:
                     raise VitaError(
                         f"evaluation process {rank} died (out of memory?). Run again to continue."
                     ) from None
-                if kind == "done":
-                    open_ends.remove(ready)  # type: ignore[arg-type]
-                elif kind == "error":
+                if kind == "error":
                     raise content
+                if kind == "done":
+                    del speaking[rank]
                 else:
                     yield content
     finally:

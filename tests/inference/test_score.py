@@ -128,7 +128,7 @@ def test_questions(tmp_path: Path) -> None:
         ("{", "bad_json"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "reference answer"),
         (
-            '{"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}',
+            '{"messages": [{"role": "user", "content": "<image>"}, {"role": "gpt", "content": "x"}], "images": []}',
             "media_count",
         ),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "bad_role"),
