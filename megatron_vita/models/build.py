@@ -34,7 +34,7 @@ def build_model(stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None
     device.seed_all(stage.train.seed, tp_rank=groups.tp_rank)
     model = stage.model
     implementation = choose_implementation(model.transformer_impl)
-    config = decoder_config(stage, dtype)
+    config = decoder_config(stage, dtype, implementation)
     language_model = GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec(implementation, model.num_layers // groups.pp_size),
@@ -68,7 +68,7 @@ def build_model(stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None
     return [whole.to(device.torch_device())]
 
 
-def decoder_config(stage: StageConfig, dtype: torch.dtype) -> TransformerConfig:
+def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) -> TransformerConfig:
     """megatron-core's settings for the decoder."""
     model, parallel = stage.model, stage.parallel
     return TransformerConfig(
@@ -104,7 +104,10 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype) -> TransformerConfig:
         init_method=undrawn,
         output_layer_init_method=undrawn,
         embedding_init_method=undrawn,
-        bias_activation_fusion=device.has_accelerator(),  # on CPU the fusion is a compilation of half a minute
+        # SwiGLU: megatron-core's fusion is a torch.compile, half a minute of it on CPU; there our own module stands in
+        # the socket that this switch opens (no Transformer Engine involved, whatever its name).
+        bias_activation_fusion=device.has_accelerator(),
+        use_te_activation_func=not device.has_accelerator() and implementation == "local",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )

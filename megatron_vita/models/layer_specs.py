@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.norms import LayerNorm, RMSNorm
 from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
 
@@ -55,7 +56,7 @@ def decoder_spec(implementation: str, layers: int) -> TransformerBlockSubmodules
 
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     return TransformerBlockSubmodules(
-        layer_specs=[_local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal)] * layers,
+        layer_specs=[_local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal, SwiGLU)] * layers,
         layer_norm=RMSNorm,
     )
 
@@ -72,7 +73,9 @@ def tower_spec(implementation: str, layers: int, layer_class: type) -> Transform
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)
 
 
-def _local_layer(layer_class: type, norm: type, core_attention: type, mask: Any) -> ModuleSpec:
+def _local_layer(
+    layer_class: type, norm: type, core_attention: type, mask: Any, activation: type | None = None
+) -> ModuleSpec:
     return ModuleSpec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(
@@ -91,7 +94,10 @@ def _local_layer(layer_class: type, norm: type, core_attention: type, mask: Any)
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=activation
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=TE_NAMES,

@@ -30,7 +30,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = (wide * scale).to(x.dtype)
         ctx.save_for_backward(normed, scale, weight)
         return normed * weight

@@ -121,8 +121,7 @@ class _DocumentAttention(torch.autograd.Function):
         results = [
             block_kernels.forward(*blocks, causal=True, scale=scale) for blocks in _batches(causal.batches, *dealt)
         ]
-        out = causal.collect([_rows(one) for one, _ in results])
-        lse = causal.collect([_rows(one) for _, one in results])
+        out, lse = (causal.collect(_join(parts)) for parts in zip(*results, strict=True))
         if schedule.from_ranks is not None:  # also where this rank needs no keys of others: they need its own
             row_k, row_v = _gather_row(k, v, schedule, group)
             wide = out.to(lse.dtype)
@@ -148,8 +147,9 @@ class _DocumentAttention(torch.autograd.Function):
             own.index_fill_(0, causal.padding, 0)  # `deal` made a copy: padding sends no gradient
         batches = _batches(causal.batches, own, *dealt, causal.deal(out), causal.deal(lse))
         shares = [block_kernels.backward(*blocks, causal=True, scale=scale) for blocks in batches]
-        dq, dk, dv = (causal.collect([_rows(share[one]) for share in shares]) for one in range(3))
-        dk, dv = block_kernels.reduce(dk, heads), block_kernels.reduce(dv, heads)
+        dq, dk, dv = (_join(parts) for parts in zip(*shares, strict=True))
+        dq = causal.collect(dq)
+        dk, dv = (causal.collect(block_kernels.reduce(one, heads)) for one in (dk, dv))
         if schedule.from_ranks is not None:
             wide = torch.promote_types(dq.dtype, torch.float32)
             dq = dq.to(wide)
@@ -186,6 +186,12 @@ def _full_inputs(batch: FullBlocks, q: Tensor, row_k: Tensor, row_v: Tensor) -> 
 def _blocks(rows: Tensor, blocks: int) -> Tensor:
     """[blocks * l, heads, ...] -> [blocks, heads, l, ...], without a copy."""
     return rows.unflatten(0, (blocks, -1)).transpose(1, 2)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """The results of several kernel calls, one after another, as rows."""
+    rows = [_rows(part) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _rows(blocks: Tensor) -> Tensor:

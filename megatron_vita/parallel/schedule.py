@@ -70,10 +70,9 @@ class CausalBlocks:
         """[t, ...] -> [dealt, ...]."""
         return rows if self.read is None else rows.index_select(0, self.read)
 
-    def collect(self, dealt: list[Tensor]) -> Tensor:
-        """The batches' results, [blocks * tokens, ...] each -> [t, ...] in local order."""
-        whole = dealt[0] if len(dealt) == 1 else torch.cat(dealt)
-        return whole if self.place is None else whole.index_select(0, self.place)
+    def collect(self, dealt: Tensor) -> Tensor:
+        """[dealt, ...] -> [t, ...], in local order."""
+        return dealt if self.place is None else dealt.index_select(0, self.place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.models import vita
+from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.build import build_model
 from megatron_vita.models.layer_specs import choose_implementation
 from megatron_vita.models.norms import RMSNorm
@@ -204,6 +205,18 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(mine.grad, theirs.grad)
     torch.testing.assert_close(d_weight, norm.weight.grad)
+
+
+def test_swiglu_equals_autograd() -> None:
+    x, grad = torch.randn(6, 3, 10, dtype=torch.float64), torch.randn(6, 3, 5, dtype=torch.float64)
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    got = SwiGLU(None)(mine)
+    got.backward(grad)
+    gate, up = theirs.chunk(2, dim=-1)
+    want = torch.nn.functional.silu(gate) * up
+    want.backward(grad)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_transformer_engine_is_refused_where_it_is_not() -> None:
