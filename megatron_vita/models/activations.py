@@ -24,6 +24,10 @@ class SwiGLU(nn.Module):
         out: Tensor = _SwiGLU.apply(gate_up)
         return out
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """Nothing to store (megatron-core's MLP asks every child)."""
+        return {}
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
