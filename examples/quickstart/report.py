@@ -109,7 +109,7 @@ def draw_loss(ledgers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
             losses = np.maximum(losses, 1e-6)  # a loss of 0 has no logarithm
             colour = STAGE_COLOURS[number % len(STAGE_COLOURS)]
             axes.plot(start + steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(start + steps, smooth(losses, max(8.0, last / 30)), color=colour, linewidth=2.2)
+            axes.plot(start + steps, smooth(losses, max(3.0, last / 40)), color=colour, linewidth=2.2)
         if number % 2:
             axes.axvspan(start, start + last, color="#000000", alpha=0.035, linewidth=0)
         if start:

@@ -15,15 +15,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
+from megatron_vita.data import preprocess
+from megatron_vita.data.rows import read_tiles
 from megatron_vita.data.sample import Sample
+from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
 from megatron_vita.inference import evaluate as module
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.questions import read_questions
-from tests.inference.tiny import save_checkpoint, write_media
+from tests.inference.tiny import SPEC, save_checkpoint, write_media
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EvalSettings(max_new_tokens=4)
@@ -100,6 +106,38 @@ def test_counts_and_carried_fields(here: Path, tmp_path: Path) -> None:
     assert results[3]["fields"] == {"frames": 5, "depth": 0.25}
     assert [one["verdict"] for one in results] == ["right"] * 6 + ["wrong"] * 2
     assert json.loads((tmp_path / "summary.json").read_text()) == [row]
+
+
+def test_questions_have_the_ids_and_pixels_of_packed_shards(here: Path, tmp_path: Path) -> None:
+    """The same file, once compiled for training and once asked: nothing may differ."""
+    data = here / "eval_mixed.jsonl"
+    mix = {"dataset": {"mixed": {"ratio": 1, "num": 999, "data_paths": [str(data)], "media_root": str(here)}}}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mix))
+    preprocess.run(
+        preprocess.Options(
+            data_config=str(tmp_path / "mix.yaml"), tokenizer=str(here / "tokenizer"), output=str(tmp_path / "set"),
+            seq_length=256, spec=SPEC, progress=False,
+        )
+    )  # fmt: skip
+    shards = ShardSet(tmp_path / "set")
+    engine = Engine.load(here / "tiny")
+    questions = {question.line: question for question in read_questions(data)}
+    seen = 0
+    for pack in range(shards.num_packs):
+        tokens, labels, start = shards.tokens(pack), shards.labels(pack), 0
+        tile_ids = np.array(shards.pack_tiles(pack), dtype=np.int64)
+        places = shards.tiles(tile_ids)["first_token"]
+        for sample, length in zip(shards.pack_samples(pack), shards.sample_lengths(pack).tolist(), strict=True):
+            prompt = engine.prepare(questions[int(shards.samples[sample]["line"])].sample)
+            count = len(prompt.example.tokens)
+            np.testing.assert_array_equal(tokens[start : start + count], prompt.example.tokens)
+            assert (labels[start : start + count - 1] == -100).all()
+            assert labels[start + count - 1] == tokens[start + count], "right behind the prompt the answer begins"
+            mine = tile_ids[(places >= start) & (places < start + length)]
+            assert [slot.first_token + start for slot in prompt.example.tiles] == places[mine - tile_ids[:1]].tolist()
+            assert torch.equal(read_tiles(shards, mine)[0], prompt.tiles)
+            start, seen = start + length, seen + 1
+    assert seen == 8
 
 
 def test_a_rerun_asks_only_what_is_missing(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
