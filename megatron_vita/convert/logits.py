@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
@@ -59,6 +60,7 @@ def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
     from megatron_vita.models.build import build_model
     from megatron_vita.parallel.groups import build_groups, destroy_groups, init_distributed
 
+    alone = not dist.is_initialized()
     init_distributed()
     groups = build_groups(ParallelConfig())
     try:
@@ -85,6 +87,8 @@ def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
             )
     finally:
         destroy_groups()
+        if alone:
+            dist.destroy_process_group()
 
 
 def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:

@@ -39,7 +39,14 @@ class OurView(LazyTensors):
         self._rules = {rule.ours.name: rule for rule in rules if rule.ours is not None}
         _match([named for rule in rules for named in rule.theirs], source, where, tied)
         for rule in rules:
+            self._check_types(rule)
             self._check_zeros(rule)
+
+    def _check_types(self, rule: Rule) -> None:
+        kinds = {self._source.dtype(one.name) for one in rule.theirs}
+        if len(kinds) > 1:
+            parts = ", ".join(one.name for one in rule.theirs)
+            raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types {kinds}.")
 
     def _check_zeros(self, rule: Rule) -> None:
         for index, named in enumerate(rule.theirs):
@@ -59,11 +66,7 @@ class OurView(LazyTensors):
         return named.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        kinds = {self._source.dtype(one.name) for one in self._rules[name].theirs}
-        if len(kinds) > 1:
-            parts = ", ".join(one.name for one in self._rules[name].theirs)
-            raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types {kinds}.")
-        return kinds.pop()
+        return self._source.dtype(self._rules[name].theirs[0].name)
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         return self._rules[name].read_ours(self._source.read, self.dtype(name), region)

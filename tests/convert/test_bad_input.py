@@ -1,0 +1,253 @@
+"""Folders that are not what they say, and outputs that must not be touched: refused by name, with nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vita import checkpoint
+from megatron_vita.convert import cli, exporter
+from megatron_vita.errors import CheckpointError
+from tests.convert import publishers
+
+pytest.importorskip("transformers")
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("good")
+    publishers.write_qwen2(root / "llm")
+    publishers.write_intern_vit(root / "vit", remote=True)
+    assert cli.main(["import", "--llm", str(root / "llm"), "--output", str(root / "ckpt")]) == 0
+    return root
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return apply
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config.update(changes)
+        config = {key: value for key, value in config.items() if value is not ...}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def _truncate(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) - 100])
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def _shards(weight_map: Callable[[list[str]], dict[str, str]], files: dict[str, slice]) -> Callable[[Path], None]:
+    """Split the weights into files, with an index of one's own making."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        names = sorted(tensors)
+        for file, part in files.items():
+            save_file({name: tensors[name] for name in names[part]}, folder / file)
+        index = {"metadata": {}, "weight_map": weight_map(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+def _stale_index(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(folder / WEIGHTS), "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _quantised(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _odd_types(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+Q = "model.layers.1.self_attn.q_proj.weight"
+BAD = {
+    "missing tensor": (_tensors(lambda t: t.pop(Q)), f"{Q} \\(72, 72\\) is missing"),
+    "extra tensor": (_tensors(lambda t: t.update({"model.surprise": torch.zeros(2)})), r"model.surprise \(2,\)"),
+    "misshapen": (_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})), r"q_proj.weight has shape \(71, 72\)"),
+    "mixed types": (_tensors(_odd_types), "gate_proj.*up_proj.*different types"),
+    "truncated": (_truncate, r"model.safetensors: has \d+ bytes"),
+    "no header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 20), "model.safetensors: truncated"),
+    "pickled": (_pickled, "pickled weights .*pytorch_model.bin.*safetensors revision"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no model.safetensors"),
+    "index leaves the folder": (
+        _shards(lambda names: dict.fromkeys(names, "../secret.safetensors"), {A: slice(None)}),
+        r"points to '../secret.safetensors'",
+    ),
+    "index names a missing file": (_shards(lambda names: dict.fromkeys(names, B), {A: slice(None)}), f"names {B}"),
+    "duplicate": (
+        _shards(
+            lambda names: {**dict.fromkeys(names[:5], A), **dict.fromkeys(names[5:], B)},
+            {A: slice(6), B: slice(5, None)},
+        ),
+        r"which the index expects in model-00002|lies in both",
+    ),
+    "index promises more": (
+        _shards(lambda names: {**dict.fromkeys(names, A), "model.ghost": A}, {A: slice(None)}),
+        "names model.ghost",
+    ),
+    "two sets of weights": (_stale_index, "both model.safetensors and an index"),
+    "quantised": (_quantised, "model.norm.weight has type F8_E4M3"),
+    "quantisation config": (_config(quantization_config={"bits": 4}), "quantization_config"),
+    "sliding window": (_config(use_sliding_window=True), "use_sliding_window"),
+    "rope scaling": (_config(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling='yarn'"),
+    "no rope base": (_config(rope_theta=..., rope_parameters=...), "names no rope_theta"),
+    "missing number": (_config(num_hidden_layers=...), "num_hidden_layers must be a whole number"),
+    "indivisible heads": (_config(num_key_value_heads=4), "num_query_groups=4"),
+    "unknown family": (_config(model_type="mamba"), "model_type='mamba'"),
+    "tied in the config only": (_config(tie_word_embeddings=True), "lm_head.weight differs"),
+    "broken JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable JSON"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_decoder(name: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, message = BAD[name]
+    shutil.copytree(good / "llm", tmp_path / "llm")
+    spoil(tmp_path / "llm")
+    assert cli.main(["import", "--llm", str(tmp_path / "llm"), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert str(tmp_path / "llm") in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_normalization": True}, "qk_normalization=True"),
+        ({"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+        ({"qkv_bias": False}, "qkv_bias=False"),
+        ({"image_size": [16, 32]}, "image_size must be one side"),
+        ({"patch_size": 5}, "patch_size"),
+        ({"model_type": "siglip_vision_model"}, "model_type='siglip_vision_model'"),
+    ],
+)
+def test_bad_tower(
+    change: dict[str, Any], message: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(good / "vit", tmp_path / "vit")
+    _config(**change)(tmp_path / "vit")
+    output = tmp_path / "out"
+    flags = ["--llm", str(good / "llm"), "--vision", str(tmp_path / "vit"), "--output", str(output)]
+    assert cli.main(["import", *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_usage_errors_are_status_2(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm, out = str(good / "llm"), str(tmp_path / "out")
+    for arguments in (
+        ["import", "--output", out],
+        ["import", "--llm", llm, "--model", llm, "--output", out],
+        ["import", "--model", llm, "--vision", llm, "--output", out],
+        ["import", "--llm", llm, "--output", str(good / "ckpt")],  # exists
+        ["import", "--model", str(good / "ckpt"), "--output", out],
+    ):
+        assert cli.main(arguments) == 2, arguments
+        assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "--checkpoint", llm, "--output", out, "--format", "gguf"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_is_replaced_as_a_whole_or_left_alone(good: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    export = ["export", "--checkpoint", str(good / "ckpt"), "--output", str(output), "--format", "llm"]
+    assert cli.main([*export, "--max-shard-gb", "0.0001"]) == 0
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    assert cli.main(export) == 2
+    assert cli.main([*export, "--overwrite"]) == 0
+    assert [path.name for path in output.glob("model*")] == [WEIGHTS]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("mine")
+    export[4] = str(notes)
+    assert cli.main([*export, "--overwrite"]) == 2
+    assert (notes / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failed_export_publishes_nothing(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter, "write_safetensors", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        exporter.export(good / "ckpt", tmp_path / "hf", "llm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_not_exported(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "ckpt", tmp_path / "ckpt")
+    file = tmp_path / "ckpt/iter_0000000/__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    output = tmp_path / "hf"
+    flags = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(output), "--format", "llm"]
+    assert cli.main(["export", *flags]) == 1
+    assert not output.exists()
+
+
+def test_verify_sees_what_logits_cannot(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "language_model.decoder.layers.0.self_attention.linear_qkv.bias"
+    tensors = checkpoint.read_tensors(good / "ckpt")
+    changed = {key: tensors[key].clone() for key in tensors}
+    changed[name][3 * 12 + 1] += 0.5  # a key bias moves all scores of a query alike
+    state = checkpoint.read_state(good / "ckpt")
+    other = checkpoint.write_tensors(tmp_path / "ckpt", 0, changed, state, good / "ckpt/iter_0000000/tokenizer")
+    assert cli.main(["verify", str(good / "llm"), str(other)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{name}: max difference 0.5")
+    assert out[-1].startswith("different: 17 tensors, 1 differ")
+    assert cli.main(["verify", str(good / "llm"), str(other), "--tolerance", "0.6"]) == 0
+
+
+def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
+    from megatron_vita.checkpoint.lazy import TensorsInMemory
+    from megatron_vita.convert import rules
+    from megatron_vita.convert.views import OurView
+
+    table = [rules.zero_padded("x", "y", (2, 2), (3, 3)), rules.all_zero("b", (2,))]
+    padded = torch.zeros(3, 3)
+    padded[:2, :2] = 1
+    OurView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
+    padded[2, 0] = 1e-30
+    with pytest.raises(CheckpointError, match=r"here: y holds values"):
+        OurView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
