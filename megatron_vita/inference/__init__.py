@@ -1,0 +1,1 @@
+"""Answers from a model: engine (prefill, cache, decode), sampling, evaluation."""
