@@ -23,9 +23,11 @@ _ALIKE = 1.04
 class PackOrder:
     """The order in which a stage consumes the packs of one set.
 
-    In every epoch the packs are sorted by cost and cut into windows of similar cost, each a whole number of steps long;
-    the packs of a window, and the windows, are then shuffled. So the packs of one step cost alike and no
-    data-parallel rank waits long for another. Steps may straddle two epochs: the packs of a broken step, at the end of
+    In every epoch the packs are sorted by cost and cut into windows of similar cost, each a whole number of steps long.
+    The packs of a window are shuffled and dealt into steps, and then all steps are shuffled. So the packs of one step
+    cost alike, no data-parallel rank waits long for another, which packs meet in a step changes from epoch to epoch,
+    and no kind of pack comes in a run: cost goes with kind (long videos, single pictures), and a model that sees one
+    kind for many steps forgets the others. Steps may straddle two epochs: the packs of a broken step, at the end of
     one epoch and at the start of the next, are drawn around the median cost, so that such a step is alike, too.
     """
 
@@ -72,7 +74,8 @@ class PackOrder:
         middle, rest = ranked[first : first + broken], np.delete(ranked, slice(first, first + broken))
         middle = middle[_permutation(random, broken)]
         windows = [window[_permutation(random, len(window))] for window in self._windows(rest)]
-        shuffled = [windows[index] for index in _permutation(random, len(windows)).tolist()]
+        steps = [window[at : at + step] for window in windows for at in range(0, len(window), step)]
+        shuffled = [steps[index] for index in _permutation(random, len(steps)).tolist()]
         return np.concatenate([middle[:head], *shuffled, middle[head:]])
 
     def _windows(self, ranked: Int64) -> list[Int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,3 +75,10 @@ def test_deal_gives_each_rank_as_many_packs(costs: list[int], dp_size: int) -> N
 def test_a_step_that_does_not_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 packs does not split over 2"):
         deal(np.arange(3), np.ones(3, dtype=np.int64), 2)
+
+
+def test_kinds_of_packs_do_not_come_in_runs() -> None:
+    order = PackOrder([100] * 100 + [200] * 100, seed=3, digest="d", global_batch_size=2)
+    dear = [bool(order.costs[order.packs(step * 2)[0]] > 100) for step in range(100)]
+    longest = max(len(list(run)) for _, run in itertools.groupby(dear))
+    assert longest < 15, "half of the steps are dear: a run of 15 of a hundred is one chance in a thousand"
