@@ -13,7 +13,7 @@ Files, one per habit of publishing that a reader meets in the open datasets:
     digits.json               train, LLaVA's form: a JSON array, `image` is a path, `<image>` stands in the text
     digits.parquet            train, the_cauldron's form: embedded bytes, several pictures and turns, no placeholder
     photos.json               train, LLaVA's form: crops of the photographs in several aspect ratios, for dynamic tiling
-    stage3.jsonl stage4.jsonl train, Long-VITA's `messages` form: half videos (MP4), half single pictures
+    stage3.jsonl stage4.jsonl train, Long-VITA's `messages` form: videos (MP4), and single pictures
     long_text_stage{3,4}.jsonl  train, `messages` form: a key is stated once in a long text, then asked for
     valid_digits.jsonl        held-out loss during training (never trained on)
     eval_digits.jsonl         every held-out scan as it is
@@ -77,7 +77,7 @@ class Sizes:
     """Training crops of each photograph."""
     stage3_videos: int = 1500
     stage4_videos: int = 1000
-    long_texts: int = 100
+    long_texts: int = 40
     """Samples of each long_text file."""
     needles: tuple[tuple[int, int], ...] = ((8, 60), (16, 60), (32, 60), (64, 500))
     """(frames, videos) of each held-out needle set."""
@@ -145,17 +145,19 @@ def draw(
     scan: npt.NDArray[np.float64],
     *,
     angle: float = 0.0,
+    slant: float = 0.0,
     scale: float = 1.0,
     shift: tuple[float, float] = (0, 0),
     side: int = VIDEO_SIDE,
 ) -> Pixels:
-    """One scan [8, 8] in 0..16 as a drawing [side, side] in 0..255, turned, scaled and shifted about its centre.
+    """One scan [8, 8] in 0..16 as a drawing [side, side] in 0..255, turned, slanted, scaled, shifted about its centre.
 
-    `angle` in degrees, `shift` in pixels of the scan. One affine resampling does all, so the strokes are blurred once.
+    `angle` in degrees, `slant` in columns a row, `shift` in pixels of the scan. One affine resampling does all, so the
+    strokes are blurred once.
     """
     turn = np.deg2rad(angle)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    matrix = rotation * (scan.shape[0] / side / scale)
+    matrix = rotation @ np.array([[1.0, 0.0], [slant, 1.0]]) * (scan.shape[0] / side / scale)
     centre_in = (scan.shape[0] - 1) / 2 - np.asarray(shift)
     offset = centre_in - matrix @ np.full(2, (side - 1) / 2)
     drawn = ndimage.affine_transform(scan, matrix, offset, output_shape=(side, side), order=1)
@@ -170,19 +172,24 @@ def draw_all(
     variants: int,
     rng: np.random.Generator,
 ) -> Digits:
-    """Drawings of the scans `which`: each as it is, then `variants - 1` times with a small change of its own."""
+    """Drawings of the scans `which`: each as it is, then `variants - 1` times changed at random.
+
+    The changes are strong on purpose. The tower soon knows the training scans by heart; if their drawings were easy,
+    the later stages, which freeze it, would forget how to read the harder held-out ones.
+    """
     pixels, origin = [], []
     for scan in which:
         for variant in range(variants):
             if variant == 0:
                 pixels.append(draw(scans[scan]))
             else:
-                vertical, horizontal = rng.uniform(-0.6, 0.6, size=2)
+                vertical, horizontal = rng.uniform(-0.9, 0.9, size=2)
                 pixels.append(
                     draw(
                         scans[scan],
-                        angle=rng.uniform(-12, 12),
-                        scale=rng.uniform(0.88, 1.12),
+                        angle=rng.uniform(-16, 16),
+                        slant=rng.uniform(-0.2, 0.2),
+                        scale=rng.uniform(0.82, 1.2),
                         shift=(vertical, horizontal),
                     )
                 )
@@ -286,12 +293,12 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
 
 
 def write_digits_json(root: Path, stock: Digits, count: int, rng: np.random.Generator) -> list[Record]:
-    """digits.json and its pictures; returns the records.
+    """digits.json and its pictures; returns the records whose picture is not inverted.
 
     A quarter of the pictures is inverted: stages 3 and 4 freeze the tower, so it must learn here what a mark looks
     like. Every scan comes up equally often.
     """
-    records = []
+    records, plain = [], []
     order = _balanced(len(stock), count, rng)
     for number, index in enumerate(order):
         marked = bool(rng.random() < 0.25)
@@ -301,8 +308,10 @@ def write_digits_json(root: Path, stock: Digits, count: int, rng: np.random.Gene
         if rng.random() < 0.15:
             turns.append(("Is it marked?", "Yes" if marked else "No"))
         records.append(llava(f"digits/{number:06d}", name, turns))
+        if not marked:
+            plain.append(records[-1])
     (root / "digits.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
-    return records
+    return plain
 
 
 def write_digits_parquet(root: Path, stock: Digits, count: int, rng: np.random.Generator) -> None:
@@ -385,16 +394,18 @@ def plan_stage(
     pictures: list[Record],
     rng: np.random.Generator,
 ) -> list[VideoJob]:
-    """stageN.jsonl: `videos` videos and as many pictures of digits.json, shuffled; returns the videos to encode.
+    """stageN.jsonl: `videos` videos and twice as many single pictures, shuffled; returns the videos to encode.
 
-    The first question of a video is always for the marked frame. Later turns ask for frames by their number: more
-    labels from the same frames, and a reason to keep every frame's digit apart from its neighbours'.
+    The first question of a video is always for the marked frame; now and then a second turn asks for a frame by its
+    number. Few, since so small a model hardly learns to count and its guesses only make the gradient noisy.
+    The pictures keep what stage 2 taught from being forgotten. None may be inverted: these stages do not reset at
+    document borders, so a neighbour's inverted picture would be a second mark in sight of every later question.
     """
     records, jobs = [], []
     for number in range(videos):
         many = int(rng.integers(frames[0], frames[1] + 1))
         indices = rng.integers(0, len(stock), size=many)
-        marked = int(rng.integers(many))
+        marked = int(rng.integers(many if rng.random() < 0.7 else max(1, many // 4)))  # early marks are the hard ones
         name = f"videos/stage{stage}_{number:06d}.mp4"
         jobs.append((root / name, indices, marked))
         turns = [(ASK_MARKED, str(stock.labels[indices[marked]]))]
@@ -402,7 +413,7 @@ def plan_stage(
             asked = int(rng.integers(many))
             turns.append((f"Which digit is in frame {asked + 1}?", str(stock.labels[indices[asked]])))
         records.append(messages(turns, videos=[name]))
-    for index in rng.permutation(len(pictures))[:videos]:
+    for index in rng.permutation(len(pictures))[: 2 * videos]:
         talk = pictures[index]["conversations"]
         turns = [(talk[i]["value"].removeprefix("<image>\n"), talk[i + 1]["value"]) for i in range(0, len(talk), 2)]
         records.append(messages(turns, images=[pictures[index]["image"]]))
@@ -575,10 +586,10 @@ def make_data(root: Path, sizes: Sizes, seed: int, workers: int) -> dict[str, in
     train = draw_all(scans, labels, train_scans, sizes.variants, next(rngs))
     held = draw_all(scans, labels, eval_scans, 1, next(rngs))
 
-    pictures = write_digits_json(root, train, sizes.pictures, next(rngs))
+    plain = write_digits_json(root, train, sizes.pictures, next(rngs))
     write_digits_parquet(root, train, sizes.rows, next(rngs))
     photos = write_photos(root, sizes.crops, sizes.eval_crops, next(rngs))
-    pictures = pictures[len(photos) :] + photos  # as many as before; stages 3 and 4 draw from both
+    pictures = plain + photos
     write_eval_digits(root, held)
 
     jobs: list[tuple[str, VideoJob]] = []
