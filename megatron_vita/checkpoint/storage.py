@@ -226,6 +226,8 @@ class CheckpointTensors(LazyTensors):
             key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)
         }
         self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._last: tuple[MetadataIndex, Tensor] | None = None
+        """The piece that was read last: interleaved heads are cut from one piece many times in a row."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].size)
@@ -246,20 +248,24 @@ class CheckpointTensors(LazyTensors):
         return out
 
     def _read_piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(name, chunk.offsets)]
+        index = MetadataIndex(name, chunk.offsets)
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        self._last = None
+        place = self._places[index]
         path = self.folder / place.relative_path
         if place.relative_path not in self.integrity.files:
             raise CheckpointError(f"{self.folder}: {name} is said to lie in {place.relative_path!r}, no part of it.")
-        content = bytearray(place.length)
         with path.open("rb") as file:
             file.seek(place.offset)
-            file.readinto(content)
-        self.integrity.check_piece(place.relative_path, place.offset, memoryview(content), name)
+            content = file.read(place.length)
+        self.integrity.check_piece(place.relative_path, place.offset, content, name)
         part = load_pickled(io.BytesIO(content), path)
         if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != self.dtype(name):
             raise CheckpointError(
-                f"{path}: the part for {name} has another shape or type than promised. Do not use it."
+                f"{path}: the part for {name} has another shape or type than promised. Do not use this checkpoint."
             )
+        self._last = (index, part)
         return part
 
     def __iter__(self) -> Iterator[str]:

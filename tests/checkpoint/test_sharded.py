@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import sharded
+from megatron_vita.checkpoint import sharded, strategies
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import CheckpointError
 from megatron_vita.models.build import build_model
@@ -126,14 +126,14 @@ def _one_rank_cannot_write(root: str) -> None:
     settings = stage(TP2)
     groups = build_groups(TP2)
     models = build_model(settings, groups)
-    write = sharded.write_pieces
+    write = strategies.write_pieces
 
     def full(*args: object) -> object:
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         return write(*args)  # type: ignore[arg-type]
 
-    sharded.write_pieces = full  # type: ignore[assignment]
+    strategies.write_pieces = full  # type: ignore[assignment]
     with pytest.raises(CheckpointError, match=r"rank 1 could not write.*No space left"):
         checkpoint.save(root, models, None, None, state(settings), groups)
     dist.barrier()

@@ -1,0 +1,42 @@
+"""All ranks come to the same end: what one finds wrong is raised on every one, so that nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_vita import device
+from megatron_vita.errors import CheckpointError, VitaError
+
+
+def on_rank_zero(act: Callable[[], Any]) -> Any:
+    """Do something on rank 0; its result, or its error, on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except VitaError as error:
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = CheckpointError(f"cannot write the checkpoint: {error}")
+    dist.broadcast_object_list(outcome, src=0, device=device.torch_device())
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def everywhere(act: Callable[[], Any], where: str) -> Any:
+    """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
+    result, error = None, ""
+    try:
+        result = act()
+    except (VitaError, OSError) as problem:
+        error = str(problem)
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((one for one in errors if one), "")
+    if first:
+        raise CheckpointError(first if where in first else f"{where}: {first}")
+    return result
