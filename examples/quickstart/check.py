@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint import resolve, tensor_digests
+from megatron_vita import log
 from megatron_vita.inference.score import DEPTH_BANDS, RIGHT, depth_band
 
 
@@ -35,6 +35,8 @@ class Promise:
 
 def check_projector_only(run: Path) -> Promise:
     """Stage 1 against the weights it started from."""
+    from megatron_vita.checkpoint import resolve, tensor_digests
+
     start, end = run / "parts" / "start", run / "save" / "stage1"
     before, after = (tensor_digests(resolve(folder)) for folder in (start, end))
     changed = sorted(name for name in before if before[name] != after.get(name))
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="output folder of quickstart.py")
     parser.add_argument("--short", action="store_true", help="leave out what needs a full training")
     arguments = parser.parse_args(argv)
+    log.configure()
     promises = [check_projector_only(arguments.run)]
     if not arguments.short:
         promises += [check_held_out_loss(arguments.run), *check_learning(arguments.run)]

@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = "examples/quickstart"
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 SEQUENCE_LENGTHS = {"text": 512, "valid": 512, "stage1": 512, "stage2": 1024, "stage3": 512, "stage4": 1024}
-NUMBER_OF_STEPS = 11
+NUMBER_OF_STEPS = 9
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is called, what it shows, and its commands, which run side by side."""
+    """What a step is called, what it shows, and its lanes: commands of a lane run in turn, lanes side by side."""
 
     name: str
     says: str
-    commands: tuple[list[str], ...]
+    lanes: list[list[list[str]]]
 
 
 def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
@@ -55,10 +55,10 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
     def convert(*flags: str) -> list[str]:
         return tool("convert_ckpt.py", *flags)
 
-    def preprocess(name: str, workers: int) -> list[str]:
+    def preprocess(name: str) -> list[str]:
         paths = ["--tokenizer", f"{run}/tokenizer", "--output", f"{run}/shards/{name}"]
         sizes = ["--seq-length", str(SEQUENCE_LENGTHS[name]), "--image-size", "16", "--patch-size", "4"]
-        media = ["--max-tiles", "6", "--max-frames", "64", "--workers", str(workers)]
+        media = ["--max-tiles", "6", "--max-frames", "64", "--workers", "1", "--resume"]
         return tool("preprocess_data.py", "--data-config", f"{HERE}/mixes/{name}.yaml", *paths, *sizes, *media)
 
     def train(config: str, ranks: int) -> list[str]:
@@ -76,128 +76,143 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
     yield Step(
         "data",
         "Write scikit-learn's digits and photographs the way publishers do",
-        (example("make_data.py", "--output", f"{run}/data", *seeds, *less),),
+        [[example("make_data.py", "--output", f"{run}/data", *seeds, *less)]],
     )
     yield Step(
         "tokenizer",
         "Train a byte-level BPE on the text",
-        (example("make_tokenizer.py", "--data", f"{run}/data", "--output", f"{run}/tokenizer"),),
+        [[example("make_tokenizer.py", "--data", f"{run}/data", "--output", f"{run}/tokenizer")]],
     )
+    llm, vision, start = f"{run}/parts/llm", f"{run}/parts/vision", f"{run}/parts/start"
     yield Step(
-        "shards",
-        "Compile text and the first two stages into packed shards",
-        (preprocess("text", 1), preprocess("stage2", 1)),
-    )
-    yield Step(
-        "parts",
-        "Train a tiny Qwen2.5 on text and a tiny InternViT on digits; compile the other shards meanwhile",
-        (
-            train("lm.yaml", 1),
-            example("make_tower.py", "--data", f"{run}/data", "--output", f"{run}/parts/vision", *seeds, *thirty),
-            *(preprocess(name, 1) for name in ("stage1", "valid", "stage3", "stage4")),
-        ),
-    )
-    yield Step(
-        "export the language model",
-        "Write the decoder as a publisher would",
-        (convert("export", "--checkpoint", f"{run}/parts/lm/text", "--output", f"{run}/parts/llm", "--format", "llm"),),
+        "shards and parts",
+        "Compile the data into packed shards; train a tiny Qwen2.5 on text and a tiny InternViT on digits",
+        [
+            [preprocess("text"), train("lm.yaml", 1), preprocess("stage3"), preprocess("stage1")],
+            [
+                example("make_tower.py", "--data", f"{run}/data", "--output", vision, *seeds, *thirty),
+                preprocess("stage2"),
+                preprocess("stage4"),
+                preprocess("valid"),
+            ],
+        ],
     )
     yield Step(
         "import",
-        "Join the two Hugging Face folders into a fresh vision-language model",
-        (
-            convert(
-                "import",
-                "--llm",
-                f"{run}/parts/llm",
-                "--vision",
-                f"{run}/parts/vision",
-                "--output",
-                f"{run}/parts/start",
-            ),
-        ),
+        "Write the decoder as a publisher would, then join the two Hugging Face folders into a fresh model",
+        [
+            [
+                convert("export", "--checkpoint", f"{run}/parts/lm/text", "--output", llm, "--format", "llm"),
+                convert("import", "--llm", llm, "--vision", vision, "--output", start),
+            ]
+        ],
     )
     yield Step(
         "train",
         "Four stages in two processes: data, tensor and sequence, pipeline, context parallel",
-        (train("run.yaml", 2),),
+        [[train("run.yaml", 2)]],
     )
     yield Step(
-        "export",
-        "Write the stage-4 model as a Hugging Face folder",
-        (convert("export", "--checkpoint", saved[-1], "--output", f"{run}/hf", "--format", "internvl"),),
+        "export and evaluate",
+        "Ask about held-out pictures after every stage; write a folder that stock transformers agrees with",
+        [
+            [
+                evaluate("final", saved[-1:], ["needle_64", "needle_32", "needle_8", "frame_number"], *limit),
+                convert("export", "--checkpoint", saved[-1], "--output", f"{run}/hf", "--format", "internvl"),
+                convert("verify", saved[-1], f"{run}/hf", "--logits"),
+            ],
+            [
+                evaluate("stages", saved, ["digits", "photos", "needle_16"], *limit),
+                evaluate("blind", saved[-1:], ["needle_64"], "--zero-tiles", *limit),
+            ],
+        ],
     )
     yield Step(
-        "evaluate",
-        "Short and long questions about held-out pictures after every stage; stock transformers agrees with us",
-        (
-            evaluate("stages", saved, ["digits", "photos", "needle_16"], *limit),
-            evaluate("final", saved[-1:], ["needle_64", "needle_32", "needle_8", "frame_number"], *limit),
-            evaluate("blind", saved[-1:], ["needle_64"], "--zero-tiles", *limit),
-            convert("verify", saved[-1], f"{run}/hf", "--logits"),
-        ),
-    )
-    yield Step(
-        "report",
-        "Draw the loss, the needle heat map and a page of answers; check what was promised",
-        (
-            example("report.py", "--run", run),
-            example("check.py", "--run", run, *less),
-        ),
+        "report", "Draw the loss, the needle heat map and a page of answers", [[example("report.py", "--run", run)]]
     )
     first = (ROOT / run / "data" / "eval_digits.jsonl").open(encoding="utf-8").readline()
     unseen = f"{run}/data/{json.loads(first)['images'][0]}"
     yield Step(
         "chat",
         "Ask about a picture it has never seen",
-        (tool("chat.py", "--model", f"{run}/hf", "--image", unseen, "Which digit is this?"),),
+        [[tool("chat.py", "--model", f"{run}/hf", "--image", unseen, "Which digit is this?")]],
     )
+    yield Step("check", "Hold the run to what was promised", [[example("check.py", "--run", run, *less)]])
+
+
+class Lane:
+    """Commands that run in turn. With other lanes beside it, what they say goes into a log each."""
+
+    def __init__(self, commands: list[list[str]], logs: list[Path] | None) -> None:
+        self.commands, self.logs = commands, logs
+        self.at = -1
+        self.process: subprocess.Popen[bytes] | None = None
+        self.shown = ""
+        self._next()
+
+    def _next(self) -> None:
+        self.at += 1
+        self.process = None
+        if self.at < len(self.commands):
+            command = self.commands[self.at]
+            print("  $ " + shlex.join("python" if part == sys.executable else part for part in command), flush=True)
+            output = self.logs[self.at].open("wb") if self.logs else None
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+    def poll(self) -> bool:
+        """Go on to the next command when one is done; false when all are.
+
+        Raises:
+            subprocess.CalledProcessError: a command failed; the end of its log is shown.
+        """
+        if self.process is None:
+            return False
+        status = self.process.poll()
+        if status is not None:
+            if self.logs and status:
+                print(self.logs[self.at].read_text(encoding="utf-8", errors="replace")[-4000:], flush=True)
+            elif self.logs:
+                print(f"    {last_line(self.logs[self.at])}", flush=True)
+            if status:
+                raise subprocess.CalledProcessError(status, self.commands[self.at])
+            self._next()
+        return self.process is not None
+
+    def show(self) -> None:
+        """What the running command said last, if that is new."""
+        line = last_line(self.logs[self.at]) if self.logs and self.process else ""
+        if line and line != self.shown:
+            self.shown = line
+            print(f"    ... {line}", flush=True)
+
+    def stop(self) -> None:
+        """End the running command."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
 
 
 def run_step(step: Step, *, log_folder: Path) -> None:
-    """Run a step's commands side by side; what they say goes to the screen if there is one, else to a log each.
+    """Run a step's lanes side by side.
 
     Raises:
-        subprocess.CalledProcessError: a command failed; the others of the step are stopped, and its log is shown.
+        subprocess.CalledProcessError: a command failed; the other lanes are stopped.
     """
-    running = []
-    for number, command in enumerate(step.commands, 1):
-        shown = ["python" if part == sys.executable else part for part in command]
-        print("  $ " + shlex.join(shown), flush=True)
-        log = None
-        if len(step.commands) > 1:
-            log_folder.mkdir(parents=True, exist_ok=True)
-            log = log_folder / f"{step.name.replace(' ', '_')}_{number}.log"
-        output = log.open("wb") if log else None
-        running.append((subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output), command, log))
-    watch(step, running)
-
-
-def watch(step: Step, running: list[tuple[subprocess.Popen[bytes], list[str], Path | None]]) -> None:
-    """Wait for a step's commands, showing every few seconds the last line each has logged."""
-    last_shown: dict[int, str] = {}
+    log_folder.mkdir(parents=True, exist_ok=True)
+    lanes = []
+    for number, commands in enumerate(step.lanes, 1):
+        names = [log_folder / f"{step.name.replace(' ', '_')}_{number}{at}.log" for at in range(1, len(commands) + 1)]
+        lanes.append(Lane(commands, names if len(step.lanes) > 1 else None))
+    shown = time.monotonic()
     try:
-        for process, command, log in running:
-            while True:
-                try:
-                    status = process.wait(timeout=5)
-                    break
-                except subprocess.TimeoutExpired:
-                    for number, (_, _, other) in enumerate(running, 1):
-                        line = last_line(other) if other else ""
-                        if line and last_shown.get(number) != line:
-                            last_shown[number] = line
-                            print(f"    [{number}] {line}", flush=True)
-            if status:
-                if log:
-                    print(log.read_text(encoding="utf-8", errors="replace")[-4000:], flush=True)
-                raise subprocess.CalledProcessError(status, command)
-            if log:
-                print(f"    {last_line(log)}", flush=True)
+        while sum(lane.poll() for lane in lanes):  # not any(): every lane must be polled
+            time.sleep(0.1)
+            if time.monotonic() > shown + 5:
+                shown = time.monotonic()
+                for lane in lanes:
+                    lane.show()
     finally:
-        for process, _, _ in running:
-            if process.poll() is None:
-                process.terminate()
+        for lane in lanes:
+            lane.stop()
 
 
 def last_line(log: Path) -> str:
