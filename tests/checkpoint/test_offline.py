@@ -101,18 +101,11 @@ class _Evil:
         return (Path.touch, (self.path,))
 
 
-def _seal(folder: Path) -> None:
-    """An attacker can write a correct integrity.json: digests are no signature."""
-    pieces = {"__0_0.distcp": Integrity.read(folder).files["__0_0.distcp"]["pieces"]}
-    (folder / INTEGRITY_FILE).unlink()
-    write_integrity(folder, pieces)
-
-
 def test_malicious_metadata_is_refused_and_nothing_runs(folder: Path, tmp_path: Path) -> None:
-    integrity = Integrity.read(folder)
+    pieces = {"__0_0.distcp": Integrity.read(folder).files["__0_0.distcp"]["pieces"]}
     trap = tmp_path / "sprung"
     (folder / ".metadata").write_bytes(pickle.dumps(_Evil(trap)))
-    pieces = {"__0_0.distcp": integrity.files["__0_0.distcp"]["pieces"]}
+    # An attacker can write a correct integrity.json: digests are no signature.
     (folder / INTEGRITY_FILE).unlink()
     write_integrity(folder, pieces)
     with pytest.raises(CheckpointError, match="refused"):
