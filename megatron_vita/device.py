@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,9 @@ def _redirect_factories() -> None:
 
         return wrapped
 
+    # torch lists its factories once, at first use, for `with torch.device(...)`. Listed after they are replaced, they
+    # would not be recognised, and whoever builds a model on "meta" (transformers does) would get unfilled memory.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

@@ -33,6 +33,21 @@ def test_questions_get_cpu_answers() -> None:
     assert device.peak_memory_bytes() > 1 << 20
 
 
+_META = """
+from megatron_vita import device
+device.install()
+import torch
+with torch.device("meta"):
+    assert torch.empty(2).is_meta and torch.zeros(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
+"""
+
+
+@cpu_only
+def test_default_devices_still_apply() -> None:
+    """In a process of its own: torch lists its factories once. Else transformers loads unfilled weights in silence."""
+    subprocess.run([sys.executable, "-c", _META], check=True)
+
+
 @cpu_only
 def test_only_megatron_is_told_that_tensors_are_cuda() -> None:
     device.install()

@@ -8,17 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._device import _device_constructors
 
 from megatron_vita.checkpoint.sharded import load_tensors
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, ParallelConfig, StageConfig
 from megatron_vita.convert.opening import OpenModel
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout import SequenceLayout, TileRoutes
-
-# torch remembers at its first use which functions `with torch.device("meta")` redirects. If device.install() has
-# replaced them by then, transformers' from_pretrained builds real, unfilled tensors: wrong logits without any error.
-_device_constructors()
 
 _TEXT = 7
 """Random text tokens before, between and after the pictures."""
