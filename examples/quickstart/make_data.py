@@ -394,7 +394,7 @@ def plan_stage(
     pictures: list[Record],
     rng: np.random.Generator,
 ) -> list[VideoJob]:
-    """stageN.jsonl: `videos` videos and twice as many single pictures, shuffled; returns the videos to encode.
+    """stageN.jsonl: `videos` videos and up to four times as many single pictures; returns the videos.
 
     The first question of a video is always for the marked frame; now and then a second turn asks for a frame by its
     number. Few, since so small a model hardly learns to count and its guesses only make the gradient noisy.
@@ -405,7 +405,7 @@ def plan_stage(
     for number in range(videos):
         many = int(rng.integers(frames[0], frames[1] + 1))
         indices = rng.integers(0, len(stock), size=many)
-        marked = int(rng.integers(many if rng.random() < 0.7 else max(1, many // 4)))  # early marks are the hard ones
+        marked = int(rng.integers(many if rng.random() < 0.67 else max(1, many // 4)))  # early marks are the hard ones
         name = f"videos/stage{stage}_{number:06d}.mp4"
         jobs.append((root / name, indices, marked))
         turns = [(ASK_MARKED, str(stock.labels[indices[marked]]))]
@@ -413,7 +413,7 @@ def plan_stage(
             asked = int(rng.integers(many))
             turns.append((f"Which digit is in frame {asked + 1}?", str(stock.labels[indices[asked]])))
         records.append(messages(turns, videos=[name]))
-    for index in rng.permutation(len(pictures))[: 2 * videos]:
+    for index in rng.permutation(len(pictures))[: 4 * videos]:
         talk = pictures[index]["conversations"]
         turns = [(talk[i]["value"].removeprefix("<image>\n"), talk[i + 1]["value"]) for i in range(0, len(talk), 2)]
         records.append(messages(turns, images=[pictures[index]["image"]]))
