@@ -405,7 +405,7 @@ def plan_stage(
     for number in range(videos):
         many = int(rng.integers(frames[0], frames[1] + 1))
         indices = rng.integers(0, len(stock), size=many)
-        marked = int(rng.integers(many if rng.random() < 0.67 else max(1, many // 4)))  # early marks are the hard ones
+        marked = int(many * rng.random() ** 2)  # early marks, far from the question, are the hard ones
         name = f"videos/stage{stage}_{number:06d}.mp4"
         jobs.append((root / name, indices, marked))
         turns = [(ASK_MARKED, str(stock.labels[indices[marked]]))]
