@@ -123,6 +123,7 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
             ],
             [
                 evaluate("stages", saved, ["digits", "photos", "needle_16"], *limit),
+                evaluate("earlier", saved[:-1], ["needle_64"], "--limit", "20" if short else "100"),
                 evaluate("blind", saved[-1:], ["needle_64"], "--zero-tiles", *limit),
             ],
         ],
