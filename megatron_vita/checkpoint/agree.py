@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_vita import device
 from megatron_vita.errors import CheckpointError, VitaError
 
+T = TypeVar("T")
 
-def on_rank_zero(act: Callable[[], Any]) -> Any:
-    """Do something on rank 0; its result, or its error, on every rank."""
+
+def on_rank_zero(act: Callable[[], T]) -> T:
+    """Do something on rank 0; its result, or its error, on every rank.
+
+    Questions about files are asked so, too: other ranks may see a shared folder late, and must come to one answer.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -20,16 +25,17 @@ def on_rank_zero(act: Callable[[], Any]) -> Any:
         except VitaError as error:
             outcome[1] = error
         except OSError as error:
-            outcome[1] = CheckpointError(f"cannot write the checkpoint: {error}")
+            outcome[1] = CheckpointError(f"rank 0 cannot read or write a checkpoint: {error}")
     dist.broadcast_object_list(outcome, src=0, device=device.torch_device())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def everywhere(act: Callable[[], Any], where: str) -> Any:
+def everywhere(act: Callable[[], T], where: str) -> T:
     """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
-    result, error = None, ""
+    result: Any = None
+    error = ""
     try:
         result = act()
     except (VitaError, OSError) as problem:

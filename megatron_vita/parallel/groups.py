@@ -144,13 +144,6 @@ def destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """One rank's picklable value, on every rank of the world."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source, device=device.torch_device())
-    return box[0]
-
-
 def tensor_parallel_sum_(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     """Sum tensors over a group in place, in one collective."""
     if not tensors or group.size() == 1:

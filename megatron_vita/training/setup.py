@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -134,10 +132,3 @@ def _fresh_state(stage: StageConfig) -> checkpoint.RunState:
         preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
     )
-
-
-def on_rank_zero(question: partial) -> object:
-    """Ask the file system on rank 0 and tell everybody: other ranks may see a shared folder late, and must agree."""
-    answer: list[object] = [question() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import yaml
 
 from megatron_vita import checkpoint
+from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.shards import ShardSet
@@ -20,7 +20,7 @@ from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import init_distributed
 from megatron_vita.training.loop import train
-from megatron_vita.training.setup import on_rank_zero, open_session
+from megatron_vita.training.setup import open_session
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,11 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
     with _before_training():
         for stage in run.stages if only is None else run.stages[only - 1 : only]:
             preflight(stage)
-        weights = _agreed(checkpoint.resolve, Path(first)) if first else None
+        weights = on_rank_zero(lambda: checkpoint.resolve(first)) if first else None
     finished = []
     for number, stage in enumerate(run.stages, 1):
         folder = Path(stage.checkpoint.save) / stage.name
-        found = _agreed(checkpoint.latest, folder)
+        found = on_rank_zero(partial(checkpoint.latest, folder))
         state = checkpoint.read_state(found) if found else None
         done = state is not None and state.iteration >= stage.train.train_iters
         if only is not None and number < only:
@@ -123,21 +123,6 @@ def _before_training() -> Iterator[None]:
         yield
     except (CheckpointError, DataError) as error:
         raise ConfigError(str(error)) from error
-
-
-def _agreed(question: Any, path: Path) -> Path | None:
-    """The answer of rank 0 about a path, on every rank; an error there is an error everywhere."""
-
-    def ask() -> Path | Exception | None:
-        try:
-            return question(path)
-        except (CheckpointError, ConfigError) as error:
-            return error
-
-    answer = on_rank_zero(partial(ask))
-    if isinstance(answer, Exception):
-        raise answer
-    return answer  # type: ignore[return-value]
 
 
 def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError
-from megatron_vita.parallel.groups import broadcast_object, build_groups, destroy_groups, init_distributed
+from megatron_vita.parallel.groups import build_groups, destroy_groups, init_distributed
 from tests.ranks import run_ranks
 
 STAGES: list[dict[str, Any]] = [
@@ -38,7 +39,7 @@ def _check_rebuild() -> None:
         assert groups.tower_collection.tp.rank() == 0
         destroy_groups()
         assert list(dist.distributed_c10d._world.pg_map) == [dist.group.WORLD], "groups of the old layout still live"
-    assert broadcast_object({"from": rank}) == {"from": 0}
+    assert on_rank_zero(lambda: {"from": rank}) == {"from": 0}
 
 
 def test_layouts_follow_one_another() -> None:
