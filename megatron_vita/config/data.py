@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vita.config.bounds import at_least
 from megatron_vita.errors import ConfigError
 
 LAYOUTS = ("internvl", "long_vita")
@@ -34,7 +35,5 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ConfigError(f"data.layout={self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
-        if self.seq_length < 1:
-            raise ConfigError(f"data.seq_length={self.seq_length} must be positive.")
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers} must not be negative.")
+        at_least(1, "data", self, "seq_length")
+        at_least(0, "data", self, "num_workers", "max_failed_samples")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -155,7 +156,10 @@ def _build(kind: type, settings: Any, where: str, prefix: str) -> Any:
             values[name] = _build(section, value, where, f"{prefix}{name}.")
         else:
             values[name] = _coerce(value, hints[name], f"{where}: {prefix}{name}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -179,9 +183,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        if wanted is float and number == number:
+        if wanted is float and math.isfinite(number):
             return number
-        if wanted is int and number == number and number.is_integer():
+        if wanted is int and number.is_integer():
             return int(value) if isinstance(value, int) else int(number)
     raise ConfigError(f"{where}: needs a value of type {wanted.__name__}, got {value!r}.")
 

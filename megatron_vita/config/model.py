@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vita.config.bounds import at_least, positive
 from megatron_vita.errors import ConfigError
 
 
@@ -35,6 +36,10 @@ class VisionConfig:
     """Pixel normalisation: `imagenet`, `clip` or `siglip`."""
 
     def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size", "patch_size")
+        at_least(1, "model.vision", self, *sizes)
+        at_least(0, "model.vision", self, "init_method_std")
+        positive("model.vision", self, "norm_epsilon")
         if self.model_type != "intern_vit":
             raise ConfigError(f"model.vision.model_type={self.model_type!r} is not known. Use intern_vit.")
         if self.hidden_size % self.num_attention_heads:
@@ -80,6 +85,10 @@ class ProjectorConfig:
     norm_epsilon: float = 1e-5
     """Epsilon of the LayerNorm: torch's default in every published model, never the decoder's."""
 
+    def __post_init__(self) -> None:
+        at_least(1, "model.projector", self, "ffn_hidden_size")
+        positive("model.projector", self, "norm_epsilon")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -123,6 +132,10 @@ class ModelConfig:
     """The projector between tower and decoder."""
 
     def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        at_least(1, "model", self, *sizes, "kv_channels", "make_vocab_size_divisible_by", "max_position_embeddings")
+        at_least(0, "model", self, "vocab_size", "init_method_std", "embedding_init_method_std")
+        positive("model", self, "norm_epsilon", "rotary_base")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups="
@@ -132,6 +145,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} does not split over num_attention_heads="
                 f"{self.num_attention_heads}. Change one, or set model.kv_channels."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model: the heads are {self.head_dim} wide, but the rotary embedding turns pairs. Choose an even "
+                "model.kv_channels, or an even hidden_size / num_attention_heads."
             )
         if self.transformer_impl not in ("auto", "local", "te"):
             raise ConfigError(f"model.transformer_impl={self.transformer_impl!r}: choose auto, local or te.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vita.config.bounds import at_least
 from megatron_vita.errors import ConfigError
 
 CP_COMM_TYPES = ("all_gather",)
@@ -33,9 +34,8 @@ class ParallelConfig:
     """With `full`: layers per recomputed unit (uniform) or layers recomputed (block)."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1.")
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        at_least(1, "parallel", self, *sizes, "recompute_num_layers")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1. Turn one of them."
@@ -52,6 +52,11 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.recompute_granularity=full needs recompute_method (uniform or block) "
                 "and recompute_num_layers."
+            )
+        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
+            raise ConfigError(
+                "parallel.recompute_method and recompute_num_layers do nothing without recompute_granularity=full. "
+                "Set that, or leave them out."
             )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vita.config.bounds import at_least, positive
 from megatron_vita.errors import ConfigError
 
 
@@ -33,9 +34,8 @@ class TrainConfig:
     """Global batches of one validation."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "train_iters"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        at_least(1, "train", self, "micro_batch_size", "global_batch_size", "train_iters", "eval_iters")
+        at_least(0, "train", self, "seed", "eval_interval")
         if self.freeze_vision_model and self.freeze_vision_projection and self.freeze_language_model:
             raise ConfigError("train: tower, projector and decoder are all frozen, so nothing would train.")
 
@@ -68,6 +68,11 @@ class OptimizerConfig:
     """Further factor per tower layer below the top (Long-VITA stage 2: 0.9)."""
 
     def __post_init__(self) -> None:
+        at_least(0, "optimizer", self, "weight_decay", "adam_beta1", "adam_beta2", "clip_grad")
+        positive("optimizer", self, "adam_eps")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be below 1.")
         if self.lr_decay_style not in ("cosine", "linear", "constant"):
             raise ConfigError(f"optimizer.lr_decay_style={self.lr_decay_style!r}: choose cosine, linear or constant.")
         if self.lr <= 0 or self.min_lr < 0 or self.min_lr > self.lr:
@@ -91,6 +96,9 @@ class CheckpointConfig:
     keep_optimizer: bool = True
     """Save the optimizer state as well, so that a killed run continues exactly."""
 
+    def __post_init__(self) -> None:
+        at_least(0, "checkpoint", self, "save_interval")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
@@ -102,5 +110,4 @@ class LoggingConfig:
     """Folder for TensorBoard events; none: no events."""
 
     def __post_init__(self) -> None:
-        if self.log_interval < 1:
-            raise ConfigError(f"logging.log_interval={self.log_interval} must be at least 1.")
+        at_least(1, "logging", self, "log_interval")

@@ -149,3 +149,37 @@ def test_environment_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("VITA_TEST_SHARDS", "/data")
     data = load_run(path).stages[0].data
     assert (data.data_path, data.tokenizer_model) == ("/data/a", "tok")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num-attention-heads 0", "model.num_attention_heads=0 must be at least 1"),
+        ("--num-query-groups 0", "model.num_query_groups=0 must be at least 1"),
+        ("--num-layers 0", "model.num_layers=0"),
+        ("--make-vocab-size-divisible-by 0", "model.make_vocab_size_divisible_by=0"),
+        ("--kv-channels 7", "heads are 7 wide"),
+        ("--norm-epsilon 0", "model.norm_epsilon=0.0 must be above 0"),
+        ("--vision-patch-size 0", "model.vision.patch_size=0"),
+        ("--vision-num-attention-heads 0", "model.vision.num_attention_heads=0"),
+        ("--projector-ffn-hidden-size 0", "model.projector.ffn_hidden_size=0"),
+        ("--eval-iters 0", "train.eval_iters=0"),
+        ("--eval-interval -1", "train.eval_interval=-1"),
+        ("--seed -1", "train.seed=-1"),
+        ("--save-interval -1", "checkpoint.save_interval=-1"),
+        ("--max-failed-samples -1", "data.max_failed_samples=-1"),
+        ("--weight-decay -1", "optimizer.weight_decay=-1"),
+        ("--adam-beta1 1", "optimizer.adam_beta1=1.0 must be below 1"),
+        ("--adam-eps 0", "optimizer.adam_eps=0.0 must be above 0"),
+        ("--clip-grad -1", "optimizer.clip_grad=-1"),
+        ("--lr inf", "optimizer.lr: needs a value of type float, got 'inf'"),
+        ("--recompute-num-layers 2", "do nothing without recompute_granularity=full"),
+        ("--recompute-granularity selective --recompute-method block", "do nothing without"),
+        ("--recompute-granularity full --recompute-method block --recompute-num-layers -1", "recompute_num_layers=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_and_say_where(tmp_path: Path, flags: str, message: str) -> None:
+    recipe = write(tmp_path, BASE)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run(recipe, flags.split())
+    assert str(caught.value).startswith(f"{recipe}, stage 1: ")
