@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -25,13 +26,17 @@ from megatron_vita.training.setup import open_session
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
-    "parallel": None,
-    "logging": None,
-    "checkpoint": None,
-    "data": ("num_workers", "max_failed_samples", "valid_data_path"),
-    "train": ("micro_batch_size", "eval_interval", "eval_iters"),
+    "parallel",
+    "logging",
+    "checkpoint",
+    "data.num_workers",
+    "data.max_failed_samples",
+    "data.valid_data_path",
+    "train.micro_batch_size",
+    "train.eval_interval",
+    "train.eval_iters",
 }
-"""Settings with which a stage may be continued although they differ: they do not change what is learnt."""
+"""Settings (or whole sections) with which a stage may be continued although they differ: what is learnt stays."""
 
 
 def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
@@ -61,7 +66,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
             preflight(stage)
         weights = on_rank_zero(lambda: checkpoint.resolve(first)) if first else None
     finished = []
-    for number, stage in enumerate(run.stages, 1):
+    for number, stage in enumerate(run.stages[:only], 1):
         folder = Path(stage.checkpoint.save) / stage.name
         found = on_rank_zero(partial(checkpoint.latest, folder))
         state = checkpoint.read_state(found) if found else None
@@ -69,10 +74,9 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
         if only is not None and number < only:
             if number == only - 1 and not done:
                 raise CheckpointError(
-                    f"stage {only} starts from stage {number}, but {folder} holds no finished checkpoint."
+                    f"stage {only} starts from stage {number}, but {folder} holds no finished checkpoint. "
+                    f"Train it first: --stage {number}."
                 )
-        elif only is not None and number > only:
-            break
         else:
             if state is not None:
                 _refuse_other_run(stage, state, found)
@@ -131,18 +135,25 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
     Raises:
         ConfigError: naming every setting that differs.
     """
-    now, then = to_dict(stage), to_dict(state.stage)
-    differing = []
-    for section, settings in now.items():
-        if section in _MAY_CHANGE and _MAY_CHANGE[section] is None:
-            continue
-        if not isinstance(settings, dict):
-            settings, then = {section: settings}, {**then, section: {section: then[section]}}
-        for key, value in settings.items():
-            if key not in (_MAY_CHANGE.get(section) or ()) and then[section].get(key) != value:
-                differing.append(f"{section}.{key} was {then[section].get(key)!r} and is {value!r}")
+    now, then = _flat(to_dict(stage)), _flat(to_dict(state.stage))
+    differing = [
+        f"{name} was {then.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if then.get(name) != value and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
+    ]
     if differing:
         raise ConfigError(
             f"{found} belongs to a run with other settings ({'; '.join(differing)}). Choose another checkpoint.save, "
             "remove that folder, or restore the settings."
         )
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by `section.key`; the stage's name by itself."""
+    flat: dict[str, Any] = {}
+    for section, content in sections.items():
+        if isinstance(content, dict):
+            flat |= {f"{section}.{key}": value for key, value in content.items()}
+        else:
+            flat[section] = content
+    return flat
