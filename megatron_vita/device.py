@@ -7,7 +7,6 @@ or a communication backend.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -240,14 +239,3 @@ def _set_states_without_step(optimizer: Any, model_param: torch.nn.Parameter, te
     for key, target in {"param": main, **optimizer.optimizer.state[main]}.items():
         if key != "step":
             target.copy_(tensors[key])
-
-
-@contextlib.contextmanager
-def deterministic(enabled: bool = True) -> Iterator[None]:
-    """Run a block with torch's deterministic algorithms where there are any (warn where there are none)."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)

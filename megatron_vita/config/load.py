@@ -66,11 +66,6 @@ def stage_from_dict(settings: Mapping[str, Any], where: str) -> StageConfig:
     return stage
 
 
-def section_from_dict(kind: type, settings: Mapping[str, Any], where: str) -> Any:
-    """Build any one config section (for instance ModelConfig) from plain dictionaries, checked like a recipe."""
-    return _build(kind, settings, where, "")
-
-
 def flag_names() -> dict[str, str]:
     """Every command-line flag with the setting it stands for, e.g. `--seq-length` -> `data.seq_length`."""
     return {flag: ".".join(path) for flag, path, _ in _flags()}

@@ -1,16 +1,11 @@
-"""Compare two models, in any two formats, tensor by tensor and by running both."""
+"""Compare the tensors of two models, in any two formats. (Running both: logits.py.)"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megatron_vita.checkpoint.lazy import LazyTensors, Region
-from megatron_vita.convert.opening import open_model
 
 _BLOCK = 1 << 24
 """Elements compared at once, so that two embeddings of a large model need not be in memory."""
@@ -32,17 +27,8 @@ class Difference:
         return self.max_difference == 0.0 and not self.note
 
 
-def compare(a: str | Path, b: str | Path) -> list[Difference]:
-    """Every tensor of both models, by checkpoint key, in the first model's order.
-
-    Raises:
-        CheckpointError: one of them cannot be opened.
-    """
-    return list(compare_tensors(open_model(a).tensors, open_model(b).tensors))
-
-
 def compare_tensors(first: LazyTensors, second: LazyTensors) -> Iterator[Difference]:
-    """The same for tensors that are open already."""
+    """Every tensor of two models, by checkpoint key, in the first one's order; then what only the second has."""
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in second or name not in first:
             where = "first" if name in first else "second"
@@ -62,16 +48,14 @@ def _difference(name: str, first: LazyTensors, second: LazyTensors) -> Differenc
         worst = max(worst, gap) if gap == gap else float("nan")
         if worst != worst:
             break
-        dot, square_a, square_b = dot + _sum(a * b), square_a + _sum(a * a), square_b + _sum(b * b)
+        dot += float((a * b).sum())
+        square_a += float((a * a).sum())
+        square_b += float((b * b).sum())
     norm = (square_a * square_b) ** 0.5
     cosine = dot / norm if norm else float(square_a == square_b)
     kinds = (first.dtype(name), second.dtype(name))
     note = "" if kinds[0] == kinds[1] else f"types {kinds[0]} and {kinds[1]}"
     return Difference(name, worst, cosine, note)
-
-
-def _sum(tensor: Tensor) -> float:
-    return float(torch.sum(tensor).item())
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[Region]:
