@@ -29,6 +29,7 @@ from tqdm import tqdm
 from megatron_vita.data.compile import OVERLONG, ChunkResult, Entry, Rules, Worker, load_spooled
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.packing import pack
+from megatron_vita.data.records import file_info
 from megatron_vita.data.sources.mix import MixFile, load_mix
 from megatron_vita.data.sources.readers import Places
 from megatron_vita.data.spec import PreprocessSpec
@@ -242,8 +243,7 @@ def _inputs_digest(options: Options, tokenizer: VitaTokenizer, files: Sequence[M
         "files": [],
     }
     for file in files:
-        with file.path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        content = file_info(file.path)["sha256"]
         described["files"].append([file.name, file.written, file.ratio, file.num, repr(file.row), content])
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -263,7 +263,14 @@ def _finished(output: str, inputs: str) -> Manifest | None:
 
 
 def _alive(pid: str) -> bool:
-    return pid.isdigit() and os.path.exists(f"/proc/{pid}")
+    """Is there a process of that number? Signal 0 asks and does nothing, on every Unix."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # somebody else's process
+    return True
 
 
 class _Spool:
