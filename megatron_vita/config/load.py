@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     recipe = read_yaml(Path(path))
     stages = recipe.pop("stages", None)
-    _known(recipe, _SECTIONS, str(path))
+    check_keys(recipe, _SECTIONS, str(path))
     if stages is None:
         stages = [{"name": "train"}]
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
@@ -48,7 +48,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     merged = []
     for number, overlay in enumerate(stages, 1):
         where = f"{path}, stage {number}"
-        _known(overlay, ("name", *_SECTIONS), where)
+        check_keys(overlay, ("name", *_SECTIONS), where)
         settings = _merge(_merge(recipe, overlay), flags)
         settings.setdefault("name", f"stage{number}")
         merged.append(_build(StageConfig, settings, where, ""))
@@ -110,7 +110,12 @@ def _expand(node: Any, where: str) -> Any:
     return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value_of, node)
 
 
-def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_keys(given: Iterable[Any], known: Collection[str], where: str) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        ConfigError: beginning with `where`, naming the key and the known one that is most like it.
+    """
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
@@ -143,7 +148,7 @@ def _build(kind: type, settings: Any, where: str, prefix: str) -> Any:
         raise ConfigError(f"{where}: `{prefix.rstrip('.')}` must be a mapping, got {settings!r}.")
     hints = _hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    _known(settings, names, f"{where}: {prefix.rstrip('.')}" if prefix else where)
+    check_keys(settings, names, f"{where}: {prefix.rstrip('.')}" if prefix else where)
     values = {}
     for name, value in settings.items():
         section = _section_type(hints[name])

@@ -288,6 +288,7 @@ def test_mix_in_long_vitas_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"data_paths": ["none.jsonl"]}, "no such data file"),
         ({"data_paths": ["."]}, "folder"),
         ({"data_paths": ["a.jsonl"], "ratio": "much"}, "number"),
+        ({"data_paths": ["a.jsonl"], "ratio": float("nan")}, "number"),
         ({"data_paths": ["a.jsonl"], "source": "llavva"}, "Did you mean `llava`"),
         ({"data_paths": ["a.jsonl"], "media_root": "nowhere"}, "no folder"),
         ({"data_paths": ["a.jsonl"], "num": 0}, "nothing is left"),
@@ -298,6 +299,12 @@ def test_wrong_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: dic
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=complaint):
         load_mix(write_mix(tmp_path, one=group))
+
+
+def test_numbers_left_empty_take_everything_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": [Q, A]}) + "\n") * 3)
+    (file,) = load_mix(write_mix(tmp_path, one={"data_paths": [str(tmp_path / "a.jsonl")], "ratio": None, "num": None}))
+    assert file.choose(file.reader().index(), seed=1)[:, 0].tolist() == [1, 2, 3]
 
 
 def test_read_samples_names_the_bad_record(tmp_path: Path) -> None:

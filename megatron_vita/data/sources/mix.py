@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import glob
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_vita.config import read_yaml
+from megatron_vita.config import check_keys, read_yaml
 from megatron_vita.data.document import Document
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.sources.convert import record_to_sample
@@ -75,7 +75,7 @@ def load_mix(path: str | Path) -> list[MixFile]:
     path = Path(path)
     content = read_yaml(path)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _known(content, ("dataset", "xlsx_sample_num"), str(path))
+    check_keys(content, ("dataset", "xlsx_sample_num"), str(path))
     groups = content.get("dataset")
     if not isinstance(groups, dict) or not groups:
         raise ConfigError(f"{path}: a data mix needs `dataset: {{NAME: {{data_paths: [...]}}}}`.")
@@ -84,26 +84,25 @@ def load_mix(path: str | Path) -> list[MixFile]:
         where = f"{path}: dataset.{name}"
         if not isinstance(group, dict) or not isinstance(group.get("data_paths"), list):
             raise ConfigError(f"{where}: needs `data_paths`, a list of files.")
-        _known(group, _GROUP_KEYS, where)
-        ratio, num = _number(group, "ratio", 1.0, where), _number(group, "num", None, where)
+        check_keys(group, _GROUP_KEYS, where)
+        ratio, num = _number(group, "ratio", where), _number(group, "num", where)
         if ratio == 0 or num == 0:
             continue
-        assert ratio is not None
         found = [
             (written, file)
             for written, expanded in zip(raw["dataset"][name]["data_paths"], group["data_paths"], strict=True)
             for file in _files(str(expanded), where)
         ]
         for written, file in found:
-            many = len(found) > 1
+            row = _row(group.get("source"), file, where)
             files.append(
                 MixFile(
-                    name=f"{name}/{file.name}" if many else str(name),
+                    name=f"{name}/{file.name}" if len(found) > 1 else str(name),
                     written=str(written) if Path(str(written)).name == file.name else f"{written}: {file.name}",
                     path=file,
-                    ratio=float(ratio),
+                    ratio=1.0 if ratio is None else ratio,
                     num=None if num is None else int(num),
-                    row=(row := _row(group.get("source"), file, where)),
+                    row=row,
                     media_root=_root(group.get("media_root"), row, file, where),
                 )
             )
@@ -178,16 +177,11 @@ def _files(text: str, where: str) -> list[Path]:
     return matches
 
 
-def _number(group: dict[str, Any], key: str, default: float | None, where: str) -> float | None:
-    value = group.get(key, default)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+def _number(group: dict[str, Any], key: str, where: str) -> float | None:
+    """A number of the group; none where it is absent or left empty."""
+    value = group.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ConfigError(f"{where}: `{key}` must be a number of at least 0, got {value!r}.")
-    return value
-
-
-def _known(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
-            raise ConfigError(f"{where}: unknown key `{key}`. {hint}")
+    return float(value)
