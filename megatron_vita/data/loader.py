@@ -7,25 +7,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from megatron_vita.config import DataConfig, TrainConfig
 from megatron_vita.data.batch import Batch
-from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.order import PackOrder, deal
 from megatron_vita.data.rows import Row, build_row, local_tokens, read_tiles
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError
-from megatron_vita.layout import SequenceLayout, TileRoutes
-
-__all__ = ["PackLoader", "RankCoords", "StepBatches", "check_compatible", "mask_samples"]
-
-Int64 = npt.NDArray[np.int64]
+from megatron_vita.layout import Int64, SequenceLayout, TileRoutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +144,7 @@ class PackLoader:
     def __enter__(self) -> PackLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

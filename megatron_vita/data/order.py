@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vita.errors import ConfigError
-
-Int64 = npt.NDArray[np.int64]
+from megatron_vita.layout import Int64
 
 _ALIKE = 1.04
 """A window ends before a pack that costs this many times its cheapest one (unless a step is not full yet)."""

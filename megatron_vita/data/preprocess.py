@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -48,7 +47,7 @@ from megatron_vita.errors import ConfigError, DataError
 CHUNK = 128
 """Records that a process takes at once."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +121,7 @@ def run(options: Options) -> Manifest:
     if options.resume:
         finished = _finished(options.output, inputs)
         if finished is not None:
-            logger.info("%s is finished and its inputs are the same: kept", options.output)
+            log.info("%s is finished and its inputs are the same: kept", options.output)
             return finished
     prefix = Path(options.output)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +171,7 @@ def _compile(options: Options, files: list[MixFile], tokenizer: VitaTokenizer, i
             bar.update(len(places))
     for file, count in zip(files, counts, strict=True):
         if count.cleaned:
-            logger.info("%s: %d answers lost leading line breaks", file.name, count.cleaned)
+            log.info("%s: %d answers lost leading line breaks", file.name, count.cleaned)
     if not entries:
         raise DataError(
             f"{options.data_config}: none of {total} records can be used. {_first_rejects(rejects)} Nothing is written."
@@ -332,9 +331,7 @@ class _Pool:
             self._executor = self._start(self._workers)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._local is not None:
             self._local.close()
         if self._executor is not None:

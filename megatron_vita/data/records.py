@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from megatron_vita.layout import Int64
 
 TILE = np.dtype(
     [

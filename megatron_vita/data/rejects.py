@@ -28,7 +28,7 @@ CODES: dict[str, str] = {
 
 
 def refuse(code: str, message: str) -> DataError:
-    """A DataError whose message begins with its reason code, as `Sample.check` writes them."""
+    """A DataError whose message begins with its reason code."""
     return DataError(f"{code}: {message}")
 
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from megatron_vita.data.example import IGNORE_INDEX, MediaItem, TileSlot
+from megatron_vita.data.records import starts
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tiling import render_tiles
-from megatron_vita.layout import SequenceLayout
+from megatron_vita.layout import Int64, SequenceLayout
 
-Int64 = npt.NDArray[np.int64]
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def build_row(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset:
     """
     samples = np.concatenate([_arange(shards.pack_samples(pack)) for pack in packs])
     sample_lengths = shards.samples["length"][samples]
-    sample_starts = np.concatenate([[0], np.cumsum(sample_lengths)]).astype(np.int64)
+    sample_starts = starts(sample_lengths)
     pack_lengths = np.array([shards.pack_length(pack) for pack in packs], dtype=np.int64)
-    pack_starts = np.concatenate([[0], np.cumsum(pack_lengths)]).astype(np.int64)
+    pack_starts = starts(pack_lengths)
     length = seq_length * len(packs)
     padding = length - int(pack_starts[-1])
     documents = (sample_lengths if reset else pack_lengths).tolist()
@@ -120,7 +120,7 @@ def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[in
             except Exception as error:  # whatever a decoder raises on a broken file costs the sample, not the run
                 sample = int(shards.sample_of_tile(tile_ids[first : first + 1])[0])
                 failed.append(sample)
-                logger.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
+                log.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
     return torch.from_numpy(pixels), sorted(set(failed))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.errors import DataError
+from megatron_vita.data.rejects import refuse
 
 Role = Literal["system", "user", "assistant"]
 
@@ -75,19 +75,19 @@ class Sample:
         """
         turns = [m for m in self.messages if m.role != "system"]
         if any(m.role == "system" for m in self.messages[1:]) or not turns:
-            raise DataError(f"bad_order: {self.id}: a system turn may only come first, and some turn must follow")
+            raise refuse("bad_order", f"{self.id}: a system turn may only come first, and some turn must follow")
         for number, message in enumerate(turns):
             if message.role != ("user", "assistant")[number % 2]:
-                raise DataError(
-                    f"bad_order: {self.id}: turn {number + 1} is {message.role}; turns must alternate from user"
+                raise refuse(
+                    "bad_order", f"{self.id}: turn {number + 1} is {message.role}; turns must alternate from user"
                 )
             if not any(not isinstance(p, Text) or p.text.strip() for p in message.parts):
-                raise DataError(f"empty_turn: {self.id}: turn {number + 1} says nothing")
+                raise refuse("empty_turn", f"{self.id}: turn {number + 1} says nothing")
         for kind, media in ((Image, self.images), (Video, self.videos)):
             used = sorted(p.index for m in self.messages for p in m.parts if isinstance(p, kind))
             if used != list(range(len(media))):
-                raise DataError(
-                    f"media_count: {self.id}: {len(media)} {kind.__name__.lower()}s, but the turns refer to {used}"
+                raise refuse(
+                    "media_count", f"{self.id}: {len(media)} {kind.__name__.lower()}s, but the turns refer to {used}"
                 )
         if any(not isinstance(p, Text) for m in self.messages if m.role == "assistant" for p in m.parts):
-            raise DataError(f"media_count: {self.id}: a picture stands in an assistant turn")
+            raise refuse("media_count", f"{self.id}: a picture stands in an assistant turn")

@@ -20,7 +20,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,13 +35,13 @@ from megatron_vita.data.records import (
     SUFFIXES,
     TILE,
     GrowingTable,
-    Int64,
     file_info,
     sample_cost,
     starts,
 )
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.layout import Int64
 
 Int32 = npt.NDArray[np.int32]
 
@@ -95,9 +94,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._open:
             self.abort()
 

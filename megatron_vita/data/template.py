@@ -19,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_vita.data.sample import Image, Message, Text, Video
 from megatron_vita.errors import ConfigError
 
-MessageShape = tuple[str, tuple[Literal["text", "image", "video"], ...]]
+PartKind = Literal["text", "image", "video"]
+MessageShape = tuple[str, tuple[PartKind, ...]]
 """A message's role and the kinds of its parts."""
 
 _PLACEHOLDERS = {"<IMG_CONTEXT>": "image", "<video>": "video"}
@@ -41,7 +42,7 @@ class Piece:
 
 def shape_of(messages: tuple[Message, ...]) -> tuple[MessageShape, ...]:
     """Roles and part kinds: all that a skeleton depends on."""
-    kinds: dict[type, Literal["text", "image", "video"]] = {Text: "text", Image: "image", Video: "video"}
+    kinds: dict[type, PartKind] = {Text: "text", Image: "image", Video: "video"}
     return tuple((message.role, tuple(kinds[type(part)] for part in message.parts)) for message in messages)
 
 
@@ -106,7 +107,7 @@ class ChatTemplate:
         return tuple(self._parse(rendered, expected, shape))
 
     def _parse(
-        self, rendered: str, expected: list[tuple[int, int, Literal["text", "image", "video"]]], shape: Any
+        self, rendered: str, expected: list[tuple[int, int, PartKind]], shape: tuple[MessageShape, ...]
     ) -> list[Piece]:
         pieces: list[Piece] = []
         waiting = iter(expected)

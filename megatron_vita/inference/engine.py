@@ -26,6 +26,7 @@ from megatron_vita.convert import open_model
 from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import Example
 from megatron_vita.data.media import read_items
+from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tiling import render_tiles
@@ -115,7 +116,7 @@ class Engine:
         """
         sample.check()
         if sample.messages[-1].role != "user":
-            raise DataError(f"bad_order: {sample.id}: the last turn is an answer already; end with a question")
+            raise refuse("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")
         if (sample.images or sample.videos) and self.config.vision is None:
             raise ConfigError(
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
@@ -125,9 +126,10 @@ class Engine:
             sample, images, videos, tokenizer=self.tokenizer, spec=self.spec, generation_prompt=True
         )
         if len(example.tokens) >= self.config.max_position_embeddings:
-            raise DataError(
-                f"overlong: {sample.id}: a prompt of {len(example.tokens)} tokens, but the model handles "
-                f"{self.config.max_position_embeddings} with the answer"
+            raise refuse(
+                "overlong",
+                f"{sample.id}: a prompt of {len(example.tokens)} tokens, but the model handles "
+                f"{self.config.max_position_embeddings} with the answer. Shorten it, or show fewer pictures.",
             )
         side = self.spec.image_size
         tiles = np.zeros((len(example.tiles), 3, side, side), dtype=np.uint8)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_vita.config import DataConfig, ModelConfig, StageConfig, TrainConfig, VisionConfig
+from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.example import Example
-from megatron_vita.data.loader import PackLoader, RankCoords, StepBatches, check_compatible, mask_samples
+from megatron_vita.data.loader import PackLoader, RankCoords, StepBatches, mask_samples
 from megatron_vita.data.manifest import load_manifest
 from megatron_vita.errors import ConfigError
 

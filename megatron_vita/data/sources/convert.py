@@ -13,7 +13,7 @@ from megatron_vita.data.chat import clean_answers
 from megatron_vita.data.document import Document
 from megatron_vita.data.media import safe_path
 from megatron_vita.data.rejects import refuse
-from megatron_vita.data.sample import Image, MediaFile, Message, Part, Role, Sample, Text, Video
+from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS, Content, Draft
 from megatron_vita.data.sources.table import ROLES, Row
@@ -93,7 +93,7 @@ def _messages(draft: Draft) -> tuple[Message, ...]:
     for role, content in draft.turns:
         if role not in ROLES:
             raise refuse("bad_role", f"role {role!r} is not known.")
-        ours: Role = ROLES[role]  # type: ignore[assignment]
+        ours = ROLES[role]
         parts = _parts(content, ours, kinds, counts)
         if ours == "system" and not any(not isinstance(p, Text) or p.text.strip() for p in parts):
             continue  # an empty system turn says nothing and is none

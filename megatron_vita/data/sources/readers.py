@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -205,7 +205,7 @@ def _parse(text: bytes) -> dict[str, Any] | list[Any] | DataError:
     return record
 
 
-def _mapped(stream: Any) -> mmap.mmap:
+def _mapped(stream: BinaryIO) -> mmap.mmap:
     return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 

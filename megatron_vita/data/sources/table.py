@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
+from megatron_vita.data.sample import Role
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.mappers import MAPPERS
 from megatron_vita.data.sources.readers import KINDS
 from megatron_vita.errors import ConfigError
 
-ROLES: dict[str, str] = {
+ROLES: dict[str, Role] = {
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "system": "system", "developer": "system",
