@@ -209,15 +209,35 @@ def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
 def prepare_optimizer_for_load(optimizer: Any) -> None:
     """Let a distributed optimizer build the state dict that a checkpoint is read into. Call before asking for it.
 
-    Two defects of megatron-core 0.16.1 with torch's AdamW: `state_dict` asserts on an optimizer that never stepped
-    (distrib_optimizer.py:642), and the setter copies every entry of the state, `step` among them, which the checkpoint
-    does not hold per parameter, and copies without no_grad (:938-940). An optimizer that never stepped can only be
-    saved after this call too.
+    Two defects of megatron-core 0.16.1 with torch's AdamW: `state_dict` asserts on an optimizer without state
+    (distrib_optimizer.py:642): one that never stepped, or that has nothing to train on this rank (a pipeline stage
+    whose layers are all frozen); and the setter copies every entry of the state, `step` among them, which the checkpoint
+    does not hold per parameter, and copies without no_grad (:938-940). Such an optimizer can only be saved after this
+    call too.
     """
     for one in _plain_distributed_optimizers(optimizer):
         if not one.optimizer.state:
-            one._init_optimizer_states_with_dummy_values()
+            _give_first_state(one.optimizer)
+        if not one.optimizer.state:
+            one.state_dict = functools.partial(_state_dict_of_nothing, one)
         one._set_main_param_and_optimizer_states = functools.partial(_set_states_without_step, one)
+
+
+def _give_first_state(adam: torch.optim.Optimizer) -> None:
+    """What AdamW holds before its first step. (megatron-core's own way is a step without gradients, which is counted
+    and lets weight decay move the weights.)"""
+    for group in adam.param_groups:
+        for one in group["params"]:
+            if one.numel():
+                moments = {name: torch.zeros_like(one) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[one] = {"step": torch.tensor(0.0), **moments}
+
+
+def _state_dict_of_nothing(optimizer: Any) -> dict[str, Any]:
+    """DistributedOptimizer.state_dict for a rank without a parameter; what is saved of it comes from rank 0."""
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    kept = [{key: value for key, value in group.items() if key != "params"} | {"step": 0.0} for group in groups]
+    return {"optimizer": {"param_groups": kept}}
 
 
 def fix_optimizer_after_load(optimizer: Any) -> None:

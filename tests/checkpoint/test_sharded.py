@@ -90,6 +90,41 @@ def test_a_resumed_run_steps_as_the_uninterrupted_one(tmp_path: Path) -> None:
     run_ranks(2, _resume, str(tmp_path))
 
 
+def _save_before_the_first_step(root: str) -> None:
+    trainer = Trainer(stage(DP2))
+    trainer.schedule.step(1)  # as a step without labels does: the rate is up, the optimizer has not moved
+    before = {name: one.detach().clone() for name, one in trainer.models[0].named_parameters()}
+    run = state(trainer.stage, 1)
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    assert all(torch.equal(one, before[name]) for name, one in trainer.models[0].named_parameters())
+    trainer.step()
+    steps = {state["step"].item() for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()}
+    assert steps == {1.0}, "saving must not count as a step"
+
+
+def test_saving_an_optimizer_that_never_stepped_moves_nothing(tmp_path: Path) -> None:
+    run_ranks(2, _save_before_the_first_step, str(tmp_path))
+
+
+def _a_stage_without_anything_to_train(root: str) -> None:
+    frozen = {"freeze_vision_model": True, "freeze_language_model": True}
+    trainer = Trainer(stage(PP2, **frozen))
+    trainer.step()
+    run = state(trainer.stage, 1)
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    wanted = [trainer.step() for _ in range(2)]
+    destroy_groups()
+    for parallel in (PP2, DP2):
+        resumed = Trainer(stage(parallel, seed=9, **frozen))
+        checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.schedule)
+        torch.testing.assert_close([resumed.step() for _ in range(2)], wanted, rtol=1e-5, atol=0)
+        destroy_groups()
+
+
+def test_a_pipeline_stage_may_have_nothing_to_train(tmp_path: Path) -> None:
+    run_ranks(2, _a_stage_without_anything_to_train, str(tmp_path))
+
+
 def _refusals(root: str) -> None:
     settings = stage(TP2)
     groups = build_groups(TP2)

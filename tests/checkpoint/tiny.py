@@ -29,13 +29,15 @@ MODEL = ModelConfig(
 """The odd vocabulary is padded differently at TP 1 and TP 2."""
 
 
-def stage(parallel: ParallelConfig | None = None, *, model: ModelConfig = MODEL, seed: int = 1) -> StageConfig:
+def stage(
+    parallel: ParallelConfig | None = None, *, model: ModelConfig = MODEL, seed: int = 1, **train: Any
+) -> StageConfig:
     return StageConfig(
         name="tiny",
         model=model,
         parallel=parallel or ParallelConfig(),
         optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_warmup_fraction=0.0),
-        train=TrainConfig(seed=seed, train_iters=10),
+        train=TrainConfig(seed=seed, train_iters=10, **train),
     )
 
 
