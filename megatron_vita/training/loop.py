@@ -57,7 +57,7 @@ def train(session: Session, folder: Path) -> Path:
                     iteration=iteration,
                     loss=loss,
                     grad_norm=grad_norm,
-                    lr=session.optimizer.param_groups[0]["lr"],
+                    lr=session.schedule.get_lr({}),  # the stage's; the tower may have others
                     num_labels=step.num_labels,
                     num_tokens=stage.train.global_batch_size * stage.data.seq_length,
                     sample_ids=list(step.sample_ids),

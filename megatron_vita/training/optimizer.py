@@ -106,5 +106,8 @@ def _parameter_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverrid
             return "vision_model." in name and multiplier(name) == factor
 
         key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"tower_lr_{factor!r}", fn=has_factor))
-        overrides[key] = ParamGroupOverride(max_lr=settings.lr * factor, min_lr=settings.min_lr * factor)
+        # The schedule goes by max_lr and min_lr and does not read lr_mult. But on resume megatron-core 0.16.1 tells
+        # groups apart by their multipliers alone (optimizer.py:96) and would give one group's rates to all of them.
+        rates = {"max_lr": settings.lr * factor, "min_lr": settings.min_lr * factor, "lr_mult": factor}
+        overrides[key] = ParamGroupOverride(**rates)
     return overrides

@@ -54,7 +54,12 @@ def _changed(before: Path, after: Path) -> list[str]:
     return [name for name in first if first[name] != second[name]]
 
 
-LONG = {"train": {"train_iters": 6, "global_batch_size": 4}, "checkpoint": {"save_interval": 2}}
+LONG = {
+    "train": {"train_iters": 6, "global_batch_size": 4},
+    "checkpoint": {"save_interval": 2},
+    # the tower's layers have rates of their own: parameter groups that must find themselves again
+    "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9},
+}
 
 
 def _train_and_die(folder: Path, save: str, at: int) -> None:
