@@ -7,17 +7,12 @@ alone: chunks are fixed beforehand and their results are taken in order, whateve
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,12 +20,12 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_vita.data.compile import OVERLONG, ChunkResult, Entry, Rules, Worker, load_spooled
+from megatron_vita.data.compile import OVERLONG, Entry, Rules, load_spooled
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.packing import pack
+from megatron_vita.data.pool import Chunk, WorkerPool
 from megatron_vita.data.records import file_info
 from megatron_vita.data.sources.mix import MixFile, load_mix
-from megatron_vita.data.sources.readers import Places
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tokenizer import (
     IM_END,
@@ -137,7 +132,9 @@ def run(options: Options) -> Manifest:
 
 
 def _compile(options: Options, files: list[MixFile], tokenizer: VitaTokenizer, inputs: str, spool: Path) -> Manifest:
-    from megatron_vita.data.shards import ShardWriter  # imports torch: late, so that wrong settings are told at once
+    from megatron_vita.data.shard_writer import (
+        ShardWriter,  # imports torch: late, so that wrong settings are told at once
+    )
 
     chunks: list[Chunk] = []
     for number, file in enumerate(files):
@@ -156,7 +153,7 @@ def _compile(options: Options, files: list[MixFile], tokenizer: VitaTokenizer, i
     entries: list[tuple[int, Entry]] = []
     total = sum(len(places) for _, places in chunks)
     bar = tqdm(total=total, unit=" records", desc="compile", disable=not options.progress, mininterval=0.5)
-    with bar, _Pool(options.workers, (str(options.tokenizer), rules, files, spool)) as pool:
+    with bar, WorkerPool(options.workers, (str(options.tokenizer), rules, files, spool)) as pool:
         for (number, places), result in pool.map(chunks):
             count = counts[number]
             count.read += len(places)
@@ -292,99 +289,3 @@ class _Spool:
         stream = self._open[entry.spool]
         stream.seek(entry.offset)
         return stream.read(entry.size)
-
-
-Chunk = tuple[int, Places]
-
-_worker: Worker | None = None
-"""This process's Worker, in processes of the pool."""
-
-
-def _start_worker(arguments: tuple[str, Rules, list[MixFile], Path]) -> None:
-    global _worker  # a process of the pool is one worker and nothing else
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Worker(*arguments)
-
-
-def _run_chunk(chunk: Chunk) -> ChunkResult:
-    assert _worker is not None
-    return _worker.run(*chunk)
-
-
-class _Pool:
-    """Maps chunks in order over processes; with one worker, in this process.
-
-    A decoder may crash on a broken file and take its process along. Then the chunk waited for is done again
-    alone, halved until the record that kills its process is found, and that is refused as media_crash. (With one worker
-    nothing can be caught.)
-    """
-
-    def __init__(self, workers: int, arguments: tuple[str, Rules, list[MixFile], Path]) -> None:
-        self._workers, self._arguments = workers, arguments
-        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-        self._local: Worker | None = None
-
-    def __enter__(self) -> _Pool:
-        if self._workers == 1:
-            self._local = Worker(*self._arguments)
-        else:
-            self._executor = self._start(self._workers)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._local is not None:
-            self._local.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, workers: int) -> concurrent.futures.ProcessPoolExecutor:
-        # spawn: this process may hold threads (tokenizers, torch), which a fork would copy in the middle of their work
-        return concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _start_worker, (self._arguments,)
-        )
-
-    def map(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkResult]]:
-        if self._local is not None:
-            for chunk in chunks:
-                yield chunk, self._local.run(*chunk)
-            return
-        assert self._executor is not None
-        waiting = iter(chunks)
-        running: deque[tuple[Chunk, concurrent.futures.Future[ChunkResult]]] = deque()
-        while True:
-            for chunk in itertools.islice(waiting, 4 * self._workers - len(running)):
-                running.append((chunk, self._executor.submit(_run_chunk, chunk)))
-            if not running:
-                return
-            chunk, future = running[0]
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                self._executor.shutdown(wait=True, cancel_futures=True)
-                result = self._alone(chunk)
-                self._executor = self._start(self._workers)
-                rest = [again for again, _ in list(running)[1:]]
-                running = deque([(chunk, future)])
-                running.extend((again, self._executor.submit(_run_chunk, again)) for again in rest)
-            running.popleft()
-            yield chunk, result
-
-    def _alone(self, chunk: Chunk) -> ChunkResult:
-        """A chunk in a process of its own; where that dies too, each of its records in one of its own."""
-        number, places = chunk
-        with self._start(1) as executor:
-            try:
-                return executor.submit(_run_chunk, chunk).result()
-            except BrokenProcessPool:
-                if len(places) == 1:
-                    line = int(places[0, 0])
-                    return ChunkResult(rejects=[(line, "media_crash", "decoding its media killed the process.")])
-        out = ChunkResult()
-        half = len(places) // 2
-        for part in (places[:half], places[half:]):
-            result = self._alone((number, part))
-            out.entries += result.entries
-            out.rejects += result.rejects
-            out.shortened += result.shortened
-            out.cleaned += result.cleaned
-        return out

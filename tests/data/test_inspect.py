@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron_vita.data import inspect
 from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.manifest import SourceCounts, TokenizerInfo
-from megatron_vita.data.shards import ShardSet, ShardWriter
+from megatron_vita.data.shard_writer import ShardWriter
+from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import REQUIRED_TOKENS, VitaTokenizer
 
 

@@ -18,12 +18,13 @@ import pytest
 from kit import picture, tokenizer_folder
 from PIL import Image as Pil
 
-from megatron_vita.data import preprocess
+from megatron_vita.data import pool
 from megatron_vita.data.chat import build_example
 from megatron_vita.data.compile import ChunkResult, Compiler, Entry, Rules
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.manifest import Manifest
 from megatron_vita.data.media import read_items
+from megatron_vita.data.pool import WorkerPool
 from megatron_vita.data.preprocess import Options, run
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.shards import ShardSet
@@ -198,7 +199,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_set_whole(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_vita.data.shards.ShardWriter.add_pack", fail)
+    monkeypatch.setattr("megatron_vita.data.shard_writer.ShardWriter.add_pack", fail)
     with pytest.raises(KeyboardInterrupt):
         run(options(world, prefix, seed=9))
     assert digests(prefix) == before
@@ -337,16 +338,16 @@ class _Crashing:
 
 
 def _start_crashing(_: object) -> None:
-    preprocess._worker = _Crashing()  # type: ignore[assignment]
+    pool._worker = _Crashing()  # type: ignore[assignment]
 
 
 def test_a_record_that_kills_its_process_is_refused_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "_start_worker", _start_crashing)
-    fork = preprocess.multiprocessing.get_context("fork")  # so that the replaced functions reach the processes
-    monkeypatch.setattr(preprocess.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(pool, "_start_worker", _start_crashing)
+    fork = pool.multiprocessing.get_context("fork")  # so that the replaced functions reach the processes
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: fork)
     places = np.stack([np.arange(1, 17), np.zeros(16, int), np.zeros(16, int)], axis=1)
     chunks = [(0, places[start : start + 4]) for start in range(0, 16, 4)]
-    with preprocess._Pool(2, ("", None, [], Path())) as pool:  # type: ignore[arg-type]
-        results = [result for _, result in pool.map(chunks)]
+    with WorkerPool(2, ("", None, [], Path())) as crashing:  # type: ignore[arg-type]
+        results = [result for _, result in crashing.map(chunks)]
     assert [entry.line for result in results for entry in result.entries] == [n for n in range(1, 17) if n != 5]
     assert [(line, code) for result in results for line, code, _ in result.rejects] == [(5, "media_crash")]

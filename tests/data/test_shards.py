@@ -15,7 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.manifest import Reject, SourceCounts, load_manifest
 from megatron_vita.data.records import SUFFIXES, sample_cost
-from megatron_vita.data.shards import ShardSet, ShardWriter
+from megatron_vita.data.shard_writer import ShardWriter
+from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError, DataError
 
 
