@@ -211,9 +211,9 @@ def prepare_optimizer_for_load(optimizer: Any) -> None:
 
     Two defects of megatron-core 0.16.1 with torch's AdamW: `state_dict` asserts on an optimizer without state
     (distrib_optimizer.py:642): one that never stepped, or that has nothing to train on this rank (a pipeline stage
-    whose layers are all frozen); and the setter copies every entry of the state, `step` among them, which the checkpoint
-    does not hold per parameter, and copies without no_grad (:938-940). Such an optimizer can only be saved after this
-    call too.
+    whose layers are all frozen). And the setter copies every entry of the state, `step` among them, which the
+    checkpoint does not hold per parameter, and copies without no_grad (:938-940). Such an optimizer can only be saved
+    after this call too.
     """
     for one in _plain_distributed_optimizers(optimizer):
         if not one.optimizer.state:

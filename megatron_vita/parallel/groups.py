@@ -130,7 +130,6 @@ def destroy_groups() -> None:
 
     megatron-core's own destroy_model_parallel only forgets them: after five layouts 89 were still alive.
     """
-    global _alone
     from megatron.core import parallel_state
 
     if dist.is_initialized():
@@ -140,6 +139,17 @@ def destroy_groups() -> None:
         for group in groups + ([_alone] if _alone is not None else []):
             if dist.distributed_c10d._world.pg_map.get(group) is not None:
                 dist.destroy_process_group(group)
+    forget_groups()
+
+
+def forget_groups() -> None:
+    """What a rank does instead that failed, perhaps alone: waiting for the others, who wait for it, would hang all.
+
+    The torch groups live until the process ends, which breaks the others' collectives.
+    """
+    global _alone
+    from megatron.core import parallel_state
+
     _alone = None
     parallel_state.destroy_model_parallel()
 

@@ -18,7 +18,7 @@ from megatron_vita.data.shards import ShardSet
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
-from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training.optimizer import build_optimizer
 
 
@@ -60,7 +60,8 @@ class Session(Parts):
         return PackLoader(self.stage.data, self.stage.train, coords, consumed_packs=consumed, valid=valid)
 
     def close(self) -> None:
-        """Free the model and its process groups, so that the next stage can be laid out anew."""
+        """Free the model and its process groups, so that the next stage can be laid out anew. Every rank calls it; one
+        that failed calls forget_groups instead."""
         self.models, self.wrapped = [], []
         self.optimizer = self.schedule = None
         gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
@@ -83,7 +84,7 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
             state = _fresh_state(stage)
         return Session(**vars(parts), stage=stage, state=state)
     except BaseException:
-        destroy_groups()
+        forget_groups()
         raise
 
 

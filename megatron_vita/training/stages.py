@@ -19,7 +19,7 @@ from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
-from megatron_vita.parallel.groups import init_distributed
+from megatron_vita.parallel.groups import forget_groups, init_distributed
 from megatron_vita.training.loop import train
 from megatron_vita.training.setup import open_session
 
@@ -115,9 +115,12 @@ def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(settings, encoding="utf-8")
-        return train(session, folder)
-    finally:
-        session.close()
+        saved = train(session, folder)
+    except BaseException:
+        forget_groups()
+        raise
+    session.close()
+    return saved
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from megatron_vita import checkpoint
+from megatron_vita.data.loader import PackLoader, StepBatches
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.training import ledger as ledgers
 from megatron_vita.training.stages import run_stages
@@ -133,6 +135,26 @@ def _other_settings(folder: Path) -> None:
 
 def test_a_run_with_other_settings_is_not_continued_in_silence(folder: Path) -> None:
     run_ranks(1, _other_settings, folder)
+
+
+def _one_rank_fails(folder: Path) -> None:
+    read, rank = PackLoader.__next__, dist.get_rank()
+
+    def failing(self: PackLoader) -> StepBatches:
+        step = read(self)
+        if rank == 1 and step.consumed_packs > 4:
+            raise DataError("rank 1 alone cannot read on")
+        return step
+
+    # rank 1 must say so at once and end; its end is what ends rank 0, which waits for it in a collective
+    error, words = (DataError, "rank 1 alone") if rank == 1 else (RuntimeError, "")
+    with mock.patch.object(PackLoader, "__next__", failing), pytest.raises(error, match=words):
+        train(folder, "one_fails", stages=STAGES[1:2])
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_ends_the_run(folder: Path) -> None:
+    run_ranks(2, _one_rank_fails, folder)
 
 
 @pytest.mark.slow
