@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import multiprocessing
 import os
 from collections import deque
@@ -38,7 +37,7 @@ def _run_chunk(chunk: Chunk) -> ChunkResult:
 class WorkerPool:
     """Maps chunks in order over processes; with one worker, in this process.
 
-    A decoder may crash on a broken file and take its process along. Then the chunk waited for is done again
+    A decoder may crash on a broken file and take its process along. Then the first chunk without a result is done again
     alone, halved until the record that kills its process is found, and that is refused as media_crash. (With one worker
     nothing can be caught.)
     """
@@ -68,33 +67,32 @@ class WorkerPool:
         )
 
     def map(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkResult]]:
+        """Every chunk with its result, in order; a few for each process are submitted ahead."""
         if self._local is not None:
             for chunk in chunks:
                 yield chunk, self._local.run(*chunk)
             return
         assert self._executor is not None
-        waiting = iter(chunks)
+        waiting = deque(chunks)
         running: deque[tuple[Chunk, concurrent.futures.Future[ChunkResult]]] = deque()
-        while True:
-            for chunk in itertools.islice(waiting, 4 * self._workers - len(running)):
-                running.append((chunk, self._executor.submit(_run_chunk, chunk)))
-            if not running:
-                return
-            chunk, future = running[0]
+        while waiting or running:
             try:
-                result = future.result()
-            except BrokenProcessPool:
+                while waiting and len(running) < 4 * self._workers:
+                    running.append((waiting[0], self._executor.submit(_run_chunk, waiting[0])))
+                    waiting.popleft()
+                chunk, result = running[0][0], running[0][1].result()
+                running.popleft()
+            except BrokenProcessPool:  # when a result is asked for, or already when a chunk is submitted
                 self._executor.shutdown(wait=True, cancel_futures=True)
+                waiting.extendleft(again for again, _ in reversed(running))
+                running.clear()
+                chunk = waiting.popleft()
                 result = self._alone(chunk)
                 self._executor = self._start(self._workers)
-                rest = [again for again, _ in list(running)[1:]]
-                running = deque([(chunk, future)])
-                running.extend((again, self._executor.submit(_run_chunk, again)) for again in rest)
-            running.popleft()
             yield chunk, result
 
     def _alone(self, chunk: Chunk) -> ChunkResult:
-        """A chunk in a process of its own; where that dies too, each of its records in one of its own."""
+        """A chunk in a process of its own; where that dies too, its halves, down to the one record that kills it."""
         number, places = chunk
         with self._start(1) as executor:
             try:

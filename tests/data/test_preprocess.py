@@ -341,13 +341,22 @@ def _start_crashing(_: object) -> None:
     pool._worker = _Crashing()  # type: ignore[assignment]
 
 
-def test_a_record_that_kills_its_process_is_refused_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["while one waits for it", "before more is submitted"])
+def test_a_record_that_kills_its_process_is_refused_and_no_other(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     monkeypatch.setattr(pool, "_start_worker", _start_crashing)
     fork = pool.multiprocessing.get_context("fork")  # so that the replaced functions reach the processes
     monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: fork)
-    places = np.stack([np.arange(1, 17), np.zeros(16, int), np.zeros(16, int)], axis=1)
-    chunks = [(0, places[start : start + 4]) for start in range(0, 16, 4)]
+    records = 48 if late else 16  # more chunks than are submitted ahead, or fewer
+    places = np.stack([np.arange(1, records + 1), *np.zeros((2, records), int)], axis=1)
+    chunks = [(0, places[start : start + 4]) for start in range(0, records, 4)]
     with WorkerPool(2, ("", None, [], Path())) as crashing:  # type: ignore[arg-type]
-        results = [result for _, result in crashing.map(chunks)]
-    assert [entry.line for result in results for entry in result.entries] == [n for n in range(1, 17) if n != 5]
+        stream = crashing.map(chunks)
+        results = [next(stream)[1]]
+        if late:
+            assert crashing._executor is not None
+            crashing._executor._executor_manager_thread.join()  # it ends once it has seen the process die
+        results += [result for _, result in stream]
+    assert [entry.line for result in results for entry in result.entries] == [
+        line for line in range(1, records + 1) if line != 5
+    ]
     assert [(line, code) for result in results for line, code, _ in result.rejects] == [(5, "media_crash")]
