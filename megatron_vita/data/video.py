@@ -31,6 +31,11 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 PNG_MOST_PIXELS = 64 * 64
 """Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
 
+_CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,apng,m4v,h264,hevc,ivf,nut,dv,rm,mjpeg,wtv,mxf"
+"""ffmpeg's names of the formats that are opened: such as hold the pictures themselves."""
+_PLAYLISTS = (b"#EXT", b"ffconcat", b"<", b"v=0", b"[")
+"""How playlists begin (HLS, concat, DASH, SDP): they name further files, and a dataset's must stay in its folder."""
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -121,7 +126,7 @@ class _PyAv(VideoFile):
     def __init__(self, name: str, source: Any) -> None:
         import av
 
-        self._container = av.open(source)
+        self._container = av.open(source, container_options={"format_whitelist": _CONTAINERS})
         if not self._container.streams.video:
             raise refuse("video_broken", f"{name}: no video stream in it.")
         self._stream = self._container.streams.video[0]
@@ -192,6 +197,8 @@ def open_video(file: MediaFile, backend: str = "auto") -> VideoFile:
     def source() -> Any:
         return io.BytesIO(file.data) if file.data is not None else file.path
 
+    if _head(file).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(_PLAYLISTS):
+        raise refuse("video_broken", f"{name}: a playlist of other files, no video. Give the video itself.")
     openers: dict[str, list[Callable[[], VideoFile]]] = {
         "decord": [lambda: _Decord(name, source())],
         "pyav": [lambda: _PyAv(name, source())],
@@ -212,6 +219,16 @@ def open_video(file: MediaFile, backend: str = "auto") -> VideoFile:
         except Exception as error:  # both libraries have their own base errors
             reason = _first_line(error)
     raise refuse("video_broken", f"{name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
+
+
+def _head(file: MediaFile) -> bytes:
+    if file.data is not None:
+        return file.data[:64]
+    try:
+        with open(file.path or "", "rb") as stream:
+            return stream.read(64)
+    except OSError as error:
+        raise refuse("media_missing", f"{file.path} cannot be read ({error.strerror}).") from None
 
 
 def encode_frame(picture: Image.Image) -> MediaItem:

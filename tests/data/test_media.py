@@ -229,6 +229,18 @@ def test_broken_videos_are_data_errors(tmp_path: Path) -> None:
         open_video(MediaFile(path=str(tmp_path / "empty")))
 
 
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_playlists_are_refused_for_they_lead_out_of_the_media_root(tmp_path: Path, backend: str) -> None:
+    secret = make_video(tmp_path / "secret.ts", [20] * 3)
+    hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\n{secret}\n#EXT-X-ENDLIST\n"
+    for name, text in (("a.m3u8", hls), ("a.mp4", hls), ("b.mp4", "ffconcat version 1.0\nfile secret.ts\n")):
+        path = tmp_path / "root" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        with pytest.raises(DataError, match="video_broken: .*playlist"):
+            open_video(MediaFile(path=str(path)), backend)
+
+
 def test_read_items(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", [20] * 12)
     (tmp_path / "p.png").write_bytes(picture(30, 20))
