@@ -61,75 +61,81 @@ def fill(lengths: Sequence[int] | npt.NDArray[np.integer], packs: Sequence[Seque
     return float(np.sum(np.asarray(lengths, dtype=np.int64))) / (len(packs) * capacity) if packs else 1.0
 
 
+class _FreeSpace:
+    """How much room the packs have left: runs of packs by free space, with an index that finds the tightest fit."""
+
+    def __init__(self, capacity: int) -> None:
+        self._runs: dict[int, list[tuple[int, int]]] = {}  # free space -> (first pack, packs)
+        self._leaves = [0] * (capacity // _WORD + 1)  # bit r % _WORD of leaf r // _WORD: some pack has r tokens free
+        self._summary = 0  # bit i: leaf i is not zero
+
+    def tightest(self, value: int) -> int | None:
+        """The least free space of at least `value` that some pack has: the lowest set bit there or above."""
+        leaf = value // _WORD
+        word = self._leaves[leaf] >> value % _WORD
+        if word:
+            return value + (word & -word).bit_length() - 1
+        above = self._summary >> (leaf + 1)
+        if not above:
+            return None
+        leaf += (above & -above).bit_length()
+        word = self._leaves[leaf]
+        return leaf * _WORD + (word & -word).bit_length() - 1
+
+    def take(self, space: int) -> tuple[int, int]:
+        """A run (first pack, packs) that has exactly this free space; it is no longer listed."""
+        runs = self._runs[space]
+        run = runs.pop()
+        if not runs:
+            del self._runs[space]
+            leaf = space // _WORD
+            self._leaves[leaf] ^= 1 << space % _WORD
+            if not self._leaves[leaf]:
+                self._summary ^= 1 << leaf
+        return run
+
+    def put(self, space: int, first: int, packs: int) -> None:
+        """List a run of packs with this free space; full packs, and no packs, are not listed."""
+        if not space or not packs:
+            return
+        if space not in self._runs:
+            self._runs[space] = []
+            leaf = space // _WORD
+            self._leaves[leaf] |= 1 << space % _WORD
+            self._summary |= 1 << leaf
+        self._runs[space].append((first, packs))
+
+
 def _best_fit(values: list[int], counts: list[int], capacity: int) -> list[tuple[int, int, int]]:
     """Assign items, longest length first, to numbered packs.
 
     Returns:
         Runs (first pack, packs, items for each of them), which consume the items in the order of `values`.
     """
-    free: list[list[tuple[int, int]] | None] = [None] * capacity  # free space -> runs (first pack, packs) that have it
-    leaves = [0] * (capacity // _WORD + 1)  # bit r % _WORD of leaf r // _WORD: some pack has r tokens free
-    summary = 0  # bit i: leaf i is not zero
+    free = _FreeSpace(capacity)
     runs: list[tuple[int, int, int]] = []
     num_packs = 0
     for value, count in zip(values, counts, strict=True):
         while count:
-            # The tightest pack that still takes the item: the lowest set bit at or above `value`.
-            leaf = value // _WORD
-            word = leaves[leaf] >> value % _WORD
-            if word:
-                space = value + (word & -word).bit_length() - 1
-            else:
-                above = summary >> (leaf + 1)
-                if above:
-                    leaf += (above & -above).bit_length()
-                    word = leaves[leaf]
-                    space = leaf * _WORD + (word & -word).bit_length() - 1
-                else:
-                    space = capacity
-            if space == capacity:
-                each = capacity // value
+            space = free.tightest(value)
+            if space is None:  # new packs for all that is left of this length
+                space = capacity
+                each = space // value
                 first, size = num_packs, -(-count // each)
                 num_packs += size
             else:
                 each = space // value  # the pack just filled is the tightest again, so it takes all it can
-                same = free[space]
-                assert same is not None
-                first, size = same.pop()
-                if not same:
-                    free[space] = None
-                    leaves[leaf] ^= 1 << space % _WORD
-                    if not leaves[leaf]:
-                        summary ^= 1 << leaf
-            full, rest = divmod(count, each)
-            full = min(full, size)
-            pieces = [(first, full, each)] if full else []
-            if full < size and full * each < count:
-                pieces.append((first + full, 1, rest))
-            taken = 0
-            for start, number, items in pieces:
-                runs.append((start, number, items))
-                taken += number
-                count -= number * items
-                left = space - items * value
-                if left:
-                    same = free[left]
-                    if same is None:
-                        free[left] = [(start, number)]
-                        if not leaves[left // _WORD]:
-                            summary |= 1 << left // _WORD
-                        leaves[left // _WORD] |= 1 << left % _WORD
-                    else:
-                        same.append((start, number))
-            if taken < size:
-                same = free[space]
-                if same is None:
-                    free[space] = [(first + taken, size - taken)]
-                    if not leaves[space // _WORD]:
-                        summary |= 1 << space // _WORD
-                    leaves[space // _WORD] |= 1 << space % _WORD
-                else:
-                    same.append((first + taken, size - taken))
+                first, size = free.take(space)
+            filled = min(count // each, size)
+            pieces = [(filled, each)]
+            if filled < size:
+                pieces.append((1, count - filled * each))  # what is left does not fill the next pack
+            for packs, items in pieces:
+                if packs and items:
+                    runs.append((first, packs, items))
+                    free.put(space - items * value, first, packs)
+                    first, size, count = first + packs, size - packs, count - packs * items
+            free.put(space, first, size)  # packs of the run that got nothing
     return runs
 
 
