@@ -237,7 +237,7 @@ def test_playlists_are_refused_for_they_lead_out_of_the_media_root(tmp_path: Pat
         path = tmp_path / "root" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        with pytest.raises(DataError, match="video_broken: .*playlist"):
+        with pytest.raises(DataError, match=r"video_broken: .*playlist"):
             open_video(MediaFile(path=str(path)), backend)
 
 
