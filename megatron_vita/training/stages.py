@@ -16,6 +16,7 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.data.compatible import check_compatible
+from megatron_vita.data.manifest import load_manifest
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
@@ -133,7 +134,7 @@ def _before_training() -> Iterator[None]:
 
 
 def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None) -> None:
-    """A checkpoint of other settings must not be continued in silence.
+    """A checkpoint of other settings or other shards must not be continued in silence.
 
     Raises:
         ConfigError: naming every setting that differs.
@@ -144,6 +145,9 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
         for name, value in now.items()
         if then.get(name) != value and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
     ]
+    digest = load_manifest(stage.data.data_path).digest
+    if state.manifest_digest not in (None, digest):  # the same name, but other packs in another order
+        differing.append(f"the digest of the shards {stage.data.data_path} was {state.manifest_digest} and is {digest}")
     if differing:
         raise ConfigError(
             f"{found} belongs to a run with other settings ({'; '.join(differing)}). Choose another checkpoint.save, "

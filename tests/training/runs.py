@@ -54,10 +54,10 @@ STAGES: tuple[dict[str, Any], ...] = (
 """The quickstart's four stages: data, tensor and sequence, pipeline, context parallel."""
 
 
-def make_shards(folder: Path, *, broken: int | None = None) -> None:
+def make_shards(folder: Path, *, broken: int | None = None, seed: int = 3) -> None:
     """Tokenizer and shards under `folder`; the pictures of Example `broken`, if given, do not decode."""
     tokenizer = VitaTokenizer.load(tokenizer_folder(folder / "tokenizer"))
-    examples = packed.examples(40, seed=3)
+    examples = packed.examples(40, seed=seed)
     if broken is not None:
         one = examples[broken]
         assert one.media, "choose an Example with pictures"

@@ -137,6 +137,19 @@ def test_a_run_with_other_settings_is_not_continued_in_silence(folder: Path) -> 
     run_ranks(1, _other_settings, folder)
 
 
+def _other_shards(folder: Path) -> None:
+    stages = alone(STAGES[:1])
+    run_stages(recipe(folder, "made_anew", stages))
+    make_shards(folder, seed=4)
+    with pytest.raises(ConfigError, match=r"digest of the shards .*train was \w+ and is \w+"):
+        run_stages(recipe(folder, "made_anew", stages))
+
+
+def test_a_run_is_not_continued_on_shards_that_were_made_anew(tmp_path: Path) -> None:
+    make_shards(tmp_path)
+    run_ranks(1, _other_shards, tmp_path)
+
+
 def _one_rank_fails(folder: Path) -> None:
     read, rank = PackLoader.__next__, dist.get_rank()
 
