@@ -1,4 +1,4 @@
-"""Reading config.json: what is missing, mistyped or unsupported is refused by name."""
+"""JSON files of a Hugging Face folder: what is missing, mistyped or unsupported is refused by name."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: does not hold a JSON object. Download it again.")
     return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object as publishers lay it out."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def integer(config: Mapping[str, Any], key: str, where: str) -> int:

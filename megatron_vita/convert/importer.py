@@ -76,7 +76,7 @@ def import_parts(
             language = _Grown(language, rows)
         dtype = language.dtype("language_model.decoder.final_layernorm.weight")
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
-        spec = PreprocessSpec(image_size=tower.image_size, patch_size=tower.patch_size, image_norm=tower.image_norm)
+        spec = PreprocessSpec.for_tower(tower)
         return _write(output, model, parts, spec, folder, {"llm": str(llm), "vision": str(vision)}, seed)
 
 

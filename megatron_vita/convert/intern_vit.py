@@ -163,8 +163,8 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
         rename(our + "conv1.weight", f"{prefix}{names.patch}.weight", (width, 3, side, side)),
         rename(our + "conv1.bias", f"{prefix}{names.patch}.bias", (width,)),
     ]
-    for number_ in range(vision.num_layers):
-        ours, theirs = f"{our}decoder.layers.{number_}.", prefix + names.layer.format(n=number_)
+    for layer in range(vision.num_layers):
+        ours, theirs = f"{our}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
         for kind, columns in (("weight", width), ("bias", None)):
             target = f"{ours}self_attention.linear_qkv.{kind}"
             if names.joint:
@@ -175,12 +175,12 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
                 table.append(
                     grouped_qkv(target, parts, heads=heads, groups=heads, head_dim=width // heads, columns=columns)
                 )
-            for one, two, rows, columns_ in (
+            for one, two, rows, inputs in (
                 ("self_attention.linear_proj", names.proj, width, width),
                 ("mlp.linear_fc1", "mlp.fc1", inner, width),
                 ("mlp.linear_fc2", "mlp.fc2", width, inner),
             ):
-                shape = (rows, columns_) if kind == "weight" else (rows,)
+                shape = (rows, inputs) if kind == "weight" else (rows,)
                 table.append(rename(f"{ours}{one}.{kind}", f"{theirs}{two}.{kind}", shape))
             for one, two in (
                 ("self_attention.linear_qkv.layer_norm", names.norm1),

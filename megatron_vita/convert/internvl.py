@@ -75,10 +75,12 @@ def check_exportable(model: ModelConfig) -> None:
     """Refuse a model that their classes cannot hold.
 
     Raises:
-        CheckpointError: no tower, a projector wider than the decoder, or another epsilon in its LayerNorm.
+        CheckpointError: no tower, a decoder that is not Qwen2's, or a projector wider than the decoder or with another
+            epsilon in its LayerNorm.
     """
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
+    qwen2.check_exportable(model)
     if model.projector_width > model.hidden_size:
         raise CheckpointError(
             f"the projector's inner width {model.projector_width} exceeds the decoder's {model.hidden_size}, and that "

@@ -42,9 +42,14 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Refuse a model whose projector is not theirs: no biases, as wide as the tower."""
+    """Refuse a model that is not a Qwen2 with their projector: no biases, as wide as the tower.
+
+    Raises:
+        CheckpointError: saying what differs.
+    """
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
+    qwen2.check_exportable(model)
     if model.projector.bias or model.projector_width != model.vision.hidden_size:
         raise CheckpointError(
             f"Long-VITA's projector has no biases and the tower's width {model.vision.hidden_size}; this one has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +140,12 @@ def _preprocess(folder: Path, model: ModelConfig) -> PreprocessSpec:
     try:
         if (folder / SIDECAR).is_file():
             return PreprocessSpec.from_dict(read_json(folder / SIDECAR)["preprocess"])
-        side: dict[str, Any] = {"image_size": model.vision.image_size, "patch_size": model.vision.patch_size}
+        default = PreprocessSpec.for_tower(model.vision)
         if not (folder / "preprocessor_config.json").is_file():
-            return PreprocessSpec(**side)
+            return default
         values = read_json(folder / "preprocessor_config.json")
-        default = PreprocessSpec()
-        return PreprocessSpec(
-            **side,
+        return dataclasses.replace(
+            default,
             image_norm=_norm_name(values, folder),
             min_tiles=int(values.get("min_patches", default.min_tiles)),
             max_tiles=int(values.get("max_patches", default.max_tiles)) if values.get("crop_to_patches", True) else 1,

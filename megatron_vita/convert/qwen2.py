@@ -95,6 +95,19 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
     }
 
 
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse a decoder that Qwen2's classes cannot hold.
+
+    Raises:
+        CheckpointError: it has no query, key and value biases.
+    """
+    if not model.add_qkv_bias:
+        raise CheckpointError(
+            "the decoder has no query, key and value biases, which Qwen2 always has: it cannot be exported. "
+            "Train with model.add_qkv_bias."
+        )
+
+
 def rules(model: ModelConfig, body: str = BODY, head: str = HEAD) -> list[Rule]:
     """Every tensor of the decoder. A tied head has no rule: it is the embedding.
 
@@ -109,8 +122,8 @@ def rules(model: ModelConfig, body: str = BODY, head: str = HEAD) -> list[Rule]:
             "language_model.embedding.word_embeddings.weight", body + "embed_tokens.weight", (model.vocab_size, width)
         )
     ]
-    for number_ in range(model.num_layers):
-        ours, theirs = f"language_model.decoder.layers.{number_}.", f"{body}layers.{number_}."
+    for layer in range(model.num_layers):
+        ours, theirs = f"language_model.decoder.layers.{layer}.", f"{body}layers.{layer}."
         table.append(
             rename(ours + "self_attention.linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (width,))
         )

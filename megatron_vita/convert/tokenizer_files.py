@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.folder import TOKENIZER_FILES
-from megatron_vita.convert.hf_config import read_json
-from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, IMG, IMG_CONTEXT, IMG_END, VIDEO, VITA_TOKENS
+from megatron_vita.convert.hf_config import read_json, write_json
+from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, NAMED_TOKENS, VITA_TOKENS
 from megatron_vita.errors import CheckpointError
-
-NAMED_TOKENS = {
-    "start_image_token": IMG,
-    "end_image_token": IMG_END,
-    "context_image_token": IMG_CONTEXT,
-    "video_token": VIDEO,
-}
-"""What transformers' InternVL processor asks its tokenizer for by name."""
-_TEMPLATE = Path(__file__).resolve().parent.parent / "data" / "chat_template.jinja"
 
 
 def special_ids(folder: Path) -> dict[str, int]:
@@ -60,12 +49,12 @@ def with_vision_tokens(source: Path, target: Path) -> int:
             (target / name).unlink(missing_ok=True)
     template = target / "chat_template.jinja"
     if not template.is_file() or IMG_CONTEXT not in template.read_text(encoding="utf-8"):
-        shutil.copyfile(_TEMPLATE, template)
+        shutil.copyfile(DEFAULT_TEMPLATE, template)
     config = _tokenizer_config(target)
     config["extra_special_tokens"] = NAMED_TOKENS
     config.pop("chat_template", None)
     config.pop("added_tokens_decoder", None)
-    _write(target / "tokenizer_config.json", config)
+    write_json(target / "tokenizer_config.json", config)
     return _rows(target)
 
 
@@ -93,7 +82,7 @@ def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, in
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not (target / "chat_template.jinja").is_file():
-        shutil.copyfile(_TEMPLATE, target / "chat_template.jinja")
+        shutil.copyfile(DEFAULT_TEMPLATE, target / "chat_template.jinja")
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": IM_END,
@@ -103,24 +92,17 @@ def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, in
     if vision:
         config["extra_special_tokens"] = NAMED_TOKENS
         config["processor_class"] = "InternVLProcessor"
-    _write(target / "tokenizer_config.json", config)
+    write_json(target / "tokenizer_config.json", config)
     return ids
 
 
 def _rows(folder: Path) -> int:
-    values: Mapping[str, Any] = read_json(folder / "tokenizer.json")
-    ids = (
-        [*(values.get("model", {}).get("vocab", {}) or {}).values()]
-        if isinstance(values.get("model", {}).get("vocab"), dict)
-        else []
-    )
-    return max([*ids, *special_ids(folder).values()], default=-1) + 1
+    """Rows an embedding needs for every id of a tokenizer folder."""
+    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
+    plain = vocabulary.values() if isinstance(vocabulary, dict) else ()  # other kinds of models list pairs
+    return max([*plain, *special_ids(folder).values()], default=-1) + 1
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vita.config import IMAGE_NORMS, LAYOUTS
+from megatron_vita.config import IMAGE_NORMS, LAYOUTS, VisionConfig
 from megatron_vita.errors import ConfigError
 
 
@@ -48,6 +48,11 @@ class PreprocessSpec:
     def tokens_per_tile(self) -> int:
         """Context tokens of one tile: (image_size / patch_size / 2) squared."""
         return (self.image_size // self.patch_size // 2) ** 2
+
+    @classmethod
+    def for_tower(cls, vision: VisionConfig) -> PreprocessSpec:
+        """What a tower asks for, where nothing was trained yet that could say more."""
+        return cls(image_size=vision.image_size, patch_size=vision.patch_size, image_norm=vision.image_norm)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -27,8 +27,17 @@ VITA_TOKENS = (
 REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END, IMG, IMG_END, IMG_CONTEXT, VIDEO)
 """Without these no conversation with pictures can be written down; `long_vita` needs the others as well."""
 
+NAMED_TOKENS = {
+    "start_image_token": IMG,
+    "end_image_token": IMG_END,
+    "context_image_token": IMG_CONTEXT,
+    "video_token": VIDEO,
+}
+"""What transformers' InternVL processor asks its tokenizer for by name."""
+DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""The package's own chat template: ChatML, no default system turn."""
+
 _CACHED_CHARACTERS = 48
-_DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 class VitaTokenizer:
@@ -77,7 +86,7 @@ class VitaTokenizer:
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise ConfigError(f"{file}: not a tokenizer that can be read: {error}") from None
         jinja = file.parent / "chat_template.jinja"
-        template = (jinja if jinja.is_file() else _DEFAULT_TEMPLATE).read_text(encoding="utf-8")
+        template = (jinja if jinja.is_file() else DEFAULT_TEMPLATE).read_text(encoding="utf-8")
         return cls(backend, path, hashlib.sha256(content).hexdigest(), template)
 
     @property

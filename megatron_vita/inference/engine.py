@@ -95,7 +95,9 @@ class Engine:
         tokenizer = VitaTokenizer.load(opened.tokenizer_dir)
         model = build_model(StageConfig(model=opened.model), one_rank_groups(), dtype=dtype)[0]
         checkpoint.load_tensors(opened.tensors, [model], str(path))
-        return cls(model, opened.model, tokenizer, opened.preprocess or _default_spec(opened.model), path)
+        vision = opened.model.vision
+        spec = opened.preprocess or (PreprocessSpec.for_tower(vision) if vision else PreprocessSpec())
+        return cls(model, opened.model, tokenizer, spec, path)
 
     def close(self) -> None:
         """Let go of the weights, so that the next model has room."""
@@ -318,14 +320,6 @@ def fingerprint(path: str | Path) -> str:
         for file in sorted(opened.path.glob("*.safetensors")):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _default_spec(model: ModelConfig) -> PreprocessSpec:
-    """How pictures become tiles where nothing was trained yet that could say so (a fresh import)."""
-    vision = model.vision
-    if vision is None:
-        return PreprocessSpec()
-    return PreprocessSpec(image_size=vision.image_size, patch_size=vision.patch_size, image_norm=vision.image_norm)
 
 
 _groups: Groups | None = None
