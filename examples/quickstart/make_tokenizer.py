@@ -16,49 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, NAMED_TOKENS, VITA_TOKENS
+
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VITA_TOKENS = (
-    "<img>", "</img>", "<IMG_CONTEXT>", "<vid>", "</vid>", "<VID_CONTEXT>", "<patch>", "</patch>", "<PATCH_CONTEXT>",
-    "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<image>", "<video>",
-)  # fmt: skip
-NAMED_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-{{- '<IMG_CONTEXT>\\n' -}}
-{%- elif part['type'] == 'video' -%}
-{{- '<video>\\n' -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 def training_text(data: Path) -> Iterator[str]:
@@ -86,7 +56,7 @@ def training_text(data: Path) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of `vocab_size` entries, the special tokens last and not among the merges."""
-    special = [*QWEN_TOKENS, *VITA_TOKENS]
+    special = [END_OF_TEXT, IM_START, IM_END, *VITA_TOKENS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -117,8 +87,8 @@ def save_folder(tokenizer: Tokenizer, folder: Path) -> None:
         "add_prefix_space": False,
         "add_bos_token": False,
         "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
@@ -127,7 +97,7 @@ def save_folder(tokenizer: Tokenizer, folder: Path) -> None:
         "extra_special_tokens": NAMED_TOKENS,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    shutil.copyfile(DEFAULT_TEMPLATE, folder / "chat_template.jinja")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

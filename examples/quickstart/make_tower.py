@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from megatron_vita.config import IMAGE_NORMS
+from megatron_vita.models.projector import pixel_shuffle
 
 SIDE, PATCH = 16, 4
 
@@ -57,14 +58,6 @@ def build_tower() -> InternVLVisionModel:
     return InternVLVisionModel(config)
 
 
-def shuffled(patches: torch.Tensor) -> torch.Tensor:
-    """Join each 2 x 2 cell of patches into one token; `[n, 16, 64]` -> `[n, 4, 256]`."""
-    n, count, width = patches.shape
-    side = math.isqrt(count)
-    cells = patches.view(n, side // 2, 2, side // 2, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return cells.reshape(n, count // 4, 4 * width)
-
-
 def train(tower: InternVLVisionModel, pictures: torch.Tensor, digits: torch.Tensor, *, steps: int, seed: int) -> float:
     """Teach the tower; returns its accuracy over the last tenth of the steps, on training pictures."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGE_NORMS["imagenet"])
@@ -81,7 +74,7 @@ def train(tower: InternVLVisionModel, pictures: torch.Tensor, digits: torch.Tens
         inverted = torch.rand(batch, generator=generator) < 0.3
         pixels = pictures[chosen].float() / 255
         pixels = torch.where(inverted.view(-1, 1, 1, 1), 1 - pixels, pixels)
-        tokens = shuffled(tower((pixels - mean) / std).last_hidden_state[:, 1:])
+        tokens = pixel_shuffle(tower((pixels - mean) / std).last_hidden_state[:, 1:])
         logits = head(tokens.flatten(1))
         digit = F.cross_entropy(logits[:, :10], digits[chosen])
         mark = F.cross_entropy(logits[:, 10:], inverted.long())
