@@ -30,7 +30,7 @@ class DataConfig:
     num_workers: int = 1
     """Threads that decode tiles ahead of the step; 0 decodes in the step."""
     max_failed_samples: int = 100
-    """Pictures that may fail to decode during a run before it stops."""
+    """Samples whose pictures may fail to decode in a stage before it stops."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:

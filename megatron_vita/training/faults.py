@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 class FailedSamples:
     """Makes every rank mask the same samples, and stops the run when too many failed."""
 
-    def __init__(self, *, budget: int, already: int = 0) -> None:
-        """`budget`: samples that may fail in the stage; `already`: how many did before a resume."""
+    def __init__(self, *, budget: int, already: Iterable[int] = ()) -> None:
+        """`budget`: samples that may fail in the stage, each counted once; `already`: which did before a resume (the
+        same on every rank)."""
         self.budget = budget
-        self.total = already
+        self.known = set(already)
 
     def agree(self, step: StepBatches) -> tuple[StepBatches, tuple[int, ...]]:
         """Exchange the failed sample ids of a step; mask their labels.
@@ -46,11 +48,11 @@ class FailedSamples:
             failed = {sample for one in everyone for sample in one}
         if not failed:
             return step, ()
-        self.total += len(failed)
+        self.known |= failed
         log.warning("samples %s have pictures that do not decode; their labels are masked", sorted(failed))
-        if self.total > self.budget:
+        if len(self.known) > self.budget:
             raise DataError(
-                f"{self.total} samples have pictures that do not decode, more than data.max_failed_samples="
+                f"{len(self.known)} samples have pictures that do not decode, more than data.max_failed_samples="
                 f"{self.budget}. Look at the ledger's failed_samples with tools/inspect_data.py, or raise the budget."
             )
         ids = tuple(sorted(failed))

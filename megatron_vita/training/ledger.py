@@ -44,7 +44,7 @@ class Ledger:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
-        self.failed_samples = sum(len(line["failed_samples"]) for line in kept)
+        self.failed_samples = frozenset(sample for line in kept for sample in line["failed_samples"])
 
     def write(self, line: LedgerLine) -> None:
         """Append one step and flush, so that a kill loses at most the step it interrupts."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vita import checkpoint
+from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.training.faults import FailedSamples
 from megatron_vita.training.ledger import Ledger, LedgerLine
 from megatron_vita.training.metrics import Progress
@@ -34,7 +35,8 @@ def train(session: Session, folder: Path) -> Path:
     stage, rank = session.stage, dist.get_rank()
     start, last = session.state.iteration, stage.train.train_iters
     ledger = Ledger(folder / "ledger.jsonl", resume_at=start) if rank == 0 else None
-    failed = FailedSamples(budget=stage.data.max_failed_samples, already=ledger.failed_samples if ledger else 0)
+    already = on_rank_zero(lambda: ledger.failed_samples if ledger else frozenset())
+    failed = FailedSamples(budget=stage.data.max_failed_samples, already=already)
     saved = folder
     try:
         with Progress(stage, start=start, rank=rank) as progress, session.loader() as loader:
@@ -90,7 +92,8 @@ def _validate(session: Session, progress: Progress, folder: Path, iteration: int
     if stage.data.valid_data_path is None:
         return
     with session.loader(valid=True) as loader:
-        steps = itertools.islice(loader, stage.train.eval_iters)
+        failed = FailedSamples(budget=stage.data.max_failed_samples)
+        steps = (failed.agree(step)[0] for step in itertools.islice(loader, stage.train.eval_iters))
         loss = validate(stage, session.groups, session.wrapped, steps)
     progress.validation(iteration, loss)
     if dist.get_rank() == 0:

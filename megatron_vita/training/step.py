@@ -17,6 +17,7 @@ from megatron_vita import device
 from megatron_vita.config import StageConfig
 from megatron_vita.data.batch import Batch
 from megatron_vita.data.loader import StepBatches
+from megatron_vita.errors import DataError
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.training.faults import refuse_non_finite
 
@@ -82,7 +83,11 @@ def train_step(
 def validate(
     stage: StageConfig, groups: Groups, model_chunks: Sequence[DistributedDataParallel], steps: Iterator[StepBatches]
 ) -> float:
-    """Mean loss over the labelled tokens of `steps` global batches, without gradients."""
+    """Mean loss over the labelled tokens of `steps` global batches, without gradients.
+
+    Raises:
+        DataError: there is no labelled token.
+    """
     for chunk in model_chunks:
         chunk.eval()
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device.torch_device())
@@ -93,7 +98,9 @@ def validate(
             num_labels += step.num_labels
     for chunk in model_chunks:
         chunk.train()
-    return _mean_loss(groups, loss_sum, max(num_labels, 1))
+    if not num_labels:
+        raise DataError("the validation shards hold no label, so there is no loss to measure. Give others.")
+    return _mean_loss(groups, loss_sum, num_labels)
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megatron_vita import checkpoint
 from megatron_vita.data.loader import PackLoader, StepBatches
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.training import ledger as ledgers
+from megatron_vita.training import loop
 from megatron_vita.training.stages import run_stages
 from tests.ranks import run_ranks
 from tests.training.runs import STAGES, alone, ledger, make_shards, recipe
@@ -178,6 +179,43 @@ def test_pictures_that_do_not_decode_are_masked_on_every_rank(tmp_path: Path) ->
     assert any(line["failed_samples"] for line in lines)
     assert all(line["loss"] is not None for line in lines)
     run_ranks(2, _expect_budget, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sample_that_fails_every_epoch_counts_once(tmp_path: Path) -> None:
+    make_shards(tmp_path, broken=2)
+    run_ranks(2, _train_epochs, tmp_path, "spread", {"pipeline_model_parallel_size": 2})
+    run_ranks(1, _train_epochs, tmp_path, "alone", {})
+    spread, whole = ledger(tmp_path, "spread", "epochs"), ledger(tmp_path, "alone", "epochs")
+    assert sum(bool(line["failed_samples"]) for line in whole) > 1
+    for one, other in zip(spread, whole, strict=True):  # the last pipeline stage reads no picture, yet masks the same
+        assert (one["failed_samples"], one["num_labels"]) == (other["failed_samples"], other["num_labels"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def _train_epochs(folder: Path, save: str, parallel: dict[str, int]) -> None:
+    stage = {"name": "epochs", "parallel": parallel, "train": {"train_iters": 8, "global_batch_size": 4}}
+    train(folder, save, stages=(stage,), data={"max_failed_samples": 1, **_paths(folder)})
+
+
+def test_pictures_that_do_not_decode_are_masked_in_validation(tmp_path: Path) -> None:
+    make_shards(tmp_path, broken=2)
+    run_ranks(1, _validate_broken, tmp_path)
+
+
+def _validate_broken(folder: Path) -> None:
+    seen: list[StepBatches] = []
+
+    def watched(*args: object) -> float:
+        seen.extend(args[-1])  # type: ignore[arg-type]
+        return 1.0
+
+    paths = _paths(folder)
+    with mock.patch.object(loop, "validate", watched):
+        stage = {"name": "a", "train": {"train_iters": 1}}
+        data = {"max_failed_samples": 9, "valid_data_path": paths["data_path"], **paths}
+        train(folder, "valid", stages=(stage,), data=data)
+    assert any(step.masked and step.num_labels < sum(step.label_counts) for step in seen)
 
 
 def _train_broken(folder: Path, save: str, budget: int) -> None:
