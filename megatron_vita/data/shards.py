@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_vita.data.manifest import load_manifest
 from megatron_vita.data.records import REFERENCE, SAMPLE, TILE, file_info, sample_cost, starts
@@ -52,13 +52,13 @@ class ShardSet:
         self.manifest = load_manifest(prefix)
         self.verify(full=False)
         try:
-            self._tokens = IndexedDataset(f"{prefix}.tokens")
-            self._labels = IndexedDataset(f"{prefix}.labels")
+            self._tokens = _open_index(f"{prefix}.tokens", np.int32)
+            self._labels = _open_index(f"{prefix}.labels", np.int32)
             self.samples: npt.NDArray[Any] = np.load(f"{prefix}.samples.npy")
-            self._media = None if self.manifest.media == "none" else IndexedDataset(f"{prefix}.media")
+            self._media = None if self.manifest.media == "none" else _open_index(f"{prefix}.media", np.uint8)
             self._tiles = None if self._media is None else np.load(f"{prefix}.tiles.npy", mmap_mode="r")
             intact = self._consistent()
-        except (AssertionError, ValueError, KeyError, OSError, EOFError):  # what the two libraries raise on damage
+        except Exception:  # numpy's reader of headers raises nearly anything on damage, tokenize.TokenError for one
             intact = False
         if not intact:
             self.verify(full=True)  # names the file
@@ -225,4 +225,42 @@ class ShardSet:
         )
 
 
+def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> IndexedDataset:
+    """Open an indexed container whose index describes its data file from end to end.
+
+    megatron-core trusts an index: a wrong pointer would give other data, and a wrong count complains when the half made
+    reader is taken down.
+
+    Raises:
+        ValueError: the index does not fit the data file.
+    """
+    header = np.fromfile(f"{prefix}.idx", dtype=_INDEX_HEADER, count=1)[0]
+    sequences, documents = int(header["sequences"]), int(header["documents"])
+    size = _INDEX_HEADER.itemsize + 12 * sequences + 8 * documents
+    if (
+        (header["magic"], header["version"]) != (b"MMIDIDX", 1)
+        or DType.dtype_from_code(int(header["code"])) is not dtype
+        or size != Path(f"{prefix}.idx").stat().st_size
+    ):
+        raise ValueError(f"{prefix}.idx: bad header")
+    dataset = IndexedDataset(prefix)
+    end = 0
+    for start in range(0, sequences, _INDEX_STRIDE):
+        lengths = dataset.index.sequence_lengths[start : start + _INDEX_STRIDE].astype(np.int64)
+        ends = end + np.cumsum(lengths) * np.dtype(dtype).itemsize
+        if lengths.min() < 0 or not np.array_equal(
+            dataset.index.sequence_pointers[start : start + _INDEX_STRIDE], np.append(end, ends[:-1])
+        ):
+            raise ValueError(f"{prefix}.idx: pointers that do not follow from the lengths")
+        end = int(ends[-1])
+    if end != Path(f"{prefix}.bin").stat().st_size:
+        raise ValueError(f"{prefix}.idx: describes {end} bytes")
+    return dataset
+
+
+_INDEX_HEADER = np.dtype(
+    [("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
+)
+_INDEX_STRIDE = 1 << 20
+"""Sequences looked at together."""
 _REMEDY = "Copy the set again, or preprocess again."

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import packed
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -18,6 +17,7 @@ from megatron_vita.data.records import SUFFIXES, sample_cost
 from megatron_vita.data.shard_writer import ShardWriter
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError, DataError
+from tests.data import packed
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,32 @@ def test_one_flipped_bit_is_refused_with_the_file_named(made: tuple, tmp_path: P
             path.write_bytes(flipped)
             with pytest.raises(DataError, match=path.name):
                 ShardSet(prefix).verify(full=True)
+
+
+@pytest.mark.parametrize("suffix", ["tokens.idx", "labels.idx", "media.idx", "samples.npy", "tiles.npy"])
+def test_no_damaged_index_gives_other_data_or_a_foreign_error(
+    made: tuple, tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def everything(shards: ShardSet) -> list[bytes]:
+        packs = range(len(shards))
+        read = [part.tobytes() for pack in packs for part in (shards.tokens(pack), shards.labels(pack))]
+        return [*read, *(shards.media_bytes(item) for item in range(shards.manifest.totals["media"]))]
+
+    whole = everything(ShardSet(made[0]))
+    prefix = copy(made[0], tmp_path)
+    path = Path(f"{prefix}.{suffix}")
+    data = path.read_bytes()
+    refused = []
+    for place in range(len(data)) if suffix.endswith("idx") else range(128):  # all of a table's header
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x5A]) + data[place + 1 :])
+        try:
+            shards = ShardSet(prefix)
+        except DataError as error:
+            refused.append(str(error))
+            continue
+        assert everything(shards) == whole, place
+    assert refused and all(path.name in message for message in refused)
+    assert "Traceback" not in capfd.readouterr().err  # megatron-core's reader complains when it is half made
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
