@@ -77,7 +77,8 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
         sys.stdout.write(f"{one.name}: max difference {one.max_difference:.3g}, cosine {one.cosine:.9f}{note}\n")
     if len(different) > arguments.show:
         sys.stdout.write(f"... and {len(different) - arguments.show} more (--show)\n")
-    worst = max((one.max_difference for one in found), default=0.0)
+    # what is no number is the worst difference; max alone would pass it over, for it compares with nothing
+    worst = max((one.max_difference for one in found), key=lambda one: (one != one, one), default=0.0)
     line = f"{len(found)} tensors, {len(different)} differ, max difference {worst:.3g}"
     failed = bool(different) and not worst <= arguments.tolerance
     if arguments.logits:

@@ -237,6 +237,9 @@ def test_verify_sees_what_logits_cannot(good: Path, tmp_path: Path, capsys: pyte
     assert out[0].startswith(f"{name}: max difference 0.5")
     assert out[-1].startswith("different: 17 tensors, 1 differ")
     assert cli.main(["verify", str(good / "llm"), str(other), "--tolerance", "0.6"]) == 0
+    changed[name][0] = float("nan")
+    broken = checkpoint.write_tensors(tmp_path / "nan", 0, changed, state, good / "ckpt/iter_0000000/tokenizer")
+    assert cli.main(["verify", str(broken), str(broken), "--tolerance", "0.6"]) == 1, "what is no number equals nothing"
 
 
 def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
