@@ -21,6 +21,7 @@ from megatron_vita import device
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.checkpoint.integrity import Integrity, write_integrity
+from megatron_vita.checkpoint.offline import model_keys
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece
 from megatron_vita.config import ModelConfig
@@ -112,8 +113,6 @@ def load_training(
     device.prepare_optimizer_for_load(optimizer)
     content = _content(model_chunks, optimizer, None, None, loading=True)
     loaded = _load(folder, content, model_chunks, state)
-    if "optimizer" not in loaded or (scheduler is not None and "scheduler" not in loaded):
-        raise CheckpointError(f"{folder}: holds weights only, no optimizer state. Start a new run from it instead.")
     optimizer.load_state_dict(loaded["optimizer"])
     device.fix_optimizer_after_load(optimizer)
     if scheduler is not None:
@@ -187,6 +186,11 @@ def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn
 
     _check_settings(folder, state, _bare(model_chunks))
     tensors = CheckpointTensors(folder)
+    if "optimizer" in content and len(model_keys(tensors)) == len(tensors):
+        raise CheckpointError(
+            f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from it. "
+            "Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
+        )
     try:
         loaded = dist_checkpointing.load(
             content,
