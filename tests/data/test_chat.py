@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import blank, tokenizer_folder
 
 from megatron_vita.data.chat import (
     build_document,
@@ -26,6 +25,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tiling import plan_tiles
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
+from tests.data.kit import blank, tokenizer_folder
 
 FILE = MediaFile(data=b"x")
 REAL = {layout: PreprocessSpec(layout=layout) for layout in ("internvl", "long_vita")}

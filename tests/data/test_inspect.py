@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import packed
 import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -18,17 +16,13 @@ from megatron_vita.data.manifest import SourceCounts, TokenizerInfo
 from megatron_vita.data.shard_writer import ShardWriter
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import REQUIRED_TOKENS, VitaTokenizer
+from tests.data import packed
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "inspect_data.py"
-    spec = importlib.util.spec_from_file_location("inspect_data", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/inspect_data.py")
 
 
 @pytest.fixture(scope="module")

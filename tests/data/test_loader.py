@@ -7,7 +7,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import packed
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from megatron_vita.data.example import Example
 from megatron_vita.data.loader import PackLoader, RankCoords, StepBatches, mask_samples
 from megatron_vita.data.manifest import load_manifest
 from megatron_vita.errors import ConfigError
+from tests.data import packed
 
 LENGTH = packed.SEQ_LENGTH
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import picture
 from PIL import Image as Pil
 
 from megatron_vita.data.media import read_items, safe_path
@@ -21,6 +20,7 @@ from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, V
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.video import count_frames, natural_key, open_video, sample_frames
 from megatron_vita.errors import DataError
+from tests.data.kit import picture
 
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_frames=8)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kit import picture, tokenizer_folder
 from PIL import Image as Pil
 
 from megatron_vita.data import pool
@@ -32,6 +31,7 @@ from megatron_vita.data.sources import load_mix, read_samples
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError, DataError
+from tests.data.kit import picture, tokenizer_folder
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_tiles=4, max_frames=8)

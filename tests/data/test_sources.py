@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import picture
 
 from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import CODES
@@ -21,6 +20,7 @@ from megatron_vita.data.sample import Image, Sample, Text, Video
 from megatron_vita.data.sources import detect_row, load_mix, load_table, open_reader, read_samples, record_to_sample
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.errors import ConfigError, DataError
+from tests.data.kit import picture
 
 
 def records(path: Path, kind: str = "auto") -> list[tuple[int, Any]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import tokenizer_folder
 
 from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS, VitaTokenizer
 from megatron_vita.errors import ConfigError
+from tests.data.kit import tokenizer_folder
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from megatron_vita.convert.exporter import export
 from megatron_vita.data.sample import Image, Text, Video
 from megatron_vita.inference.engine import Engine, fingerprint, model_name
-from tests.inference.test_evaluate import tool
 from tests.inference.tiny import question, save_checkpoint, write_media
+from tests.scripts import load_script
 
-CHAT = tool("chat")
+CHAT = load_script("tools/chat.py")
 
 
 @pytest.fixture(scope="module")

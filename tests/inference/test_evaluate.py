@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,20 +28,10 @@ from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.questions import read_questions
 from tests.inference.tiny import SPEC, save_checkpoint, write_media
+from tests.scripts import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EvalSettings(max_new_tokens=4)
-
-
-def tool(name: str) -> ModuleType:
-    """A command line as a module."""
-    path = ROOT / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+TOOL = load_script("tools/evaluate.py")
 
 
 def write_questions(path: Path, answers: list[str]) -> None:
@@ -250,7 +238,7 @@ def test_a_damaged_picture_counts_as_wrong_and_is_told(
     (tmp_path / "square.png").write_bytes(b"broken")
     shutil.copy(here / "eval_mixed.jsonl", tmp_path / "eval_mixed.jsonl")
     command = ["--model", str(here / "tiny"), "--data", str(tmp_path / "eval_mixed.jsonl")]
-    status = tool("evaluate").main([*command, "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])
+    status = TOOL.main([*command, "--output", str(tmp_path / "out"), "--max-new-tokens", "4"])
     assert status == 1
     said = capsys.readouterr()
     assert "8 (2 unreadable)" in said.out
@@ -259,7 +247,7 @@ def test_a_damaged_picture_counts_as_wrong_and_is_told(
 
 
 def test_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = tool("evaluate").main
+    main = TOOL.main
     command = ["--model", str(here / "tiny"), "--data", str(here / "eval_mixed.jsonl"), "--output", str(tmp_path / "o")]
     assert main([*command, "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out
