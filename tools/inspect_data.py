@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vita import log
-from megatron_vita.data import inspect
-from megatron_vita.data.shards import ShardSet
-from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import VitaError
 
 
@@ -34,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare every file with its digest")
     args = parser.parse_args(argv)
     log.configure()
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core's, and no news here
     try:
+        from megatron_vita.data import inspect  # imports torch: only once the command line is sound
+        from megatron_vita.data.shards import ShardSet
+        from megatron_vita.data.tokenizer import VitaTokenizer
+
+        for flag, path in (("--plot", args.plot), ("--pictures", args.pictures)):
+            if path:
+                inspect.check_picture_path(flag, path)
         shards = ShardSet(args.prefix)
         if args.verify:
             shards.verify(full=True)

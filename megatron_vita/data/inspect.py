@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -134,7 +135,6 @@ def picture_sheet(shards: ShardSet, tile_ids: Sequence[int], path: Path) -> int:
         if owner in failed:
             draw.line((left, top, left + shown, top + shown), fill=(220, 0, 0), width=3)
             draw.line((left, top + shown, left + shown, top), fill=(220, 0, 0), width=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
     return len(ids)
 
@@ -175,8 +175,23 @@ def plot_statistics(shards: ShardSet, path: Path) -> None:
     names = [source.name for source in shards.manifest.sources]
     axes[3].barh(names, [source.tokens for source in shards.manifest.sources], color="#3b6ea5")
     axes[3].set_title("tokens of a source")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def check_picture_path(flag: str, path: Path) -> None:
+    """Refuse, before anything is read, a path under which no PNG can be written; its folder is made.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{flag} {path}: name a .png file, the one kind that is written.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError("no right to write there, or a folder of that name")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written ({error}). Choose another.") from None
 
 
 def check_sample(shards: ShardSet, sample: int) -> int:

@@ -78,6 +78,8 @@ class Options:
             raise ConfigError(f"--seq-length {self.seq_length}: a pack needs at least 2 tokens.")
         if self.workers < 1:
             raise ConfigError(f"--workers {self.workers}: at least one process must do the work.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed} must not be negative.")
         name = Path(self.output).name
         if not name or self.output.endswith("/") or Path(self.output).is_dir():
             raise ConfigError(
@@ -119,12 +121,15 @@ def run(options: Options) -> Manifest:
             log.info("%s is finished and its inputs are the same: kept", options.output)
             return finished
     prefix = Path(options.output)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    spool = prefix.parent / f".{prefix.name}.spool-{os.getpid()}"
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        spool.mkdir()
+    except OSError as error:
+        raise ConfigError(f"--output {prefix}: cannot be written ({error}). Choose another.") from None
     for stale in prefix.parent.glob(f".{prefix.name}.spool-*"):
         if not _alive(stale.name.rpartition("-")[2]):
             shutil.rmtree(stale, ignore_errors=True)
-    spool = prefix.parent / f".{prefix.name}.spool-{os.getpid()}"
-    spool.mkdir()
     try:
         return _compile(options, files, tokenizer, inputs, spool)
     finally:

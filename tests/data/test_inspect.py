@@ -104,3 +104,13 @@ def test_usage_errors(made: Path, tool: ModuleType, tmp_path: Path, capsys: pyte
     assert tool.main([str(tmp_path / "none")]) == 2
     assert tool.main([str(made), "--sample", "0", "--pictures", str(tmp_path / "x.png")]) == 2
     assert "no picture" in capsys.readouterr().err
+    for flag, path, message in (
+        ("--plot", "/dev/null/x.png", "--plot /dev/null/x.png: cannot be written"),
+        ("--pictures", "/dev/null/x.png", "--pictures /dev/null/x.png: cannot be written"),
+        ("--plot", "x.foo", "--plot x.foo: name a .png file"),
+        ("--pictures", "x.jpg", "--pictures x.jpg: name a .png file"),
+    ):
+        assert tool.main([str(made), flag, path]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert not printed.out  # told before anything is read

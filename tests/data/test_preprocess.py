@@ -305,6 +305,8 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
         ({"output": "."}, "DIR/PREFIX"),
         ({"seq_length": 1}, "seq-length"),
         ({"workers": 0}, "workers"),
+        ({"seed": -1}, "--seed -1"),
+        ({"output": "/dev/null/set"}, "--output /dev/null/set: cannot be written"),
         ({"engine": "ray"}, "ray is not supported"),
         ({"overlong": "drop"}, "choose one of"),
         ({"media": "link"}, "choose one of"),
