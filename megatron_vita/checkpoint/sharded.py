@@ -167,7 +167,9 @@ def _content(
     return content
 
 
-def _finish(root: Path, staging: Path, state: RunState, tokenizer_dir: Any, written: list[WrittenPiece]) -> Path:
+def _finish(
+    root: Path, staging: Path, state: RunState, tokenizer_dir: str | Path | None, written: list[WrittenPiece]
+) -> Path:
     """Rank 0's last acts: what lies beside the tensors, the digests, the name."""
     (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
     folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)

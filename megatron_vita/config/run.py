@@ -59,8 +59,7 @@ class StageConfig:
                 f"{where}data.seq_length={self.data.seq_length} exceeds model.max_position_embeddings="
                 f"{model.max_position_embeddings}. Raise the latter."
             )
-        frozen = self.train
-        if model.vision is None and frozen.freeze_language_model:
+        if model.vision is None and self.train.freeze_language_model:
             raise ConfigError(where + "a text-only model with train.freeze_language_model has nothing to train.")
         for name, value in (("data.data_path", self.data.data_path), ("checkpoint.save", self.checkpoint.save)):
             if not value:

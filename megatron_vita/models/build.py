@@ -138,16 +138,17 @@ def global_name(name: str, model: VitaModel) -> str:
 
 def _fill(parameter: nn.Parameter, name: str, settings: ModelConfig, run_seed: int, groups: Groups) -> None:
     part, leaf = name.split(".")[0], name.rsplit(".", 1)[-1]
-    if leaf in ("ls1", "ls2"):
-        parameter.fill_(settings.vision.layer_scale_init)  # type: ignore[union-attr]
+    tower = settings.vision if part == "vision_model" else None
+    if tower is not None and leaf in ("ls1", "ls2"):
+        parameter.fill_(tower.layer_scale_init)
     elif leaf.endswith("bias"):
         parameter.zero_()
     elif "norm" in name.rsplit(".", 2)[-2] or leaf == "layer_norm_weight":
         parameter.fill_(1.0)
     else:
         std = settings.init_method_std
-        if part == "vision_model":
-            std = settings.vision.init_method_std  # type: ignore[union-attr]
+        if tower is not None:
+            std = tower.init_method_std
         elif name.endswith("word_embeddings.weight") and settings.embedding_init_method_std is not None:
             std = settings.embedding_init_method_std
         elif part == "language_model" and name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -115,13 +115,12 @@ class VitaModel(MegatronModule):
         Returns:
             [n * tokens_per_tile, h].
         """
-        assert self.vision_model is not None, "this stage has no tower"
-        assert self.vision_projection is not None, "this stage has no projector"
+        tower, projector = self._tower()
         if not len(tiles):
-            weight = self.vision_projection.pre_proj_layernorm.weight
+            weight = projector.pre_proj_layernorm.weight
             empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
-            return attach_zero_gradients(empty, [*self.vision_model.parameters(), *self.vision_projection.parameters()])
-        chunk = max(1, _TOWER_TOKENS // (self.model.vision.num_patches + 1))  # type: ignore[union-attr]
+            return attach_zero_gradients(empty, [*tower.parameters(), *projector.parameters()])
+        chunk = max(1, _TOWER_TOKENS // (tower.vision.num_patches + 1))
         turns = [self._encode_chunk(part, alone=len(tiles) <= chunk) for part in tiles.split(chunk)]
         return torch.cat(turns).flatten(0, 1) if len(turns) > 1 else turns[0].flatten(0, 1)
 
@@ -134,11 +133,18 @@ class VitaModel(MegatronModule):
         return out
 
     def _project(self, tiles: Tensor) -> Tensor:
-        frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())  # type: ignore[union-attr]
+        """[n, 3, S, S] -> [n, tokens_per_tile, h]; a frozen tower keeps nothing for a backward."""
+        tower, projector = self._tower()
+        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = self.vision_model(tiles)  # type: ignore[misc]
-        tokens: Tensor = self.vision_projection(patches)  # type: ignore[misc]
+            patches = tower(tiles)
+        tokens: Tensor = projector(patches)
         return tokens
+
+    def _tower(self) -> tuple[InternViT, Projector]:
+        assert self.vision_model is not None, "this stage has no tower"
+        assert self.vision_projection is not None, "this stage has no projector"
+        return self.vision_model, self.vision_projection
 
     def _embed(self, tokens: Tensor, routes: TileRoutes, tiles: Tensor) -> Tensor:
         """Decoder input [t, 1, h]: embedded tokens, with this rank's feature rows in their places."""

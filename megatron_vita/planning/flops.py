@@ -53,9 +53,8 @@ def step_flops(stage: StageConfig, *, tiles_per_pack: int, labelled_fraction: fl
     decoder = decoder_forward(model, [length], round(length * labelled_fraction))
     passes = 2.0 + (0.0 if train.freeze_language_model else 1.0)
     if stage.parallel.recompute_granularity == "full":
-        passes += min(1.0, (stage.parallel.recompute_num_layers or 0) / model.num_layers)
-    if stage.parallel.recompute_granularity == "full" and stage.parallel.recompute_method == "uniform":
-        passes = 3.0 + (0.0 if train.freeze_language_model else 1.0)
+        block = stage.parallel.recompute_method == "block"  # that many layers of it; uniform recomputes all
+        passes += min(1.0, (stage.parallel.recompute_num_layers or 0) / model.num_layers) if block else 1.0
     tower = tower_forward(model, tiles_per_pack)
     tower_passes = 1.0 if train.freeze_vision_model else 3.0
     return train.global_batch_size * (decoder * passes + tower * tower_passes)

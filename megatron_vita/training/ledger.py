@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,7 @@ class Ledger:
         self._file.close()
 
 
-def read_ledger(path: Path) -> Iterator[dict]:
+def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a ledger, leaving out a last line that a kill cut short."""
     with path.open(encoding="utf-8") as file:
         for text in file:
