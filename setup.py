@@ -54,7 +54,5 @@ setup(
             "scipy",
         ],
         "quickstart": ["transformers>=5.0", "scikit-learn", "matplotlib", "scipy"],
-        "ray": ["ray>=2.40"],
-        "serve": ["fastapi", "uvicorn"],
     },
 )
