@@ -58,7 +58,7 @@ def _changed(before: Path, after: Path) -> list[str]:
 
 
 LONG = {
-    "train": {"train_iters": 6, "global_batch_size": 4},
+    "train": {"train_iters": 6, "global_batch_size": 4, "eval_interval": 5, "eval_iters": 1},
     "checkpoint": {"save_interval": 2},
     # the tower's layers have rates of their own: parameter groups that must find themselves again
     "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9},
@@ -86,19 +86,23 @@ def _train_one_stage(folder: Path, save: str) -> None:
     one = ({"name": "only", "data": {"reset_per_document": True}},)
     sections = {name: dict(values) for name, values in LONG.items()}
     sections["checkpoint"]["save"] = str(folder / save)
+    sections["data"] = {**_paths(folder), "valid_data_path": str(folder / "shards/train")}
     train(folder, save, stages=one, **sections)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
     run_ranks(1, _train_one_stage, folder, "whole")
-    run_ranks(1, _train_and_die, folder, "killed", 5)
-    assert [line["iteration"] for line in ledger(folder, "killed", "only")] == [1, 2, 3, 4, 5]
+    run_ranks(1, _train_and_die, folder, "killed", 6)
+    assert [line["iteration"] for line in ledger(folder, "killed", "only")] == [1, 2, 3, 4, 5, 6]
     run_ranks(1, _train_one_stage, folder, "killed")
     whole, resumed = ledger(folder, "whole", "only"), ledger(folder, "killed", "only")
     for one, other in zip(whole, resumed, strict=True):
         for key in ("iteration", "loss", "grad_norm", "lr", "sample_ids"):
             assert one[key] == other[key], key
+    validated = [(folder / save / "only/validation.jsonl").read_text() for save in ("whole", "killed")]
+    assert validated[0] == validated[1]
+    assert validated[0].count("\n") == 3, "before the first step, at the fifth, after the last"
     ends = [checkpoint.tensor_digests(checkpoint.resolve(folder / save / "only")) for save in ("whole", "killed")]
     assert ends[0] == ends[1]
 
