@@ -54,5 +54,8 @@ setup(
             "scipy",
         ],
         "quickstart": ["transformers>=5.0", "scikit-learn", "matplotlib", "scipy"],
+        # For what comes next: preprocess_data.py --engine ray, and the server. Nothing imports them yet.
+        "ray": ["ray>=2.40"],
+        "serve": ["fastapi", "uvicorn"],
     },
 )
