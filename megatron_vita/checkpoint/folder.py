@@ -82,9 +82,7 @@ def start_staging(root: Path, iteration: int) -> Path:
         staging = staging_folder(root, iteration)
         staging.mkdir()
     except OSError as error:
-        raise CheckpointError(
-            f"{root}: cannot write a checkpoint here ({error}). Choose another checkpoint.save."
-        ) from None
+        raise CheckpointError(f"{root}: cannot write a checkpoint here ({error}). Choose another folder.") from None
     return staging
 
 

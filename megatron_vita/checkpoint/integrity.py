@@ -23,6 +23,7 @@ from megatron_vita.errors import CheckpointError
 INTEGRITY_FILE = "integrity.json"
 _VERSION = 1
 _BLOCK = 1 << 22
+_REMEDY = "Use an older step: without this folder a run goes on from the one before."
 
 PieceDigests = Sequence[tuple[int, str]]
 """(length in bytes, SHA-256) of each piece, in file order."""
@@ -54,12 +55,12 @@ class Integrity:
             files, digest, version = values["files"], values["digest"], values["format_version"]
         except FileNotFoundError:
             raise CheckpointError(
-                f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. Use an older step."
+                f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}). Use an older step.") from None
+            raise CheckpointError(f"{path}: damaged ({error}). {_REMEDY}") from None
         if version != _VERSION or _canonical(files) != digest:
-            raise CheckpointError(f"{path}: damaged (its own digest does not match). Use an older step.")
+            raise CheckpointError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
         for name, entry in files.items():
             file = folder / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -67,7 +68,7 @@ class Integrity:
             size = file.stat().st_size if file.is_file() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(f"{file}: {found}, {entry['bytes']} were written. Use an older step.")
+                raise CheckpointError(f"{file}: {found}, {entry['bytes']} were written. {_REMEDY}")
         return cls(folder, files)
 
     def read_file(self, name: str) -> bytes:
@@ -82,7 +83,7 @@ class Integrity:
             raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{path}: its content has changed since it was written. Use an older step.")
+            raise CheckpointError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
 
     def check_piece(self, file: str, offset: int, content: bytes | memoryview, what: str) -> None:
@@ -90,7 +91,7 @@ class Integrity:
         length, digest = self._pieces.get((file, offset), (-1, ""))
         if length != len(content) or hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(
-                f"{self.folder / file}: the part that holds {what} has changed since it was written. Use an older step."
+                f"{self.folder / file}: the part that holds {what} has changed since it was written. {_REMEDY}"
             )
 
     def check_all(self) -> None:
@@ -105,7 +106,7 @@ class Integrity:
                         digest.update(block)
                         left -= len(block)
                     if digest.hexdigest() != expected:
-                        raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. Use an older step.")
+                        raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
 
 
 def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:

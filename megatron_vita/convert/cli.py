@@ -56,6 +56,8 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
 
 
 def _export(arguments: argparse.Namespace) -> tuple[int, str]:
+    if not arguments.max_shard_gb > 0:
+        raise ConfigError(f"export: --max-shard-gb {arguments.max_shard_gb:g} must be above 0.")
     folder = exporter.export(
         arguments.checkpoint,
         arguments.output,

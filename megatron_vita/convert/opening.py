@@ -48,13 +48,14 @@ def open_model(path: str | Path) -> OpenModel:
     """Open a checkpoint, a folder of checkpoints, or a Hugging Face folder. No tensor is read yet.
 
     Raises:
+        ConfigError: no such folder.
         CheckpointError: nothing of the kind there, or it is damaged, incomplete or not supported.
     """
     path = Path(path)
     if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and latest(path)):
         return _open_checkpoint(resolve(path))
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
+        raise ConfigError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
     return _open_hf(path)

@@ -41,7 +41,7 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written here ({error}). Choose another --output.") from None
+        raise ConfigError(f"{output}: cannot be written here ({error}). Choose another --output.") from None
     try:
         yield staging
         if output.exists():

@@ -113,15 +113,27 @@ def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume
     with _before_training():
         session = open_session(stage, weights=weights, resume=resume)
     try:
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(settings, encoding="utf-8")
+        on_rank_zero(partial(_begin_folder, stage, folder, settings))
         saved = train(session, folder)
     except BaseException:
         forget_groups()
         raise
     session.close()
     return saved
+
+
+def _begin_folder(stage: StageConfig, folder: Path, settings: str) -> None:
+    """Make a stage's folder and write its settings down.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+    except OSError as error:
+        where = f"stage {stage.name!r}: checkpoint.save={stage.checkpoint.save}"
+        raise ConfigError(f"{where}: cannot be written ({error}). Choose another.") from None
 
 
 @contextmanager

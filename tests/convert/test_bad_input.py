@@ -178,6 +178,11 @@ def test_usage_errors_are_status_2(good: Path, tmp_path: Path, capsys: pytest.Ca
         ["import", "--model", llm, "--vision", llm, "--output", out],
         ["import", "--llm", llm, "--output", str(good / "ckpt")],  # exists
         ["import", "--model", str(good / "ckpt"), "--output", out],
+        ["import", "--llm", out, "--output", out],
+        ["export", "--checkpoint", out, "--output", out, "--format", "llm"],
+        ["export", "--checkpoint", str(good / "ckpt"), "--output", "/dev/null/x", "--format", "llm"],
+        ["export", "--checkpoint", str(good / "ckpt"), "--output", out, "--format", "llm", "--max-shard-gb", "0"],
+        ["verify", llm, out],
     ):
         assert cli.main(arguments) == 2, arguments
         assert capsys.readouterr().err.startswith("error: ")

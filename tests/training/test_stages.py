@@ -123,6 +123,8 @@ def _refusals(folder: Path) -> None:
         run_stages(recipe(folder, "bad", alone()), only=5)
     with pytest.raises(ConfigError, match="absent"):
         run_stages(recipe(folder, "bad", alone(), checkpoint={"pretrained_checkpoint": str(folder / "absent")}))
+    with pytest.raises(ConfigError, match=r"checkpoint.save=/dev/null/x: cannot be written"):
+        run_stages(recipe(folder, "bad", alone(), checkpoint={"save": "/dev/null/x"}))
     assert not (folder / "bad").exists(), "nothing may be written by a run that is refused"
 
 
