@@ -10,7 +10,7 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.picture import decode, read_image
+from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -31,6 +31,8 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 PNG_MOST_PIXELS = 64 * 64
 """Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
 
+_MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
+"""Of a video, decoded and not yet made small, in memory at once."""
 _CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,apng,m4v,h264,hevc,ivf,nut,dv,rm,mjpeg,wtv,mxf"
 """ffmpeg's names of the formats that are opened: such as hold the pictures themselves."""
 _PLAYLISTS = (b"#EXT", b"ffconcat", b"<", b"v=0", b"[")
@@ -91,8 +93,12 @@ class VideoFile(ABC):
         return [encode_frame(shrink_frame(picture, spec)) for picture in self.read(wanted)]
 
     @abstractmethod
-    def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """Frames by number, RGB."""
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory."""
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > MAX_PIXELS:
+            raise refuse("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
 
 
 class _Decord(VideoFile):
@@ -109,15 +115,23 @@ class _Decord(VideoFile):
         self._reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
         super().__init__(name, len(self._reader), float(self._reader.get_avg_fps()))
 
-    def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        try:
-            frames = self._reader.get_batch(list(numbers)).asnumpy()
-        except Exception as error:  # decord raises its own DECORDError, RuntimeError or IndexError
-            if self._rescue is not None:
-                with self._rescue() as other:
-                    return other.read(numbers)
-            raise refuse("video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)}).") from None
-        return [Image.fromarray(frame) for frame in frames]
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        done, count = 0, 1  # the first by itself: it tells the size
+        while done < len(numbers):
+            try:
+                frames = self._reader.get_batch(list(numbers[done : done + count])).asnumpy()
+            except Exception as error:  # decord raises its own DECORDError, RuntimeError or IndexError
+                if self._rescue is not None:
+                    with self._rescue() as other:
+                        yield from other.read(numbers[done:])
+                    return
+                raise refuse(
+                    "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
+                ) from None
+            done += len(frames)
+            self._check_size(frames.shape[2], frames.shape[1])
+            count = min(_MOST_FRAMES, max(1, _MOST_BYTES // frames[0].nbytes))
+            yield from map(Image.fromarray, frames)
 
 
 class _PyAv(VideoFile):
@@ -138,22 +152,28 @@ class _PyAv(VideoFile):
     def close(self) -> None:
         self._container.close()
 
-    def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        wanted = set(numbers)
-        found: dict[int, Image.Image] = {}
-        try:
-            for number, frame in enumerate(self._container.decode(self._stream)):
-                if number in wanted:
-                    found[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                if len(found) == len(wanted):
-                    break
-        except Exception as error:  # av.error.FFmpegError and its many children
-            raise refuse("video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)}).") from None
-        if len(found) < len(wanted):
-            raise refuse(
-                "video_broken", f"{self.name}: ends after {number + 1 if found else 0} of {self.total} frames."
-            )
-        return [found[number] for number in numbers]
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        context = self._stream.codec_context
+        self._check_size(context.width, context.height)
+        wanted, place = list(numbers), 0
+        frames = enumerate(self._container.decode(self._stream))
+        played = 0
+        while place < len(wanted):
+            try:
+                number, frame = next(frames)
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24")) if number == wanted[place] else None
+            except StopIteration:
+                break
+            except Exception as error:  # av.error.FFmpegError and its many children
+                raise refuse(
+                    "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
+                ) from None
+            played = number + 1
+            while picture is not None and place < len(wanted) and wanted[place] == number:
+                place += 1
+                yield picture
+        if place < len(wanted):
+            raise refuse("video_broken", f"{self.name}: ends after {played} of {self.total} frames.")
 
 
 class _Folder(VideoFile):
@@ -171,8 +191,8 @@ class _Folder(VideoFile):
         self._files = sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))
         super().__init__(str(path), len(self._files), fps)
 
-    def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        return [decode(read_image(MediaFile(path=self._files[number]))) for number in numbers]
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        return (decode(read_image(MediaFile(path=self._files[number]))) for number in numbers)
 
 
 def open_video(file: MediaFile, backend: str = "auto") -> VideoFile:

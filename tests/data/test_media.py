@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import weakref
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pil
 
+from megatron_vita.data import video as video_module
 from megatron_vita.data.media import read_items, safe_path
 from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
@@ -227,6 +229,35 @@ def test_broken_videos_are_data_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="video_broken"):
         open_video(MediaFile(path=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video(tmp_path / "v.mp4", [index * 3 for index in range(80)])
+    pictures: list[weakref.ref[Pil.Image]] = []
+    most = 0
+
+    def watched(picture: Pil.Image, spec: PreprocessSpec) -> Pil.Image:
+        nonlocal most
+        pictures.append(weakref.ref(picture))
+        most = max(most, sum(one() is not None for one in pictures))
+        return picture.copy()
+
+    monkeypatch.setattr(video_module, "shrink_frame", watched)
+    with open_video(MediaFile(path=str(path)), backend) as video:
+        items = video.frames(PreprocessSpec(image_size=16, patch_size=4, max_frames=80, max_fps=9), 80)
+    assert len(items) == len(pictures) == 80
+    assert most <= 17
+    means = [float(np.asarray(decode(item)).mean()) for item in items]
+    assert means == sorted(means)
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_videos_of_enormous_frames_are_refused(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video(tmp_path / "v.mp4", [20] * 3)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 32 * 31)
+    with pytest.raises(DataError, match="media_bomb"), open_video(MediaFile(path=str(path)), backend) as video:
+        video.frames(SPEC, 8)
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav"])
