@@ -28,6 +28,7 @@ def main() -> int:
         finished = run_stages(run, only=arguments.stage)
     except VitaError as error:
         print(f"pretrain_vita, rank {rank}: {error}", file=sys.stderr)
+        log.tell_launcher(str(error))
         return error.exit_status
     if rank == "0":
         print(f"wrote {finished[-1]}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 import warnings
+from pathlib import Path
 
 
 class _RankFilter(logging.Filter):
@@ -36,6 +39,14 @@ def configure(level: int = logging.INFO, *, rank: int | None = None) -> None:
     logger.setLevel(level)
     logger.propagate = False
     _quiet_libraries()
+
+
+def tell_launcher(message: str) -> None:
+    """Leave an error where torchrun finds it, so that its last lines say what was wrong. Elsewhere nothing happens."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
 
 
 def _quiet_libraries() -> None:
