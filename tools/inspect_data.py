@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare every file with its digest")
     args = parser.parse_args(argv)
     log.configure()
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core's, and no news here
     try:
         from megatron_vita.data import inspect  # imports torch: only once the command line is sound
         from megatron_vita.data.shards import ShardSet
