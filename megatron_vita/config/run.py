@@ -77,8 +77,14 @@ class RunConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"stages: the names {names} are not all different, but each names a folder.")
+        first = self.stages[0].checkpoint.pretrained_checkpoint
         for stage in self.stages:
             stage.check(world_size)
+            if stage.checkpoint.pretrained_checkpoint not in (None, first):
+                raise ConfigError(
+                    f"stage {stage.name!r}: checkpoint.pretrained_checkpoint would not be read, because a stage starts "
+                    "from the one before it. Set it for the first stage, or make this stage a recipe of its own."
+                )
 
 
 def _divides(where: str, name: str, value: int, by_name: str, by: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_vita import checkpoint
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loader import PackLoader, RankCoords
 from megatron_vita.data.shards import ShardSet
@@ -20,6 +22,9 @@ from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training.optimizer import build_optimizer
+
+STARTED_FROM = "started_from"
+"""Where RunState.extra keeps the digest of the weights a stage started from."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +86,7 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
         if resume:
             state = checkpoint.load_training(resume, parts.models, parts.optimizer, parts.schedule)
         else:
-            state = _fresh_state(stage)
+            state = _fresh_state(stage, weights)
         return Session(**vars(parts), stage=stage, state=state)
     except BaseException:
         forget_groups()
@@ -123,8 +128,8 @@ def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[DistributedDataPa
     return wrapped
 
 
-def _fresh_state(stage: StageConfig) -> checkpoint.RunState:
-    """The state of a stage before its first step."""
+def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunState:
+    """The state of a stage before its first step; it remembers which weights the stage started from."""
     manifest = ShardSet(stage.data.data_path).manifest
     return checkpoint.RunState(
         stage=stage,
@@ -132,4 +137,10 @@ def _fresh_state(stage: StageConfig) -> checkpoint.RunState:
         consumed_packs=0,
         preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
+        extra={STARTED_FROM: weights_digest(weights)} if weights else {},
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's integrity file, which holds the digests of all its tensors."""
+    return hashlib.sha256((folder / INTEGRITY_FILE).read_bytes()).hexdigest()

@@ -21,7 +21,7 @@ from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import forget_groups, init_distributed
 from megatron_vita.training.loop import train
-from megatron_vita.training.setup import open_session
+from megatron_vita.training.setup import STARTED_FROM, open_session, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
     with _before_training():
         for stage in run.stages if only is None else run.stages[only - 1 : only]:
             preflight(stage)
-        weights = on_rank_zero(lambda: checkpoint.resolve(first)) if first else None
+        weights = on_rank_zero(lambda: checkpoint.resolve(first)) if first and only in (None, 1) else None
     finished = []
     for number, stage in enumerate(run.stages[:only], 1):
         folder = Path(stage.checkpoint.save) / stage.name
@@ -79,7 +79,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
                 )
         else:
             if state is not None:
-                _refuse_other_run(stage, state, found)
+                _refuse_other_run(stage, state, found, weights)
             if done:
                 log.info("%s is complete: %s", stage.name, found)
             else:
@@ -144,8 +144,8 @@ def _before_training() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None) -> None:
-    """A checkpoint of other settings or other shards must not be continued in silence.
+def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None, weights: Path | None) -> None:
+    """A checkpoint of other settings, other shards or other first weights must not be continued in silence.
 
     Raises:
         ConfigError: naming every setting that differs.
@@ -159,6 +159,9 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
     digest = load_manifest(stage.data.data_path).digest
     if state.manifest_digest not in (None, digest):  # the same name, but other packs in another order
         differing.append(f"the digest of the shards {stage.data.data_path} was {state.manifest_digest} and is {digest}")
+    started = state.extra.get(STARTED_FROM)
+    if started and weights and started != weights_digest(weights):
+        differing.append(f"the weights it started from are no longer those of {weights}")
     if differing:
         raise ConfigError(
             f"{found} belongs to a run with other settings ({'; '.join(differing)}). Choose another checkpoint.save, "

@@ -116,6 +116,13 @@ def test_layouts_that_cannot_work_are_refused_before_any_group(
         run.check(world)
 
 
+def test_a_checkpoint_that_no_stage_would_read_is_refused(tmp_path: Path) -> None:
+    second = {"name": "b", "checkpoint": {"pretrained_checkpoint": "elsewhere"}}
+    run = load_run(write(tmp_path, {**BASE, "stages": [{"name": "a"}, second]}))
+    with pytest.raises(ConfigError, match=r"stage 'b': checkpoint.pretrained_checkpoint would not be read"):
+        run.check(1)
+
+
 def test_stage_names_must_differ(tmp_path: Path) -> None:
     run = load_run(write(tmp_path, {**BASE, "stages": [{"name": "a"}, {"name": "a"}]}))
     with pytest.raises(ConfigError, match="not all different"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def recipe(folder: Path, save: str, stages: tuple[dict[str, Any], ...] = STAGES,
     }
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values}
-    path = folder / f"{save}.yaml"
+    path = folder / f"{save}_{os.getpid()}.yaml"  # every rank writes its own: nobody reads a half-written one
     path.write_text(yaml.safe_dump(settings))
     return load_run(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -236,3 +237,16 @@ def _paths(folder: Path) -> dict[str, object]:
 def _expect_budget(folder: Path) -> None:
     with pytest.raises(DataError, match=r"more than data.max_failed_samples=0"):
         _train_broken(folder, "strict", 0)
+
+
+def _retrained(folder: Path) -> None:
+    stages = alone(STAGES[:2])
+    run_stages(recipe(folder, "chain", stages))
+    shutil.rmtree(folder / "chain" / "align")
+    run_stages(recipe(folder, "chain", stages, train={"seed": 6}), only=1)
+    with pytest.raises(ConfigError, match="weights it started from are no longer those of"):
+        run_stages(recipe(folder, "chain", ({**stages[0], "train": {**stages[0]["train"], "seed": 6}}, stages[1])))
+
+
+def test_a_stage_is_not_complete_when_the_one_before_was_trained_anew(folder: Path) -> None:
+    run_ranks(1, _retrained, folder)
