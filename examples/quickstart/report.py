@@ -340,7 +340,8 @@ def accuracy_table(results: Sequence[Result]) -> tuple[str, list[dict[str, Any]]
     rows, numbers = [], []
     for kind, zero in sorted(groups, key=lambda key: (key[1], _length_rank(key[0]), natural(key[0]))):
         by_stage = groups[kind, zero]
-        count = max(len(verdicts) for verdicts in by_stage.values())
+        counts = sorted({len(verdicts) for verdicts in by_stage.values()})
+        asked = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0])  # earlier stages may be asked fewer
         cells = []
         for stage in stages:
             if stage not in by_stage:
@@ -351,7 +352,7 @@ def accuracy_table(results: Sequence[Result]) -> tuple[str, list[dict[str, Any]]
             cells.append(f"**{tally.accuracy:.1%}** ({low:.0%}–{high:.0%})")
             numbers.append({"stage": stage, "set": kind, "zero_tiles": zero} | tally.to_dict())
         label = kind.replace("_", " ") + (", tiles zeroed" if zero else "")
-        rows.append([("long" if _length_rank(kind) else "short"), label, str(count), *cells])
+        rows.append([("long" if _length_rank(kind) else "short"), label, asked, *cells])
     header = ["context", "held-out set", "questions", *(f"after {stage}" for stage in stages)]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
