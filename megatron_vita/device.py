@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -103,17 +102,10 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    _quiet_imports()
     if not has_accelerator():
         _redirect_factories()
         _redirect_device_queries()
         _redirect_rng()
-
-
-def _quiet_imports() -> None:
-    """megatron-core warns on import that Transformer Engine and Apex are absent: they are optional."""
-    for text in (".*[Tt]ransformer [Ee]ngine.*", ".*[Aa]pex.*", ".*MLP requires ffn_hidden_size.*"):
-        warnings.filterwarnings("ignore", message=text, module=r"megatron\..*")
 
 
 def _is_cuda(device: Any) -> bool:

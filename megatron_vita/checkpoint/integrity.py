@@ -133,3 +133,8 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
 
 def _canonical(files: Any) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's integrity file, which holds the digests of all its tensors: changes when they do."""
+    return hashlib.sha256((folder / INTEGRITY_FILE).read_bytes()).hexdigest()

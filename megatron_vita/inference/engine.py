@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
+from megatron_vita.checkpoint import integrity
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
 from megatron_vita.convert import open_model
 from megatron_vita.data.chat import build_example
@@ -311,14 +311,13 @@ def fingerprint(path: str | Path) -> str:
     times of the weights stand for them.
     """
     opened = open_model(path)
-    digest = hashlib.sha256()
     if opened.state:
-        digest.update((opened.path / INTEGRITY_FILE).read_bytes())
-    else:
-        for file in sorted(opened.path.glob("*.json")):
-            digest.update(file.name.encode() + file.read_bytes())
-        for file in sorted(opened.path.glob("*.safetensors")):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        return integrity.fingerprint(opened.path)
+    digest = hashlib.sha256()
+    for file in sorted(opened.path.glob("*.json")):
+        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(opened.path.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
 
 

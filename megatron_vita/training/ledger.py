@@ -40,10 +40,7 @@ class Ledger:
     def __init__(self, path: Path, *, resume_at: int) -> None:
         """Open for appending after step `resume_at`; lines of steps that a killed run took after its checkpoint go."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_ledger(path) if line["iteration"] <= resume_at] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        kept = drop_later_lines(path, resume_at)
         self._file = path.open("a", encoding="utf-8")
         self.failed_samples = frozenset(sample for line in kept for sample in line["failed_samples"])
 
@@ -55,6 +52,15 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def drop_later_lines(path: Path, last: int) -> list[dict[str, Any]]:
+    """Keep a ledger's lines up to iteration `last`, replacing the file at once; returns them. No file: an empty one."""
+    kept = [line for line in read_ledger(path) if line["iteration"] <= last] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

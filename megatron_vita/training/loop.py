@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.training.faults import FailedSamples
-from megatron_vita.training.ledger import Ledger, LedgerLine, read_ledger
+from megatron_vita.training.ledger import Ledger, LedgerLine, drop_later_lines
 from megatron_vita.training.metrics import Progress
 from megatron_vita.training.setup import Session
 from megatron_vita.training.step import train_step, validate
@@ -99,11 +99,9 @@ def _validate(session: Session, progress: Progress, folder: Path, iteration: int
     if dist.get_rank() == 0:
         path = folder / "validation.jsonl"
         # a killed run may have come further than its checkpoint: what it measured there is measured again
-        earlier = [one for one in read_ledger(path) if one["iteration"] < iteration] if path.exists() else []
-        lines = [*earlier, {"iteration": iteration, "loss": loss}]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
-        temporary.replace(path)
+        drop_later_lines(path, iteration - 1)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def _save(session: Session, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
+from megatron_vita.checkpoint.integrity import fingerprint
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loader import PackLoader, RankCoords
 from megatron_vita.data.shards import ShardSet
@@ -137,10 +136,5 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
         consumed_packs=0,
         preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
-        extra={STARTED_FROM: weights_digest(weights)} if weights else {},
+        extra={STARTED_FROM: fingerprint(weights)} if weights else {},
     )
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's integrity file, which holds the digests of all its tensors."""
-    return hashlib.sha256((folder / INTEGRITY_FILE).read_bytes()).hexdigest()

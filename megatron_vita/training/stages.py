@@ -13,6 +13,7 @@ import yaml
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
+from megatron_vita.checkpoint.integrity import fingerprint
 from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.manifest import load_manifest
@@ -21,7 +22,7 @@ from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import forget_groups, init_distributed
 from megatron_vita.training.loop import train
-from megatron_vita.training.setup import STARTED_FROM, open_session, weights_digest
+from megatron_vita.training.setup import STARTED_FROM, open_session
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
     if state.manifest_digest not in (None, digest):  # the same name, but other packs in another order
         differing.append(f"the digest of the shards {stage.data.data_path} was {state.manifest_digest} and is {digest}")
     started = state.extra.get(STARTED_FROM)
-    if started and weights and started != weights_digest(weights):
+    if started and weights and started != fingerprint(weights):
         differing.append(f"the weights it started from are no longer those of {weights}")
     if differing:
         raise ConfigError(
