@@ -21,6 +21,7 @@ from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.sources.convert import record_to_sample
 from megatron_vita.data.sources.mix import MixFile
 from megatron_vita.data.sources.readers import Places
+from megatron_vita.data.sources.stores import open_store
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.data.video import open_video
@@ -71,7 +72,8 @@ class Compiler:
         """
         if isinstance(record, DataError):
             raise record
-        sample, cleaned = record_to_sample(record, file.row, media_root=file.media_root, source=file.name, line=line)
+        store = open_store(file.media)
+        sample, cleaned = record_to_sample(record, file.row, store=store, source=file.name, line=line)
         if isinstance(sample, Document):
             example = build_document(sample, tokenizer=self._tokenizer)
             cut = len(example.tokens) > self._rules.seq_length
@@ -88,12 +90,11 @@ class Compiler:
         if len(example.tokens) > self._rules.seq_length:
             example = self._shorten(sample, images, videos, example)
             shortened = True
-        paths = {id(item): file.path for item, file in zip(images, sample.images, strict=True)}
         references: list[Path | None] = []
         if self._rules.reference:
             for item in example.media:
-                path = paths.get(id(item))
-                references.append(Path(path) if path else None)
+                whole = item.origin is not None and item.origin.path is not None and item.origin.size is None
+                references.append(Path(item.origin.path) if whole else None)  # type: ignore[union-attr, arg-type]
         return Compiled(example, tuple(references), shortened, cleaned)
 
     def _videos(self, sample: Sample, images: Sequence[MediaItem]) -> tuple[list[list[MediaItem]], bool]:

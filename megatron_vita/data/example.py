@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vita.data.sample import MediaFile
+
 IGNORE_INDEX = -100
 """Label of a token that carries no loss."""
 
@@ -23,6 +25,8 @@ class MediaItem:
     """Pixels, after the EXIF orientation is applied."""
     frame: bool = False
     """A video frame: one tile, never cut, no thumbnail."""
+    origin: MediaFile | None = None
+    """File, or region of a file, that holds exactly `data`; None: nothing on disk does (embedded, made here)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
         DataError: beginning with media_missing, media_broken, media_truncated, media_bomb or media_size.
     """
     data = _bytes(file)
-    name = file.path or "embedded picture"
+    name = file.name
     try:
         picture = _open(data)
         width, height = picture.size
@@ -55,7 +55,7 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
         raise _named(error, name) from None
     if turned:
         width, height = height, width
-    item = MediaItem(data, width, height)
+    item = MediaItem(data, width, height, origin=file if file.data is None else None)
     try:
         if verify == "decode":
             decode(item)
@@ -109,12 +109,13 @@ def _bytes(file: MediaFile) -> bytes:
         raise refuse("media_missing", "the record gives neither a path nor bytes.")
     try:
         with open(file.path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = os.fstat(stream.fileno()).st_size if file.size is None else file.size
             if size > MAX_BYTES:
-                raise refuse("media_bomb", f"{file.path} has {size} bytes; a picture may have {MAX_BYTES}.")
-            return stream.read()
+                raise refuse("media_bomb", f"{file.name} has {size} bytes; a picture may have {MAX_BYTES}.")
+            stream.seek(file.offset)
+            return stream.read(size)
     except OSError as error:
-        raise refuse("media_missing", f"{file.path} cannot be read ({error.strerror}).") from None
+        raise refuse("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
 
 
 def _open(data: bytes) -> Image.Image:

@@ -44,10 +44,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """A picture, video, or folder of frames: a path (already proven to lie under its media root) or bytes."""
+    """A picture, video, or folder of frames: a path (already proven to lie under its media root), a region of such a
+    file (a member of an archive, an item of a shard), or bytes."""
 
     path: str | None = None
     data: bytes | None = None
+    offset: int = 0
+    """Where the region begins in `path`."""
+    size: int | None = None
+    """Bytes of the region; None: the whole file, or folder."""
+    label: str | None = None
+    """What to call it in messages, where `path` alone says too little (archive and member)."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.label or self.path or "embedded medium"
 
 
 @dataclass(frozen=True, slots=True)

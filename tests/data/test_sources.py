@@ -19,6 +19,7 @@ from megatron_vita.data.rejects import CODES
 from megatron_vita.data.sample import Image, Sample, Text, Video
 from megatron_vita.data.sources import detect_row, load_mix, load_table, open_reader, read_samples, record_to_sample
 from megatron_vita.data.sources.fixes import find_fix
+from megatron_vita.data.sources.stores import MediaRule, open_store
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.kit import picture
 
@@ -98,7 +99,7 @@ def test_files_that_no_reader_takes(tmp_path: Path) -> None:
 
 def convert(record: Any, row: str | None = None, root: Path | None = None) -> Sample | Document:
     chosen = load_table()[row] if row else detect_row(record, "test")
-    return record_to_sample(record, chosen, media_root=root, source="s", line=1)[0]
+    return record_to_sample(record, chosen, store=open_store(MediaRule(root=root)), source="s", line=1)[0]
 
 
 def talk(sample: Sample | Document) -> list[tuple[str, str]]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from megatron_vita.data.chat import clean_answers
 from megatron_vita.data.document import Document
-from megatron_vita.data.media import safe_path
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS, Content, Draft
+from megatron_vita.data.sources.stores import MediaStore
 from megatron_vita.data.sources.table import ROLES, Row
 
 _TAG = re.compile(r"<image>|<video>")
@@ -23,14 +22,14 @@ _MEDIA_KEYS = ("image", "images", "video", "videos")
 
 
 def record_to_sample(
-    record: Any, row: Row, *, media_root: Path | None, source: str, line: int
+    record: Any, row: Row, *, store: MediaStore, source: str, line: int
 ) -> tuple[Sample | Document, int]:
     """Convert one record.
 
     Args:
         record: what a reader gave.
         row: how this dataset is written.
-        media_root: where its media paths start; None: every medium must be embedded.
+        store: finds its media.
         source: name in the mix, for messages and ledgers.
         line: record number.
 
@@ -59,8 +58,8 @@ def record_to_sample(
         find_fix(fix)(draft)
     sample = Sample(
         _messages(draft),
-        tuple(_media(reference, media_root) for reference in draft.images),
-        tuple(_media(reference, media_root) for reference in draft.videos),
+        tuple(_media(reference, store) for reference in draft.images),
+        tuple(_media(reference, store) for reference in draft.videos),
         source,
         line,
     )
@@ -127,7 +126,7 @@ def _parts(content: Content, role: str, kinds: set[str], counts: dict[str, int])
     return tuple(parts)
 
 
-def _media(reference: Any, root: Path | None) -> MediaFile:
+def _media(reference: Any, store: MediaStore) -> MediaFile:
     if isinstance(reference, dict):
         if reference.get("bytes"):
             reference = reference["bytes"]
@@ -143,9 +142,7 @@ def _media(reference: Any, root: Path | None) -> MediaFile:
         raise refuse("media_remote", f"{reference} is a web address; fetch it and give the path.")
     if reference.startswith("file://"):
         reference = unquote(urlparse(reference).path)
-    if root is None:
-        raise refuse("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
-    return MediaFile(path=str(safe_path(root, reference)))
+    return store.find(reference)
 
 
 def _data_url(url: str) -> bytes:

@@ -19,6 +19,7 @@ from megatron_vita.data.document import Document
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.sources.convert import record_to_sample
 from megatron_vita.data.sources.readers import Places, Reader, open_reader
+from megatron_vita.data.sources.stores import MediaRule, open_store
 from megatron_vita.data.sources.table import Row, detect_row, find_row
 from megatron_vita.errors import ConfigError, DataError
 
@@ -40,12 +41,16 @@ class MixFile:
     """Most records that are taken."""
     row: Row
     """How the file is read."""
-    media_root: Path | None
-    """Where relative media paths start."""
+    media: MediaRule
+    """Where its media lie."""
 
-    def reader(self) -> Reader:
-        """Open the file."""
-        return open_reader(self.path, self.row.read)
+    def reader(self, work: Path | None = None) -> Reader:
+        """Open the file.
+
+        Args:
+            work: folder for what is unpacked.
+        """
+        return open_reader(self.path, self.row.read, work)
 
     def choose(self, places: Places, seed: int) -> Places:
         """The records that `ratio` and `num` take: min(int(total * ratio), num), in file order within each round.
@@ -103,7 +108,7 @@ def load_mix(path: str | Path) -> list[MixFile]:
                     ratio=1.0 if ratio is None else ratio,
                     num=None if num is None else int(num),
                     row=row,
-                    media_root=_root(group.get("media_root"), row, file, where),
+                    media=MediaRule(root=_root(group.get("media_root"), row, file, where)),
                 )
             )
     names: dict[str, int] = {}
@@ -133,12 +138,12 @@ def read_samples(
     path = Path(path)
     row = _row(source, path, str(path))
     reader = open_reader(path, row.read)
+    store = open_store(MediaRule(root=Path(media_root) if media_root is not None else path.parent))
     for line, record in reader.read(reader.index()):
         try:
             if isinstance(record, DataError):
                 raise record
-            root = Path(media_root) if media_root is not None else path.parent
-            yield record_to_sample(record, row, media_root=root, source=path.name, line=line)[0], record
+            yield record_to_sample(record, row, store=store, source=path.name, line=line)[0], record
         except DataError as error:
             raise DataError(f"{path}, record {line}: {error}") from None
 

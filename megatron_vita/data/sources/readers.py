@@ -154,12 +154,13 @@ KINDS: dict[str, type[Reader]] = {"json": JsonArray, "jsonl": JsonLines, "parque
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz")
 
 
-def open_reader(path: str | Path, kind: str = "auto") -> Reader:
+def open_reader(path: str | Path, kind: str = "auto", work: Path | None = None) -> Reader:
     """The reader of a file.
 
     Args:
         path: the data file.
         kind: `json`, `jsonl`, `parquet`, or `auto`: by content, since `.json` is the name of both JSON forms.
+        work: folder for what is kept between runs (what was unpacked); none: a temporary one.
 
     Raises:
         ConfigError: no such file, or a container that is not supported.
