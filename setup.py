@@ -36,6 +36,7 @@ setup(
         "sentencepiece",
         "safetensors",
         "tensorboard",
+        "zstandard",
     ],
     extras_require={
         # transformer-engine compiles against the local torch and CUDA toolkit; 2.11 is what megatron-core 0.16 pins.

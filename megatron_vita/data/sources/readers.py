@@ -212,3 +212,19 @@ def _mapped(stream: BinaryIO) -> mmap.mmap:
 
 def _places(flat: array[int]) -> Places:
     return np.frombuffer(flat, dtype=np.int64).reshape(-1, 3) if flat else np.zeros((0, 3), dtype=np.int64)
+
+
+def prepare(path: str | Path, kind: str = "auto", work: Path | None = None, *, progress: bool = True) -> None:
+    """Unpack and index what has no random access, once, before processes open the file.
+
+    Args:
+        path: the data file.
+        kind: see `open_reader`.
+        work: folder for what is kept between runs.
+        progress: show bars for long ones.
+
+    Raises:
+        ConfigError: see `open_reader`.
+        DataError: the container is damaged.
+    """
+    open_reader(path, kind, work)
