@@ -13,8 +13,9 @@ import torch
 
 from megatron_vita.config import DataConfig, TrainConfig
 from megatron_vita.data.batch import Batch
+from megatron_vita.data.deal import deal
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.order import PackOrder, deal
+from megatron_vita.data.order import PackOrder
 from megatron_vita.data.rows import Row, build_row, local_tokens, read_tiles
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError
@@ -116,7 +117,7 @@ class PackLoader:
             )
         self._data, self._train, self._coords = data, train, coords
         self.order = PackOrder(
-            self.shards.pack_costs(data.reset_per_document),
+            self.shards.pack_work(data.reset_per_document),
             seed=0 if valid else train.seed,
             digest=self.shards.manifest.digest,
             global_batch_size=train.global_batch_size,
@@ -156,7 +157,7 @@ class PackLoader:
     def _step(self, consumed: int) -> tuple[Int64, list[list[int]]]:
         """Packs of the step that begins there, and this rank's rows of packs."""
         packs = self.order.packs(consumed)
-        mine = deal(packs, self.order.costs[packs], self._coords.dp_size)[self._coords.dp_rank].tolist()
+        mine = deal(packs, self.order.work[packs], self._coords.dp_size)[self._coords.dp_rank].tolist()
         size = self._train.micro_batch_size
         return packs, [mine[start : start + size] for start in range(0, len(mine), size)]
 

@@ -1,7 +1,9 @@
-"""Which packs make which step: pure arithmetic on (seed, manifest digest, consumed packs) and the packs' costs.
+"""Which packs make which step: pure arithmetic on (seed, manifest digest, consumed packs) and the packs' work.
 
 The stream of packs is endless, epoch after epoch. Neither the data-parallel size, nor the micro-batch size, nor any
-rank appears here but in `deal`, which says who computes a pack, never which packs make a step.
+rank appears here; `data/deal.py` says who computes a pack, never which packs make a step.
+
+All arithmetic is on integers and all sorting on distinct keys, so that every machine and every numpy gives one order.
 """
 
 from __future__ import annotations
@@ -15,32 +17,37 @@ import numpy.typing as npt
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout import Int64
 
-_ALIKE = 1.04
-"""A window ends before a pack that costs this many times its cheapest one (unless a step is not full yet)."""
+_ALIKE = (101, 100)
+"""A window is not cut further once its dearest pack has at most this ratio to its cheapest, in every kind of work."""
 
 
 class PackOrder:
     """The order in which a stage consumes the packs of one set.
 
-    In every epoch the packs are sorted by cost and cut into windows of similar cost, each a whole number of steps long.
-    The packs of a window are shuffled and dealt into steps, and then all steps are shuffled. So the packs of one step
-    cost alike, no data-parallel rank waits long for another, which packs meet in a step changes from epoch to epoch,
-    and no kind of pack comes in a run: cost goes with kind (long videos, single pictures), and a model that sees one
-    kind for many steps forgets the others. Steps may straddle two epochs: the packs of a broken step, at the end of
-    one epoch and at the start of the next, are drawn around the median cost, so that such a step is alike, too.
+    In every epoch the packs are cut into windows whose packs are alike in every kind of work at once (attention and
+    tiles), each a whole number of steps: recursive bisection, always of the kind in which the packs of a window
+    differ more. The packs of a window are shuffled and dealt into steps, and then all steps are shuffled. So
+    whatever the data-parallel size, no rank waits long for another, neither for its attention nor for its tower;
+    which packs meet in a step changes from epoch to epoch; and no kind of pack comes in a run: work goes with kind
+    (long videos, single pictures), and a model that sees one kind for many steps forgets the others. Steps may straddle
+    two epochs: the packs of a broken step, at the end of one epoch and at the start of the next, are those
+    nearest to the median pack, so that such a step is alike, too.
     """
 
-    def __init__(self, costs: npt.ArrayLike, *, seed: int, digest: str, global_batch_size: int) -> None:
+    def __init__(self, work: npt.ArrayLike, *, seed: int, digest: str, global_batch_size: int) -> None:
         """Prepare the order of one set.
 
         Args:
-            costs: work of each pack in any unit, `[packs]`.
+            work: of each pack and kind, in any unit, 0 to 2^46, `[packs, kinds]` (`ShardSet.pack_work`).
             seed: `train.seed`.
             digest: the manifest's digest.
             global_batch_size: packs of one step.
+
+        Raises:
+            ConfigError: there are no packs.
         """
-        self.costs = np.asarray(costs, dtype=np.int64)
-        if not len(self.costs):
+        self.work = np.asarray(work, dtype=np.int64)
+        if not len(self.work):
             raise ConfigError("a shard set without packs has no order")
         self.global_batch_size = global_batch_size
         self._seed, self._digest = seed, digest
@@ -49,7 +56,7 @@ class PackOrder:
     def packs(self, consumed: int) -> Int64:
         """Pack ids of the step that begins after `consumed` packs, `[global_batch_size]`, whole epochs in turn."""
         stop = consumed + self.global_batch_size
-        size = len(self.costs)
+        size = len(self.work)
         pieces = []
         while consumed < stop:
             epoch, start = divmod(consumed, size)
@@ -62,58 +69,75 @@ class PackOrder:
         """All packs once, in the order of one epoch."""
         key = hashlib.sha256(f"{self._seed}:{self._digest}:{epoch}".encode()).digest()
         random = np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8"))
-        size, step = len(self.costs), self.global_batch_size
+        size, step = len(self.work), self.global_batch_size
         mixed = _permutation(random, size)
-        ranked = mixed[np.argsort(self.costs[mixed], kind="stable")]  # equal costs in random order
         head = -epoch * size % step  # packs that complete the step the last epoch left open
         if head >= size:
             return mixed
         broken = head + (size - head) % step
-        first = (size - broken) // 2
-        middle, rest = ranked[first : first + broken], np.delete(ranked, slice(first, first + broken))
-        middle = middle[_permutation(random, broken)]
-        windows = [window[_permutation(random, len(window))] for window in self._windows(rest)]
-        steps = [window[at : at + step] for window in windows for at in range(0, len(window), step)]
-        shuffled = [steps[index] for index in _permutation(random, len(steps)).tolist()]
-        return np.concatenate([middle[:head], *shuffled, middle[head:]])
+        middle, rest = self._split_middle(mixed, broken)
+        if not len(rest):
+            return middle
+        order = _windows(self.work[rest], step, random)
+        steps = rest[order].reshape(-1, step)
+        return np.concatenate([middle[:head], steps[_permutation(random, len(steps))].reshape(-1), middle[head:]])
 
-    def _windows(self, ranked: Int64) -> list[Int64]:
-        """Cut packs sorted by cost into windows of whole steps and of similar cost."""
-        step = self.global_batch_size
-        costs = self.costs[ranked]
-        windows, start = [], 0
-        while start < len(ranked):
-            alike = int(np.searchsorted(costs, _ALIKE * costs[start], side="right")) - start
-            stop = start + max(step, alike // step * step)
-            windows.append(ranked[start:stop])
-            start = stop
-        return windows
+    def _split_middle(self, mixed: Int64, count: int) -> tuple[Int64, Int64]:
+        """The `count` packs nearest to the median one in every kind of work, and the others, both in mixed order."""
+        if not count:
+            return mixed[:0], mixed
+        distance = np.zeros(len(mixed), dtype=np.int64)
+        for values in self.work[mixed].T:
+            median = int(np.partition(values, len(values) // 2)[len(values) // 2])
+            distance = np.maximum(distance, (np.abs(values - median) << 16) // (median + 1))
+        inside = np.zeros(len(mixed), dtype=bool)
+        inside[np.argsort(distance, kind="stable")[:count]] = True
+        return mixed[inside], mixed[~inside]
+
+
+def _windows(work: Int64, step: int, random: np.random.Philox) -> Int64:
+    """Lay packs out so that each run of `step` of them is alike in every kind of work.
+
+    Args:
+        work: `[packs, kinds]`, in random order; packs is a multiple of `step`.
+        step: packs of one step.
+        random: decides where a window is cut, so that other packs meet in every epoch.
+
+    Returns:
+        A permutation of the packs.
+    """
+    orders = [np.argsort(values, kind="stable") for values in work.T]
+    ranked = [values[order] for values, order in zip(work.T, orders, strict=True)]
+    # Rank of every pack in each kind: distinct, so that a cut leaves no choice to the library.
+    ranks = []
+    for order in orders:
+        rank = np.empty(len(work), dtype=np.int64)
+        rank[order] = np.arange(len(work))
+        ranks.append(rank)
+    done, stack = [], [ranks]
+    while stack:
+        window = stack.pop()
+        steps = len(window[0]) // step
+        # least and most work of the window, plus one: a pack without tiles is much like one that has a single tile
+        spans = [
+            (int(values[rank.min()]) + 1, int(values[rank.max()]) + 1)
+            for values, rank in zip(ranked, window, strict=True)
+        ]
+        if steps <= 1 or all(most * _ALIKE[1] <= least * _ALIKE[0] for least, most in spans):
+            done.append(window[0])
+            continue
+        kind = 0
+        for other, (least, most) in enumerate(spans):
+            if most * spans[kind][0] > spans[kind][1] * least:
+                kind = other
+        third = steps // 3  # the cut: anywhere between a third and two thirds
+        cut = step * (third + 1 + int(random.random_raw()) % max(1, steps - 2 * third - 1))
+        parts = np.argpartition(window[kind], cut - 1)
+        stack += [[rank.take(part) for rank in window] for part in (parts[:cut], parts[cut:])]
+    # `work` came in random order: ascending positions are a shuffle of the window
+    return np.concatenate([np.sort(orders[0][window]) for window in done])
 
 
 def _permutation(random: np.random.Philox, size: int) -> Int64:
     """A permutation made of raw random bits: unlike Generator.permutation, they are promised never to change."""
     return np.argsort(random.random_raw(size), kind="stable")
-
-
-def deal(packs: Int64, costs: Int64, dp_size: int) -> list[Int64]:
-    """Share one step's packs among data-parallel ranks: the same number to each, dearest first to the least laden.
-
-    Args:
-        packs: pack ids, `[global_batch_size]`, a multiple of dp_size.
-        costs: their costs, `[global_batch_size]`.
-        dp_size: data-parallel ranks.
-
-    Returns:
-        For each rank its pack ids, dearest first.
-    """
-    if len(packs) % dp_size:
-        raise ConfigError(f"a step of {len(packs)} packs does not split over {dp_size} data-parallel ranks.")
-    room = [len(packs) // dp_size] * dp_size
-    load = [0] * dp_size
-    hands: list[list[int]] = [[] for _ in range(dp_size)]
-    for index in np.lexsort((packs, -costs)).tolist():
-        rank = min((r for r in range(dp_size) if room[r]), key=lambda r: (load[r], r))
-        hands[rank].append(int(packs[index]))
-        load[rank] += int(costs[index])
-        room[rank] -= 1
-    return [np.array(hand, dtype=np.int64) for hand in hands]

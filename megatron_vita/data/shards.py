@@ -24,7 +24,7 @@ import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_vita.data.manifest import load_manifest
-from megatron_vita.data.records import REFERENCE, SAMPLE, TILE, file_info, sample_cost, starts
+from megatron_vita.data.records import REFERENCE, SAMPLE, TILE, attention_pairs, file_info, starts
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import DataError
 from megatron_vita.layout import Int64
@@ -177,18 +177,19 @@ class ShardSet:
         ).tobytes()
         return self._referenced(data) if data.startswith(REFERENCE) else data
 
-    def pack_costs(self, reset: bool) -> Int64:
-        """Work of each pack that differs between packs, `[packs]`, in the unit of `sample_cost`.
+    def pack_work(self, reset: bool) -> Int64:
+        """Work of each pack that differs between packs, `[packs, 2]`: query-key pairs of the decoder, and tiles.
 
         Args:
             reset: attention restarts at every sample; otherwise a pack is one document.
         """
         first = self._pack_bounds[:-1]
+        lengths, tiles = self.samples["length"], self.samples["tiles"]
         if reset:
-            return np.add.reduceat(self.samples["cost"], first)
-        lengths = np.add.reduceat(self.samples["length"], first)
-        tiles = np.add.reduceat(self.samples["tiles"], first)
-        return sample_cost(lengths, tiles, self.manifest.tokens_per_tile)
+            pairs = np.add.reduceat(attention_pairs(lengths), first)
+        else:
+            pairs = attention_pairs(np.add.reduceat(lengths, first))
+        return np.stack([pairs, np.add.reduceat(tiles, first)], axis=1)
 
     def _read(self, dataset: IndexedDataset, pack: int, positions: Int64 | slice) -> Int32:
         first = self.pack_samples(pack).start

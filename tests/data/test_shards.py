@@ -91,14 +91,17 @@ def test_the_reader_gives_back_every_pack(made: tuple) -> None:
     assert shards.manifest.totals["labels"] == counted == int(shards.samples["labels"].sum())
 
 
-def test_costs_depend_on_what_a_document_is(made: tuple) -> None:
+def test_work_depends_on_what_a_document_is(made: tuple) -> None:
     prefix, items, packs = made
     shards = ShardSet(prefix)
     tiles = [sum(len(items[i].tiles) for i in one) for one in packs]
     alone = [sum(len(items[i].tokens) * (len(items[i].tokens) + 1) // 2 for i in one) for one in packs]
-    assert shards.pack_costs(reset=True).tolist() == [a + 160 * t for a, t in zip(alone, tiles, strict=True)]
-    lengths = [shards.pack_length(pack) for pack in range(len(packs))]
-    assert shards.pack_costs(reset=False).tolist() == sample_cost(lengths, tiles, 4).tolist()
+    assert shards.pack_work(reset=True).tolist() == [list(pair) for pair in zip(alone, tiles, strict=True)]
+    joint = [length * (length + 1) // 2 for length in (shards.pack_length(pack) for pack in range(len(packs)))]
+    assert shards.pack_work(reset=False).tolist() == [list(pair) for pair in zip(joint, tiles, strict=True)]
+    assert shards.samples["cost"].tolist() == [
+        sample_cost(len(items[i].tokens), len(items[i].tiles), 4) for one in packs for i in one
+    ]
 
 
 def test_the_same_input_gives_the_same_bytes_and_digest(made: tuple, tmp_path: Path) -> None:
