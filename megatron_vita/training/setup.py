@@ -6,6 +6,7 @@ import gc
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -102,15 +103,15 @@ def build_parts(stage: StageConfig, *, weights: Path | None = None) -> Parts:
     models = build_model(stage, groups)
     if weights is not None:
         checkpoint.load_weights(weights, models)
-    wrapped = _wrap(stage, models)
+    wrapped = wrap_models(stage, models)
     optimizer, schedule = build_optimizer(stage, wrapped)
     return Parts(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, schedule=schedule)
 
 
-def _wrap(stage: StageConfig, models: list[VitaModel]) -> list[DistributedDataParallel]:
+def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[DistributedDataParallel]:
     """Put the chunks into bf16 and data parallelism, and tell megatron-core how to finish gradients."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=models[0].config.params_dtype != torch.float64,  # which only checks run in
         overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
         use_distributed_optimizer=True,
         average_in_collective=False,  # gradients are sums, divided once by the global number of labelled tokens
