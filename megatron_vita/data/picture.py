@@ -5,64 +5,56 @@ A picture stays the bytes that were found; only its header is read until a tile 
 
 from __future__ import annotations
 
-import importlib
 import io
-import os
-import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from megatron_vita.data.example import MediaItem
+from megatron_vita.data.picture_header import MAX_PIXELS, MOST_PIECES, open_picture, parse_header
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.window import Window, open_window
 from megatron_vita.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are opened. Others that Pillow knows run programs or open further files."""
-MAX_PIXELS = 89_478_485
-"""Larger pictures are refused unread (Pillow's own bound: 256 MiB as RGB)."""
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "decode", "read_image", "to_rgb"]
+
 MAX_BYTES = 1 << 30
 """Larger picture files are refused unread."""
-_PNG_ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
-Image.preinit()
-for _plugin in ("TiffImagePlugin", "WebPImagePlugin"):  # Pillow knows only the commonest formats until it is told
-    importlib.import_module(f"PIL.{_plugin}")
-
-# Pillow warns between once and twice its bound and we refuse there, so the warning would only be noise.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 
 
 def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
     """Read a picture and learn its size from the header.
 
     Args:
-        file: a path or bytes.
+        file: a path, a region of a file, or bytes.
         verify: `structure` proves that header and end are there, `decode` decodes the whole picture.
 
     Raises:
         DataError: beginning with media_missing, media_broken, media_truncated, media_bomb or media_size.
     """
     data = _bytes(file)
-    name = file.name
     try:
-        picture = _open(data)
-        width, height = picture.size
-        turned = _orientation(picture, data) >= 5
-    except DataError as error:
-        raise _named(error, name) from None
-    if turned:
-        width, height = height, width
-    item = MediaItem(data, width, height, origin=file if file.data is None else None)
-    try:
+        header = parse_header(Window(data, len(data)))
+        item = MediaItem(data, header.width, header.height, origin=file if file.data is None else None)
         if verify == "decode":
             decode(item)
         else:
-            _check_end(picture.format or "", data)
+            _check_end(header.format, data)
     except DataError as error:
-        raise _named(error, name) from None
+        raise _named(error, file.name) from None
     return item
 
 
@@ -75,12 +67,19 @@ def decode(item: MediaItem) -> Image.Image:
     Raises:
         DataError: media_broken, media_truncated, media_bomb or media_size.
     """
-    picture = _open(item.data)
+    picture = open_picture(io.BytesIO(item.data))
     try:
-        if _orientation(picture, item.data) != 1:
-            picture = ImageOps.exif_transpose(picture)
+        picture.load()
+        if picture.format != "TIFF":  # that one Pillow has turned already
+            turn = _TURNS.get(parse_header(Window(item.data, len(item.data))).orientation)
+            if turn is not None:
+                picture = picture.transpose(turn)
         return to_rgb(picture)
-    except (OSError, ValueError, SyntaxError, IndexError, KeyError, zlib.error, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except MemoryError:
+        raise refuse("media_bomb", "decoding it asks for more memory than there is.") from None
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
         code = "media_truncated" if "truncated" in str(error) else "media_broken"
         raise refuse(code, f"the picture cannot be decoded ({error}). Replace the file or drop the sample.") from None
 
@@ -105,56 +104,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _bytes(file: MediaFile) -> bytes:
     if file.data is not None:
         return file.data
-    if file.path is None:
-        raise refuse("media_missing", "the record gives neither a path nor bytes.")
-    try:
-        with open(file.path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size if file.size is None else file.size
-            if size > MAX_BYTES:
-                raise refuse("media_bomb", f"{file.name} has {size} bytes; a picture may have {MAX_BYTES}.")
-            stream.seek(file.offset)
-            return stream.read(size)
-    except OSError as error:
-        raise refuse("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
-
-
-def _open(data: bytes) -> Image.Image:
-    """Parse the header."""
-    if not data:
-        raise refuse("media_broken", "the file is empty.")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise refuse("media_broken", f"not a picture in one of the formats {', '.join(FORMATS)}.") from None
-    except Image.DecompressionBombError as error:
-        raise refuse("media_bomb", f"{error}") from None
-    except Exception as error:  # Pillow's plugins raise nearly anything on a damaged header
-        raise refuse("media_broken", f"the header cannot be read ({error}).") from None
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise refuse("media_bomb", f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
-    if min(width, height) < 1 or max(width, height) > 1000 * min(width, height):
-        raise refuse("media_size", f"{width} x {height} pixels make no picture.")
-    return picture
-
-
-def _orientation(picture: Image.Image, data: bytes) -> int:
-    """EXIF orientation, 1..8. Asking a PNG for it makes Pillow decode it, so only those that may have one are asked."""
-    if picture.format in ("GIF", "BMP", "PPM"):
-        return 1
-    if picture.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTED):
-        return 1
-    try:
-        value = picture.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF is no reason to refuse a picture: viewers show it as it lies
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    with open_window(file) as window:
+        if window.size > MAX_BYTES:
+            raise refuse("media_bomb", f"{file.name} has {window.size} bytes; a picture may have {MAX_BYTES}.")
+        return window.read(0, window.size)
 
 
 def _check_end(kind: str, data: bytes) -> None:
     """Prove without decoding that the file is whole: JPEG's end mark, PNG's chunk checksums, WebP's and BMP's size."""
     if kind in ("JPEG", "MPO"):
-        whole = data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0
+        whole = data.rfind(b"\xff\xd9", _jpeg_scan(data)) >= 0  # from the end, for there it stands
     elif kind == "PNG":
         whole = _png_chunks(data)
     elif kind == "WEBP":
@@ -172,26 +131,35 @@ def _check_end(kind: str, data: bytes) -> None:
 
 def _jpeg_scan(data: bytes) -> int:
     """Where the (first) scan begins, behind thumbnails inside headers; the end of the data if there is none."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    place, size = 2, len(data)
+    for _ in range(MOST_PIECES):
+        if place + 4 > size:
+            break
         marker = data[place + 1]
-        if marker == 0xDA:
+        if data[place] != 0xFF or marker == 0xDA:  # (Pillow passes over junk between segments)
             return place
         if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # fill byte or mark without length
             place += 1 if marker == 0xFF else 2
             continue
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return len(data)
+        place += 2 + ((data[place + 2] << 8) | data[place + 3])
+    return size
 
 
 def _png_chunks(data: bytes) -> bool:
-    place = 8
-    while place + 12 <= len(data):
+    """Is every chunk whole, up to IEND?
+
+    Raises:
+        DataError: media_broken, if a checksum is wrong.
+    """
+    place, view = 8, memoryview(data)
+    for _ in range(MOST_PIECES):
+        if place + 12 > len(data):
+            break
         size = int.from_bytes(data[place : place + 4], "big")
         kind, end = data[place + 4 : place + 8], place + 8 + size
         if end + 4 > len(data):
             return False
-        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise refuse(
                 "media_broken", f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum. Fetch the file again."
             )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -18,30 +19,43 @@ from megatron_vita.data.example import MediaItem, TileSlot
 from megatron_vita.data.picture import decode
 from megatron_vita.data.spec import PreprocessSpec
 
+Grid = tuple[int, int]
+"""(columns, rows)."""
+
 
 @lru_cache(maxsize=64)
-def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Every (columns, rows) that is allowed: by area, then by columns. Ties are settled by this order."""
+def _grids(min_tiles: int, max_tiles: int) -> tuple[list[float], list[list[Grid]]]:
+    """Every aspect ratio that is allowed, ascending, and the grids that have it, by area."""
     sides = range(1, max_tiles + 1)
     grids = [(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+    by_ratio: dict[float, list[Grid]] = {}
+    for cols, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        by_ratio.setdefault(cols / rows, []).append((cols, rows))
+    ratios = sorted(by_ratio)
+    return ratios, [by_ratio[ratio] for ratio in ratios]
 
 
-@lru_cache(maxsize=1 << 14)
-def _best_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+def _best_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> Grid:
+    ratios, grids = _grids(min_tiles, max_tiles)
+    if not ratios:
+        return 1, 1
     aspect = width / height
-    best, best_difference = (1, 1), float("inf")
-    for cols, rows in _grids(min_tiles, max_tiles):
-        difference = abs(aspect - cols / rows)
+    above = bisect_left(ratios, aspect)
+    if above == len(ratios) or (above and aspect - ratios[above - 1] < ratios[above] - aspect):
+        nearest = grids[above - 1]
+    elif above and aspect - ratios[above - 1] == ratios[above] - aspect:  # as near to one ratio as to another
+        nearest = sorted((*grids[above - 1], *grids[above]), key=lambda grid: grid[0] * grid[1])
+    else:
+        nearest = grids[above]
+    best = nearest[0]
+    for cols, rows in nearest[1:]:
         # On a tie the later, larger grid wins only if the picture fills more than half of it.
-        if difference < best_difference or (
-            difference == best_difference and width * height > 0.5 * tile * tile * cols * rows
-        ):
-            best, best_difference = (cols, rows), difference
+        if width * height > 0.5 * tile * tile * cols * rows:
+            best = cols, rows
     return best
 
 
-def grid_for(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int]:
+def grid_for(width: int, height: int, spec: PreprocessSpec) -> Grid:
     """(columns, rows) of the grid whose aspect ratio is nearest the picture's; the native InternVL rule.
 
     Args:
@@ -52,6 +66,24 @@ def grid_for(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int]:
     if spec.max_tiles == 1:
         return 1, 1
     return _best_grid(width, height, spec.image_size, spec.min_tiles, spec.max_tiles)
+
+
+def count_picture_tokens(width: int, height: int, spec: PreprocessSpec) -> int:
+    """Tokens of one picture between the texts around it, from its size alone; what `chat.build_example` writes for it.
+
+    `internvl`: `<img>`, the context of grid and thumbnail, `</img>` (the newline behind it belongs to the text, with
+    which it is tokenised). `long_vita`: every tile has its own two marks, and every row of the grid a newline.
+
+    Args:
+        width: pixels, upright.
+        height: pixels, upright.
+        spec: layout, tiling, tokens a tile.
+    """
+    cols, rows = grid_for(width, height, spec)
+    tiles = cols * rows + (cols * rows > 1)
+    if spec.layout == "internvl":
+        return 2 + tiles * spec.tokens_per_tile
+    return tiles * (spec.tokens_per_tile + 2) + (rows if tiles > 1 else 0)
 
 
 def plan_tiles(item: MediaItem, media: int, spec: PreprocessSpec) -> tuple[TileSlot, ...]:

@@ -20,6 +20,7 @@ from megatron_vita.data.media import read_items, safe_path
 from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.tiling import plan_tiles, render_tiles
 from megatron_vita.data.video import count_frames, natural_key, open_video, sample_frames
 from megatron_vita.errors import DataError
 from tests.data.kit import picture
@@ -48,7 +49,7 @@ def test_all_eight_orientations() -> None:
     }
     for orientation in range(1, 9):
         stored = upright if orientation == 1 else lay[undo[orientation]](upright)
-        for kind in ("JPEG", "PNG", "WEBP"):
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
             exif = Pil.Exif()
             exif[0x0112] = orientation
             buffer = io.BytesIO()
@@ -109,7 +110,15 @@ def bomb(width: int, height: int) -> bytes:
 def test_bombs_and_impossible_shapes_are_refused_unread() -> None:
     assert refused(bomb(20000, 15000)) == "media_bomb"
     assert refused(bomb(10000, MAX_PIXELS // 10000 + 1)) == "media_bomb"
-    assert refused(bomb(5000, 1)) == "media_size"
+    assert refused(bomb(0, 5)) == "media_size"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1500), (1500, 1), (9000, 1), (3, 1)])
+def test_lines_and_dots_are_pictures_as_for_stock_processors(size: tuple[int, int]) -> None:
+    item = read_image(MediaFile(data=picture(*size)), verify="decode")
+    slots = plan_tiles(item, 0, SPEC)
+    assert len(slots) == {(1, 1): 1, (3, 1): 4}.get(size, 13)
+    assert render_tiles(item, slots, SPEC).shape == (len(slots), 3, 16, 16)
 
 
 @settings(max_examples=200, deadline=None)

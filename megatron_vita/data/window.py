@@ -1,0 +1,105 @@
+"""A medium to read from at any place: a file, a region of a file (a member of an archive), or bytes."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import IO
+
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import MediaFile
+
+HEAD = 4096
+"""Bytes of a file that are read when it is opened: most picture headers, and one page."""
+
+
+class Window:
+    """`size` bytes beginning at `base` of an open file, or of some bytes. Use it as a context manager.
+
+    Reads never leave the window; they come back shorter at its end, as a file's do.
+    """
+
+    __slots__ = ("_base", "_descriptor", "head", "size")
+
+    def __init__(self, head: bytes, size: int, descriptor: int = -1, base: int = 0) -> None:
+        self.head = head
+        """The first bytes, all of them if the medium is in memory."""
+        self.size = size
+        """Bytes of the medium."""
+        self._descriptor, self._base = descriptor, base
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def read(self, place: int, size: int) -> bytes:
+        """`size` bytes from `place`; fewer where the window ends."""
+        if place + size <= len(self.head) or self._descriptor < 0:
+            return self.head[place : place + size]
+        size = min(size, self.size - place)
+        return os.pread(self._descriptor, size, self._base + place) if size > 0 else b""
+
+    def stream(self, limit: int | None = None) -> IO[bytes]:
+        """The window, or its first `limit` bytes, as a seekable file object; valid while the window is open."""
+        size = self.size if limit is None else min(limit, self.size)
+        return io.BufferedReader(_Stream(self, size)) if self._descriptor >= 0 else io.BytesIO(self.head[:size])
+
+
+class _Stream(io.RawIOBase):
+    """A window read through a moving place."""
+
+    def __init__(self, window: Window, size: int) -> None:
+        self._window, self._size, self._place = window, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._window.read(self._place, min(len(buffer), max(0, self._size - self._place)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = (0, self._place, self._size)[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+
+def open_window(file: MediaFile) -> Window:
+    """Open a medium for reading.
+
+    Raises:
+        DataError: media_missing, if it is not there, is no regular file, or its region lies beyond the file's end.
+    """
+    if file.data is not None:
+        return Window(file.data, len(file.data))
+    if file.path is None:
+        raise refuse("media_missing", "the record gives neither a path nor bytes.")
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise refuse("media_missing", f"{file.name} cannot be read ({reason}).") from None
+    try:
+        whole = os.fstat(descriptor).st_size
+        size = whole - file.offset if file.size is None else file.size
+        if file.offset < 0 or size < 0 or file.offset + size > whole:
+            raise refuse("media_missing", f"{file.name} ends beyond its archive. Fetch the archive again.")
+        return Window(os.pread(descriptor, min(size, HEAD), file.offset), size, descriptor, file.offset)
+    except OSError as error:
+        os.close(descriptor)
+        raise refuse("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
