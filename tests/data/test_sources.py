@@ -143,7 +143,6 @@ TEXT_FORMS: list[tuple[str | None, Any, list[tuple[str, str]]]] = [
     ("long_data_collections", {"text": "no", "prompt": "q ", "completion": " a"}, QA),
     ("sharegpt4v", {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "q"},
                                       {"from": "gpt", "value": "a"}]}, QA),
-    ("m4_image", {"conversations": [{"from": "gpt", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
     (None, {"messages": [Q, {"role": "assistant", "content": "\n \n a"}]}, [("user", "q"), ("assistant", " a")]),
 ]  # fmt: skip
 
@@ -264,12 +263,12 @@ def test_mix_in_long_vitas_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mix = write_mix(
         tmp_path,
         one={"ratio": 0.25, "data_paths": ["a.jsonl"]},
-        two={"ratio": 2.5, "num": 22, "data_paths": ["${HERE}/[ab].jsonl", "odd(1,2)+x.jsonl"]},
+        two={"ratio": 2.5, "num": 22, "data_paths": ["${HERE}/a.jsonl", "${HERE}/[b].jsonl", "odd(1,2)+x.jsonl"]},
         off={"ratio": 0, "data_paths": ["not there"]},
     )
     files = load_mix(mix)
     assert [file.name for file in files] == ["one", "two/a.jsonl", "two/b.jsonl", "two/odd(1,2)+x.jsonl"]
-    assert files[1].written == "${HERE}/[ab].jsonl: a.jsonl"
+    assert files[2].written == "${HERE}/[b].jsonl: b.jsonl"
     assert {file.row.name for file in files} == {"long_vita"}
     places = files[0].reader().index()
     chosen = files[0].choose(places, seed=1)
@@ -281,11 +280,82 @@ def test_mix_in_long_vitas_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert lines[20] < lines[21]
 
 
+@pytest.mark.parametrize(("ratio", "num"), [(1, None), (0.5, None), (1, 7), (0.1, 7), (3, 40), (0.04, 1), (2.5, 30)])
+def test_the_files_of_a_pattern_count_as_one(tmp_path: Path, ratio: float, num: int | None) -> None:
+    for name, count in (("a", 3), ("b", 0), ("c", 11), ("d", 2)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": [Q, A]}) + "\n") * count)
+    group = {"source": "long_vita", "ratio": ratio, "num": num, "data_paths": [f"{tmp_path}/*.jsonl"]}
+    files = load_mix(write_mix(tmp_path, one=group))
+    taken = [len(file.choose(file.reader().index(), seed=1)) for file in files]
+    assert sum(taken) == min(int(16 * ratio), num or 999)
+    assert taken[1] == 0
+    assert taken[2] == pytest.approx(sum(taken) * 11 / 16, abs=1)
+
+
+def test_a_mix_over_other_mixes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": [Q, A]}) + "\n") * 4)
+    (tmp_path / "sub").mkdir()
+    base = {"dataset": {name: {"data_paths": [f"{tmp_path}/a.jsonl"], "num": 3} for name in ("one", "two")}}
+    (tmp_path / "sub" / "base.yaml").write_text(json.dumps(base))
+    over = {"include": "sub/base.yaml", "dataset": {"two": {"ratio": 0}, "new": base["dataset"]["one"] | {"num": 1}}}
+    (tmp_path / "mix.yaml").write_text(json.dumps(over))
+    files = load_mix(tmp_path / "mix.yaml")
+    assert [(file.name, file.num) for file in files] == [("one", 3), ("new", 1)]
+    (tmp_path / "mix.yaml").write_text(json.dumps(over | {"dataset": {"tow": {"ratio": 0}}}))
+    with pytest.raises(ConfigError, match="unknown key `tow`.*`two`"):
+        load_mix(tmp_path / "mix.yaml")
+    (tmp_path / "mix.yaml").write_text(json.dumps({"include": "mix.yaml"}))
+    with pytest.raises(ConfigError, match="without end"):
+        load_mix(tmp_path / "mix.yaml")
+
+
+def test_a_group_names_its_own_fields_and_fixes(tmp_path: Path) -> None:
+    record = {"ask": "<image>\nq", "say": "a", "image": None}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    group = {"source": "pair", "data_paths": [f"{tmp_path}/a.jsonl"], "fields": {"user": "ask", "assistant": "say"}}
+    (file,) = load_mix(write_mix(tmp_path, one=group | {"fix": ["strip"]}))
+    assert file.row.fields == {"user": "ask", "assistant": "say"}
+    sample, _ = record_to_sample(record, file.row, store=open_store(file.media), source="s", line=1)
+    assert talk(sample) == [("user", "<image>\nq"), ("assistant", "a")]
+    with pytest.raises(ConfigError, match="no fix"):
+        load_mix(write_mix(tmp_path, one=group | {"fix": ["strap"]}))
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": [Q, A]}))
+    groups = {
+        "one": {"data_paths": [f"{tmp_path}/lonk.jsonl", f"{tmp_path}/nowhere/b.json"]},
+        "two": {"data_paths": [f"{tmp_path}/long.jsonl"], "media_root": f"{tmp_path}/images"},
+        "three": {"data_paths": [f"{tmp_path}/long.jsonl"], "source": "lvis"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_mix(write_mix(tmp_path, **groups))
+    text = str(caught.value)
+    assert "4 things are missing" in text
+    assert f"Did you mean {tmp_path}/long.jsonl?" in text
+    assert f"{tmp_path} exists, nowhere in it does not" in text
+    assert f"media_root {tmp_path}/images is no folder" in text
+    assert "three: source `lvis` comes without its media" in text
+
+
+def test_a_folder_that_looks_like_a_pattern_is_none(tmp_path: Path) -> None:
+    for name in ("x[ab](c,d)+e", "xa(c,d)+e", "x[ab]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t-1.jsonl").write_text(json.dumps({"messages": [Q, A]}))
+    for name in ("x[ab](c,d)+e", "x[ab]"):
+        (file,) = load_mix(write_mix(tmp_path, one={"data_paths": [f"{tmp_path}/{name}/t-*.jsonl"]}))
+        assert file.path.parent.name == name
+
+
 @pytest.mark.parametrize(
     ("group", "complaint"),
     [
         ({"data_path": ["a.jsonl"]}, "data_paths"),
         ({"data_paths": ["a.jsonl"], "ration": 1}, "ratio"),
+        ({"data_paths": []}, "empty"),
+        ({"data_paths": None}, "needs `data_paths`"),
+        ({"data_paths": ["a.jsonl"], "archives": "x"}, "list of texts"),
+        ({"data_paths": ["a.jsonl"], "source": "allava", "archives": ["x*.zip"]}, "no such archive"),
         ({"data_paths": ["none.jsonl"]}, "no such data file"),
         ({"data_paths": ["."]}, "folder"),
         ({"data_paths": ["a.jsonl"], "ratio": "much"}, "number"),

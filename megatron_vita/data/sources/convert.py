@@ -13,9 +13,9 @@ from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.sources.fixes import find_fix, unwrap
-from megatron_vita.data.sources.mappers import MAPPERS, Content, Draft
+from megatron_vita.data.sources.mappers import MAPPERS, ROLES, Content, Draft
 from megatron_vita.data.sources.stores import MediaStore
-from megatron_vita.data.sources.table import ROLES, Row
+from megatron_vita.data.sources.table import Row
 
 _TAG = re.compile(r"<image>|<video>")
 _MEDIA_KEYS = ("image", "images", "video", "videos")
@@ -45,15 +45,13 @@ def record_to_sample(
     if draft.text is not None:
         _no_undeclared(record, row)
         return Document(draft.text, source, line), 0
-    for name, target, kind in ((row.image, draft.images, "image"), (row.video, draft.videos, "video")):
-        for key in name:
-            if isinstance(record, dict) and key in record:
-                draft.declared.add(kind)
-                found = _flatten(record[key])
-                if found:
-                    target += found
-                    break
+    if isinstance(record, dict):
+        draft.images += _field(record, row.image, "image", draft)
+        draft.videos += _field(record, row.video, "video", draft)
     _no_undeclared(record, row)
+    if row.media and not draft.images and not draft.videos:
+        names = ", ".join(f"`{key}`" for key in row.image + row.video)
+        raise refuse("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
     for fix in row.fix:
         find_fix(fix)(draft)
     sample = Sample(
@@ -68,12 +66,24 @@ def record_to_sample(
     return sample, cleaned
 
 
+def _field(record: dict[str, Any], names: tuple[str, ...], kind: str, draft: Draft) -> list[Any]:
+    """The media of one kind: those of the one field that holds any."""
+    found = {key: _flatten(record[key]) for key in names if key in record}
+    if found:
+        draft.declared.add(kind)
+    holding = [key for key, media in found.items() if media]
+    for key in holding[1:]:
+        if key in _MEDIA_KEYS and found[key] != found[holding[0]]:
+            raise refuse("bad_record", f"`{holding[0]}` and `{key}` hold different media; which count?")
+    return found[holding[0]] if holding else []
+
+
 def _no_undeclared(record: Any, row: Row) -> None:
-    """A text-only row must not pass over media in silence."""
+    """Media that the row does not know of must not be passed over in silence."""
     if isinstance(record, dict):
         for key in _MEDIA_KEYS:
-            if key not in (*row.image, *row.video) and record.get(key) and not row.image + row.video:
-                raise refuse("undeclared_media", f"`{key}` holds media, but source `{row.name}` declares none.")
+            if key not in (*row.image, *row.video) and _flatten(record.get(key)):
+                raise refuse("undeclared_media", f"`{key}` holds media, but source `{row.name}` does not declare it.")
 
 
 def _flatten(value: Any) -> list[Any]:

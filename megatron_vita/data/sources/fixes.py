@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_vita.data.rejects import refuse
-from megatron_vita.data.sources.mappers import Draft
+from megatron_vita.data.sources.mappers import ROLES, Draft
 from megatron_vita.errors import ConfigError
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 _ZERO_WIDTH = str.maketrans("", "", "\u200b\u200c\u200d\ufeff")
-_USERS = ("user", "human")
-_ANSWERERS = ("assistant", "gpt")
+_USERS = tuple(role for role, ours in ROLES.items() if ours == "user")
+_ANSWERERS = tuple(role for role, ours in ROLES.items() if ours == "assistant")
+_SYSTEMS = tuple(role for role, ours in ROLES.items() if ours == "system")
 
 
 def _each_text(change: Callable[[str, str], str]) -> Callable[[Draft], None]:
@@ -22,7 +23,7 @@ def _each_text(change: Callable[[str, str], str]) -> Callable[[Draft], None]:
 
 
 def _drop_leading_nonuser(draft: Draft) -> None:
-    while draft.turns and draft.turns[0][0] not in (*_USERS, "system"):
+    while draft.turns and draft.turns[0][0] not in (*_USERS, *_SYSTEMS):
         del draft.turns[0]
 
 
@@ -32,13 +33,16 @@ def _drop_trailing_user(draft: Draft) -> None:
 
 
 def _drop_bad_role(draft: Draft) -> None:
-    draft.turns = [turn for turn in draft.turns if turn[0] in (*_USERS, *_ANSWERERS, "system")]
+    draft.turns = [turn for turn in draft.turns if turn[0] in ROLES]
 
 
 def _relabel_alternating_if_bad(draft: Draft) -> None:
-    wanted = [("user", "assistant")[number % 2] for number in range(len(draft.turns))]
-    if any(role not in ((_USERS, _ANSWERERS)[number % 2]) for number, (role, _) in enumerate(draft.turns)):
-        draft.turns = [(role, content) for role, (_, content) in zip(wanted, draft.turns, strict=True)]
+    """Roles are wrong, the order of the turns is right: the user speaks first, and then they take turns."""
+    system = draft.turns[:1] if draft.turns and draft.turns[0][0] in _SYSTEMS else []
+    turns = draft.turns[len(system) :]
+    if any(role not in ((_USERS, _ANSWERERS)[number % 2]) for number, (role, _) in enumerate(turns)):
+        wanted = ("user", "assistant")
+        draft.turns = [*system, *((wanted[number % 2], content) for number, (_, content) in enumerate(turns))]
 
 
 def _alias_image_tag_to_video(draft: Draft) -> None:
@@ -78,6 +82,16 @@ def _dedupe_placeholder(draft: Draft) -> None:
         seen = True
 
 
+def _strip_orphan_placeholder(draft: Draft) -> None:
+    """No medium of a kind: its placeholders in questions are taken out, and the record stays as text."""
+    for tag, media in ((IMAGE_TAG, draft.images), (VIDEO_TAG, draft.videos)):
+        if not media:
+            draft.turns = [
+                (role, c.replace(f"{tag}\n", "").replace(tag, "") if isinstance(c, str) and role in _USERS else c)
+                for role, c in draft.turns
+            ]
+
+
 def _default_prompt(prompt: str) -> Callable[[Draft], None]:
     def fix(draft: Draft) -> None:
         for number, (role, content) in enumerate(draft.turns):
@@ -99,6 +113,7 @@ _SIMPLE: dict[str, Callable[[Draft], None]] = {
     "alias_image_tag_to_video": _alias_image_tag_to_video,
     "ensure_placeholder": _ensure_placeholder,
     "dedupe_placeholder": _dedupe_placeholder,
+    "strip_orphan_placeholder": _strip_orphan_placeholder,
 }
 _WITH_ARGUMENT: dict[str, Callable[[str], Callable[[Draft], None]]] = {
     "strip_prefix": lambda prefix: _each_text(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.data.rejects import refuse
-from megatron_vita.data.sample import Image, Part, Text, Video
+from megatron_vita.data.sample import Image, Part, Role, Text, Video
+
+ROLES: dict[str, Role] = {
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "system": "system", "developer": "system",
+}  # fmt: skip
+"""Role as datasets write it -> ours."""
 
 Content = str | list[Part]
 """Text in which `<image>` and `<video>` stand for media, or explicit parts in which they stand for themselves."""
@@ -32,7 +40,11 @@ class Draft:
 def map_turns(record: Any, fields: Fields) -> Draft:
     """ShareGPT, LLaVA: `conversations: [{from, value}]`; keys may also be `role` and `content`."""
     turns = _list(record, fields.get("list", ("conversations", "items")))
-    return Draft([(_text(turn, ("from", "role")), _text(turn, ("value", "content"))) for turn in map(_dict, turns)])
+    draft = Draft([(_text(turn, ("from", "role")), _text(turn, ("value", "content"))) for turn in map(_dict, turns)])
+    system = record.get(fields.get("system", "system"))
+    if isinstance(system, str) and system.strip() and draft.turns and ROLES.get(draft.turns[0][0]) != "system":
+        draft.turns.insert(0, ("system", system))
+    return draft
 
 
 def map_messages(record: Any, fields: Fields) -> Draft:
@@ -111,6 +123,25 @@ def map_context_qa(record: Any, fields: Fields) -> Draft:
     return draft
 
 
+def map_chatml(record: Any, fields: Fields) -> Draft:
+    """One text in ChatML: `<|im_start|>role`, a newline, the turn, `<|im_end|>`, and so on."""
+    text = _text(_dict(record), fields.get("chatml", "chatml"))
+    turns = _CHATML.findall(text)
+    if not turns or _CHATML.sub("", text).strip():
+        raise refuse("bad_record", "the text is not ChatML throughout.")
+    return Draft([(role, content) for role, content in turns])
+
+
+def map_any(record: Any, fields: Fields) -> Draft:
+    """Whichever of messages, context with questions and answers, or ChatML text the record holds."""
+    if isinstance(record, dict):
+        if isinstance(record.get("questions"), list):
+            return map_context_qa(record, fields)
+        if isinstance(_first(record, fields.get("chatml", "chatml")), str):
+            return map_chatml(record, fields)
+    return map_messages(record, fields)
+
+
 def map_text(record: Any, fields: Fields) -> Draft:
     """Plain text for language modelling."""
     return Draft(text=_text(_dict(record), fields.get("text", "text")))
@@ -123,9 +154,12 @@ MAPPERS: dict[str, Callable[[Any, Fields], Draft]] = {
     "pairs_list": map_pairs_list,
     "str_turns": map_str_turns,
     "context_qa": map_context_qa,
+    "chatml": map_chatml,
+    "any": map_any,
     "text": map_text,
 }
 
+_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
 _PART_KEYS = {
     "image_url": ("image_url", "url"),
     "input_image": ("image_url", "url"),

@@ -6,25 +6,22 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_vita.data.sample import Role
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.mappers import MAPPERS
 from megatron_vita.data.sources.readers import KINDS
 from megatron_vita.errors import ConfigError
 
-ROLES: dict[str, Role] = {
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "system": "system", "developer": "system",
-}  # fmt: skip
-"""Role as datasets write it -> ours."""
-ROOTS = ("cwd", "json_dir", "none")
+ROOTS = ("cwd", "json_dir", "dataset", "user", "none")
+RESOLVERS = ("path", "stem", "name")
+_READERS = ("auto", *KINDS)
+_TUPLES = ("files", "image", "video", "archives", "fix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +29,12 @@ class Row:
     """How to read one dataset."""
 
     name: str
+    hub: str = ""
+    """Where its publisher keeps it; a mix looks for it in a folder of this name."""
+    files: tuple[str, ...] = ()
+    """The publisher's data files: patterns relative to the dataset's root, which is found by them."""
     read: str = "auto"
-    """Reader: auto, json, jsonl, parquet."""
+    """Reader: `auto`, or one of readers.KINDS."""
     map: str
     """Mapper."""
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -42,11 +43,49 @@ class Row:
     """Fields that may hold pictures (path, list, struct {bytes, path}, list of structs); the first that is not null."""
     video: tuple[str, ...] = ()
     """Fields that may hold videos."""
+    media: bool = False
+    """Every record holds media: one without is refused, and so no placeholder is taken for text."""
     root: str = "none"
     """Where relative media paths start, unless the mix says `media_root`: `cwd`, `json_dir` (the data file's folder),
-    or `none` (media are embedded)."""
+    `dataset` (the dataset's root), `user` (the mix must say it), or `none` (media are embedded)."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Data file's name without ending -> folder below the root that its media lie in."""
+    resolve: str = "path"
+    """What a reference is: `path`, `stem` or `name`, see MediaRule."""
+    rewrite: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a reference -> what stands there instead, before it is looked for."""
+    archives: tuple[str, ...] = ()
+    """Archives with media, looked into as far as they are there: patterns relative to the root. `{folder}` is the
+    file's folder in `folders`."""
+    frames: bool = False
+    """References may name folders of frames inside archives."""
     fix: tuple[str, ...] = ()
     """Fixes in order."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("map", self.map, tuple(MAPPERS)),
+            ("read", self.read, _READERS),
+            ("root", self.root, ROOTS),
+            ("resolve", self.resolve, RESOLVERS),
+        ):
+            if value not in known:
+                raise ConfigError(f"source `{self.name}`: no such {name}: {value!r}. Choose {', '.join(known)}.")
+        for fix in self.fix:
+            find_fix(fix)
+
+    def dataset_root(self, file: Path) -> Path:
+        """The folder of a publisher's dataset that a data file belongs to; the file's own if its name is another."""
+        for pattern in self.files:
+            depth = pattern.count("/") + 1
+            if len(file.parts) >= depth and fnmatch("/".join(file.parts[-depth:]), pattern):
+                return file.parents[depth - 1]
+        return file.parent
+
+    def published(self, file: Path) -> bool:
+        """Does the file bear one of the publisher's names? Yes where none is known."""
+        tails = ("/".join(file.parts[-(pattern.count("/") + 1) :]) for pattern in self.files)
+        return not self.files or any(map(fnmatch, tails, self.files))
 
 
 @lru_cache(maxsize=1)
@@ -62,19 +101,11 @@ def load_table() -> dict[str, Row]:
     for name, values in content["datasets"].items():
         values = dict(values)
         base = values.pop("like", None)
-        if base:
-            inherited = {one: getattr(rows[base], one) for one in known}
-            values = {**inherited, **values}
-        values["name"] = name
-        for key in ("image", "video", "fix"):
-            given = values.get(key, ())
-            values[key] = (given,) if isinstance(given, str) else tuple(given)
-        row = Row(**values)
-        if row.map not in MAPPERS or row.read not in ("auto", *KINDS) or row.root not in ROOTS:
-            raise ConfigError(f"table.yaml: {name}: no such mapper, reader or root.")
-        for fix in row.fix:
-            find_fix(fix)
-        rows[name] = row
+        inherited = {one: getattr(rows[base], one) for one in known} if base else {}
+        for key in _TUPLES:
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+        rows[name] = Row(**{**inherited, **values, "name": name})
     return rows
 
 
