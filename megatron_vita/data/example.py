@@ -27,6 +27,8 @@ class MediaItem:
     """A video frame: one tile, never cut, no thumbnail."""
     origin: MediaFile | None = None
     """File, or region of a file, that holds exactly `data`; None: nothing on disk does (embedded, made here)."""
+    time: float | None = None
+    """Of a video frame: seconds into the clip. (Shards do not keep it.)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pil
 
-from megatron_vita.data import video as video_module
+from megatron_vita.data import video_decode
 from megatron_vita.data.media import read_items, safe_path
 from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tiling import plan_tiles, render_tiles
-from megatron_vita.data.video import count_frames, natural_key, open_video, sample_frames
+from megatron_vita.data.video import open_video
+from megatron_vita.data.video_decode import natural_key
+from megatron_vita.data.video_frames import count_frames, sample_frames
 from megatron_vita.errors import DataError
 from tests.data.kit import picture
 
@@ -252,8 +254,8 @@ def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatc
         most = max(most, sum(one() is not None for one in pictures))
         return picture.copy()
 
-    monkeypatch.setattr(video_module, "shrink_frame", watched)
-    with open_video(MediaFile(path=str(path)), backend) as video:
+    monkeypatch.setattr(video_decode, "shrink_frame", watched)
+    with open_video(MediaFile(path=str(path)), backend, limits=None) as video:
         items = video.frames(PreprocessSpec(image_size=16, patch_size=4, max_frames=80, max_fps=9), 80)
     assert len(items) == len(pictures) == 80
     assert most <= 17
@@ -264,8 +266,11 @@ def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatc
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_videos_of_enormous_frames_are_refused(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "v.mp4", [20] * 3)
-    monkeypatch.setattr(video_module, "MAX_PIXELS", 32 * 31)
-    with pytest.raises(DataError, match="media_bomb"), open_video(MediaFile(path=str(path)), backend) as video:
+    monkeypatch.setattr(video_decode, "MAX_PIXELS", 32 * 31)
+    with (
+        pytest.raises(DataError, match="media_bomb"),
+        open_video(MediaFile(path=str(path)), backend, limits=None) as video,
+    ):
         video.frames(SPEC, 8)
 
 

@@ -1,0 +1,295 @@
+"""Taking frames out of a video, in this process. (`data/video.py` has it done in a process that may die.)
+
+decord decodes where it is installed, PyAV otherwise, and PyAV also has a try at what decord cannot open. A folder of
+pictures is a video too. Both decoders number the frames alike: by the packets of the first video stream, in the order
+in which they are shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megatron_vita.data.example import MediaItem
+from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
+from megatron_vita.data.rejects import code_of, refuse
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.tiling import shrink_frame
+from megatron_vita.data.video_frames import count_frames, frame_rate, sample_frames
+from megatron_vita.data.video_header import check_container
+from megatron_vita.data.window import open_window
+from megatron_vita.errors import ConfigError, DataError
+
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
+PNG_MOST_PIXELS = 64 * 64
+"""Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
+BACKENDS = ("auto", "decord", "pyav")
+
+_MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
+"""Of a video, decoded and not yet made small, in memory at once."""
+_LONGEST = 1e7
+"""Seconds; a span beyond that (four months) is a decoder's mark for "not known"."""
+_CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,apng,m4v,h264,hevc,ivf,nut,dv,rm,mjpeg,wtv,mxf"
+"""ffmpeg's names of the formats that are opened: such as hold the pictures themselves."""
+
+Times = npt.NDArray[np.float64]
+
+
+class VideoFile(ABC):
+    """An opened video; use it as a context manager."""
+
+    def __init__(self, name: str, times: Times, fps: float | None = None) -> None:
+        self.name = name
+        """For messages."""
+        self.times = np.round(times - times[:1], 3)
+        """Seconds into the clip at which each frame is shown, to the millisecond, float64 `[total]`."""
+        self.total = len(times)
+        """Frames of the clip."""
+        self.fps = frame_rate(times) if fps is None else fps
+        """Frames a second; 0 if that cannot be said."""
+        if self.total < 1:
+            raise refuse("video_broken", f"{name}: no frame in it.")
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+        """Let go of the file."""
+
+    def count(self, spec: PreprocessSpec, max_frames: int) -> int:
+        """Frames that would be taken."""
+        return count_frames(self.total, self.fps, max_frames, spec.max_fps)
+
+    def times_of(self, count: int) -> list[float]:
+        """When the frames are shown that `frames` takes if it takes `count`; seconds into the clip."""
+        return [float(self.times[number]) for number in sample_frames(self.total, count)]
+
+    def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
+        """The sampled frames as they are stored.
+
+        Raises:
+            DataError: video_broken, if any of them cannot be decoded.
+        """
+        count = self.count(spec, max_frames)
+        pictures = self.read(sample_frames(self.total, count))
+        items = (encode_frame(shrink_frame(picture, spec)) for picture in pictures)
+        return [dataclasses.replace(item, time=time) for item, time in zip(items, self.times_of(count), strict=True)]
+
+    @abstractmethod
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory."""
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > MAX_PIXELS:
+            raise refuse("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
+
+
+class _Decord(VideoFile):
+    """Seeks, so it is fast on long clips.
+
+    decord 0.6 fails on the frames of some narrow videos (16, 24, 48, 72 pixels wide: it trips over its own line
+    padding). `rescue` opens the clip with another decoder then.
+    """
+
+    def __init__(self, name: str, source: Any, rescue: Callable[[], VideoFile] | None = None) -> None:
+        import decord
+
+        self._rescue = rescue
+        self._reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
+        total = len(self._reader)
+        stamps = np.asarray(self._reader.get_frame_timestamp(range(total)) if total else [], dtype=np.float64)
+        super().__init__(name, _times(stamps.reshape(total, 2)[:, 0], self._reader.get_avg_fps()))
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        done, count = 0, 1  # the first by itself: it tells the size
+        while done < len(numbers):
+            try:
+                frames = self._reader.get_batch(list(numbers[done : done + count])).asnumpy()
+            except MemoryError:
+                raise
+            except Exception as error:  # decord raises its own DECORDError, RuntimeError or IndexError
+                if self._rescue is not None:
+                    with self._rescue() as other:
+                        yield from other.read(numbers[done:])
+                    return
+                raise refuse(
+                    "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
+                ) from None
+            done += len(frames)
+            self._check_size(frames.shape[2], frames.shape[1])
+            count = min(_MOST_FRAMES, max(1, _MOST_BYTES // frames[0].nbytes))
+            yield from map(Image.fromarray, frames)
+
+
+class _PyAv(VideoFile):
+    """Plays the clip from its start: right whatever the container says about frame counts and key frames."""
+
+    def __init__(self, name: str, source: Any) -> None:
+        import av
+
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file,subfile"}
+        self._container = av.open(source, container_options=options)
+        if not self._container.streams.video:
+            raise refuse("video_broken", f"{name}: no video stream in it.")
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1
+        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        step = float(self._stream.time_base or 1)
+        stamps = [np.nan if packet.pts is None else packet.pts * step for packet in packets]
+        self._container.seek(0)
+        super().__init__(name, _times(np.array(stamps, dtype=np.float64), float(self._stream.average_rate or 0)))
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        context = self._stream.codec_context
+        self._check_size(context.width, context.height)
+        wanted, place = list(numbers), 0
+        frames = enumerate(self._container.decode(self._stream))
+        played = 0
+        while place < len(wanted):
+            try:
+                number, frame = next(frames)
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24")) if number == wanted[place] else None
+            except StopIteration:
+                break
+            except MemoryError:
+                raise
+            except Exception as error:  # av.error.FFmpegError and its many children
+                raise refuse(
+                    "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
+                ) from None
+            played = number + 1
+            while picture is not None and place < len(wanted) and wanted[place] == number:
+                place += 1
+                yield picture
+        if place < len(wanted):
+            raise refuse("video_broken", f"{self.name}: ends after {played} of {self.total} frames.")
+
+
+class _Folder(VideoFile):
+    """Pictures of a folder and its sub-folders in natural order, one a second (ShareGPTVideo's: two a second)."""
+
+    def __init__(self, path: Path) -> None:
+        root = os.path.realpath(path)
+        files = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(root)
+            for name in names
+            if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
+        ]
+        inside = [file for file in files if os.path.realpath(file).startswith(root + os.sep)]
+        self._files = sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))
+        fps = 2.0 if "ShareGPTVideo" in str(path) else 1.0
+        super().__init__(str(path), np.arange(len(self._files)) / fps, fps)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        return (decode(read_image(MediaFile(path=self._files[number]))) for number in numbers)
+
+
+def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
+    """Open a video file, a region of one, video bytes, or a folder of frames, in this process.
+
+    Args:
+        file: where the clip lies.
+        backend: `decord`, `pyav`, or `auto`: decord where it is installed and can open the file, else PyAV.
+
+    Raises:
+        DataError: media_missing, or video_broken if no decoder can read it.
+        ConfigError: the named backend is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"video backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if file.path is not None and os.path.isdir(file.path):
+        return _Folder(Path(file.path))
+    with open_window(file) as window:
+        try:
+            check_container(window)
+        except DataError as error:
+            code, message = code_of(error)
+            raise refuse(code, f"{file.name}: {message}") from None
+        size = window.size
+
+    def source() -> Any:
+        if file.data is not None:
+            return io.BytesIO(file.data)
+        path = os.path.abspath(file.path or "")
+        # both decoders stand on ffmpeg, which reads a part of a file without being told twice
+        return path if file.size is None else f"subfile,,start,{file.offset},end,{file.offset + size},,:{path}"
+
+    pyav: Callable[[], VideoFile] = lambda: _PyAv(file.name, source())  # noqa: E731
+    openers: list[Callable[[], VideoFile]] = []
+    if backend == "decord":
+        openers.append(lambda: _Decord(file.name, source()))
+    elif backend == "auto" and _has_decord():
+        openers.append(lambda: _Decord(file.name, source(), rescue=pyav))
+    if backend != "decord":
+        openers.append(pyav)
+    reason: object = ""
+    for opener in openers:
+        try:
+            return opener()
+        except ImportError:
+            package = "decord" if backend == "decord" else "av"
+            raise ConfigError(f"video backend {backend} is not installed: pip install {package}") from None
+        except DataError as error:
+            reason = str(error).partition(": ")[2]
+        except MemoryError:
+            raise
+        except Exception as error:  # both libraries have their own base errors
+            reason = _first_line(error)
+    raise refuse("video_broken", f"{file.name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
+
+
+def encode_frame(picture: Image.Image) -> MediaItem:
+    """A frame as an item of the shards."""
+    buffer = io.BytesIO()
+    if picture.width * picture.height <= PNG_MOST_PIXELS:
+        picture.save(buffer, "PNG", compress_level=1)
+    else:
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    return MediaItem(buffer.getvalue(), picture.width, picture.height, frame=True)
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which `frame2` comes before `frame10`."""
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"([0-9]+)", name)]
+
+
+@lru_cache(maxsize=1)
+def _has_decord() -> bool:
+    try:
+        import decord
+    except (ImportError, OSError):
+        return False
+    decord.logging.set_level(decord.logging.QUIET)
+    return True
+
+
+def _times(stamps: Times, fps: float) -> Times:
+    """When each frame is shown, ascending; by the header's rate where the packets do not say it."""
+    stamps = np.sort(stamps)
+    if len(stamps) and np.isfinite(stamps).all() and stamps[-1] - stamps[0] < _LONGEST:
+        return stamps
+    return np.arange(len(stamps), dtype=np.float64) / (fps if np.isfinite(fps) and fps > 0 else 25.0)
+
+
+def _first_line(error: object) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
