@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout import SequenceLayout, TileRoutes
+from tests.rows import MIXES, packed_rows
 
 quick = settings(max_examples=60, deadline=None)
 degrees = st.sampled_from([1, 2, 3, 4, 8])
@@ -57,18 +58,14 @@ def test_positions_restart_with_every_document(layout: SequenceLayout) -> None:
     assert np.array_equal(layout.positions_in_document, want)
 
 
-@pytest.mark.parametrize("cp", [2, 8, 64])
-@pytest.mark.parametrize("seed", range(3))
-def test_work_is_even_on_packed_rows(cp: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    length = 131072
-    documents: list[int] = []
-    while sum(documents) < length:
-        documents.append(int(min(generator.lognormal(7, 1.5) + 30, 60000)))
-    documents[-1] -= sum(documents) - length
-    layout = SequenceLayout(tuple(n for n in documents if n > 0), cp=cp)
-    work = [layout.attention_work(rank) for rank in range(cp)]
-    assert max(work) <= 1.01 * sum(work) / cp
+@pytest.mark.parametrize("cp", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("mix", MIXES)
+def test_work_is_even_on_packed_rows_without_any_padding(mix: str, cp: int) -> None:
+    for documents in packed_rows(mix, 131072, count=2):
+        layout = SequenceLayout(documents, cp=cp, sp=8)
+        assert layout.length == 131072  # no document is padded, and the row needs no padding either
+        work = [layout.attention_work(rank) for rank in range(cp)]
+        assert max(work) <= 1.01 * sum(work) / cp
 
 
 @pytest.mark.parametrize(

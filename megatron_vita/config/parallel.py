@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_vita.config.bounds import at_least
 from megatron_vita.errors import ConfigError
 
-CP_COMM_TYPES = ("all_gather",)
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Activations outside the matrix products are split over the tensor-parallel ranks as well."""
     cp_comm_type: str = "all_gather"
-    """How context-parallel attention moves keys and values."""
+    """How context-parallel attention communicates: `p2p` sends keys and values round a ring while blocks are computed,
+    `all_gather` gathers those of the whole row, `a2a` (Ulysses) exchanges heads for tokens."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
     recompute_granularity: str | None = None
@@ -57,6 +58,23 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.recompute_method and recompute_num_layers do nothing without recompute_granularity=full. "
                 "Set that, or leave them out."
+            )
+
+    def check_heads(self, num_query_groups: int) -> None:
+        """Refuse all-to-all attention whose key/value heads cannot be dealt over the context-parallel ranks.
+
+        Raises:
+            ConfigError: naming the rule and what would work.
+        """
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        heads = num_query_groups // tp
+        if self.cp_comm_type == "a2a" and heads % cp:
+            nearest = max(size for size in range(1, cp) if heads % size == 0)
+            raise ConfigError(
+                f"parallel.cp_comm_type=a2a deals key/value heads over the context ranks, but model.num_query_groups="
+                f"{num_query_groups} / tensor_model_parallel_size={tp} = {heads} is not a multiple of "
+                f"parallel.context_parallel_size={cp}. Use context_parallel_size={nearest}, or cp_comm_type p2p or "
+                "all_gather."
             )
 
     @property

@@ -39,6 +39,7 @@ class StageConfig:
         where = f"stage {self.name!r}: "
         try:
             dp = self.parallel.data_parallel_size(world_size)
+            self.parallel.check_heads(self.model.num_query_groups)
         except ConfigError as error:
             raise ConfigError(where + str(error)) from None
         model = self.model

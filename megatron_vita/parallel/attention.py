@@ -1,15 +1,15 @@
 """Attention over a row of documents, at any context-parallel size, as a megatron-core core-attention module.
 
-Every rank gathers the keys and values of the row (key/value heads unexpanded) and computes the blocks of its own
-queries; the backward returns the gradients of keys and values to their owners by reduce-scatter. Blocks are merged by
-their log-sum-exp in float32. Legend: t local tokens, s tokens of the row, h query heads, g key/value heads, d head
-size.
+A rank computes the causal blocks of its own tokens while the keys and values of others travel (parallel/exchange.py
+says how, in each of Megatron's cp_comm_types), then the full blocks of its queries against what arrived, and merges
+them by their log-sum-exp in float32 (float64 for float64). The backward gives every block the log-sum-exp of the whole
+row, which makes its share of the gradients exact, and sends the gradients of keys and values home. Legend: t local
+tokens, s tokens of the row, h query heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vita.parallel import block_kernels
+from megatron_vita.parallel import block_kernels, exchange
 from megatron_vita.parallel.context import RowContext
 from megatron_vita.parallel.rotary import rotate
-from megatron_vita.parallel.schedule import FullBlocks, Schedule
+from megatron_vita.parallel.schedule import Schedule
 
 
 class VitaCoreAttention(MegatronModule):
@@ -42,6 +42,8 @@ class VitaCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
+        # megatron-core passes a type only where there is context parallelism.
+        self.cp_comm_type = cp_comm_type or "all_gather"
 
     def forward(
         self,
@@ -64,7 +66,7 @@ class VitaCoreAttention(MegatronModule):
         if row.cache is not None:
             out = _cached_attention(q, k, v, row, self.layer_number, self.scale)
         else:
-            out = document_attention(q, k, v, row.schedule(q.device), self.cp_group, self.scale)
+            out = document_attention(q, k, v, row.schedule(q.device, self.cp_comm_type), self.cp_group, self.scale)
         return out.reshape(out.shape[0], 1, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -99,14 +101,21 @@ def document_attention(
         q: [t, h, d].
         k: [t, g, d].
         v: [t, g, d].
-        schedule: this rank's blocks.
+        schedule: this rank's blocks; it says how keys and values, or heads, travel.
         cp_group: the ranks that share the row; none: this one alone.
         scale: factor on the scores.
 
     Returns:
         [t, h, d].
     """
-    return _DocumentAttention.apply(q, k, v, schedule, cp_group, scale)
+    if schedule.comm_type != "a2a":
+        return _DocumentAttention.apply(q, k, v, schedule, cp_group, scale)
+    assert cp_group is not None
+    per_rank = [x.unflatten(1, (cp_group.size(), -1)) for x in (q, k, v)]
+    row = exchange.scatter_heads(torch.cat(per_rank, dim=2), schedule, cp_group)
+    heads = row.split([x.shape[2] for x in per_rank], dim=1)
+    out = _DocumentAttention.apply(*heads, schedule, None, scale)
+    return exchange.gather_heads(out, schedule, cp_group).flatten(1, 2)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -116,109 +125,58 @@ class _DocumentAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None, scale: float
     ) -> Tensor:
+        keys = _start(k, v, schedule, group)  # travels while the causal blocks are computed
         causal = schedule.causal
-        dealt = [causal.deal(q), *(block_kernels.expand(causal.deal(x), q) for x in (k, v))]
-        results = [
-            block_kernels.forward(*blocks, causal=True, scale=scale) for blocks in _batches(causal.batches, *dealt)
-        ]
-        out, lse = (causal.collect(_join(parts)) for parts in zip(*results, strict=True))
-        if schedule.from_ranks is not None:  # also where this rank needs no keys of others: they need its own
-            row_k, row_v = _gather_row(k, v, schedule, group)
-            wide = out.to(lse.dtype)
-            for batch in schedule.full:
-                blocks = _full_inputs(batch, q, row_k, row_v)
-                more, more_lse = block_kernels.forward(*blocks, causal=False, scale=scale)
-                old = batch.queries.of(wide), batch.queries.of(lse)
-                merged, merged_lse = block_kernels.merge(*old, _rows(more).to(lse.dtype), _rows(more_lse))
-                batch.queries.put(wide, merged)
-                batch.queries.put(lse, merged_lse)
-            out = wide.to(q.dtype)
-        ctx.save_for_backward(*dealt, out, lse, *((q, k, v) if schedule.from_ranks is not None else (None,) * 3))
-        ctx.settings = schedule, group, scale, k.shape[1]
+        out, lse = block_kernels.forward(causal.deal(q), causal.deal(k), causal.deal(v), causal.blocks, scale)
+        out, lse = causal.collect(out), causal.collect(lse)
+        if keys is not None:
+            out = out.to(lse.dtype)
+            for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
+                for full in step:
+                    inputs = full.queries.of(q), full.keys.of(row_k), full.keys.of(row_v)
+                    more = block_kernels.forward(*inputs, blocks=full.blocks, scale=scale)
+                    merged = block_kernels.merge(full.queries.of(out), full.queries.of(lse), *more)
+                    for target, values in zip((out, lse), merged, strict=True):
+                        full.queries.put(target, values)
+            out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = schedule, group, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *dealt, out, lse, q, k, v = ctx.saved_tensors
-        schedule, group, scale, heads = ctx.settings
+        q, k, v, out, lse = ctx.saved_tensors
+        schedule, group, scale = ctx.settings
+        keys = _start(k, v, schedule, group)
         causal = schedule.causal
         own = causal.deal(grad)
         if causal.padding is not None:
             own.index_fill_(0, causal.padding, 0)  # `deal` made a copy: padding sends no gradient
-        batches = _batches(causal.batches, own, *dealt, causal.deal(out), causal.deal(lse))
-        shares = [block_kernels.backward(*blocks, causal=True, scale=scale) for blocks in batches]
-        dq, dk, dv = (_join(parts) for parts in zip(*shares, strict=True))
-        dq = causal.collect(dq)
-        dk, dv = (causal.collect(block_kernels.reduce(one, heads)) for one in (dk, dv))
-        if schedule.from_ranks is not None:
-            wide = torch.promote_types(dq.dtype, torch.float32)
-            dq = dq.to(wide)
-            row_grad = dk.new_zeros(len(schedule.from_ranks), 2, *dk.shape[1:], dtype=wide)
-            row_k, row_v = _gather_row(k, v, schedule, group)
-            for batch in schedule.full:
-                d_out, o, o_lse = (_blocks(batch.queries.of(x), batch.blocks) for x in (grad, out, lse))
-                in_q, in_k, in_v = _full_inputs(batch, q, row_k, row_v)
-                more = block_kernels.backward(d_out, in_q, in_k, in_v, o, o_lse, causal=False, scale=scale)
-                share_q, share_k, share_v = (_rows(one) for one in more)
-                batch.queries.add(dq, share_q.to(wide))
-                share = torch.stack([block_kernels.reduce(one, heads) for one in (share_k, share_v)], dim=1)
-                batch.keys.add(row_grad, share.to(wide))
-            from_others = _scatter_row(row_grad, schedule, group)
-            dk, dv = dk + from_others[:, 0], dv + from_others[:, 1]
-        dtype = grad.dtype
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
+        mine = causal.deal(q), causal.deal(k), causal.deal(v), causal.deal(out), causal.deal(lse)
+        shares = block_kernels.backward(own, *mine, blocks=causal.blocks, scale=scale)
+        dq, dk, dv = (causal.collect(share) for share in shares)
+        if keys is not None:
+            dq = dq.to(lse.dtype)
+            for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
+                share = torch.zeros(len(row_k), 2, *k.shape[1:], dtype=lse.dtype, device=k.device)
+                for full in step:
+                    of = full.queries.of
+                    inputs = of(grad), of(q), full.keys.of(row_k), full.keys.of(row_v), of(out), of(lse)
+                    more = block_kernels.backward(*inputs, blocks=full.blocks, scale=scale)
+                    full.queries.add(dq, more[0])
+                    for target, values in zip(share.unbind(1), more[1:], strict=True):
+                        full.keys.add(target, values)
+                keys.give(share)
+            dk, dv = (one + more for one, more in zip((dk, dv), keys.gradient().unbind(1), strict=True))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _batches(shapes: Sequence[tuple[int, int]], *dealt: Tensor) -> Iterator[list[Tensor]]:
-    """The inputs of each kernel call, [blocks, heads, tokens, ...], as views."""
-    start = 0
-    for blocks, tokens in shapes:
-        count = blocks * tokens
-        yield [_blocks(rows.narrow(0, start, count), blocks) for rows in dealt]
-        start += count
-
-
-def _full_inputs(batch: FullBlocks, q: Tensor, row_k: Tensor, row_v: Tensor) -> list[Tensor]:
-    keys = [block_kernels.expand(batch.keys.of(x), q) for x in (row_k, row_v)]
-    return [_blocks(rows, batch.blocks) for rows in (batch.queries.of(q), *keys)]
-
-
-def _blocks(rows: Tensor, blocks: int) -> Tensor:
-    """[blocks * l, heads, ...] -> [blocks, heads, l, ...], without a copy."""
-    return rows.unflatten(0, (blocks, -1)).transpose(1, 2)
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """The results of several kernel calls, one after another, as rows."""
-    rows = [_rows(part) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _rows(blocks: Tensor) -> Tensor:
-    """[blocks, heads, l, ...] -> [blocks * l, heads, ...]."""
-    return blocks.transpose(1, 2).flatten(0, 1)
-
-
-def _gather_row(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole row in row order, two [s, g, d], in one collective."""
+def _start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> exchange.Keys | None:
+    """Every rank of the group joins, also one that needs no keys of others: they need its own."""
+    if not schedule.steps:
+        return None
     assert group is not None
-    assert schedule.from_ranks is not None
-    # torch.stack is contiguous whatever the strides of k and v: gloo permutes data in silence where they differ.
-    mine = torch.stack([k, v], dim=1)
-    everyone = mine.new_empty(group.size() * mine.shape[0], *mine.shape[1:])
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    row = everyone.index_select(0, schedule.from_ranks)
-    return row[:, 0], row[:, 1]
-
-
-def _scatter_row(row_grad: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum [s, 2, g, d] over the group; each rank gets its own tokens, [t, 2, g, d]."""
-    assert group is not None
-    assert schedule.to_ranks is not None
-    by_rank = row_grad.index_select(0, schedule.to_ranks)
-    mine = by_rank.new_empty(schedule.tokens, *by_rank.shape[1:])
-    dist.reduce_scatter_tensor(mine, by_rank, group=group)
-    return mine
+    return exchange.start(k, v, schedule, group)
 
 
 def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: RowContext, layer: int, scale: float) -> Tensor:
@@ -231,14 +189,14 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: RowContext, layer: i
     sequences, longest, _ = plan.visible.shape
     padded = q.new_zeros(sequences * longest, *q.shape[1:]).index_copy_(0, plan.queries, q[: plan.known])
     out = F.scaled_dot_product_attention(
-        _blocks(padded, sequences),
+        padded.unflatten(0, (sequences, longest)).transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=plan.visible[:, None],
         scale=scale,
         enable_gqa=True,
     )
-    found = _rows(out).index_select(0, plan.queries)
+    found = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.queries)
     if plan.known == len(q):
         return found
     return torch.cat([found, torch.zeros_like(q[plan.known :])])  # documents beyond the sequences are padding

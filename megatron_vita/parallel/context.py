@@ -127,15 +127,15 @@ class RowContext(PackedSeqParams):
     """Cosines and sines of the local tokens' positions, [t, 1, d / 2]; none: no rotary embedding."""
     cache: KVCache | None = None
     """Past keys and values, when generating."""
-    _schedule: Schedule | None = field(default=None, repr=False)
+    _schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
     _decoding: DecodePlan | None = field(default=None, repr=False)
 
-    def schedule(self, device: torch.device) -> Schedule:
+    def schedule(self, device: torch.device, comm_type: str = "all_gather") -> Schedule:
         """This rank's blocks; built for the first layer, kept for the rest."""
-        if self._schedule is None:
+        if comm_type not in self._schedules:
             assert self.layout is not None, "a RowContext needs a layout"
-            self._schedule = build_schedule(self.layout, self.cp_rank, device)
-        return self._schedule
+            self._schedules[comm_type] = build_schedule(self.layout, self.cp_rank, device, comm_type)
+        return self._schedules[comm_type]
 
     def decoding(self, device: torch.device) -> DecodePlan:
         """How the row continues the cached sequences; built for the first layer, kept for the rest.

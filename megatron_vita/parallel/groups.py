@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_vita import device
 from megatron_vita.config import ParallelConfig
+from megatron_vita.parallel.collectives import reduce_
 
 _alone: dist.ProcessGroup | None = None
 """This rank by itself: the group of everything that is not split, such as the vision tower's matrices."""
@@ -159,6 +160,6 @@ def tensor_parallel_sum_(tensors: list[torch.Tensor], group: dist.ProcessGroup) 
     if not tensors or group.size() == 1:
         return
     flat = torch.cat([one.reshape(-1) for one in tensors])
-    dist.all_reduce(flat, group=group)
+    reduce_(flat, group)
     for one, summed in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
         one.copy_(summed.view_as(one))

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vita.parallel.collectives import reduce_
+
 _CHUNK_BYTES = 64 << 20
 """Logits held at once. Up to one chunk the softmax is kept for the backward; beyond, it is computed again."""
 
@@ -45,14 +47,12 @@ class _Loss(torch.autograd.Function):
         for chunk in chunks:
             logits = _logits(rows[chunk], weight, columns)
             largest = logits.max(-1).values
-            if group.size() > 1:
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            reduce_(largest, group, dist.ReduceOp.MAX)
             logits -= largest.unsqueeze(-1)
             target = _at_label(logits, labels[chunk])
             softmax = logits.exp_()
             sums = torch.stack([softmax.sum(-1), target])
-            if group.size() > 1:
-                dist.all_reduce(sums, group=group)
+            reduce_(sums, group)
             losses[chunk] = sums[0].log() - sums[1]
             normaliser[chunk] = sums[0].log() + largest
             if len(chunks) == 1:

@@ -1,25 +1,39 @@
 """Which blocks of attention one rank computes for a row: index arithmetic, done once per row for all its layers.
 
-A rank owns spans of documents. Each span needs one causal block (its own keys) and, unless it starts its document, one
-full block (the document's keys before it). A kernel call costs as much as a short document, so blocks of equal shape go
-through one call; short causal blocks are padded to equal shape, which is free: no real query sees padding at the
-end, and padding sends no gradient.
+A rank owns spans of documents. Each span is one causal block (its own keys) and, unless it starts its document, sees
+all the document's keys before it (full blocks). How these keys arrive decides how they are cut:
+
+* `all_gather`: one step, against the keys of the whole row: one full block a span.
+* `p2p`: one step a rank of the ring, against that rank's keys: those of the document that come before the span, which
+  are the first ones of that rank's run. Nothing to see, no block: no block is ever masked in full.
+* `a2a`: no full blocks. The rank has the whole row for some of its heads, so a span is a document.
+
+A kernel call costs as much as a short document, so blocks of equal shape go through one call; short causal blocks are
+padded to equal shape, within `_WASTE` of the rank's work: no real query sees padding at the end, and padding sends no
+gradient.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megatron_vita.layout import SequenceLayout, Span
+from megatron_vita.parallel.block_kernels import Blocks
 
 _PAD_BELOW = 512
-"""Longest block that may be padded: above it a call costs far more than its overhead."""
+"""Longest causal block that may be padded: above it a call costs far more than its overhead."""
+_WASTE = 0.01
+"""Query-key pairs that padding may add, as a share of the pairs that the rank's blocks need."""
+_GATHER_BELOW = 2048
+"""Full blocks with more keys are calls of their own, on views of the keys; shorter ones are gathered into few calls."""
+
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +59,23 @@ class Rows:
             target.index_copy_(0, self.index, values)
 
     def add(self, target: Tensor, values: Tensor) -> None:
-        """Add `values` to those rows of `target`."""
+        """Add `values` to those rows of `target`; a row that is listed twice gets both."""
         if self.index is None:
             target.narrow(0, self.start, self.count).add_(values)
         else:
-            target.index_add_(0, self.index, values)
+            target.index_add_(0, self.index, values.to(target.dtype))
 
 
 @dataclass(frozen=True, slots=True)
 class CausalBlocks:
-    """Every local token, once, dealt into batches of equal causal blocks that stand one after another."""
+    """Every token of the rank, once, dealt into runs of equal causal blocks that stand one after another."""
 
-    batches: tuple[tuple[int, int], ...]
-    """(blocks, tokens of each) of every kernel call, in the order of the dealt tokens."""
+    blocks: Blocks
     read: Tensor | None
-    """int64 [dealt]: the local token that stands at each place; padding repeats the last token of its block. None: the
-    local tokens as they are."""
+    """int64 [dealt]: the token that stands at each place; padding repeats the last token of its block. None: the
+    tokens as they are."""
     place: Tensor | None
-    """int64 [t]: where each local token stands."""
+    """int64 [t]: where each token stands."""
     padding: Tensor | None
     """int64: the places that are padding; none: no padding."""
 
@@ -71,69 +84,92 @@ class CausalBlocks:
         return rows if self.read is None else rows.index_select(0, self.read)
 
     def collect(self, dealt: Tensor) -> Tensor:
-        """[dealt, ...] -> [t, ...], in local order."""
+        """[dealt, ...] -> [t, ...], in the order of the tokens."""
         return dealt if self.place is None else dealt.index_select(0, self.place)
 
 
 @dataclass(frozen=True, slots=True)
 class FullBlocks:
-    """Blocks of equal shape without a mask, computed by one kernel call."""
+    """Blocks without a mask that go through the kernels together."""
 
-    blocks: int
+    blocks: Blocks
     queries: Rows
-    """[blocks * queries of each] local rows."""
+    """Rows among this rank's tokens."""
     keys: Rows
-    """[blocks * keys of each] row positions."""
+    """Rows among the keys of the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """All the blocks of one rank for one row."""
 
+    comm_type: str
     causal: CausalBlocks
-    full: tuple[FullBlocks, ...]
-    from_ranks: Tensor | None
-    """int64 [s]: where each row position lies when the ranks' local tokens stand one after another; none at cp 1."""
-    to_ranks: Tensor | None
-    """int64 [s]: its inverse, the row positions in rank order."""
+    steps: tuple[tuple[FullBlocks, ...], ...]
+    """What is computed against the keys of each step; no step where keys do not travel (a2a, and one rank)."""
     tokens: int
-    """Local tokens, t."""
+    """Tokens that this rank owns, t."""
+    from_ranks: Tensor | None
+    """int64 [s]: where each row position lies when the ranks' tokens stand one after another."""
+    to_ranks: Tensor | None
+    """int64 [s]: its inverse, the row positions in rank order. Both only where a row is put together."""
+
+    def to_row_order(self, by_rank: Tensor) -> Tensor:
+        """[s, ...] in rank order -> in row order."""
+        assert self.from_ranks is not None
+        return by_rank.index_select(0, self.from_ranks)
+
+    def to_rank_order(self, row: Tensor) -> Tensor:
+        """[s, ...] in row order -> in rank order."""
+        assert self.to_ranks is not None
+        return row.index_select(0, self.to_ranks)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that this rank's kernels compute for each head it has, padding included."""
+        return self.causal.blocks.pairs + sum(one.blocks.pairs for step in self.steps for one in step)
 
 
-def build_schedule(layout: SequenceLayout, cp_rank: int, device: torch.device) -> Schedule:
-    """The blocks of one context-parallel rank; index tensors on `device`."""
-    spans = layout.spans(cp_rank)
-    shapes: dict[tuple[int, int], list[Span]] = {}
-    for span in spans:
-        if span.start:
-            shapes.setdefault((span.stop - span.start, span.start), []).append(span)
-    full = [_full_blocks(group, layout, device) for group in shapes.values()]
+def build_schedule(
+    layout: SequenceLayout, cp_rank: int, device: torch.device, comm_type: str = "all_gather"
+) -> Schedule:
+    """The blocks of one context-parallel rank; index tensors on `device`.
+
+    Args:
+        layout: the row.
+        cp_rank: whose blocks.
+        device: where attention runs.
+        comm_type: `p2p`, `all_gather` or `a2a`; with one context-parallel rank they are the same.
+    """
+    comm_type = comm_type if layout.cp > 1 else "all_gather"
+    whole = comm_type == "a2a" or layout.cp == 1
+    spans = SequenceLayout(layout.documents).spans(0) if whole else layout.spans(cp_rank)
+    sources: list[Int64] = []
+    if not whole and comm_type == "p2p":
+        sources = [layout.local_positions((cp_rank - step) % layout.cp) for step in range(layout.cp)]
+    elif not whole:
+        sources = [np.arange(layout.length)]
     from_ranks = to_ranks = None
-    if layout.cp > 1:
+    if layout.cp > 1 and comm_type != "p2p":
         rank, index = layout.owner
         from_ranks = torch.from_numpy(rank * layout.local_length + index).to(device)
         order = np.concatenate([layout.local_positions(one) for one in range(layout.cp)])
         to_ranks = torch.from_numpy(order).to(device)
-    return Schedule(_causal_blocks(spans, device), tuple(full), from_ranks, to_ranks, layout.local_length)
+    return Schedule(
+        comm_type=comm_type,
+        causal=_causal_blocks(spans, device),
+        steps=tuple(_full_blocks(_segments(spans, layout.starts, source), device) for source in sources),
+        tokens=layout.local_length,
+        from_ranks=from_ranks,
+        to_ranks=to_ranks,
+    )
 
 
-def _groups(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans whose causal blocks share a call: of equal length, or short and of nearly equal length."""
-    groups: list[list[Span]] = []
-    longest = 0
-    for span in sorted(spans, key=lambda one: one.start - one.stop):  # longest first, row order among equals
-        length = span.stop - span.start
-        slack = max(8, longest // 8) if longest <= _PAD_BELOW else 0
-        if groups and longest - length <= slack:
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-            longest = length
-    return [sorted(group, key=lambda one: one.local_start) for group in groups]
+# ---- causal blocks ----
 
 
 def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
-    batches, reads, pads = [], [], []
+    runs, reads, pads = [], [], []
     for group in _groups(spans):
         lengths = np.array([span.stop - span.start for span in group])[:, None]
         starts = np.array([span.local_start for span in group])[:, None]
@@ -141,26 +177,104 @@ def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
         token = np.arange(each)[None, :]
         reads.append((starts + np.minimum(token, lengths - 1)).reshape(-1))
         pads.append((token >= lengths).reshape(-1))
-        batches.append((len(group), each))
+        runs.append((len(group), each, each))
+    blocks = _blocks(runs, True, device)
     read, pad = np.concatenate(reads), np.concatenate(pads)
     if np.array_equal(read, np.arange(len(read))):
-        return CausalBlocks(tuple(batches), None, None, None)
+        return CausalBlocks(blocks, None, None, None)
     place = np.empty(len(read) - int(pad.sum()), dtype=np.int64)
     place[read[~pad]] = np.flatnonzero(~pad)
     padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
-    return CausalBlocks(tuple(batches), torch.from_numpy(read).to(device), torch.from_numpy(place).to(device), padding)
+    return CausalBlocks(blocks, torch.from_numpy(read).to(device), torch.from_numpy(place).to(device), padding)
 
 
-def _full_blocks(spans: Sequence[Span], layout: SequenceLayout, device: torch.device) -> FullBlocks:
-    queries, keys = spans[0].stop - spans[0].start, spans[0].start
-    query_rows = _rows([span.local_start for span in spans], queries, device)
-    key_rows = _rows([int(layout.starts[span.document]) for span in spans], keys, device)
-    return FullBlocks(len(spans), query_rows, key_rows)
+def _groups(spans: Sequence[Span]) -> list[list[Span]]:
+    """Spans whose causal blocks share a call: as unequal as the allowance for padding permits."""
+    needed = sum((one.stop - one.start) * (one.stop + one.start + 1) // 2 for one in spans)
+    own = sum(_triangle(one.stop - one.start) for one in spans)
+    ordered = sorted(spans, key=lambda one: one.start - one.stop)  # longest first, row order among equals
+    for slack in (8, 16, 32, 64, 128):
+        groups = _groups_within(ordered, slack)
+        padded = sum(len(group) * _triangle(max(one.stop - one.start for one in group)) for group in groups)
+        if padded - own <= _WASTE * needed:
+            return groups
+    return _groups_within(ordered, None)
 
 
-def _rows(starts: Sequence[int], each: int, device: torch.device) -> Rows:
-    """Rows of equal runs: a view where the runs touch."""
-    if all(later - earlier == each for earlier, later in itertools.pairwise(starts)):
-        return Rows(starts[0], each * len(starts))
-    index = (np.array(starts)[:, None] + np.arange(each)).reshape(-1)
-    return Rows(0, index.size, torch.from_numpy(index).to(device))
+def _groups_within(ordered: Sequence[Span], slack: int | None) -> list[list[Span]]:
+    """Spans in groups whose lengths differ by at most 1/slack of the longest (none: not at all)."""
+    groups: list[list[Span]] = []
+    longest = allowed = 0
+    for span in ordered:
+        length = span.stop - span.start
+        if groups and longest - length <= allowed:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+            longest = length
+            allowed = -(-longest // slack) if slack and longest <= _PAD_BELOW else 0
+    return [sorted(group, key=lambda one: one.local_start) for group in groups]
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+# ---- full blocks ----
+
+
+def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
+    """The full blocks of spans against keys at the (ascending) row positions `source`.
+
+    Returns:
+        int64 `[blocks, 4]`: first query row, queries, first key row, keys; in the order of the queries.
+    """
+    own = np.array([(one.document, one.start, one.stop - one.start, one.local_start) for one in spans], dtype=np.int64)
+    begins = starts[own[:, 0]]
+    first = np.searchsorted(source, begins)
+    keys = np.searchsorted(source, begins + own[:, 1]) - first
+    found = np.stack([own[:, 3], own[:, 2], first, keys], axis=1)[keys > 0]
+    merged: list[Int64] = []
+    for one in found:  # both spans of a document see the same keys of a rank that lies between: one block
+        last = merged[-1] if merged else None
+        if last is not None and last[0] + last[1] == one[0] and (last[2:] == one[2:]).all():
+            last[1] += one[1]
+        else:
+            merged.append(one.copy())
+    return np.array(merged, dtype=np.int64).reshape(-1, 4)
+
+
+def _full_blocks(segments: Int64, device: torch.device) -> tuple[FullBlocks, ...]:
+    alone = segments[:, 3] > _GATHER_BELOW
+    few = [_one_call(one[None], device) for one in segments[alone]]
+    rest = segments[~alone]
+    return (*few, _one_call(rest, device)) if len(rest) else tuple(few)
+
+
+def _one_call(segments: Int64, device: torch.device) -> FullBlocks:
+    shapes, kind = np.unique(segments[:, [1, 3]], axis=0, return_inverse=True)
+    changes = np.flatnonzero(np.diff(kind.reshape(-1))) + 1
+    if len(changes) >= len(shapes):  # equal shapes apart: bring them together
+        segments = segments[np.argsort(kind.reshape(-1), kind="stable")]
+        changes = np.flatnonzero((np.diff(segments[:, [1, 3]], axis=0) != 0).any(axis=1)) + 1
+    runs = [(len(run), int(run[0, 1]), int(run[0, 3])) for run in np.split(segments, changes)]
+    rows = (_rows(segments[:, 0], segments[:, 1], device), _rows(segments[:, 2], segments[:, 3], device))
+    return FullBlocks(_blocks(runs, False, device), *rows)
+
+
+def _rows(starts: Int64, counts: Int64, device: torch.device) -> Rows:
+    """Rows of runs: a view where each begins where the one before ends."""
+    total = int(counts.sum())
+    if np.array_equal(starts[1:], (starts + counts)[:-1]):
+        return Rows(int(starts[0]), total)
+    index = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(total)
+    return Rows(0, total, torch.from_numpy(index).to(device))
+
+
+def _blocks(runs: Sequence[tuple[int, int, int]], causal: bool, device: torch.device) -> Blocks:
+    bounds = None
+    if device.type != "cpu":
+        each = np.repeat([run[1:] for run in runs], [run[0] for run in runs], axis=0)
+        ends = torch.from_numpy(np.concatenate([[[0, 0]], each.cumsum(axis=0)]).astype(np.int32)).to(device)
+        bounds = ends[:, 0].contiguous(), ends[:, 1].contiguous()
+    return Blocks(tuple(runs), causal, bounds)

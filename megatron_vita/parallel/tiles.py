@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita.layout import TileRoutes
+from megatron_vita.parallel.collectives import exchange_rows
 from megatron_vita.parallel.groups import Groups
 
 
@@ -67,7 +67,7 @@ class _Exchange(torch.autograd.Function):
             rows = _keep(rows, sent, mine)
             sent = tuple(np.where(mine, sent, 0).tolist())
             received = tuple(np.where(mine, received, 0).tolist())
-        back = _all_to_all(grad.contiguous(), received, sent, groups)
+        back = _all_to_all(grad, received, sent, groups)
         return grad.new_zeros(shape).index_add_(0, rows, back), None, None, None, None, None
 
 
@@ -78,6 +78,4 @@ def _keep(values: Tensor, counts: tuple[int, ...], ranks: Any) -> Tensor:
 
 
 def _all_to_all(values: Tensor, sent: tuple[int, ...], received: tuple[int, ...], groups: Groups) -> Tensor:
-    out = values.new_empty(sum(received), *values.shape[1:])
-    dist.all_to_all_single(out, values, list(received), list(sent), group=groups.collection.tp_cp)
-    return out
+    return exchange_rows(values, sent, received, groups.collection.tp_cp)

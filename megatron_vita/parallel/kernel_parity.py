@@ -1,0 +1,90 @@
+"""The fused block kernels against their plain twins, for tools that check a machine before a long job.
+
+The CUDA kernels were never run where this was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vita import device
+from megatron_vita.parallel import block_kernels, flash
+from megatron_vita.parallel.block_kernels import Blocks
+
+CPU_KERNEL = "torch flash, cpu"
+KERNELS = (CPU_KERNEL, *flash.KERNELS)
+"""What `parity` knows."""
+
+_CAUSAL = ((1, 70, 70), (2, 1, 1), (1, 300, 300))
+_FULL = ((1, 70, 9), (2, 1, 130), (1, 64, 300))
+_SCALE = 0.125
+
+
+def parity(name: str) -> float | str:
+    """How far a kernel is from the plain twins, on blocks of uneven lengths and grouped heads.
+
+    Args:
+        name: one of KERNELS.
+
+    Returns:
+        the largest difference of output, log-sum-exp and gradients, each relative to its largest value (float32 on CPU:
+        below 1e-5; bfloat16 on CUDA: below 0.02); or `not installed` where the kernel cannot run: there is no
+        accelerator, or no such package.
+    """
+    if name != CPU_KERNEL and (not device.has_accelerator() or (name == flash.FLASH_ATTN and not flash.INSTALLED)):
+        return "not installed"
+    return max(_difference(name, runs, causal) for runs, causal in ((_CAUSAL, True), (_FULL, False)))
+
+
+def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool) -> float:
+    blocks = Blocks(runs, causal)
+    where, dtype = torch.device("cpu"), torch.float32
+    if name != CPU_KERNEL:
+        where, dtype = device.torch_device(), torch.bfloat16
+    generator = torch.Generator().manual_seed(1)
+    rows, keys = (sum(run[0] * run[side] for run in runs) for side in (1, 2))
+    q, grad, k, v = (
+        torch.randn(count, heads, 64, generator=generator).to(where, dtype)
+        for count, heads in ((rows, 8), (rows, 8), (keys, 2), (keys, 2))
+    )
+    forward, backward = _kernel(name, blocks, where)
+    out, lse = forward(q, k, v)
+    wider = lse + 0.5  # as if the row had more keys than the block
+    got = out, lse, *backward(grad, q, k, v, out, wider)
+    want = (
+        *block_kernels.by_runs(block_kernels.plain_forward, blocks, _SCALE, (q,), (k, v)),
+        *block_kernels.by_runs(block_kernels.plain_backward, blocks, _SCALE, (grad, q), (k, v), (out, wider)),
+    )
+    return max(_worst(one, other) for one, other in zip(got, want, strict=True))
+
+
+def _kernel(name: str, blocks: Blocks, where: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of rows."""
+    if name == CPU_KERNEL:
+        return (
+            lambda q, k, v: block_kernels.by_runs(block_kernels.cpu_forward, blocks, _SCALE, (q,), (k, v)),
+            lambda grad, q, k, v, out, lse: block_kernels.by_runs(
+                block_kernels.cpu_backward, blocks, _SCALE, (grad, q), (k, v), (out, lse)
+            ),
+        )
+    forward, backward = flash.KERNELS[name]
+    each = torch.tensor([run[1:] for run in blocks.runs for _ in range(run[0])])
+    ends = torch.cat([torch.zeros(1, 2, dtype=torch.int64), each.cumsum(0)]).int().to(where)
+    settings = (ends[:, 0].contiguous(), ends[:, 1].contiguous()), blocks.longest, blocks.causal, _SCALE
+
+    def rows_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, k, v, *settings)
+        return out, lse.t()
+
+    def rows_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+        return backward(grad, q, k, v, out, lse.t().contiguous(), *settings)
+
+    return rows_forward, rows_backward
+
+
+def _worst(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max() / other.double().abs().max())
