@@ -16,7 +16,7 @@ from megatron_vita.data.picture import read_image
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tiling import grid_for, plan_tiles, render_tiles, shrink_frame
-from megatron_vita.data.video import encode_frame
+from megatron_vita.data.video_decode import encode_frame
 from tests.data.kit import picture
 
 got_ocr2 = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
