@@ -53,10 +53,10 @@ setup(
             "scikit-learn",
             "matplotlib",
             "scipy",
+            "ray>=2.40",
         ],
         "quickstart": ["transformers>=5.0", "scikit-learn", "matplotlib", "scipy"],
-        # For what comes next: preprocess_data.py --engine ray, and the server. Nothing imports them yet.
-        "ray": ["ray>=2.40"],
+        "ray": ["ray>=2.40"],  # preprocess_data.py --engine ray
         "serve": ["fastapi", "uvicorn"],
     },
 )

@@ -16,9 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over proce
 
 from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
+from megatron_vita.data.engines import ENGINES
 from megatron_vita.data.preprocess import Options, run
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.video import VideoLimits
 from megatron_vita.errors import VitaError
+
+LIMITS = VideoLimits()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,13 +41,17 @@ def parser() -> argparse.ArgumentParser:
     add("--image-norm", choices=sorted(IMAGE_NORMS), default="imagenet", help="pixel mean and deviation")
     add("--max-frames", type=int, default=128, help="most frames of a video")
     add("--max-fps", type=float, default=1.0, help="most frames a second")
+    add("--video-timestamps", action="store_true", help="tell when each frame of a video is shown (internvl only)")
+    add("--video-timeout", type=float, default=LIMITS.timeout, metavar="SECONDS", help="decoding one video may take")
+    add("--video-memory", type=int, default=LIMITS.memory, metavar="MIB", help="decoding one video may hold")
     add("--overlong", choices=("reject", "truncate", "reduce-frames"), default="reduce-frames", help="policy")
     add("--seed", type=int, default=0, help="decides which records a ratio takes, and their order")
     add("--media", choices=("embed", "reference"), default="embed", help="store pictures, or refer to their files")
     add("--verify-media", choices=("structure", "decode"), default="structure", help="how closely pictures are checked")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--resume", action="store_true", help="keep a finished set whose inputs are the same")
-    add("--engine", choices=("local", "ray"), default="local", help="where the processes run")
+    add("--max-rejected", type=float, default=1.0, metavar="SHARE", help="refused records, 0 to 1, that stop the run")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes, on all machines together")
+    add("--resume", action="store_true", help="go on where a killed run stopped; reuse an older set")
+    add("--engine", choices=ENGINES, default="local", help="this machine, or a ray cluster with one file system")
     return out
 
 
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     log.configure()
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core's, and no news here
-    signal.signal(signal.SIGTERM, _stop)  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, _stop)  # so that processes are ended
     try:
         spec = PreprocessSpec(
             layout=args.layout,
@@ -62,15 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             image_norm=args.image_norm,
             max_frames=args.max_frames,
             max_fps=args.max_fps,
+            video_timestamps=args.video_timestamps,
         )
+        limits = VideoLimits(timeout=args.video_timeout, memory=args.video_memory)
         names = ("data_config", "tokenizer", "output", "seq_length", "overlong", "seed", "media", "verify_media")
-        given = {name: getattr(args, name) for name in (*names, "workers", "resume", "engine")}
-        manifest = run(Options(spec=spec, **given))
+        given = {name: getattr(args, name) for name in (*names, "workers", "resume", "engine", "max_rejected")}
+        manifest = run(Options(spec=spec, video_limits=limits, **given))
     except VitaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("error: stopped; nothing was published", file=sys.stderr)
+        print("error: stopped; nothing was published. Run again with --resume to go on", file=sys.stderr)
         return 1
     totals = manifest.totals
     print(

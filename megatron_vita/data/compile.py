@@ -1,10 +1,8 @@
-"""One record becomes an Example of a packed set, or is refused: the work of one preprocessing process."""
+"""One record becomes an Example of a packed set, or is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.chat import build_document, build_example, frame_costs, shift_labels
+from megatron_vita.data.chat import build_document, build_example, shift_labels
 from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.picture import read_image
-from megatron_vita.data.rejects import code_of, refuse
+from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.sources.convert import record_to_sample
 from megatron_vita.data.sources.mix import MixFile
-from megatron_vita.data.sources.readers import Places
 from megatron_vita.data.sources.stores import open_store
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tokenizer import VitaTokenizer
-from megatron_vita.data.video import open_video
+from megatron_vita.data.video import VideoFile, VideoLimits, open_video
+from megatron_vita.data.video_fit import frames_that_fit
 from megatron_vita.errors import DataError
 
 OVERLONG = ("reject", "truncate", "reduce-frames")
-
-_FRAME = MediaItem(b"", 1, 1, frame=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +37,7 @@ class Rules:
     overlong: str = "reduce-frames"
     """`reject`; `truncate`: shorten the longest question, then the end; `reduce-frames`: take fewer frames."""
     verify_media: str = "structure"
-    reference: bool = False
-    """Pictures stay files: remember their paths."""
+    video_limits: VideoLimits = VideoLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +45,6 @@ class Compiled:
     """A record that made it."""
 
     example: Example
-    references: tuple[Path | None, ...]
-    """For each item of example.media the file that holds exactly these bytes; None: embed them."""
     shortened: bool
     """Text was cut or frames were left out to fit the sequence."""
     cleaned: int
@@ -61,8 +54,9 @@ class Compiled:
 class Compiler:
     """Records of a mix -> Examples. The same functions serve training, chat and the server."""
 
-    def __init__(self, tokenizer: VitaTokenizer, rules: Rules) -> None:
-        self._tokenizer, self._rules, self._spec = tokenizer, rules, rules.spec
+    def __init__(self, tokenizer: VitaTokenizer, rules: Rules, work: Path | None = None) -> None:
+        """Settings, and where sources keep what they unpacked and indexed (`open_store`)."""
+        self._tokenizer, self._rules, self._spec, self._work = tokenizer, rules, rules.spec, work
 
     def compile(self, record: Any, file: MixFile, line: int) -> Compiled:
         """Convert, read media, tokenise, and fit to the sequence.
@@ -72,12 +66,12 @@ class Compiler:
         """
         if isinstance(record, DataError):
             raise record
-        store = open_store(file.media)
+        store = open_store(file.media, self._work)
         sample, cleaned = record_to_sample(record, file.row, store=store, source=file.name, line=line)
         if isinstance(sample, Document):
             example = build_document(sample, tokenizer=self._tokenizer)
             cut = len(example.tokens) > self._rules.seq_length
-            return Compiled(self._cut(example) if cut else example, (), cut, cleaned)
+            return Compiled(self._cut(example) if cut else example, cut, cleaned)
         return self._sample(sample, cleaned)
 
     def _sample(self, sample: Sample, cleaned: int) -> Compiled:
@@ -90,32 +84,23 @@ class Compiler:
         if len(example.tokens) > self._rules.seq_length:
             example = self._shorten(sample, images, videos, example)
             shortened = True
-        references: list[Path | None] = []
-        if self._rules.reference:
-            for item in example.media:
-                whole = item.origin is not None and item.origin.path is not None and item.origin.size is None
-                references.append(Path(item.origin.path) if whole else None)  # type: ignore[union-attr, arg-type]
-        return Compiled(example, tuple(references), shortened, cleaned)
+        return Compiled(example, shortened, cleaned)
 
     def _videos(self, sample: Sample, images: Sequence[MediaItem]) -> tuple[list[list[MediaItem]], bool]:
         """Frames of every video, each decoded once: how many fit is known before."""
         spec, rules = self._spec, self._rules
-        opened = []
+        opened: list[VideoFile] = []
         try:
-            opened = [open_video(file) for file in sample.videos]
-            counts = [video.count(spec, spec.max_frames) for video in opened]
-            if not counts:
+            for file in sample.videos:
+                opened.append(open_video(file, limits=rules.video_limits))
+            if not opened:
                 return [], False
-            one_each = build_example(sample, images, [[_FRAME]] * len(counts), tokenizer=self._tokenizer, spec=spec)
-            room = rules.seq_length - len(one_each.tokens)
-            most = max(counts)
-            # tokens of every further frame, and how many videos have it
-            costs = frame_costs(self._tokenizer, spec, most)[1:]
-            having = np.array([sum(count > number for count in counts) for number in range(1, most)], dtype=np.int64)
-            fit = 1 + int(np.searchsorted(np.cumsum(costs * having), room, side="right")) if room >= 0 else 0
+            fit, most = frames_that_fit(
+                sample, images, opened, tokenizer=self._tokenizer, spec=spec, seq_length=rules.seq_length
+            )
             if fit < most and (fit < 1 or rules.overlong == "reject"):
                 raise refuse("overlong", f"{_too_long(rules)} with {most} frames.")
-            limit = most if rules.overlong == "truncate" else min(fit, most)
+            limit = most if rules.overlong == "truncate" else fit
             return [video.frames(spec, limit) for video in opened], limit < most
         finally:
             for video in opened:
@@ -159,68 +144,6 @@ class Compiler:
         if not (labels != IGNORE_INDEX).any():
             raise refuse("overlong", f"nothing to learn is left in the first {size} tokens.")
         return dataclasses.replace(example, tokens=tokens, labels=labels)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a spooled Example lies."""
-
-    line: int
-    length: int
-    spool: str
-    offset: int
-    size: int
-
-
-@dataclass(slots=True)
-class ChunkResult:
-    """What a process made of a run of records."""
-
-    entries: list[Entry] = dataclasses.field(default_factory=list)
-    rejects: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
-    """(record number, reason code, message)."""
-    shortened: int = 0
-    cleaned: int = 0
-
-
-class Worker:
-    """Compiles chunks and spools the Examples: they go to disk here and reach their pack later, not through a pipe."""
-
-    def __init__(self, tokenizer_path: str, rules: Rules, files: Sequence[MixFile], spool: Path) -> None:
-        self._compiler = Compiler(VitaTokenizer.load(tokenizer_path), rules)
-        self._files = list(files)
-        self._path = spool / f"{os.getpid()}.spool"
-        self._spool = self._path.open("ab")
-
-    def run(self, file_index: int, places: Places) -> ChunkResult:
-        """Every record of a chunk, in order."""
-        file = self._files[file_index]
-        out = ChunkResult()
-        for line, record in file.reader().read(places):
-            try:
-                made = self._compiler.compile(record, file, line)
-            except DataError as error:
-                code, message = code_of(error)
-                out.rejects.append((line, code, message))
-                continue
-            blob = pickle.dumps((made.example, made.references), protocol=5)
-            offset = self._spool.tell()
-            self._spool.write(blob)
-            out.entries.append(Entry(line, len(made.example.tokens), self._path.name, offset, len(blob)))
-            out.shortened += made.shortened
-            out.cleaned += made.cleaned
-        self._spool.flush()
-        return out
-
-    def close(self) -> None:
-        """Let go of the spool file."""
-        self._spool.close()
-
-
-def load_spooled(blob: bytes) -> tuple[Example, tuple[Path | None, ...]]:
-    """What `Worker.run` spooled. (Its own temporary file of this run: nothing foreign is ever unpickled.)"""
-    example, references = pickle.loads(blob)
-    return example, references
 
 
 def _too_long(rules: Rules) -> str:

@@ -14,7 +14,7 @@ from megatron_vita.config import IMAGE_NORMS
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESAMPLE = "bicubic"
 """The one filter that tiles are resized with (what the published image processors use)."""
 
@@ -50,6 +50,11 @@ class SourceCounts:
     """Tokens of its Examples."""
     tiles: int = 0
     """Tiles of its Examples."""
+    cleaned: int = 0
+    """Answers of its Examples that lost leading line breaks."""
+    key: str = ""
+    """Digest of the data file, its form and all settings that decide its Examples: a set with the same key holds
+    Examples that need not be compiled again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +86,14 @@ class Manifest:
     image: Mapping[str, Any]
     """size, patch, tokens_per_tile, mean, std, min_tiles, max_tiles, resample; and norm, the name of mean and std."""
     video: Mapping[str, Any]
-    """max_frames, max_fps."""
+    """max_frames, max_fps, timestamps."""
     packing: Mapping[str, Any]
     """policy, seed, fill."""
     media: str
     """`embed`: the bytes are in the set; `reference`: pictures are paths; `none`: no media and tiles files."""
     sources: tuple[SourceCounts, ...]
     totals: Mapping[str, int]
-    """packs, samples, tokens, labels (that carry loss), tiles, media, read, rejected."""
+    """packs, samples, tokens, labels (that carry loss), tiles, media, read, rejected, truncated, cleaned."""
     files: Mapping[str, Mapping[str, Any]]
     """Suffix behind the prefix (`tokens.bin`) -> bytes, sha256. The prefix itself is not part of the digest."""
     digest: str
@@ -106,6 +111,7 @@ class Manifest:
             image_norm=self.image["norm"],
             max_frames=self.video["max_frames"],
             max_fps=self.video["max_fps"],
+            video_timestamps=self.video.get("timestamps", False),
         )
 
     @property

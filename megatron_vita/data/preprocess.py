@@ -1,32 +1,40 @@
-"""Compile a data mix into a packed shard set: read, compile in many processes, pack, write, publish.
+"""Compile a data mix into a packed shard set: read, compile in many processes, pack, write in many processes, publish.
 
-Examples are spooled to disk by the processes that make them; this process holds only their lengths, packs those, and
-then copies the Examples into the shards pack by pack. What comes out depends on the mix, the settings and the seed
-alone: chunks are fixed beforehand and their results are taken in order, whatever number of processes there is.
+In the first phase records become Examples, chunk by chunk, spooled by the processes that make them. This process packs
+their lengths. Then every place in every file is known, and in the second phase processes write ranges of packs side by
+side, pictures straight from where they lie. What comes out depends on the mix, the settings and the seed alone, whoever
+did the work and however often it was cut short: what is finished stays in the work folder until the set is published.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from megatron_vita.data.compile import OVERLONG, Entry, Rules, load_spooled
+from megatron_vita.data.chunk_job import ChunkJob, ChunkTask
+from megatron_vita.data.compile import OVERLONG, Rules
+from megatron_vita.data.engines import ENGINES, LocalEngine, open_engine
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
-from megatron_vita.data.packing import pack
-from megatron_vita.data.pool import Chunk, WorkerPool
+from megatron_vita.data.plan import EntryTable, Plan, chunk_path
 from megatron_vita.data.records import file_info
+from megatron_vita.data.reuse import EarlierSet, source_key
+from megatron_vita.data.shard_writer import SetInfo, is_ready, publish, work_folder, write_set
+from megatron_vita.data.sources import stores
 from megatron_vita.data.sources.mix import MixFile, load_mix
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.spool import ChunkFile
 from megatron_vita.data.tokenizer import (
     IM_END,
     PATCH,
@@ -37,6 +45,7 @@ from megatron_vita.data.tokenizer import (
     VID_END,
     VitaTokenizer,
 )
+from megatron_vita.data.video import VideoLimits
 from megatron_vita.errors import ConfigError, DataError
 
 CHUNK = 128
@@ -58,9 +67,13 @@ class Options:
     seed: int = 0
     media: str = "embed"
     verify_media: str = "structure"
+    video_limits: VideoLimits = VideoLimits()
+    """What decoding one video may cost."""
     workers: int = 1
     resume: bool = False
     engine: str = "local"
+    max_rejected: float = 1.0
+    """Largest share of the records, 0..1, that may be refused; with more nothing is published."""
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -68,12 +81,13 @@ class Options:
             ("overlong", OVERLONG),
             ("media", ("embed", "reference")),
             ("verify_media", ("structure", "decode")),
+            ("engine", ENGINES),
         ):
             if getattr(self, name) not in known:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(self, name)}: choose one of {', '.join(known)}.")
-        if self.engine != "local":
-            raise ConfigError(f"--engine {self.engine} is not supported yet. Use --engine local with --workers N.")
+        if not 0 <= self.max_rejected <= 1:
+            raise ConfigError(f"--max-rejected {self.max_rejected}: a share of the records, 0 to 1.")
         if self.seq_length < 2:
             raise ConfigError(f"--seq-length {self.seq_length}: a pack needs at least 2 tokens.")
         if self.workers < 1:
@@ -87,99 +101,84 @@ class Options:
             )
 
 
-@dataclass(slots=True)
-class _Counts:
-    read: int = 0
-    used: int = 0
-    shortened: int = 0
-    cleaned: int = 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """A run whose settings are proven: nothing is written yet."""
+
+    options: Options
+    files: list[MixFile]
+    info: SetInfo
+    keys: list[str]
+    """Of each file: who has the same key has the same Examples."""
+
+    @property
+    def prefix(self) -> Path:
+        return Path(self.options.output)
+
+    @property
+    def work(self) -> Path:
+        return work_folder(self.prefix)
+
+    @property
+    def inputs(self) -> str:
+        return str(self.info.packing["inputs"])
 
 
 def run(options: Options) -> Manifest:
     """Compile a mix.
 
     Nothing stands under the final names until all of it is written, and the manifest is published last; an earlier set
-    of the same name stays whole until then.
+    of the same name stays whole until then. A run that is cut short leaves `DIR/.PREFIX.work`, with which `resume`
+    continues; without `resume` such a folder is started over.
 
     Returns:
         The manifest of the set, just written or (with `resume`) found finished.
 
     Raises:
         ConfigError: settings, mix or tokenizer are wrong; nothing was written.
-        DataError: a data file cannot be read, or no record is left.
+        DataError: a data file cannot be read, no record is left, or more were refused than `max_rejected` allows.
     """
+    job = _prepare(options)
+    with _work_folder(job):
+        if is_ready(job.work):
+            return publish(job.work, job.prefix)
+        if options.resume:
+            finished = _finished(options.output, job.inputs)
+            if finished is not None:
+                log.info("%s is finished and its inputs are the same: kept", options.output)
+                shutil.rmtree(job.work)
+                return finished
+        chunks = _chunks(job)
+        _compile(job, chunks)
+        sources = _sources(job, chunks)
+        return _write(job, chunks, sources)
+
+
+def _prepare(options: Options) -> _Run:
+    """Read everything small and prove it, before anything is written."""
     files = load_mix(options.data_config)
     tokenizer = VitaTokenizer.load(options.tokenizer)
     if options.spec.layout == "long_vita":
         for token in (VID, VID_END, VID_CONTEXT, PATCH, PATCH_END, PATCH_CONTEXT):
             tokenizer.token_id(token)
     tokenizer.token_id(IM_END)
-    inputs = _inputs_digest(options, tokenizer, files)
-    if options.resume:
-        finished = _finished(options.output, inputs)
-        if finished is not None:
-            log.info("%s is finished and its inputs are the same: kept", options.output)
-            return finished
-    prefix = Path(options.output)
-    spool = prefix.parent / f".{prefix.name}.spool-{os.getpid()}"
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        spool.mkdir()
-    except OSError as error:
-        raise ConfigError(f"--output {prefix}: cannot be written ({error}). Choose another.") from None
-    for stale in prefix.parent.glob(f".{prefix.name}.spool-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    try:
-        return _compile(options, files, tokenizer, inputs, spool)
-    finally:
-        shutil.rmtree(spool, ignore_errors=True)
-
-
-def _compile(options: Options, files: list[MixFile], tokenizer: VitaTokenizer, inputs: str, spool: Path) -> Manifest:
-    from megatron_vita.data.shard_writer import (
-        ShardWriter,  # imports torch: late, so that wrong settings are told at once
-    )
-
-    chunks: list[Chunk] = []
-    for number, file in enumerate(files):
-        reader = file.reader()
-        chosen = file.choose(reader.index(), options.seed)
-        chunks += ((number, chunk) for chunk in reader.chunks(chosen, CHUNK))
-    rules = Rules(
-        spec=options.spec,
-        seq_length=options.seq_length,
-        overlong=options.overlong,
-        verify_media=options.verify_media,
-        reference=options.media == "reference",
-    )
-    counts = [_Counts() for _ in files]
-    rejects: list[Reject] = []
-    entries: list[tuple[int, Entry]] = []
-    total = sum(len(places) for _, places in chunks)
-    bar = tqdm(total=total, unit=" records", desc="compile", disable=not options.progress, mininterval=0.5)
-    with bar, WorkerPool(options.workers, (str(options.tokenizer), rules, files, spool)) as pool:
-        for (number, places), result in pool.map(chunks):
-            count = counts[number]
-            count.read += len(places)
-            count.used += len(result.entries)
-            count.shortened += result.shortened
-            count.cleaned += result.cleaned
-            entries += ((number, entry) for entry in result.entries)
-            rejects += (
-                Reject(source=files[number].name, line=line, code=code, message=f"{files[number].written}: {message}")
-                for line, code, message in result.rejects
-            )
-            bar.update(len(places))
-    for file, count in zip(files, counts, strict=True):
-        if count.cleaned:
-            log.info("%s: %d answers lost leading line breaks", file.name, count.cleaned)
-    if not entries:
-        raise DataError(
-            f"{options.data_config}: none of {total} records can be used. {_first_rejects(rejects)} Nothing is written."
-        )
-    writer = ShardWriter(
-        options.output,
+    open_engine(options.engine, options.workers)  # complains if ray is missing
+    settings: dict[str, Any] = {
+        "spec": options.spec.to_dict(),
+        "seq_length": options.seq_length,
+        "overlong": options.overlong,
+        "media": options.media,
+        "verify_media": options.verify_media,
+        "video_limits": [options.video_limits.timeout, options.video_limits.memory],
+        "tokenizer": tokenizer.sha256,
+        "template": tokenizer.template_sha256,
+    }
+    with ThreadPoolExecutor(options.workers) as threads:  # hashlib frees the GIL
+        contents = list(threads.map(lambda file: file_info(file.path)["sha256"], files))
+    keys = [source_key(content, file.row, settings) for file, content in zip(files, contents, strict=True)]
+    named = [[file.name, file.written, file.ratio, file.num, key] for file, key in zip(files, keys, strict=True)]
+    inputs = hashlib.sha256(json.dumps([options.seed, named], sort_keys=True).encode()).hexdigest()
+    info = SetInfo(
         spec=options.spec,
         seq_length=options.seq_length,
         tokenizer=TokenizerInfo(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id),
@@ -187,71 +186,180 @@ def _compile(options: Options, files: list[MixFile], tokenizer: VitaTokenizer, i
         media=options.media,
         packing={"seed": options.seed, "inputs": inputs},
     )
-    # Shuffled before they are packed: packs of one length else come from one file, as the files follow one another.
-    order = np.random.default_rng(options.seed).permutation(len(entries)).tolist()
-    entries = [entries[place] for place in order]
-    packs = pack([entry.length for _, entry in entries], options.seq_length)
-    bar = tqdm(total=len(entries), unit=" samples", desc="write", disable=not options.progress, mininterval=0.5)
-    with writer, bar, _Spool(spool) as spooled:
-        for members in packs:
-            loaded = [load_spooled(spooled.read(entries[member][1])) for member in members]
-            writer.add_pack(
-                [example for example, _ in loaded],
-                [(entries[member][0], entries[member][1].line) for member in members],
-                [references for _, references in loaded] if options.media == "reference" else None,
-            )
-            bar.update(len(members))
-        return writer.finish(_sources(files, counts, rejects), rejects)
+    return _Run(options=options, files=files, info=info, keys=keys)
 
 
-def _sources(files: Sequence[MixFile], counts: Sequence[_Counts], rejects: Sequence[Reject]) -> list[SourceCounts]:
-    codes: dict[str, dict[str, int]] = {}
-    for reject in rejects:
-        by_code = codes.setdefault(reject.source, {})
-        by_code[reject.code] = by_code.get(reject.code, 0) + 1
-    out = []
-    for file, count in zip(files, counts, strict=True):
-        rejected = dict(sorted(codes.get(file.name, {}).items()))
-        assert count.read == count.used + sum(rejected.values()), (file.name, count, rejected)
-        out.append(
-            SourceCounts(
-                name=file.name,
-                files=(file.written,),
-                read=count.read,
-                used=count.used,
-                rejected=rejected,
-                truncated=count.shortened,
-            )
+@contextmanager
+def _work_folder(job: _Run) -> Iterator[None]:
+    """The work folder, for this run alone. Left where it is when the run is cut short."""
+    work, note = job.work, job.work / "inputs"
+    try:
+        job.prefix.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{work}.lock").open("w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"--output {job.prefix}: cannot be written ({error}). Choose another.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--output {job.prefix}: another run is writing it. Wait, or choose another.") from None
+        try:
+            left = note.read_text() if note.exists() else None
+            if left != job.inputs or not job.options.resume:
+                if work.exists():
+                    log.info(
+                        "%s is of %s: started over", work, "other inputs" if job.options.resume else "an earlier run"
+                    )
+                shutil.rmtree(work, ignore_errors=True)
+                for folder in ("active", "sources"):
+                    (work / folder).mkdir(parents=True)
+                note.write_text(job.inputs)
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _chunks(job: _Run) -> list[ChunkTask]:
+    """The records that were chosen, in runs for one process each: the same ones whoever compiles them."""
+    chunks: list[ChunkTask] = []
+    for rule in dict.fromkeys(file.media for file in job.files):
+        stores.prepare(rule, job.work / "sources", progress=job.options.progress)
+    for number, file in enumerate(job.files):
+        reader = file.reader(job.work / "sources")
+        chosen = file.choose(reader.index(), job.options.seed)
+        chunks += [ChunkTask(n, number, part) for n, part in enumerate(reader.chunks(chosen, CHUNK), len(chunks))]
+    return chunks
+
+
+def _compile(job: _Run, chunks: Sequence[ChunkTask]) -> None:
+    """Every chunk that has no spool file yet."""
+    options, work = job.options, job.work
+    for folder in {chunk_path(work, task.number).parent for task in chunks}:
+        folder.mkdir(parents=True, exist_ok=True)
+    todo = [task for task in chunks if not chunk_path(work, task.number).exists()]
+    compiling = ChunkJob(
+        tokenizer=str(options.tokenizer),
+        rules=Rules(
+            spec=options.spec,
+            seq_length=options.seq_length,
+            overlong=options.overlong,
+            verify_media=options.verify_media,
+            video_limits=options.video_limits,
+        ),
+        info=job.info,
+        files=job.files,
+        work=work,
+        sources_work=work / "sources",
+        folder=job.prefix.parent,
+        earlier=_earlier(job) if options.resume else None,
+    )
+    total = sum(len(task.places) for task in chunks)
+    done = total - sum(len(task.places) for task in todo)
+    # What was being compiled when a run ended may have ended it: it gets a process of its own, whose end is survived.
+    suspects = [task for task in todo if compiling.marker(task.number).exists()] if options.workers == 1 else []
+    rest = [task for task in todo if not any(task is one for one in suspects)]
+    with _bar(options, "compile", "records", total, done) as bar:
+        for engine, tasks in ((LocalEngine(1), suspects), (open_engine(options.engine, options.workers), rest)):
+            if tasks:
+                for task, _ in engine.map(compiling, tasks):
+                    bar.update(len(task.places))
+
+
+def _earlier(job: _Run) -> EarlierSet | None:
+    """The set under this name as a source of Examples, if it is one of other inputs."""
+    try:
+        manifest = load_manifest(job.options.output)
+    except (ConfigError, DataError):
+        return None
+    if manifest.packing.get("inputs") == job.inputs:
+        return None  # the same inputs, and yet not taken as finished: it is damaged
+    earlier = EarlierSet.matching(job.options.output, manifest, job.keys)
+    if earlier is not None:
+        log.info("%s: Examples of %d unchanged files are taken from it", job.options.output, len(earlier.sources))
+    return earlier
+
+
+def _sources(job: _Run, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
+    """What became of each file's records.
+
+    Raises:
+        DataError: nothing can be used, or too much is refused.
+    """
+    read: Counter[int] = Counter()
+    rejected = [Counter[str]() for _ in job.files]
+    first: list[str] = []
+    for task in chunks:
+        read[task.file] += len(task.places)
+    for file, reject in _rejects(job, chunks):
+        rejected[file][reject.code] += 1
+        if len(first) < 3:
+            first.append(f"{reject.source}, record {reject.line}: {reject.code}: {reject.message}")
+    total, refused = read.total(), sum(codes.total() for codes in rejected)
+    if refused == total:
+        shutil.rmtree(job.work)
+        raise DataError(
+            f"{job.options.data_config}: none of {total} records can be used. {' '.join(first)} Nothing is written."
         )
-    return out
+    if refused > job.options.max_rejected * total:
+        codes = ", ".join(f"{count} {code}" for code, count in sum(rejected, Counter[str]()).most_common())
+        raise DataError(
+            f"{job.options.data_config}: {refused} of {total} records are refused ({codes}), more than --max-rejected "
+            f"{job.options.max_rejected} allows. For instance {' '.join(first)} Mend them, or go on with --resume "
+            "and a higher --max-rejected."
+        )
+    return [
+        SourceCounts(
+            name=file.name,
+            files=(file.written,),
+            read=read[number],
+            used=read[number] - rejected[number].total(),
+            rejected=dict(sorted(rejected[number].items())),
+            key=job.keys[number],
+        )
+        for number, file in enumerate(job.files)
+    ]
 
 
-def _first_rejects(rejects: Sequence[Reject]) -> str:
-    return " ".join(f"{reject.source}, record {reject.line}: {reject.code}: {reject.message}" for reject in rejects[:3])
+def _rejects(job: _Run, chunks: Sequence[ChunkTask]) -> Iterator[tuple[int, Reject]]:
+    """(number of the file, refused record), in order; read from the spool files each time."""
+    for task in chunks:
+        file = job.files[task.file]
+        for line, code, message in ChunkFile(chunk_path(job.work, task.number)).rejects:
+            yield task.file, Reject(source=file.name, line=line, code=code, message=f"{file.written}: {message}")
 
 
-def _inputs_digest(options: Options, tokenizer: VitaTokenizer, files: Sequence[MixFile]) -> str:
-    """Digest of all that decides the set, but the media files' contents: settings, tokenizer, template, data files."""
-    described: dict[str, Any] = {
-        "spec": options.spec.to_dict(),
-        "seq_length": options.seq_length,
-        "overlong": options.overlong,
-        "seed": options.seed,
-        "media": options.media,
-        "verify_media": options.verify_media,
-        "tokenizer": tokenizer.sha256,
-        "template": tokenizer.template_sha256,
-        "files": [],
-    }
-    for file in files:
-        content = file_info(file.path)["sha256"]
-        described["files"].append([file.name, file.written, file.ratio, file.num, repr(file.row), content])
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts]) -> Manifest:
+    options = job.options
+    try:
+        plan = Plan(job.work)
+    except FileNotFoundError:
+        table = EntryTable(job.work)
+        for task in chunks:
+            table.add(task.number, ChunkFile(chunk_path(job.work, task.number)), task.file)
+        plan = table.shuffled(options.seq_length, options.seed)
+    with _bar(options, "write", "samples", plan.totals["samples"], 0) as bar:
+        manifest = write_set(
+            plan,
+            job.prefix,
+            job.info,
+            sources,
+            (reject for _, reject in _rejects(job, chunks)),
+            engine=open_engine(options.engine, options.workers),
+            progress=bar.update,
+        )
+    for source in manifest.sources:
+        if source.cleaned:
+            log.info("%s: %d answers lost leading line breaks", source.name, source.cleaned)
+    return manifest
+
+
+def _bar(options: Options, name: str, unit: str, total: int, done: int) -> tqdm[Any]:
+    return tqdm(total=total, initial=done, unit=f" {unit}", desc=name, disable=not options.progress, mininterval=0.5)
 
 
 def _finished(output: str, inputs: str) -> Manifest | None:
     """The set under this name, if it is whole and was made from the same inputs."""
-    from megatron_vita.data.shards import ShardSet
+    from megatron_vita.data.shards import ShardSet  # imports torch
 
     try:
         manifest = load_manifest(output)
@@ -261,36 +369,3 @@ def _finished(output: str, inputs: str) -> Manifest | None:
     except (ConfigError, DataError):
         return None
     return manifest
-
-
-def _alive(pid: str) -> bool:
-    """Is there a process of that number? Signal 0 asks and does nothing, on every Unix."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass  # somebody else's process
-    return True
-
-
-class _Spool:
-    """Reads spooled Examples back."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, IO[bytes]] = {}
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self._open.values():
-            stream.close()
-
-    def read(self, entry: Entry) -> bytes:
-        if entry.spool not in self._open:
-            self._open[entry.spool] = (self._folder / entry.spool).open("rb")
-        stream = self._open[entry.spool]
-        stream.seek(entry.offset)
-        return stream.read(entry.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,8 @@ SAMPLE = np.dtype(
             "tiles",
             "cost",  # see sample_cost
             "labels",  # tokens that carry loss
+            "shortened",  # 1: text was cut or frames were left out to fit the sequence
+            "cleaned",  # answers that lost leading line breaks
         )
     ]
 )
@@ -56,10 +59,13 @@ SUFFIXES = (
     "media.idx",
     "tiles.npy",
     "samples.npy",
+    "crc32.npy",
     "rejects.jsonl",
 )
 """Every file of a set but its manifest; a set without media lacks the media and tiles files."""
 MEDIA_SUFFIXES = ("media.bin", "media.idx", "tiles.npy")
+SMALL_SUFFIXES = ("tokens.idx", "labels.idx", "media.idx", "tiles.npy", "samples.npy", "crc32.npy")
+"""Files that describe the others; small enough to be proven whenever a set is opened."""
 REFERENCE = b"ref:"
 """First bytes of a media item that is a path instead of a picture (no picture format begins so)."""
 
@@ -86,24 +92,26 @@ class GrowingTable:
         self._file: IO[bytes] = path.open("wb")
         self._dtype = dtype
         self.rows = 0
-        self._write_header()
-
-    def _write_header(self) -> None:
-        # numpy reserves room for a growing first axis: the header keeps its length when the count is filled in.
-        shape = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.rows,)}
-        np.lib.format.write_array_header_1_0(self._file, shape)
+        self._file.write(npy_header(dtype, 0))
 
     def append(self, records: npt.NDArray[Any]) -> None:
+        """Write records behind those that are there."""
         self._file.write(records.tobytes())
         self.rows += len(records)
 
     def finish(self) -> None:
+        """Fill in the count and close. numpy reserves room for a growing first axis: the header keeps its length."""
         self._file.seek(0)
-        self._write_header()
+        self._file.write(npy_header(self._dtype, self.rows))
         self._file.close()
 
-    def abort(self) -> None:
-        self._file.close()
+
+def npy_header(dtype: np.dtype, rows: int) -> bytes:
+    """What stands before the records of a .npy file of one axis."""
+    header = io.BytesIO()
+    shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    return header.getvalue()
 
 
 def starts(counts: npt.NDArray[np.int64]) -> Int64:

@@ -1,37 +1,224 @@
-"""The writer of the packed format that shards.py describes and reads."""
+"""The writer of the packed format that shards.py describes and reads: from a plan to a published set.
+
+Everything is written in a work folder beside the set. `publish` moves the files to their names, the manifest last.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_vita.data.digests import FollowingDigests
+from megatron_vita.data.engines import Engine, InProcess
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
-from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, image_block
-from megatron_vita.data.records import (
-    MEDIA_SUFFIXES,
-    REFERENCE,
-    SAMPLE,
-    SUFFIXES,
-    TILE,
-    GrowingTable,
-    file_info,
-    sample_cost,
-)
+from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, image_block, load_manifest
+from megatron_vita.data.pack_writer import PackJob, create_files, done_path, out_path
+from megatron_vita.data.plan import EntryTable, Plan, chunk_path
+from megatron_vita.data.records import MEDIA_SUFFIXES, REFERENCE, SUFFIXES, file_info, starts
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.spool import Body, ChunkFile, ChunkWriter
 from megatron_vita.errors import ConfigError, DataError
+
+_FOLLOWED = {"tokens.bin": ("token", 4), "labels.bin": ("token", 4), "media.bin": ("byte", 1)}
+"""Large files: which column of a range says where its part ends, and bytes of one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetInfo:
+    """What the manifest says besides what was counted."""
+
+    spec: PreprocessSpec
+    """How the pictures were cut."""
+    seq_length: int
+    """Most tokens of a pack."""
+    tokenizer: TokenizerInfo
+    """Which tokenizer made the ids, and the id that pads."""
+    template_sha256: str
+    """Digest of the chat template."""
+    media: str = "embed"
+    """`embed` or `reference`."""
+    packing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further facts for the manifest's packing block (`seed`, `inputs`)."""
+
+
+def work_folder(prefix: Path) -> Path:
+    """Where a set is made: beside its place, so that moving it there is instant."""
+    return prefix.parent / f".{prefix.name}.work"
+
+
+def write_set(
+    plan: Plan,
+    prefix: Path,
+    info: SetInfo,
+    sources: Sequence[SourceCounts],
+    rejects: Iterable[Reject],
+    *,
+    engine: Engine | None = None,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Manifest:
+    """Write a planned set and publish it. Ranges that an earlier, killed run has finished are kept.
+
+    Args:
+        plan: what goes where.
+        prefix: folder and name of the set.
+        info: settings for the manifest.
+        sources: counts of each dataset, in the order that the plan's sources refer to.
+        rejects: every refused record.
+        engine: who writes; by default this process.
+        progress: told the number of samples whenever a range is finished.
+
+    Raises:
+        DataError: the counts do not add up, or a picture changed since it was compiled.
+    """
+    work = plan.work
+    if not (work / "created").exists():
+        create_files(plan, info.spec.tokens_per_tile)
+        (work / "created").touch()
+    job = PackJob(work, info.spec.tokens_per_tile)
+    finished = [number for number in range(len(plan.ranges)) if done_path(work, number).exists()]
+    todo = sorted(set(range(len(plan.ranges))) - set(finished))
+    with FollowingDigests({suffix: out_path(work, suffix) for suffix in _FOLLOWED}) as digests:
+        frontier = _Frontier(plan, digests)
+        for number in itertools.chain(finished, (number for number, _ in (engine or InProcess()).map(job, todo))):
+            frontier.add(number)
+            progress(int(plan.ranges["samples"][number]))
+        files = digests.result()
+    sources, totals = _counted(plan, prefix, sources, _write_rejects(out_path(work, "rejects.jsonl"), rejects))
+    absent = () if totals["media"] or totals["tiles"] else MEDIA_SUFFIXES
+    present = [suffix for suffix in SUFFIXES if suffix not in absent]
+    rest = [suffix for suffix in present if suffix not in files]
+    with ThreadPoolExecutor(4) as threads:
+        infos = dict(zip(rest, threads.map(lambda suffix: file_info(out_path(work, suffix)), rest), strict=True))
+    fill = totals["tokens"] / (totals["packs"] * info.seq_length)
+    manifest = Manifest(
+        seq_length=info.seq_length,
+        layout=info.spec.layout,
+        tokenizer=info.tokenizer,
+        template_sha256=info.template_sha256,
+        image=image_block(info.spec),
+        video={
+            "max_frames": info.spec.max_frames,
+            "max_fps": info.spec.max_fps,
+            "timestamps": info.spec.video_timestamps,
+        },
+        packing={"policy": "best-fit-decreasing", "seed": 0, **info.packing, "fill": round(fill, 6)},
+        media="none" if absent else info.media,
+        sources=tuple(sources),
+        totals=totals,
+        files={suffix: files.get(suffix) or infos[suffix] for suffix in present},
+        digest="",
+    ).sealed()
+    partial = work / "manifest.partial"
+    partial.write_text(manifest.dumps(), encoding="utf-8")
+    for path in (*(out_path(work, suffix) for suffix in present), partial):
+        _sync(path)
+    partial.replace(_ready(work))  # from here on nothing is left to do but to publish
+    return publish(work, prefix)
+
+
+class _Frontier:
+    """How far the files are final: up to the first range that is not written."""
+
+    def __init__(self, plan: Plan, digests: FollowingDigests) -> None:
+        self._ends = {
+            suffix: [size * end for end in plan.range_ends(name)] for suffix, (name, size) in _FOLLOWED.items()
+        }
+        self._digests = digests
+        self._finished: set[int] = set()
+        self._next = 0
+
+    def add(self, number: int) -> None:
+        """One more range is written."""
+        self._finished.add(number)
+        while self._next in self._finished:
+            self._finished.remove(self._next)
+            for suffix, ends in self._ends.items():
+                self._digests.advance(suffix, ends[self._next])
+            self._next += 1
+
+
+def is_ready(work: Path) -> bool:
+    """All of a set is written, but it was not (wholly) published."""
+    return _ready(work).exists()
+
+
+def publish(work: Path, prefix: Path) -> Manifest:
+    """Move a finished set to its names, the manifest last; may be done again when it was cut short.
+
+    In between there is no set under the name, rather than one of mixed files.
+    """
+    manifest = load_manifest(_ready(work).with_suffix(""))
+    final = Path(f"{prefix}.json")
+    final.unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        if suffix not in manifest.files:
+            Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
+        elif out_path(work, suffix).exists():
+            out_path(work, suffix).replace(f"{prefix}.{suffix}")
+    shutil.copyfile(_ready(work), work / "manifest.copy")
+    _sync(work / "manifest.copy")
+    (work / "manifest.copy").replace(final)
+    _sync(final.parent)
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def check_example(example: Example, info: SetInfo, where: str) -> None:
+    """Prove that an Example keeps the format's rules.
+
+    Raises:
+        DataError: saying which it breaks.
+    """
+    length = len(example.tokens)
+    if not length or len(example.labels) != length or example.labels[-1] != IGNORE_INDEX:
+        raise DataError(
+            f"{where}: {length} tokens, {len(example.labels)} labels; an Example has as many labels as tokens and "
+            f"its last label is {IGNORE_INDEX}."
+        )
+    if int(example.tokens.min()) < 0 or int(example.tokens.max()) >= info.tokenizer.vocab_size:
+        raise DataError(f"{where}: token ids must lie in 0..{info.tokenizer.vocab_size - 1} (the vocabulary).")
+    firsts = [slot.first_token for slot in example.tiles]
+    ends = [first + info.spec.tokens_per_tile for first in firsts]
+    if ends and (firsts[0] < 0 or ends[-1] > length or any(a > b for a, b in zip(ends, firsts[1:], strict=False))):
+        raise DataError(f"{where}: its tiles overlap, are out of order, or lie outside its {length} tokens.")
+    if any(not 0 <= slot.media < len(example.media) for slot in example.tiles):
+        raise DataError(f"{where}: a tile refers to a picture beyond its {len(example.media)}.")
+
+
+def reference_record(item: MediaItem, path: Path, folder: Path, offset: int | None = None) -> bytes:
+    """What stands in a set of `--media reference` for a picture that stays where it is.
+
+    Args:
+        item: the picture.
+        path: the file that holds it.
+        folder: the set's; paths are relative to it.
+        offset: where in the file it begins, if it is not the whole file.
+    """
+    record: dict[str, Any] = {
+        "path": os.path.relpath(path, folder),
+        "bytes": len(item.data),
+        "width": item.width,
+        "height": item.height,
+        "sha256": hashlib.sha256(item.data).hexdigest(),
+    }
+    if offset is not None:
+        record["offset"] = offset
+    return REFERENCE + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 
 class ShardWriter:
-    """Writes a shard set, pack by pack, under temporary names; `finish` publishes it, the manifest last.
+    """Writes a shard set from packs of Examples in memory. (`preprocess.py` makes them in many processes.)
 
     The same packs give the same bytes. Used as a context manager it removes what it wrote when the block fails,
     and an earlier set under the same prefix stays as it was until `finish`.
@@ -48,39 +235,35 @@ class ShardWriter:
         media: str = "embed",
         packing: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the temporary files; the folder is made.
+        """Open the work folder; the set's folder is made. The arguments are those of `SetInfo`, and:
 
         Args:
             prefix: folder and name of the set, without any suffix.
-            spec: how the pictures were cut.
-            seq_length: most tokens of a pack.
-            tokenizer: which tokenizer made the ids, and the id that pads.
-            template_sha256: digest of the chat template.
-            media: `embed` or `reference` (then `add_pack` is told the pictures' paths).
-            packing: further facts for the manifest's packing block (`policy`, `seed`).
         """
         if media not in ("embed", "reference"):
             raise ConfigError(f"media={media!r}: choose embed or reference.")
         self.prefix = Path(prefix)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._spec, self._seq_length, self._media = spec, seq_length, media
-        self._tokenizer, self._template = tokenizer, template_sha256
-        self._packing = {"policy": "best-fit-decreasing", "seed": 0, **(packing or {})}
-        self._tokens = IndexedDatasetBuilder(str(self._partial("tokens.bin")), dtype=np.int32)
-        self._labels = IndexedDatasetBuilder(str(self._partial("labels.bin")), dtype=np.int32)
-        self._items = IndexedDatasetBuilder(str(self._partial("media.bin")), dtype=np.uint8)
-        self._tiles = GrowingTable(self._partial("tiles.npy"), TILE)
-        self._samples = GrowingTable(self._partial("samples.npy"), SAMPLE)
-        self._num_packs = self._num_tokens = self._num_labels = 0
-        self._by_source: dict[int, list[int]] = {}  # source -> [samples, tokens, tiles]
-        self._open = True
+        self._info = SetInfo(
+            spec=spec,
+            seq_length=seq_length,
+            tokenizer=tokenizer,
+            template_sha256=template_sha256,
+            media=media,
+            packing=dict(packing or {}),
+        )
+        self._work = work_folder(self.prefix)
+        shutil.rmtree(self._work, ignore_errors=True)
+        chunk_path(self._work, 0).parent.mkdir(parents=True)
+        self._chunk = ChunkWriter(chunk_path(self._work, 0))
+        self._origins: list[int] = []
+        self._packs: list[int] = []
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._open:
-            self.abort()
+        self._chunk.abort()
+        shutil.rmtree(self._work, ignore_errors=True)
 
     def add_pack(
         self,
@@ -99,45 +282,26 @@ class ShardWriter:
         Raises:
             DataError: the Examples break the format's rules; nothing of the pack was written.
         """
-        lengths = [len(example.tokens) for example in examples]
-        if not examples or len(origins) != len(examples) or sum(lengths) > self._seq_length:
+        tokens = sum(len(example.tokens) for example in examples)
+        if not examples or len(origins) != len(examples) or tokens > self._info.seq_length:
             raise DataError(
-                f"pack {self._num_packs}: {len(examples)} Examples with {len(origins)} origins and {sum(lengths)} "
-                f"tokens; a pack takes at least one Example and at most {self._seq_length} tokens."
+                f"pack {len(self._packs)}: {len(examples)} Examples with {len(origins)} origins and {tokens} tokens; a "
+                f"pack takes at least one Example and at most {self._info.seq_length} tokens."
             )
-        for example, origin in zip(examples, origins, strict=True):
-            self._check(example, origin)
-        tokens = np.concatenate([example.tokens for example in examples]).astype(np.int32, copy=False)
-        labels = np.concatenate([example.labels for example in examples]).astype(np.int32, copy=False)
-        tiles = self._tile_records(examples, lengths)
-        records = np.zeros(len(examples), dtype=SAMPLE)
-        records["source"], records["line"] = np.array(origins, dtype=np.int64).T
-        records["length"] = lengths
-        records["tiles"] = [len(example.tiles) for example in examples]
-        records["cost"] = sample_cost(lengths, records["tiles"], self._spec.tokens_per_tile)
-        records["labels"] = [int(np.count_nonzero(example.labels != IGNORE_INDEX)) for example in examples]
-
-        items = [
-            self._item_bytes(item, references[e][m] if references else None)
-            for e, example in enumerate(examples)
-            for m, item in enumerate(example.media)
-        ]
-        self._tokens.add_document(tokens, lengths)
-        self._labels.add_document(labels, lengths)
-        self._items.add_document(np.frombuffer(b"".join(items), dtype=np.uint8), [len(item) for item in items])
-        self._tiles.append(tiles)
-        self._samples.append(records)
-        self._num_packs += 1
-        self._num_tokens += len(tokens)
-        self._num_labels += int(records["labels"].sum())
-        for record in records:
-            counts = self._by_source.setdefault(int(record["source"]), [0, 0, 0])
-            counts[0] += 1
-            counts[1] += int(record["length"])
-            counts[2] += int(record["tiles"])
+        for example, (source, line) in zip(examples, origins, strict=True):
+            check_example(example, self._info, f"pack {len(self._packs)}, sample {source}:{line}")
+        for number, (example, (source, line)) in enumerate(zip(examples, origins, strict=True)):
+            paths = references[number] if references else [None] * len(example.media)
+            bodies: list[Body] = [
+                item.data if path is None else reference_record(item, path, self.prefix.parent)
+                for item, path in zip(example.media, paths, strict=True)
+            ]
+            self._chunk.add(line, example, bodies)
+            self._origins.append(source)
+        self._packs.append(len(examples))
 
     def finish(self, sources: Sequence[SourceCounts], rejects: Iterable[Reject] = ()) -> Manifest:
-        """Write the indexes and the rejects, digest everything, and publish the set.
+        """Write the set and publish it.
 
         Args:
             sources: counts of each dataset, in the order that `origins` refer to; tokens and tiles are filled in here.
@@ -146,141 +310,70 @@ class ShardWriter:
         Raises:
             DataError: no pack was added, or the counts do not add up.
         """
-        if not self._num_packs:
+        if not self._packs:
             raise DataError(f"{self.prefix}: no sample was left to pack. The rejects say why; nothing was written.")
-        rejected: dict[str, int] = {}
-        with self._partial("rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            for reject in rejects:
-                stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
-                rejected[reject.source] = rejected.get(reject.source, 0) + 1
-        sources = [self._counted(index, source, rejected) for index, source in enumerate(sources)]
-        if set(self._by_source) - set(range(len(sources))):
-            raise DataError(f"{self.prefix}: samples of source {max(self._by_source)}, but {len(sources)} are listed.")
+        self._chunk.publish()
+        table = EntryTable(self._work)
+        table.add(0, ChunkFile(chunk_path(self._work, 0)), np.array(self._origins))
+        plan = table.as_given(starts(np.array(self._packs, dtype=np.int64)))
+        return write_set(plan, self.prefix, self._info, sources, rejects)
 
-        num_media = len(self._items.sequence_lengths)
-        for builder, name in ((self._tokens, "tokens"), (self._labels, "labels"), (self._items, "media")):
-            builder.finalize(str(self._partial(f"{name}.idx")))
-        self._tiles.finish()
-        self._samples.finish()
-        absent = () if self._tiles.rows or num_media else MEDIA_SUFFIXES
-        present = [suffix for suffix in SUFFIXES if suffix not in absent]
-        for suffix in absent:
-            self._partial(suffix).unlink()
-        manifest = Manifest(
-            seq_length=self._seq_length,
-            layout=self._spec.layout,
-            tokenizer=self._tokenizer,
-            template_sha256=self._template,
-            image=image_block(self._spec),
-            video={"max_frames": self._spec.max_frames, "max_fps": self._spec.max_fps},
-            packing={**self._packing, "fill": round(self._num_tokens / (self._num_packs * self._seq_length), 6)},
-            media="none" if absent else self._media,
-            sources=tuple(sources),
-            totals={
-                "packs": self._num_packs,
-                "samples": self._samples.rows,
-                "tokens": self._num_tokens,
-                "labels": self._num_labels,
-                "tiles": self._tiles.rows,
-                "media": num_media,
-                "read": sum(source.read for source in sources),
-                "rejected": sum(sum(source.rejected.values()) for source in sources),
-            },
-            files={suffix: file_info(self._partial(suffix)) for suffix in present},
-            digest="",
-        ).sealed()
-        self._publish(manifest, present, absent)
-        self._open = False
-        return manifest
 
-    def abort(self) -> None:
-        """Close and remove the temporary files."""
-        self._open = False
-        for builder in (self._tokens, self._labels, self._items):
-            builder.data_file.close()
-        self._tiles.abort()
-        self._samples.abort()
-        for suffix in (*SUFFIXES, "json"):
-            self._partial(suffix).unlink(missing_ok=True)
+def _write_rejects(path: Path, rejects: Iterable[Reject]) -> dict[str, int]:
+    """Write the rejects file; lines of each source."""
+    lines: dict[str, int] = {}
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        for reject in rejects:
+            stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+            lines[reject.source] = lines.get(reject.source, 0) + 1
+    return lines
 
-    def _partial(self, suffix: str) -> Path:
-        return Path(f"{self.prefix}.{suffix}.partial")
 
-    def _check(self, example: Example, origin: tuple[int, int]) -> None:
-        where = f"pack {self._num_packs}, sample {origin[0]}:{origin[1]}"
-        length = len(example.tokens)
-        if not length or len(example.labels) != length or example.labels[-1] != IGNORE_INDEX:
-            raise DataError(
-                f"{where}: {length} tokens, {len(example.labels)} labels; an Example has as many labels as tokens and "
-                f"its last label is {IGNORE_INDEX}."
-            )
-        if int(example.tokens.min()) < 0 or int(example.tokens.max()) >= self._tokenizer.vocab_size:
-            raise DataError(f"{where}: token ids must lie in 0..{self._tokenizer.vocab_size - 1} (the vocabulary).")
-        ends = [slot.first_token + self._spec.tokens_per_tile for slot in example.tiles]
-        starts = [slot.first_token for slot in example.tiles]
-        if ends and (starts[0] < 0 or ends[-1] > length or any(a > b for a, b in zip(ends, starts[1:], strict=False))):
-            raise DataError(f"{where}: its tiles overlap, are out of order, or lie outside its {length} tokens.")
-        if any(not 0 <= slot.media < len(example.media) for slot in example.tiles):
-            raise DataError(f"{where}: a tile refers to a picture beyond its {len(example.media)}.")
+def _counted(
+    plan: Plan, prefix: Path, sources: Sequence[SourceCounts], rejected: Mapping[str, int]
+) -> tuple[list[SourceCounts], dict[str, int]]:
+    """Sources with what was packed of them, and the totals.
 
-    def _tile_records(self, examples: Sequence[Example], lengths: Sequence[int]) -> npt.NDArray[Any]:
-        rows = []
-        start, media = 0, len(self._items.sequence_lengths)
-        for example, length in zip(examples, lengths, strict=True):
-            for slot in example.tiles:
-                item = example.media[slot.media]
-                rows.append(
-                    (
-                        self._num_packs,
-                        start + slot.first_token,
-                        self._spec.tokens_per_tile,
-                        media + slot.media,
-                        slot.row,
-                        slot.col,
-                        slot.rows,
-                        slot.cols,
-                        int(slot.thumbnail),
-                        item.width,
-                        item.height,
-                        int(item.frame),
-                    )
-                )
-            start += length
-            media += len(example.media)
-        return np.array(rows, dtype=TILE)
-
-    def _item_bytes(self, item: MediaItem, path: Path | None) -> bytes:
-        if self._media == "embed" or path is None:
-            return item.data
-        record = {
-            "path": os.path.relpath(path, self.prefix.parent),
-            "bytes": len(item.data),
-            "width": item.width,
-            "height": item.height,
-            "sha256": hashlib.sha256(item.data).hexdigest(),
-        }
-        return REFERENCE + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogateescape")
-
-    def _counted(self, index: int, source: SourceCounts, rejected: Mapping[str, int]) -> SourceCounts:
-        used, tokens, tiles = self._by_source.get(index, [0, 0, 0])
-        refused = sum(source.rejected.values())
+    Raises:
+        DataError: what was read is not what was packed and what was refused.
+    """
+    if set(plan.by_source) - set(range(len(sources))):
+        raise DataError(f"{prefix}: samples of source {max(plan.by_source)}, but {len(sources)} are listed.")
+    out = []
+    for index, source in enumerate(sources):
+        packed = plan.by_source.get(index, {})
+        used, refused = packed.get("samples", 0), sum(source.rejected.values())
         if source.used != used or source.read != used + refused or rejected.get(source.name, 0) != refused:
             raise DataError(
-                f"{self.prefix}: the counts of {source.name} do not add up: read {source.read}, said to be used "
+                f"{prefix}: the counts of {source.name} do not add up: read {source.read}, said to be used "
                 f"{source.used}, packed {used}, rejected {refused}, lines of rejects {rejected.get(source.name, 0)}."
             )
-        return dataclasses.replace(source, rejected=dict(source.rejected), tokens=tokens, tiles=tiles)
+        out.append(
+            dataclasses.replace(
+                source,
+                rejected=dict(source.rejected),
+                truncated=packed.get("shortened", 0),
+                cleaned=packed.get("cleaned", 0),
+                tokens=packed.get("tokens", 0),
+                tiles=packed.get("tiles", 0),
+            )
+        )
+    names = ("packs", "samples", "tokens", "labels", "tiles", "media")
+    totals = {name: plan.totals[name] for name in names}
+    totals["read"] = sum(source.read for source in out)
+    totals["rejected"] = sum(sum(source.rejected.values()) for source in out)
+    totals["truncated"] = sum(source.truncated for source in out)
+    totals["cleaned"] = sum(source.cleaned for source in out)
+    return out, totals
 
-    def _publish(self, manifest: Manifest, present: Sequence[str], absent: Sequence[str]) -> None:
-        final = Path(f"{self.prefix}.json")
-        partial = self._partial("json")
-        partial.write_text(manifest.dumps(), encoding="utf-8")
-        for suffix in (*present, "json"):
-            with self._partial(suffix).open("rb+") as stream:
-                os.fsync(stream.fileno())
-        final.unlink(missing_ok=True)  # from here until the last line there is no set, rather than a mixed one
-        for suffix in absent:
-            Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
-        for suffix in present:
-            self._partial(suffix).replace(f"{self.prefix}.{suffix}")
-        partial.replace(final)
+
+def _ready(work: Path) -> Path:
+    return work / "ready.json"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ Files behind a prefix, all offsets 64-bit:
     tokens.{bin,idx}  labels.{bin,idx}   megatron-core's indexed container, int32; sequence = Example, document = pack
     media.{bin,idx}                      the same, uint8; sequence = picture or frame, document = the items of one pack
     tiles.npy  samples.npy               tables of TILE and SAMPLE records, in pack order
+    crc32.npy                            uint32 checksums: tokens of each pack, labels of each pack, each medium
     rejects.jsonl                        what is not in the set, and why
     json                                 the manifest, published last: without it there is no set
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
+from megatron_vita.data.index import HEADER
 from megatron_vita.data.manifest import load_manifest
-from megatron_vita.data.records import REFERENCE, SAMPLE, TILE, attention_pairs, file_info, starts
+from megatron_vita.data.records import REFERENCE, SAMPLE, SMALL_SUFFIXES, TILE, attention_pairs, file_info, starts
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import DataError
 from megatron_vita.layout import Int64
@@ -33,9 +36,10 @@ Int32 = npt.NDArray[np.int32]
 
 
 class ShardSet:
-    """A published shard set, memory-mapped: opening reads the manifest, the indexes and file sizes, no data.
+    """A published shard set, memory-mapped: opening proves sizes, manifest, indexes and tables, and reads no data.
 
-    Arrays that are handed out are copies: they outlive the set.
+    Data are proven pack by pack and picture by picture, when they are read. Arrays that are handed out are copies: they
+    outlive the set.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -57,6 +61,7 @@ class ShardSet:
             self.samples: npt.NDArray[Any] = np.load(f"{prefix}.samples.npy")
             self._media = None if self.manifest.media == "none" else _open_index(f"{prefix}.media", np.uint8)
             self._tiles = None if self._media is None else np.load(f"{prefix}.tiles.npy", mmap_mode="r")
+            self._crc: npt.NDArray[np.uint32] = np.load(f"{prefix}.crc32.npy", mmap_mode="r")
             intact = self._consistent()
         except Exception:  # numpy's reader of headers raises nearly anything on damage, tokenize.TokenError for one
             intact = False
@@ -91,7 +96,7 @@ class ShardSet:
         """Prove every file to be the one that was written.
 
         Args:
-            full: read everything and compare SHA-256 digests; otherwise only look for files of the right size.
+            full: compare the SHA-256 of every file; otherwise that of indexes and tables, and the others' sizes.
 
         Raises:
             DataError: naming the first file that is missing or differs.
@@ -104,7 +109,7 @@ class ShardSet:
                 raise DataError(f"{path} is missing. {_REMEDY}") from None
             if size != info["bytes"]:
                 raise DataError(f"{path} has {size} bytes, the manifest says {info['bytes']}. {_REMEDY}")
-            if full and file_info(path)["sha256"] != info["sha256"]:
+            if (full or suffix in SMALL_SUFFIXES) and file_info(path)["sha256"] != info["sha256"]:
                 raise DataError(f"{path} is damaged: its SHA-256 is not the manifest's. {_REMEDY}")
 
     @cached_property
@@ -141,12 +146,20 @@ class ShardSet:
         return int(self._token_starts[rows.stop] - self._token_starts[rows.start])
 
     def tokens(self, pack: int, positions: Int64 | slice = slice(None)) -> Int32:
-        """Token ids of one pack at some of its positions, `[n]`; only the pages they lie on are read."""
-        return self._read(self._tokens, pack, positions)
+        """Token ids of one pack at some of its positions, `[n]`.
+
+        Raises:
+            DataError: the pack is damaged.
+        """
+        return self._read("tokens", self._tokens, pack, positions, int(self._crc[pack]))
 
     def labels(self, pack: int, positions: Int64 | slice = slice(None)) -> Int32:
-        """Labels of one pack at some of its positions, `[n]`."""
-        return self._read(self._labels, pack, positions)
+        """Labels of one pack at some of its positions, `[n]`.
+
+        Raises:
+            DataError: the pack is damaged.
+        """
+        return self._read("labels", self._labels, pack, positions, int(self._crc[self.num_packs + pack]))
 
     def pack_tiles(self, pack: int) -> range:
         """Rows of the tiles file that belong to one pack."""
@@ -159,6 +172,10 @@ class ShardSet:
             return np.zeros(0, dtype=TILE)
         return np.array(self._tiles[rows.start : rows.stop] if isinstance(rows, range) else self._tiles[rows])
 
+    def sample_tiles(self, sample: int) -> npt.NDArray[Any]:
+        """Records of the tiles file of one sample."""
+        return self.tiles(range(int(self._tile_starts[sample]), int(self._tile_starts[sample + 1])))
+
     def sample_of_tile(self, rows: Int64) -> Int64:
         """The sample that each tile belongs to, `[n]`."""
         return np.searchsorted(self._tile_starts, rows, side="right").astype(np.int64) - 1
@@ -167,15 +184,31 @@ class ShardSet:
         """One picture or frame, encoded as it was found.
 
         Raises:
-            DataError: the set refers to a file that is missing or no longer the same.
+            DataError: it is damaged, or the set refers to a file that is missing or no longer the same.
         """
+        data = self.stored_bytes(item)
+        return self._referenced(data) if data.startswith(REFERENCE) else data
+
+    def stored_bytes(self, item: int) -> bytes:
+        """One item of the media file itself: a picture or frame, or the record that refers to one.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        offset, size, crc = self.media_place(item)
+        assert self._media is not None
+        data = self._media.bin_reader.read(dtype=np.uint8, count=size, offset=offset).tobytes()
+        if zlib.crc32(data) != crc:
+            raise DataError(f"{self.prefix}.media.bin is damaged: item {item} has another checksum. {_REMEDY}")
+        return data
+
+    def media_place(self, item: int) -> tuple[int, int, int]:
+        """(offset in the media file, bytes, checksum) of one item."""
         if self._media is None:
             raise DataError(f"{self.prefix} is a set without media; there is no item {item}.")
         index = self._media.index
-        data = self._media.bin_reader.read(
-            dtype=np.uint8, count=int(index.sequence_lengths[item]), offset=int(index.sequence_pointers[item])
-        ).tobytes()
-        return self._referenced(data) if data.startswith(REFERENCE) else data
+        crc = int(self._crc[2 * self.num_packs + item])
+        return int(index.sequence_pointers[item]), int(index.sequence_lengths[item]), crc
 
     def pack_work(self, reset: bool) -> Int64:
         """Work of each pack that differs between packs, `[packs, 2]`: query-key pairs of the decoder, and tiles.
@@ -191,18 +224,22 @@ class ShardSet:
             pairs = attention_pairs(np.add.reduceat(lengths, first))
         return np.stack([pairs, np.add.reduceat(tiles, first)], axis=1)
 
-    def _read(self, dataset: IndexedDataset, pack: int, positions: Int64 | slice) -> Int32:
+    def _read(self, name: str, dataset: IndexedDataset, pack: int, positions: Int64 | slice, crc: int) -> Int32:
         first = self.pack_samples(pack).start
         whole = dataset.bin_reader.read(
             dtype=np.int32, count=self.pack_length(pack), offset=int(dataset.index.sequence_pointers[first])
         )
+        if zlib.crc32(whole) != crc:
+            raise DataError(f"{self.prefix}.{name}.bin is damaged: pack {pack} has another checksum. {_REMEDY}")
         return np.array(whole[positions])
 
     def _referenced(self, record: bytes) -> bytes:
         info = json.loads(record[len(REFERENCE) :].decode("utf-8", "surrogateescape"))
         path = self.prefix.parent / info["path"]
         try:
-            data = path.read_bytes()
+            with path.open("rb") as stream:
+                stream.seek(info.get("offset", 0))
+                data = stream.read(info["bytes"]) if "offset" in info else stream.read()
         except OSError as error:
             raise DataError(f"{path}, to which {self.prefix} refers, cannot be read: {error}") from None
         if len(data) != info["bytes"] or hashlib.sha256(data).hexdigest() != info["sha256"]:
@@ -223,6 +260,8 @@ class ShardSet:
             and (self._tiles is None) == (totals["tiles"] == 0 and totals["media"] == 0)
             and (self._tiles is None or (self._tiles.dtype == TILE and len(self._tiles) == totals["tiles"]))
             and (self._media is None or len(self._media) == totals["media"])
+            and self._crc.dtype == np.uint32
+            and len(self._crc) == 2 * totals["packs"] + totals["media"]
         )
 
 
@@ -235,9 +274,9 @@ def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> IndexedDataset:
     Raises:
         ValueError: the index does not fit the data file.
     """
-    header = np.fromfile(f"{prefix}.idx", dtype=_INDEX_HEADER, count=1)[0]
+    header = np.fromfile(f"{prefix}.idx", dtype=HEADER, count=1)[0]
     sequences, documents = int(header["sequences"]), int(header["documents"])
-    size = _INDEX_HEADER.itemsize + 12 * sequences + 8 * documents
+    size = HEADER.itemsize + 12 * sequences + 8 * documents
     if (
         (header["magic"], header["version"]) != (b"MMIDIDX", 1)
         or DType.dtype_from_code(int(header["code"])) is not dtype
@@ -259,9 +298,6 @@ def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> IndexedDataset:
     return dataset
 
 
-_INDEX_HEADER = np.dtype(
-    [("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
-)
 _INDEX_STRIDE = 1 << 20
 """Sequences looked at together."""
 _REMEDY = "Copy the set again, or preprocess again."

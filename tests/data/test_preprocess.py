@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pil
 
-from megatron_vita.data import pool
 from megatron_vita.data.chat import build_example
-from megatron_vita.data.compile import ChunkResult, Compiler, Entry, Rules
+from megatron_vita.data.compile import Compiler, Rules
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.manifest import Manifest
 from megatron_vita.data.media import read_items
-from megatron_vita.data.pool import WorkerPool
 from megatron_vita.data.preprocess import Options, run
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.shards import ShardSet
@@ -199,11 +198,12 @@ def test_a_failure_leaves_nothing_behind_and_the_old_set_whole(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_vita.data.shard_writer.ShardWriter.add_pack", fail)
+    monkeypatch.setattr("megatron_vita.data.pack_writer.PackWriter.write", fail)
     with pytest.raises(KeyboardInterrupt):
         run(options(world, prefix, seed=9))
     assert digests(prefix) == before
-    assert sorted(path.name for path in prefix.parent.iterdir()) == sorted(before)
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [".set.work", *sorted(before)]
+    shutil.rmtree(prefix.parent / ".set.work")
 
 
 def test_reference_media_point_to_the_files(world: Path) -> None:
@@ -307,7 +307,8 @@ def test_command_line(world: Path, tmp_path: Path) -> None:
         ({"workers": 0}, "workers"),
         ({"seed": -1}, "--seed -1"),
         ({"output": "/dev/null/set"}, "--output /dev/null/set: cannot be written"),
-        ({"engine": "ray"}, "ray is not supported"),
+        ({"engine": "cloud"}, "choose one of local, ray"),
+        ({"max_rejected": 1.5}, "--max-rejected 1.5"),
         ({"overlong": "drop"}, "choose one of"),
         ({"media": "link"}, "choose one of"),
     ],
@@ -328,37 +329,3 @@ def test_nothing_usable_is_an_error(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of 2 records"):
         run(options(world, tmp_path / "set", data_config=str(tmp_path / "bad.yaml")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "bad.yaml"]
-
-
-class _Crashing:
-    """A Worker whose process dies at one record, as a decoder may take it along."""
-
-    def run(self, number: int, places: np.ndarray) -> ChunkResult:
-        if 5 in places[:, 0]:
-            os._exit(11)
-        return ChunkResult(entries=[Entry(int(line), 1, "s", 0, 1) for line in places[:, 0]])
-
-
-def _start_crashing(_: object) -> None:
-    pool._worker = _Crashing()  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["while one waits for it", "before more is submitted"])
-def test_a_record_that_kills_its_process_is_refused_and_no_other(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
-    monkeypatch.setattr(pool, "_start_worker", _start_crashing)
-    fork = pool.multiprocessing.get_context("fork")  # so that the replaced functions reach the processes
-    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: fork)
-    records = 48 if late else 16  # more chunks than are submitted ahead, or fewer
-    places = np.stack([np.arange(1, records + 1), *np.zeros((2, records), int)], axis=1)
-    chunks = [(0, places[start : start + 4]) for start in range(0, records, 4)]
-    with WorkerPool(2, ("", None, [], Path())) as crashing:  # type: ignore[arg-type]
-        stream = crashing.map(chunks)
-        results = [next(stream)[1]]
-        if late:
-            assert crashing._executor is not None
-            crashing._executor._executor_manager_thread.join()  # it ends once it has seen the process die
-        results += [result for _, result in stream]
-    assert [entry.line for result in results for entry in result.entries] == [
-        line for line in range(1, records + 1) if line != 5
-    ]
-    assert [(line, code) for result in results for line, code, _ in result.rejects] == [(5, "media_crash")]

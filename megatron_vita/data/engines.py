@@ -1,0 +1,265 @@
+"""Who does the work: this process, processes on this machine, or ray actors on many machines with one file system.
+
+An engine maps tasks over a job in any order. Nothing large travels: a task is a few numbers, its result is on disk.
+When a process dies, which task it had is known, and the job is asked what to do about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, Protocol, TypeVar
+
+from megatron_vita.errors import ConfigError, VitaError
+
+ENGINES = ("local", "ray")
+
+T = TypeVar("T")
+W = TypeVar("W")
+
+
+class Job(Protocol[T]):
+    """Work that is sent to other processes; small and picklable."""
+
+    def open(self) -> Callable[[T], Any]:
+        """Make, in the process that does it, the function that does one task."""
+
+    def died(self, task: T, deaths: int) -> T:
+        """The task to do instead after its process was lost for the `deaths`-th time.
+
+        Raises:
+            DataError: there is no hope.
+        """
+
+
+def open_engine(name: str, workers: int) -> Engine:
+    """The engine of a name, its processes not yet started.
+
+    Raises:
+        ConfigError: ray is not installed.
+    """
+    if name == "ray":
+        return RayEngine(workers)
+    return InProcess() if workers == 1 else LocalEngine(workers)
+
+
+class Engine(ABC):
+    """Maps tasks over a job."""
+
+    @abstractmethod
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        """Every task with its result, as they finish.
+
+        Raises:
+            VitaError: what a task raised; the others are given up.
+        """
+
+
+class InProcess(Engine):
+    """One task after the other, here. Nobody outlives a crash."""
+
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        run = job.open()
+        for task in tasks:
+            yield task, run(task)
+
+
+class _Crew(Engine, Generic[W]):
+    """Workers that take one task at a time and are replaced when they die."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        waiting = deque(enumerate(tasks))
+        deaths: Counter[int] = Counter()
+        busy: dict[W, tuple[int, T]] = {}
+        idle: list[W] = []
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self._workers:
+                    worker = idle.pop() if idle else self._hire(job)
+                    busy[worker] = waiting.popleft()
+                    self._give(worker, busy[worker][1])
+                for worker, outcome in self._finished(list(busy)):
+                    number, task = busy.pop(worker)
+                    if outcome is None:
+                        self._dismiss(worker)
+                        deaths[number] += 1
+                        waiting.appendleft((number, job.died(task, deaths[number])))
+                        continue
+                    idle.append(worker)
+                    good, value = outcome
+                    if not good:
+                        raise value
+                    yield task, value
+        finally:
+            for worker in (*idle, *busy):
+                self._dismiss(worker)
+
+    @abstractmethod
+    def _hire(self, job: Any) -> W:
+        """Start a worker."""
+
+    @abstractmethod
+    def _give(self, worker: W, task: Any) -> None:
+        """Hand it a task."""
+
+    @abstractmethod
+    def _finished(self, busy: list[W]) -> list[tuple[W, tuple[bool, Any] | None]]:
+        """Wait for some; each with (well or not, result or error), or None if it died."""
+
+    @abstractmethod
+    def _dismiss(self, worker: W) -> None:
+        """End a worker, whatever it is doing."""
+
+
+def _attempt(run: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
+    try:
+        return True, run(task)
+    except VitaError as error:
+        return False, error
+    except Exception:  # a defect of ours: its traceback would be lost on the way
+        return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
+class _Lazy:
+    """A job that is opened with its first task, so that its errors come back as that task's."""
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+        self._run: Callable[[Any], Any] | None = None
+
+    def __call__(self, task: Any) -> Any:
+        if self._run is None:
+            self._run = self._job.open()
+        return self._run(task)
+
+
+def _serve(tasks: Connection, job: Any) -> None:
+    """Life of a local worker: ends when the other end of the pipe is gone, with its task done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    run = _Lazy(job)
+    try:
+        while True:
+            tasks.send(_attempt(run, tasks.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+
+
+class _Local:
+    """One process and its pipe."""
+
+    def __init__(self, job: Any) -> None:
+        # spawn: this process may hold threads (digests), which a fork would copy in the middle of their work
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, job))
+        self.process.start()
+        theirs.close()
+
+
+class LocalEngine(_Crew[_Local]):
+    """Processes on this machine."""
+
+    def _hire(self, job: Any) -> _Local:
+        return _Local(job)
+
+    def _give(self, worker: _Local, task: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; `_finished` sees that
+            worker.pipe.send(task)
+
+    def _finished(self, busy: list[_Local]) -> list[tuple[_Local, tuple[bool, Any] | None]]:
+        by_pipe = {worker.pipe: worker for worker in busy}
+        out: list[tuple[_Local, tuple[bool, Any] | None]] = []
+        for pipe in wait(list(by_pipe)):  # a pipe whose other end is gone is ready too
+            worker = by_pipe[pipe]  # type: ignore[index]
+            try:
+                out.append((worker, worker.pipe.recv()))
+            except (EOFError, ConnectionResetError):
+                out.append((worker, None))
+        return out
+
+    def _dismiss(self, worker: _Local) -> None:
+        worker.pipe.close()
+        worker.process.terminate()
+        worker.process.join()
+
+
+class RayEngine(_Crew[Any]):
+    """Ray actors. All machines must see the data, the media and the output folder under the same paths.
+
+    Joins the cluster that RAY_ADDRESS names; without it a cluster is started on this machine, reachable from it alone.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "--engine ray needs ray: pip install 'megatron-vita[ray]', or use --engine local."
+            ) from None
+        self._ray = ray
+        self._running: dict[Any, Any] = {}  # actor -> what it is working on
+
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        ray = self._ray
+        mine = not ray.is_initialized()
+        if mine:
+            start: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+            if not os.environ.get("RAY_ADDRESS"):
+                start |= {"num_cpus": self._workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            try:
+                ray.init(**start)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConfigError(f"--engine ray: no cluster ({error}). Correct RAY_ADDRESS, or unset it.") from None
+        try:
+            yield from super().map(job, tasks)
+        finally:
+            if mine:
+                ray.shutdown()
+
+    def _hire(self, job: Any) -> Any:
+        return self._ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(job)
+
+    def _give(self, worker: Any, task: Any) -> None:
+        self._running[worker] = worker.run.remote(task)
+
+    def _finished(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any] | None]]:
+        ray = self._ray
+        by_work = {self._running[worker]: worker for worker in busy}
+        ready, _ = ray.wait(list(by_work), num_returns=1)
+        out: list[tuple[Any, tuple[bool, Any] | None]] = []
+        for work in ready:
+            worker = by_work[work]
+            del self._running[worker]
+            try:
+                out.append((worker, ray.get(work)))
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+                out.append((worker, None))
+        return out
+
+    def _dismiss(self, worker: Any) -> None:
+        self._running.pop(worker, None)
+        self._ray.kill(worker)
+
+
+class _Actor:
+    """A ray worker."""
+
+    def __init__(self, job: Any) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._run = _Lazy(job)
+
+    def run(self, task: Any) -> tuple[bool, Any]:
+        return _attempt(self._run, task)
