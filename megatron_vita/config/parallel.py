@@ -9,6 +9,9 @@ from megatron_vita.errors import ConfigError
 
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a")
 
+_INTERLEAVING = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+_UNEVEN = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
@@ -18,6 +21,17 @@ class ParallelConfig:
     """Ranks that split each weight matrix."""
     pipeline_model_parallel_size: int = 1
     """Ranks that each hold a run of layers."""
+    pipeline_model_parallel_layout: str | None = None
+    """What stands on each pipeline stage, in Megatron's notation: `Et*3|(tt|)*2,ttL` (E embedding and tower, t a
+    decoder layer, L head). More stages than ranks make virtual stages, dealt to the ranks in turn."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleaved pipeline: decoder layers of one virtual stage."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Interleaved pipeline, said the other way: virtual stages of one rank."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Decoder layers of the first pipeline rank; the other ranks share the rest evenly."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Decoder layers of the last pipeline rank; the other ranks share the rest evenly."""
     context_parallel_size: int = 1
     """Ranks that split one packed row."""
     sequence_parallel: bool = False
@@ -36,7 +50,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        at_least(1, "parallel", self, *sizes, "recompute_num_layers")
+        at_least(1, "parallel", self, *sizes, "recompute_num_layers", *_INTERLEAVING, *_UNEVEN)
+        self._check_pipeline()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1. Turn one of them."
@@ -58,6 +73,24 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.recompute_method and recompute_num_layers do nothing without recompute_granularity=full. "
                 "Set that, or leave them out."
+            )
+
+    def _check_pipeline(self) -> None:
+        """Flags that contradict each other, or do nothing."""
+        given = [name for name in (*_INTERLEAVING, *_UNEVEN) if getattr(self, name) is not None]
+        if self.pipeline_model_parallel_layout is not None and given:
+            raise ConfigError(
+                f"parallel.pipeline_model_parallel_layout already says what parallel.{given[0]} would. Leave one out."
+            )
+        if all(name in given for name in _INTERLEAVING):
+            raise ConfigError(f"parallel.{' and parallel.'.join(_INTERLEAVING)} say the same. Leave one out.")
+        if self.pipeline_model_parallel_size > 1:
+            return
+        if self.pipeline_model_parallel_layout is not None:
+            given = ["pipeline_model_parallel_layout"]
+        if given:
+            raise ConfigError(
+                f"parallel.{given[0]} does nothing at pipeline_model_parallel_size 1. Raise that, or leave it out."
             )
 
     def check_heads(self, num_query_groups: int) -> None:

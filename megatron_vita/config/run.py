@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_vita.config.data import DataConfig
 from megatron_vita.config.model import ModelConfig
 from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.pipeline import pipeline_split
 from megatron_vita.config.train import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
 from megatron_vita.errors import ConfigError
 
@@ -45,7 +46,10 @@ class StageConfig:
         model = self.model
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             _divides(where, f"model.{name}", getattr(model, name), "parallel.tensor_model_parallel_size", tp)
-        _divides(where, "model.num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp)
+        try:
+            split = pipeline_split(self.parallel, model.num_layers)
+        except ConfigError as error:
+            raise ConfigError(where + str(error)) from None
         row = self.data.seq_length * self.train.micro_batch_size
         shards = cp * self.parallel.sequence_shards
         _divides(where, "data.seq_length x train.micro_batch_size", row, "context x sequence-parallel ranks", shards)
@@ -53,6 +57,10 @@ class StageConfig:
         _divides(
             where, "train.global_batch_size", self.train.global_batch_size, "micro_batch_size x data ranks", per_step
         )
+        if split.virtual > 1:  # megatron-core's interleaved schedule runs micro-batches in groups of one per rank
+            micro_batches = self.train.global_batch_size // per_step
+            rule = "micro-batches of a data rank (global_batch_size / micro_batch_size / data ranks)"
+            _divides(where, rule, micro_batches, "parallel.pipeline_model_parallel_size", pp)
         if model.vocab_size < 1:
             raise ConfigError(where + "model.vocab_size is not set. Copy it from the decoder's config.json.")
         if self.data.seq_length > model.max_position_embeddings:

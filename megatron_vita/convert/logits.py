@@ -59,7 +59,7 @@ def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
     init_distributed()
     groups = build_groups(ParallelConfig())
     try:
-        chunks = build_model(StageConfig(model=opened.model), groups, dtype=torch.float32)
+        chunks = build_model(StageConfig(model=opened.model), groups, dtype=torch.float32, fresh=False)
         load_tensors(opened.tensors, chunks, str(opened.path))
         length = prompt.tokens.shape[1]
         layout = SequenceLayout((length,))

@@ -93,7 +93,7 @@ class Engine:
             raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
         opened = open_model(path)
         tokenizer = VitaTokenizer.load(opened.tokenizer_dir)
-        model = build_model(StageConfig(model=opened.model), one_rank_groups(), dtype=dtype)[0]
+        model = build_model(StageConfig(model=opened.model), one_rank_groups(), dtype=dtype, fresh=False)[0]
         checkpoint.load_tensors(opened.tensors, [model], str(path))
         vision = opened.model.vision
         spec = opened.preprocess or (PreprocessSpec.for_tower(vision) if vision else PreprocessSpec())

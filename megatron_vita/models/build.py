@@ -6,12 +6,14 @@ import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_vita import device, seed
 from megatron_vita.config import ModelConfig, StageConfig
+from megatron_vita.config.pipeline import PipelineSplit, pipeline_split
 from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
 from megatron_vita.models.projector import Projector
 from megatron_vita.models.vision.intern_vit import InternViT, undrawn
@@ -19,58 +21,81 @@ from megatron_vita.models.vita import VitaModel, checkpoint_name
 from megatron_vita.parallel.groups import Groups
 
 
-def build_model(stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None = None) -> list[VitaModel]:
-    """This rank's model chunks (one: there are no virtual stages yet), on the device, with frozen parts frozen.
+def build_model(
+    stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None = None, fresh: bool = True
+) -> list[VitaModel]:
+    """This rank's model chunks, one for each of its virtual pipeline stages, on the device, frozen parts frozen.
+
+    The first chunk of the first rank holds tower, projector and embedding, the last of the last rank norm and head.
 
     Args:
         stage: the merged settings of the stage.
         groups: this rank's place; the process groups must be alive.
         dtype: of the parameters; by default bfloat16 with train.bf16, else float32.
+        fresh: draw fresh weights. False leaves whatever the memory held: only where weights are loaded right after
+            (drawing those of a 14B model takes minutes).
 
     Raises:
-        ConfigError: model.transformer_impl asks for what is not installed.
+        ConfigError: model.transformer_impl asks for what is not installed, or the layers do not fit the pipeline.
     """
     dtype = dtype or (torch.bfloat16 if stage.train.bf16 else torch.float32)
     device.seed_all(stage.train.seed, tp_rank=groups.tp_rank)
+    implementation = choose_implementation(stage.model.transformer_impl)
+    config = decoder_config(stage, dtype, implementation)
+    split = pipeline_split(stage.parallel, stage.model.num_layers)
+    # megatron-core's layout and its choice of schedule ask for it globally.
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(split.virtual if split.virtual > 1 else None)
+    chunks = [_chunk(stage, groups, config, split, number) for number in range(split.virtual)]
+    for chunk in chunks:
+        if fresh:
+            initialise(chunk, stage.train.seed)
+        _freeze(chunk, stage)
+    return [chunk.to(device.torch_device()) for chunk in chunks]
+
+
+def _chunk(
+    stage: StageConfig, groups: Groups, config: TransformerConfig, split: PipelineSplit, number: int
+) -> VitaModel:
+    """One of the rank's model chunks, its weights not yet set."""
     model = stage.model
     implementation = choose_implementation(model.transformer_impl)
-    config = decoder_config(stage, dtype, implementation)
+    first = groups.first_stage and number == 0
     language_model = GPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(implementation, model.num_layers // groups.pp_size),
+        transformer_layer_spec=decoder_spec(implementation, split.layers[number * split.ranks + groups.pp_rank]),
         vocab_size=model.padded_vocab_size(groups.tp_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=groups.first_stage,
-        post_process=groups.last_stage,
+        pre_process=first,
+        post_process=groups.last_stage and number == split.virtual - 1,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="none",  # the rotary table is gathered by position, see parallel/rotary.py
         pg_collection=groups.collection,
+        vp_stage=number if split.virtual > 1 else None,
     )
     vision_model = vision_projection = None
-    if model.vision is not None and groups.first_stage:
+    if model.vision is not None and first:
         vision_model = InternViT(
-            model.vision, dtype=dtype, implementation=implementation, collection=groups.tower_collection
+            model.vision, dtype=config.params_dtype, implementation=implementation, collection=groups.tower_collection
         )
-        vision_projection = Projector(model, dtype)
+        vision_projection = Projector(model, config.params_dtype)
         for parameter in (*vision_model.parameters(), *vision_projection.parameters()):
             parameter.partial_over_tp = True
             # Replicated, whatever the linears' constructors marked: norms and clipping count it once.
             parameter.tensor_model_parallel = False
-    whole = VitaModel(
+    return VitaModel(
         model=model,
         groups=groups,
         vision_model=vision_model,
         vision_projection=vision_projection,
         language_model=language_model,
     )
-    initialise(whole, stage.train.seed)
-    _freeze(whole, stage)
-    return [whole.to(device.torch_device())]
 
 
 def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) -> TransformerConfig:
-    """megatron-core's settings for the decoder."""
+    """megatron-core's settings for the decoder; the same object for all chunks of a rank."""
     model, parallel = stage.model, stage.parallel
+    split = pipeline_split(parallel, model.num_layers)
+    interleaved = split.virtual > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -88,6 +113,11 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=split.virtual if interleaved else None,
+        pipeline_model_parallel_layout=split.stages() if split.ranks > 1 else None,
+        # Megatron's own defaults: an interleaved pipeline exchanges while it computes, which rules batching out.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         cp_comm_type=parallel.cp_comm_type,

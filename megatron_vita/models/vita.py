@@ -33,7 +33,8 @@ _TOWER_TOKENS = 8192
 
 
 class VitaModel(MegatronModule):
-    """One pipeline stage of the model; the first holds tower, projector and embedding, the last norm and head."""
+    """One (virtual) pipeline stage of the model; the first holds tower, projector and embedding, the last norm and
+    head."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class VitaModel(MegatronModule):
         self.model = model
         self.groups = groups
         self.model_type = language_model.model_type  # read by megatron-core's schedules
-        self.vp_stage = None
+        self.vp_stage = language_model.vp_stage  # read by megatron-core's schedules; none without virtual stages
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights

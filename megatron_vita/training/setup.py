@@ -82,7 +82,7 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
         resume: checkpoint of this very stage to continue from, optimizer and data position included.
     """
     try:
-        parts = build_parts(stage, weights=None if resume else weights)
+        parts = build_parts(stage, weights=None if resume else weights, resume=resume is not None)
         if resume:
             state = checkpoint.load_training(resume, parts.models, parts.optimizer, parts.schedule)
         else:
@@ -93,14 +93,19 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
         raise
 
 
-def build_parts(stage: StageConfig, *, weights: Path | None = None) -> Parts:
+def build_parts(stage: StageConfig, *, weights: Path | None = None, resume: bool = False) -> Parts:
     """Groups, model, data parallelism and optimizer of a stage, in the order that keeps them right.
 
     Weights are loaded before DistributedDataParallel copies parameters into its buffers, and the optimizer, which
     copies them once more, is built last.
+
+    Args:
+        stage: the merged settings.
+        weights: checkpoint to load the weights from; none: fresh weights.
+        resume: the caller loads weights and optimizer right after, so none are drawn.
     """
     groups = build_groups(stage.parallel)
-    models = build_model(stage, groups)
+    models = build_model(stage, groups, fresh=weights is None and not resume)
     if weights is not None:
         checkpoint.load_weights(weights, models)
     wrapped = wrap_models(stage, models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vita import device
 from megatron_vita.config import StageConfig
@@ -33,7 +35,8 @@ def forward_backward(
     schedule = get_forward_backward_func()
     logs = schedule(
         forward_step_func=_forward_step,
-        data_iterator=iter(step.micro_batches),
+        # Every chunk takes its input from its own Batch: no stage is told anything by another but hidden states.
+        data_iterator=[iter(step.micro_batches) for _ in model_chunks],
         model=list(model_chunks),
         num_microbatches=len(step.micro_batches),
         seq_length=stage.data.seq_length * stage.train.micro_batch_size,
@@ -118,7 +121,10 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """What megatron-core's schedules call for each micro-batch: (output, loss function)."""
-    return model(**model_inputs(next(batches))), _token_loss
+    batch = next(batches)
+    if not get_attr_wrapped_model(model, "pre_process"):  # a later virtual stage of the rank that encodes the tiles
+        batch = dataclasses.replace(batch, tiles=batch.tiles[:0])
+    return model(**model_inputs(batch)), _token_loss
 
 
 def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -96,25 +96,29 @@ def one_step(
     reset: bool = True,
     distributed_optimizer: bool = False,
     after: Callable[[Any], float] | None = None,
-) -> tuple[VitaModel, Groups, float]:
+) -> tuple[list[VitaModel], Groups, float]:
     """Build, run all rows through megatron-core's schedule and finish the gradients.
 
     Returns:
-        the model with `main_grad` on its trainable parameters, the groups (still alive), and the loss (sum / labels)
-        or what `after` makes of the DDP-wrapped model.
+        this rank's chunks with `main_grad` on their trainable parameters, the groups (still alive), and the loss (sum /
+        labels) or what `after` makes of the DDP-wrapped chunks.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     groups = build_groups(stage.parallel)
-    (model,) = build_model(stage, groups, dtype=dtype)
-    model.config.finalize_model_grads_func = finalize_grads
+    models = build_model(stage, groups, dtype=dtype)
+    models[0].config.finalize_model_grads_func = finalize_grads
     config = DistributedDataParallelConfig(
         overlap_grad_reduce=stage.parallel.overlap_grad_reduce, use_distributed_optimizer=distributed_optimizer
     )
-    wrapped = DistributedDataParallel(model.config, config, model)
-    wrapped.train()
-    wrapped.zero_grad_buffer()
+    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
+    if stage.parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in wrapped]
+        models[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    for chunk in wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
     mine = rows[groups.dp_rank :: groups.dp_size]
     losses: list[torch.Tensor] = []
 
@@ -125,39 +129,40 @@ def one_step(
 
     def step(rest: Iterator[Row], chunk: Any) -> Any:
         inputs = inputs_of(next(rest), groups, reset=reset)
-        if not groups.last_stage:
+        if not chunk.module.post_process:
             return chunk(**{**inputs, "labels": None}), None
         count = (inputs["labels"] >= 0).sum().int()
         return chunk(**inputs), partial(sum_of, count)
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(mine),
-        model=[wrapped],
+        data_iterator=[iter(mine) for _ in wrapped],
+        model=wrapped,
         num_microbatches=len(mine),
         seq_length=sum(rows[0].documents),
         micro_batch_size=1,
         forward_only=False,
     )
     if after is not None:
-        return model, groups, after(wrapped)
+        return models, groups, after(wrapped)
     total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype)
     torch.distributed.all_reduce(total, group=groups.collection.dp_cp)
     labels = sum(int((row.labels >= 0).sum()) for row in rows)
-    return model, groups, float(total) / max(labels, 1)
+    return models, groups, float(total) / max(labels, 1)
 
 
 def reference_step(path: str, train: dict[str, Any], rows: Any, reset: bool) -> None:
     """One process: write loss and all gradients to `path`."""
-    model, _, loss = one_step(stage_of({}, **train), make_rows(rows), reset=reset)
-    grads = {name: p.main_grad.clone() for name, p in named(model) if p.requires_grad}
+    models, _, loss = one_step(stage_of({}, **train), make_rows(rows), reset=reset)
+    grads = {name: p.main_grad.clone() for name, p in named(*models) if p.requires_grad}
     torch.save({"loss": loss, "grads": grads}, path)
 
 
-def named(model: VitaModel) -> Iterator[tuple[str, Any]]:
+def named(*chunks: VitaModel) -> Iterator[tuple[str, Any]]:
     """Parameters under their names in checkpoints."""
-    for name, parameter in model.named_parameters():
-        yield global_name(name, model), parameter
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield global_name(name, chunk), parameter
 
 
 def compare_step(
@@ -170,17 +175,20 @@ def compare_step(
 ) -> None:
     """Run one step in a layout; loss and every gradient must be the reference's, relative to the tensor's largest."""
     want = torch.load(reference, weights_only=True)
-    model, groups, loss = one_step(stage_of(parallel, **train), make_rows(rows), reset=reset)
+    models, groups, loss = one_step(stage_of(parallel, **train), make_rows(rows), reset=reset)
     if groups.last_stage:
         assert abs(loss - want["loss"]) <= tolerance * max(1.0, abs(want["loss"])), (loss, want["loss"])
-    for name, parameter in named(model):
+    for name, parameter in named(*models):
         assert parameter.requires_grad == (name in want["grads"]), name
         if not parameter.requires_grad:
             continue
         whole = want["grads"][name]
-        mine = local_part(whole, parameter, name, model.model, groups)
+        mine = local_part(whole, parameter, name, models[0].model, groups)
         worst = float((parameter.main_grad - mine).abs().max() / whole.abs().max().clamp_min(1e-12))
         assert worst <= tolerance, f"{name}: relative difference {worst:.1e} in {parallel}"
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, {name for name, p in named(*models) if p.requires_grad})
+    assert set().union(*everyone) == set(want["grads"]), f"no rank holds a tensor of the reference in {parallel}"
     destroy_groups()
 
 

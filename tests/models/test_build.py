@@ -165,10 +165,10 @@ def _check_bfloat16(layouts: list[dict[str, Any]]) -> None:
     _, _, exact = one_step(stage_of({}), rows)
     destroy_groups()
     for parallel in layouts:
-        model, groups, loss = one_step(stage_of(parallel), rows, dtype=torch.bfloat16)
+        models, groups, loss = one_step(stage_of(parallel), rows, dtype=torch.bfloat16)
         if groups.last_stage:
             assert abs(loss - exact) < 0.03 * exact, (parallel, loss, exact)
-        for name, parameter in named(model):
+        for name, parameter in named(*models):
             assert parameter.dtype == torch.bfloat16, name
             assert bool(torch.isfinite(parameter.main_grad).all()), name
         destroy_groups()

@@ -52,7 +52,7 @@ def _check_no_labels() -> None:
     rows = make_rows(ROWS["one rank has no tile"])
     for row in rows:
         row.labels.fill_(-100)
-    model, _, loss = one_step(stage_of(CP2), rows)
+    (model,), _, loss = one_step(stage_of(CP2), rows)
     assert loss == 0
     for name, parameter in model.named_parameters():
         assert torch.count_nonzero(parameter.main_grad) == 0, name
