@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,81 +15,15 @@ from hypothesis import strategies as st
 from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import CODES
 from megatron_vita.data.sample import Image, Sample, Text, Video
-from megatron_vita.data.sources import detect_row, load_mix, load_table, open_reader, read_samples, record_to_sample
+from megatron_vita.data.sources import detect_row, load_mix, load_table, read_samples, record_to_sample
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.stores import MediaRule, open_store
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.kit import picture
 
-
-def records(path: Path, kind: str = "auto") -> list[tuple[int, Any]]:
-    reader = open_reader(path, kind)
-    return [(line, "bad" if isinstance(r, DataError) else r) for line, r in reader.read(reader.index())]
-
-
-# ---------------------------------------------------------------------------------------------------- readers
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda c: st.lists(c, max_size=3), max_leaves=6
 )
-RECORDS = st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=3), max_size=6)
-
-
-@settings(deadline=None, max_examples=60)
-@given(content=RECORDS, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), bom=st.booleans())
-def test_both_json_forms_give_their_records(
-    tmp_path_factory: pytest.TempPathFactory, content: list[dict], indent: int | None, ascii_only: bool, bom: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("json")
-    mark = "\ufeff" if bom else ""
-    (folder / "a.json").write_text(mark + json.dumps(content, indent=indent, ensure_ascii=ascii_only), "utf-8")
-    lines = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in content)
-    (folder / "l.json").write_text(mark + lines, "utf-8")
-    assert records(folder / "a.json") == list(enumerate(content, 1))
-    assert records(folder / "l.json") == list(enumerate(content, 1))
-
-
-def test_a_broken_record_hurts_no_other(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(
-        b'[{"a": 1}, {"b": "x" 2}, {"c": "[},{\\"]"},\n {"d": "\xff"}, {"say": "he said "hi", ok"}, 7, {"e": 5}]'
-    )
-    got = records(tmp_path / "a.json")
-    assert [line for line, _ in got] == list(range(1, 8))
-    assert [r for _, r in got] == [{"a": 1}, "bad", {"c": '[},{"]'}, "bad", "bad", "bad", {"e": 5}]
-    (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n\n{"b": \n{"c": 3}\r\n' + b"[" * 100000 + b"\n{}")
-    assert records(tmp_path / "l.jsonl") == [(1, {"a": 1}), (3, "bad"), (4, {"c": 3}), (5, "bad"), (6, {})]
-    (tmp_path / "cut.json").write_bytes(b'[{"a": 1}, {"b": 2')
-    assert records(tmp_path / "cut.json") == [(1, {"a": 1}), (2, "bad")]
-
-
-def test_bare_message_lists_a_line(tmp_path: Path) -> None:
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "b.jsonl").write_text((json.dumps(talk) + "\n") * 3)
-    assert records(tmp_path / "b.jsonl") == [(n, talk) for n in (1, 2, 3)]
-    (sample, _), *_ = read_samples(tmp_path / "b.jsonl")
-    assert isinstance(sample, Sample)
-    assert len(sample.messages) == 2
-
-
-def test_parquet_rows_by_group(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"n": list(range(230))}), tmp_path / "p.parquet", row_group_size=100)
-    reader = open_reader(tmp_path / "p.parquet")
-    places = reader.index()
-    assert [r["n"] for _, r in reader.read(places)] == list(range(230))
-    some = places[[3, 99, 100, 170, 229]]
-    assert [(line, r["n"]) for line, r in reader.read(some)] == [(4, 3), (100, 99), (101, 100), (171, 170), (230, 229)]
-    assert [len(chunk) for chunk in reader.chunks(some, 1)] == [2, 2, 1]
-    (tmp_path / "q.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match="parquet"):
-        open_reader(tmp_path / "q.parquet").index()
-
-
-def test_files_that_no_reader_takes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such data file"):
-        open_reader(tmp_path / "none.json")
-    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="Unpack"):
-        open_reader(tmp_path / "a.jsonl.zst")
 
 
 # ---------------------------------------------------------------------------------------------------- mappers

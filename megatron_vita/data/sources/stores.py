@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_vita.data.media import safe_path
+from megatron_vita.data.names import natural_key
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.video import natural_key
 
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))(\.(aa|0{1,3}|0{0,2}1))?$", re.IGNORECASE)
 
@@ -31,7 +31,7 @@ class MediaRule:
     or in any folder above it, up to the root. `list_archives` finds them; of a split archive only the first part."""
     resolve: str = "path"
     """What a reference is: `path`; `stem`: or else an id, the one video or folder of frames of that name, whatever its
-    folder and suffix; `name`: or else the one file of that name, whatever its folder (archives made to be unpacked flat).
+    folder and suffix; `name`: or else the one file of that name, whatever its folder (archives that are unpacked flat).
     """
     rewrite: tuple[tuple[str, str], ...] = ()
     """(beginning, replacement): the first that a reference begins with is replaced."""

@@ -1,0 +1,72 @@
+"""Tar archives: every member and where it lies."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_vita.data.sources.archives.members import HOSTILE_NAME, LINK, NO_FILE, TAR, Member, clean_name
+from megatron_vita.errors import ConfigError
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+def is_tar(head: bytes) -> bool:
+    """Does a file that begins so hold a tar? (An empty one is all zeros.)"""
+    if len(head) < BLOCK:
+        return False
+    if not any(head[:BLOCK]):
+        return len(head) >= 2 * BLOCK and not any(head[: 2 * BLOCK])
+    try:
+        return bool(tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "surrogateescape").name)
+    except tarfile.HeaderError:
+        return False
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """Every file of a tar, in file order; folders are none.
+
+    Raises:
+        ConfigError: it is cut short or damaged.
+    """
+    with path.open("rb") as stream:
+        yield from walk(path, stream)
+
+
+def walk(path: Path, stream: BinaryIO, stop: int | None = None) -> Iterator[Member]:
+    """Members from where a stream stands.
+
+    Args:
+        path: for messages.
+        stream: the tar, at the header of a member.
+        stop: offset at which to stop; none: the archive's end.
+    """
+    try:
+        tar = tarfile.TarFile(fileobj=stream, errorlevel=0)
+        while (info := tar.next()) is not None and (stop is None or info.offset < stop):
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            if not info.isdir():
+                yield _member(info)
+        if stop is not None:
+            return
+        # a damaged header looks to tarfile like the end
+        stream.seek(tar.offset)
+        rest = stream.read(BLOCK)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ConfigError(f"{path}: the tar is cut short or damaged ({error}). Fetch it again.") from None
+    if rest.strip(b"\0") or 0 < len(rest) < BLOCK:
+        raise ConfigError(f"{path}: the tar is cut short or damaged at byte {tar.offset}. Fetch it again.")
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    name, clean = clean_name(info.name)
+    kind = TAR
+    if not clean:
+        kind = HOSTILE_NAME
+    elif info.issym() or info.islnk():
+        kind = LINK
+    elif not info.isreg() or info.issparse():
+        kind = NO_FILE
+    return Member(name, kind, info.offset, info.offset_data, info.size, info.size, 0)

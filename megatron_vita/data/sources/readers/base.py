@@ -1,0 +1,101 @@
+"""What every reader does, and how the text of a record becomes the record."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vita.data.rejects import refuse
+from megatron_vita.errors import DataError
+
+Places = npt.NDArray[np.int64]
+"""`[records, 3]`: record number (from 1; the line in a JSONL file), and two numbers that the reader understands."""
+Record = dict[str, Any] | list[Any]
+
+MAX_RECORD = 256 << 20
+"""Bytes of the largest record that is parsed: Python holds the text and what it says, and a process has 1 GiB."""
+_LARGE = 8 << 20
+_ASTRAL = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")
+
+
+class Reader(ABC):
+    """One data file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def index(self) -> Places:
+        """Where every record lies, in file order.
+
+        Raises:
+            DataError: the file is not what its reader expects.
+            ConfigError: it cannot be used as it is; the message says what to do.
+        """
+
+    @abstractmethod
+    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+        """(record number, record) for each place, in that order; a DataError in place of a record that is broken."""
+
+    def head(self, count: int) -> list[Record | DataError]:
+        """The first records, without listing all where the container allows that.
+
+        Raises:
+            DataError: as `index`.
+        """
+        return [record for _, record in self.read(self.index()[:count])]
+
+    def prepare(self, *, progress: bool = True) -> None:  # noqa: B027  (nothing to prepare is a fine default)
+        """Unpack what has no random access, once.
+
+        Args:
+            progress: show a bar for long ones.
+
+        Raises:
+            DataError: the container is damaged.
+            ConfigError: it cannot be used as it is.
+        """
+
+    def chunks(self, places: Places, size: int) -> list[Places]:
+        """Cut chosen places into runs for one process each; here of `size` records."""
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def parse_record(text: bytes) -> Record | DataError:
+    """The record that a piece of JSON says; a DataError (bad_json or bad_record) if it says none."""
+    if len(text) > MAX_RECORD:
+        return refuse("bad_record", f"{len(text)} bytes are one record; at most {MAX_RECORD} are read.")
+    if len(text) > _LARGE:
+        # one emoji would make Python hold four bytes for every character of the text
+        text = _ASTRAL.sub(_escape, text)
+    try:
+        decoded = text.decode("utf-8-sig")
+        del text  # a large record must not lie in memory twice while it is parsed
+        record = json.loads(decoded)
+    except UnicodeDecodeError as error:
+        return refuse("bad_json", f"not UTF-8 at byte {error.start} of the record.")
+    except (ValueError, RecursionError) as error:
+        return refuse("bad_json", f"not JSON: {error}.")
+    if not isinstance(record, dict | list):
+        return refuse("bad_record", f"a record is an object, this is {type(record).__name__}.")
+    return record
+
+
+def as_places(flat: array[int]) -> Places:
+    """Numbers collected one after another as places."""
+    return np.frombuffer(flat, dtype=np.int64).reshape(-1, 3) if flat else np.zeros((0, 3), dtype=np.int64)
+
+
+def _escape(match: re.Match[bytes]) -> bytes:
+    try:
+        return json.dumps(match.group().decode("utf-8"))[1:-1].encode()
+    except UnicodeDecodeError:
+        return match.group()

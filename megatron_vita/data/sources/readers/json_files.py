@@ -1,0 +1,92 @@
+"""JSON files: records as byte ranges of a file."""
+
+from __future__ import annotations
+
+import io
+import re
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sources.readers.base import MAX_RECORD, Places, Reader, Record, as_places, parse_record
+from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, ArrayScanner, scan_array, scan_lines
+from megatron_vita.errors import DataError
+
+PEEK = 1 << 20
+"""Bytes of a file that its form is told from."""
+_TURN = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:\s*"[^"]{0,32}"\s*,\s*"(content|value)"\s*:')
+"""How a conversation without its record begins."""
+
+
+class ByteRanges(Reader):
+    """Records as byte ranges: second and third number of a place are where one begins and ends."""
+
+    @abstractmethod
+    def _scan(self, stream: BinaryIO, most: int | None = None) -> array[int]:
+        """Number, begin and end of every record, or of the first."""
+
+    def index(self) -> Places:
+        with self.path.open("rb", buffering=0) as stream:
+            return as_places(self._scan(stream))
+
+    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+        with self.path.open("rb") as stream:
+            for line, start, stop in places.tolist():
+                yield line, read_range(stream, start, stop)
+
+    def head(self, count: int) -> list[Record | DataError]:
+        with self.path.open("rb", buffering=0) as stream:
+            places = as_places(self._scan(stream, most=count))
+        return [record for _, record in self.read(places)]
+
+
+class JsonLines(ByteRanges):
+    """One record a line; blank lines are none."""
+
+    def _scan(self, stream: BinaryIO, most: int | None = None) -> array[int]:
+        return scan_lines(stream, most=most)
+
+
+class JsonArray(ByteRanges):
+    """One array of records."""
+
+    def _scan(self, stream: BinaryIO, most: int | None = None) -> array[int]:
+        return scan_array(stream, most=most)
+
+
+def read_range(stream: BinaryIO, start: int, stop: int) -> Record | DataError:
+    """The record in a range of a file."""
+    if stop - start > MAX_RECORD:
+        return refuse("bad_record", f"{stop - start} bytes are one record; at most {MAX_RECORD} are read.")
+    stream.seek(start)
+    return parse_record(stream.read(stop - start))
+
+
+def json_form(head: bytes) -> str:
+    """`json` (an array of records) or `jsonl`, told from the first bytes, since `.json` is the name of both.
+
+    `[` may also open the first line of a JSONL file whose records are bare lists of messages.
+
+    Args:
+        head: PEEK bytes, or the whole file if it is shorter.
+    """
+    text = head.removeprefix(BYTE_ORDER_MARK).lstrip(BLANK)
+    if not text.startswith(b"["):
+        return "jsonl"
+    scanner = ArrayScanner()
+    scanner.feed(text, 0)
+    if b"\n" in text[: scanner.ended]:
+        return "json"
+    behind = b"" if scanner.ended is None else text[scanner.ended + 1 :].lstrip(BLANK)
+    return "jsonl" if behind.startswith(b"[") or (not behind and is_turn(text)) else "json"
+
+
+def is_turn(text: bytes) -> bool:
+    """Is the first thing in an array a turn of a conversation, and the array so a record itself?"""
+    places = scan_array(io.BytesIO(text), most=1)
+    first = parse_record(text[places[1] : places[2]]) if places else None
+    if isinstance(first, dict):
+        return {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys()
+    return _TURN.match(text) is not None
