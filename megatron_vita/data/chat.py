@@ -144,16 +144,37 @@ def shift_labels(tokens: npt.NDArray[np.int32], labelled: npt.NDArray[np.bool_])
     return labels
 
 
-def frame_costs(tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int) -> npt.NDArray[np.int64]:
+def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
+    """What stands before a video's frame in `internvl`.
+
+    Args:
+        number: of the frame, from 1.
+        time: seconds into the clip.
+        spec: whether times are told.
+    """
+    when = f" ({time:.1f}s)" if spec.video_timestamps and time is not None else ""
+    return f"Frame{number}{when}: "
+
+
+def frame_costs(
+    tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
+) -> npt.NDArray[np.int64]:
     """Tokens that each frame of a video adds, int64 `[frames]`.
 
-    258 in `long_vita` at the real size, in `internvl` 262 and the digits of its number. (The newline counted with the
-    first frame stands behind the last.)
+    258 in `long_vita` at the real size, in `internvl` 262 and the digits of its number, and its time where that is
+    told. (The newline counted with the first frame stands behind the last.)
+
+    Args:
+        tokenizer: counts the labels.
+        spec: layout, tokens a tile, whether times are told.
+        frames: how many.
+        times: seconds into the clip of each; needed where they are told.
     """
     per_tile = spec.tokens_per_tile + 2
     if spec.layout == "long_vita":
         return np.full(frames, per_tile, dtype=np.int64)
-    labels = (len(tokenizer.encode(f"\nFrame{number}: ")) for number in range(1, frames + 1))
+    told = [None] * frames if times is None else times
+    labels = (len(tokenizer.encode("\n" + frame_label(number, time, spec))) for number, time in enumerate(told, 1))
     return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
 
 
@@ -223,7 +244,7 @@ class _Writer:
             (slot,) = plan_tiles(item, len(self._media), self._spec)
             self._media.append(item)
             if self._spec.layout == "internvl":
-                self.text(f"\nFrame{number}: " if number > 1 else f"Frame{number}: ")
+                self.text(("\n" if number > 1 else "") + frame_label(number, item.time, self._spec))
                 self._wrapped(slot, names.IMG, names.IMG_CONTEXT, names.IMG_END)
             else:
                 self._wrapped(slot, names.VID, names.VID_CONTEXT, names.VID_END)

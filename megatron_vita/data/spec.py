@@ -31,6 +31,8 @@ class PreprocessSpec:
     """Most frames taken from a video."""
     max_fps: float = 1.0
     """Most frames taken per second of video."""
+    video_timestamps: bool = False
+    """Say before each frame of a video when it is shown: `Frame7 (12.5s): `. Only `internvl` has text there."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -43,6 +45,8 @@ class PreprocessSpec:
             raise ConfigError(f"need 1 <= min_tiles <= max_tiles, got {self.min_tiles} and {self.max_tiles}.")
         if self.max_frames < 1 or not self.max_fps > 0:
             raise ConfigError(f"max_frames={self.max_frames} and max_fps={self.max_fps} must be positive.")
+        if self.video_timestamps and self.layout != "internvl":
+            raise ConfigError(f"video_timestamps: layout {self.layout} has no text between frames. Use internvl.")
 
     @property
     def tokens_per_tile(self) -> int:
