@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,10 +16,13 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.data.deal import deal
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.order import PackOrder
-from megatron_vita.data.rows import Row, build_row, local_tokens, read_tiles
+from megatron_vita.data.rows import Row, blank_tiles, build_row, local_tokens, picture_runs, read_tiles_into
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout import Int64, SequenceLayout, TileRoutes
+
+_RUN = 8
+"""Tiles that a worker decodes in one go: a step of one pack keeps all workers busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +178,8 @@ class PackLoader:
         routes = TileRoutes(layout, row.first_token, shards.manifest.tokens_per_tile, coords.tp_size)
         own = routes.tiles_of(coords.group_rank)
         tile_ids = row.tile_ids[own.start : own.stop] if coords.holds_tower else row.tile_ids[:0]
-        tiles, failed = read_tiles(shards, tile_ids)
+        tiles = blank_tiles(shards, len(tile_ids))
+        failed = [self._read(tiles[run], tile_ids[run]) for run in picture_runs(shards, tile_ids, _RUN)]
         tokens, labels, positions = local_tokens(shards, row, layout, coords.cp_rank)
         batch = Batch(
             tokens=tokens,
@@ -190,7 +194,15 @@ class PackLoader:
         )
         return _Slice(batch, row, failed)
 
+    def _read(self, tiles: torch.Tensor, tile_ids: Int64) -> Callable[[], list[int]]:
+        """Decode a run of tiles: by a worker where there are any. What is returned waits, and names what failed."""
+        if self._threads is None:
+            failed = read_tiles_into(tiles, self.shards, tile_ids)
+            return lambda: failed
+        return self._threads.submit(read_tiles_into, tiles, self.shards, tile_ids).result
+
     def _assemble(self, packs: Int64, consumed: int, slices: list[_Slice]) -> StepBatches:
+        failed = {sample for one in slices for wait in one.failed for sample in wait()}
         ids = [sample for pack in packs.tolist() for sample in self.shards.pack_samples(pack)]
         counts = self.shards.samples["labels"][ids]
         num_labels = int(counts.sum())
@@ -199,7 +211,7 @@ class PackLoader:
             pack_ids=tuple(packs.tolist()),
             sample_ids=tuple(ids),
             num_labels=num_labels,
-            failed=tuple(sorted({sample for one in slices for sample in one.failed})),
+            failed=tuple(sorted(failed)),
             consumed_packs=consumed,
             label_counts=tuple(counts.tolist()),
             rows=tuple(one.row for one in slices),
@@ -209,11 +221,12 @@ class PackLoader:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """What a worker makes of one row."""
+    """What a worker makes of one row. Its tiles are there once every `failed` was called."""
 
     batch: Batch
     row: Row
-    failed: list[int]
+    failed: list[Callable[[], list[int]]]
+    """For each run of tiles: waits for it, and gives the samples with a picture that fails to decode."""
 
 
 def mask_samples(step: StepBatches, failed_ids: Iterable[int]) -> StepBatches:

@@ -9,7 +9,7 @@ All arithmetic is on integers and all sorting on distinct keys, so that every ma
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,8 @@ class PackOrder:
     whatever the data-parallel size, no rank waits long for another, neither for its attention nor for its tower;
     which packs meet in a step changes from epoch to epoch; and no kind of pack comes in a run: work goes with kind
     (long videos, single pictures), and a model that sees one kind for many steps forgets the others. Steps may straddle
-    two epochs: the packs of a broken step, at the end of one epoch and at the start of the next, are those
-    nearest to the median pack, so that such a step is alike, too.
+    two epochs: the packs of a broken step, at the end of one epoch and at the start of the next, are near the median, so
+    that such a step is alike, too.
     """
 
     def __init__(self, work: npt.ArrayLike, *, seed: int, digest: str, global_batch_size: int) -> None:
@@ -74,25 +74,38 @@ class PackOrder:
         head = -epoch * size % step  # packs that complete the step the last epoch left open
         if head >= size:
             return mixed
-        broken = head + (size - head) % step
-        middle, rest = self._split_middle(mixed, broken)
+        first, last = self._broken_steps(mixed, head, (size - head) % step)
+        whole = np.ones(size, dtype=bool)
+        whole[first] = whole[last] = False
+        rest = mixed[whole[mixed]]
         if not len(rest):
-            return middle
-        order = _windows(self.work[rest], step, random)
-        steps = rest[order].reshape(-1, step)
-        return np.concatenate([middle[:head], steps[_permutation(random, len(steps))].reshape(-1), middle[head:]])
+            return np.concatenate([first, last])
+        steps = rest[_windows(self.work[rest], step, random)].reshape(-1, step)
+        return np.concatenate([first, steps[_permutation(random, len(steps))].reshape(-1), last])
 
-    def _split_middle(self, mixed: Int64, count: int) -> tuple[Int64, Int64]:
-        """The `count` packs nearest to the median one in every kind of work, and the others, both in mixed order."""
-        if not count:
-            return mixed[:0], mixed
-        distance = np.zeros(len(mixed), dtype=np.int64)
-        for values in self.work[mixed].T:
-            median = int(np.partition(values, len(values) // 2)[len(values) // 2])
+    def _broken_steps(self, mixed: Int64, head: int, tail: int) -> tuple[Int64, Int64]:
+        """Packs for the step that the last epoch began, and for the one that the next epoch will end.
+
+        They are drawn from packs near the median; heads from every other one of these, tails from those between, so
+        that no pack stands twice in a step unless the set is smaller than two steps.
+        """
+        near = self._near_median
+        heads, tails = (mixed[np.isin(mixed, part)] for part in (near[0::2], near[1::2]))
+        if len(heads) < head or len(tails) < tail:
+            heads, tails = mixed[:head], mixed[head:]
+        return heads[:head], tails[:tail]
+
+    @cached_property
+    def _near_median(self) -> Int64:
+        """The packs nearest to the median one in every kind of work, four steps' worth."""
+        size = len(self.work)
+        distance = np.zeros(size, dtype=np.int64)
+        for values in self.work.T:
+            median = int(np.partition(values, size // 2)[size // 2])
             distance = np.maximum(distance, (np.abs(values - median) << 16) // (median + 1))
-        inside = np.zeros(len(mixed), dtype=bool)
-        inside[np.argsort(distance, kind="stable")[:count]] = True
-        return mixed[inside], mixed[~inside]
+        wanted = min(size, 4 * self.global_batch_size)
+        near = np.flatnonzero(distance <= np.partition(distance, wanted - 1)[wanted - 1])
+        return near[np.argsort(distance[near], kind="stable")][:wanted]
 
 
 def _windows(work: Int64, step: int, random: np.random.Philox) -> Int64:

@@ -96,6 +96,26 @@ def local_tokens(
     return torch.from_numpy(tokens)[None], torch.from_numpy(labels)[None], torch.from_numpy(positions)[None]
 
 
+def picture_runs(shards: ShardSet, tile_ids: Int64, most: int) -> list[slice]:
+    """Cut tiles into runs of about `most` that can be decoded apart from one another: a picture stays in one run.
+
+    Args:
+        shards: the set.
+        tile_ids: rows of the tiles file, `[n]`; the tiles of one picture side by side.
+        most: a run ends where it would grow beyond this many tiles (a picture may have more).
+
+    Returns:
+        Slices of `tile_ids`, in order.
+    """
+    runs: list[slice] = []
+    for first, last in pairwise(_picture_bounds(shards.tiles(tile_ids))):
+        if runs and last - runs[-1].start <= most:
+            runs[-1] = slice(runs[-1].start, last)
+        else:
+            runs.append(slice(first, last))
+    return runs
+
+
 def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[int]]:
     """Decode tiles.
 
@@ -104,24 +124,38 @@ def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[in
         tile_ids: rows of the tiles file; the tiles of one picture side by side, so that it is decoded once.
 
     Returns:
-        (uint8 `[n, 3, S, S]`, samples of pictures that failed to decode: their tiles are zero).
+        (uint8 `[n, 3, S, S]`, samples of pictures that failed to decode, ascending: their tiles are zero).
     """
+    pixels = blank_tiles(shards, len(tile_ids))
+    return pixels, read_tiles_into(pixels, shards, tile_ids)
+
+
+def blank_tiles(shards: ShardSet, number: int) -> torch.Tensor:
+    """Room for tiles, zero: uint8 `[number, 3, S, S]`."""
     size = shards.spec.image_size
-    pixels = np.zeros((len(tile_ids), 3, size, size), dtype=np.uint8)
-    failed: list[int] = []
-    if len(tile_ids):
-        records = shards.tiles(tile_ids)
-        slots = _slots(records)
-        cuts = np.flatnonzero(np.diff(records["media"])) + 1
-        bounds = [0, *cuts.tolist(), len(records)]
-        for first, last in pairwise(bounds):
-            try:
-                pixels[first:last] = render_tiles(_media_item(shards, records[first]), slots[first:last], shards.spec)
-            except Exception as error:  # whatever a decoder raises on a broken file costs the sample, not the run
-                sample = int(shards.sample_of_tile(tile_ids[first : first + 1])[0])
-                failed.append(sample)
-                log.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
-    return torch.from_numpy(pixels), sorted(set(failed))
+    return torch.zeros((number, 3, size, size), dtype=torch.uint8)
+
+
+def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64) -> list[int]:
+    """`read_tiles` into room that is zero, uint8 `[n, 3, S, S]`; returns the samples that failed, ascending."""
+    failed: set[int] = set()
+    records = shards.tiles(tile_ids)
+    slots = _slots(records)
+    for first, last in pairwise(_picture_bounds(records)):
+        try:
+            tiles = render_tiles(_media_item(shards, records[first]), slots[first:last], shards.spec)
+        except Exception as error:  # whatever a decoder raises on a broken file costs the sample, not the run
+            sample = int(shards.sample_of_tile(tile_ids[first : first + 1])[0])
+            failed.add(sample)
+            log.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
+        else:
+            pixels[first:last] = torch.from_numpy(tiles)
+    return sorted(failed)
+
+
+def _picture_bounds(tiles: npt.NDArray[Any]) -> list[int]:
+    """Where each picture's tiles begin among records of the tiles file, and their number."""
+    return [0, *(np.flatnonzero(np.diff(tiles["media"])) + 1).tolist(), len(tiles)] if len(tiles) else [0]
 
 
 def _media_item(shards: ShardSet, tile: np.void) -> MediaItem:

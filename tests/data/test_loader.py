@@ -15,6 +15,7 @@ from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.example import Example
 from megatron_vita.data.loader import PackLoader, RankCoords, StepBatches, mask_samples
 from megatron_vita.data.manifest import load_manifest
+from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError
 from tests.data import packed
 
@@ -164,25 +165,75 @@ def test_the_global_batch_does_not_know_the_layout(made: tuple[Path, list[Exampl
         assert whole.num_labels == sum(int((items[line].labels != -100).sum()) for line in lines)
 
 
-def digest_of(steps: list[StepBatches]) -> str:
-    return hashlib.sha256(repr([(step.pack_ids, step.sample_ids) for step in steps]).encode()).hexdigest()
+def consumed_samples(prefix: Path, steps: int, consumed: int, dp: int, cp: int, micro: int, workers: int) -> list:
+    """What all ranks of a layout really get, step by step: each sample's id with the tokens and labels of its span."""
+    stream = []
+    ranks = [[RankCoords(dp_rank=d, dp_size=dp, cp_rank=c, cp_size=cp) for c in range(cp)] for d in range(dp)]
+    loaders = [[loader(prefix, one, micro=micro, num_workers=workers, consumed=consumed) for one in g] for g in ranks]
+    try:
+        for _ in range(steps):
+            held: dict[int, bytes] = {}
+            for group in loaders:
+                parts = [next(one) for one in group]
+                for number, row in enumerate(parts[0].rows):
+                    whole = np.full((2, row.length), -1)
+                    for rank, part in enumerate(parts):
+                        batch = part.micro_batches[number]
+                        whole[:, batch.layout.local_positions(rank)] = torch.cat([batch.tokens, batch.labels]).numpy()
+                    for index, sample in enumerate(parts[0].micro_batches[number].sample_ids):
+                        assert sample not in held, "two ranks were given one sample"
+                        held[sample] = whole[:, row.sample_starts[index] : row.sample_starts[index + 1]].tobytes()
+            consumed = parts[0].consumed_packs
+            stream.append((consumed, sorted(held.items())))
+    finally:
+        for group in loaders:
+            for one in group:
+                one.close()
+    return stream
 
 
-def test_resuming_with_other_sizes_gives_the_same_stream(made: tuple[Path, list[Example]]) -> None:
+def test_resuming_with_other_sizes_gives_the_same_stream(tmp_path: Path) -> None:
+    """DP 2 -> 1 -> 4 with other CP, micro-batch and worker counts, cut in mid-epoch and over the ends of epochs."""
+    prefix = tmp_path / "set"
+    packed.write(prefix, packed.examples(64))
+    packs = len(loader(prefix).shards)
+    assert 2 * packs < 60, "15 steps of 4 packs cover two ends of an epoch"
+    assert packs % 4, "and the steps there hold packs of both"
+    whole = consumed_samples(prefix, 15, 0, dp=1, cp=1, micro=1, workers=0)
+    for sizes in ((4, 6, 5), (7, 1, 7)):
+        stream: list = []
+        for steps, (dp, cp, micro, workers) in zip(sizes, ((2, 1, 1, 0), (1, 2, 2, 2), (4, 4, 1, 1)), strict=True):
+            stream += consumed_samples(prefix, steps, stream[-1][0] if stream else 0, dp, cp, micro, workers)
+        assert digest_of(stream) == digest_of(whole)
+    ids = [sample for _, held in whole for sample, _ in held]
+    assert set(ids) == set(range(64))
+
+
+def digest_of(stream: list) -> str:
+    return hashlib.sha256(repr(stream).encode()).hexdigest()
+
+
+def test_a_rank_reads_its_own_packs_and_pictures_only(
+    made: tuple[Path, list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every picture is read once per rank that has a tile of it, and by no other; so with the packs' tokens."""
     prefix, _ = made
-    with loader(prefix) as steps:
-        whole = [next(steps) for _ in range(15)]  # several epochs
-    consumed, stream = 0, []
-    for dp, micro, workers in ((2, 1, 0), (1, 2, 2), (4, 1, 1)):
-        coords = RankCoords(dp_rank=dp - 1, dp_size=dp)
-        with loader(prefix, coords, micro=micro, num_workers=workers, consumed=consumed) as steps:
-            for _ in range(5):
-                stream.append(next(steps))
-                consumed = stream[-1].consumed_packs
-    assert digest_of(stream) == digest_of(whole)
-    seen = [pack for step in whole for pack in step.pack_ids]
-    size = len(loader(prefix).shards)
-    assert sorted(seen[:size]) == list(range(size))
+    read: dict[str, list[int]] = {"media": [], "tokens": []}
+    media_bytes, tokens = ShardSet.media_bytes, ShardSet.tokens
+    monkeypatch.setattr(ShardSet, "media_bytes", lambda s, item: read["media"].append(item) or media_bytes(s, item))
+    monkeypatch.setattr(ShardSet, "tokens", lambda s, pack, at: read["tokens"].append(pack) or tokens(s, pack, at))
+    total: list[int] = []
+    for dp, cp, tp in itertools.product(range(2), range(2), range(2)):
+        coords = RankCoords(dp_rank=dp, dp_size=2, cp_rank=cp, cp_size=2, tp_rank=tp, tp_size=2)
+        read["media"].clear()
+        read["tokens"].clear()
+        with loader(prefix, coords) as steps:
+            step = next(steps)
+            own = torch.cat([batch.tile_ids for batch in step.micro_batches]).numpy()
+            assert sorted(read["media"]) == sorted(set(steps.shards.tiles(own)["media"].tolist()))
+            assert read["tokens"] == [pack for row in step.rows for pack in row.packs]
+            total += own.tolist()
+    assert len(total) == len(set(total)), "a tile was decoded twice"
 
 
 @pytest.mark.parametrize("workers", [1, 3])

