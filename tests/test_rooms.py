@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "device", "data.spec", "parallel", "seed"},
     "convert": {"config", "layout", "device", "data.spec", "data.tokenizer", "parallel", "models", "checkpoint"},
     "training": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
+    "checks": {"config", "layout", "device", "seed", "data", "parallel", "models", "training"},
     "inference": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
 }
 """Imports go downward only; `training`, `inference` and `convert` never import one another, save that the first two may

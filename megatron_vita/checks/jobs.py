@@ -1,0 +1,96 @@
+"""A job: one step of one stage, which the ranks take and compare; from a case of the grid, or from a user's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vita.checks.options import DTYPES, Case, case_stage, make_stage
+from megatron_vita.checks.tiny import IMAGES, tiny_model
+from megatron_vita.config import StageConfig
+from megatron_vita.errors import ConfigError
+
+MOST_FORKED = 16
+"""Ranks of a recipe's layout that are forked on one machine."""
+_TORCH = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step to take and to compare."""
+
+    name: str
+    world_size: int
+    stage: StageConfig
+    images: str
+    """Where tiles stand, see tiny.IMAGES."""
+    dtype: torch.dtype
+
+
+def case_job(case: Case) -> Job:
+    """A case of the grid."""
+    return Job(str(case), case.world_size, case_stage(case), case.images, _TORCH[case.dtype])
+
+
+def recipe_world(stage: StageConfig) -> int:
+    """Ranks to fork for a recipe's layout: two replicas, or one where that would be many.
+
+    Raises:
+        ConfigError: too many for one machine.
+    """
+    size = stage.parallel.replica_size
+    if size > MOST_FORKED:
+        raise ConfigError(
+            f"stage {stage.name!r} takes {size} ranks a replica, more than the {MOST_FORKED} that are forked on one "
+            "machine. Start this command with torchrun on as many GPUs, or lower a degree."
+        )
+    return 2 * size if 2 * size <= MOST_FORKED else size
+
+
+def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iterator[Job]:
+    """A stage of a user's recipe: its parallel section, frozen parts, micro-batch size, layers and model switches, with
+    widths shrunk to what the layout can split.
+
+    Args:
+        stage: the merged settings.
+        world_size: ranks.
+        dtypes: comma-separated; none: float64, and what the stage trains in.
+
+    Raises:
+        ConfigError: the layout does not fit the ranks or the model.
+    """
+    chosen = dtypes.split(",") if dtypes else ["float64", "bf16" if stage.train.bf16 else "float32"]
+    if unknown := [one for one in chosen if one not in DTYPES]:
+        raise ConfigError(f"--dtype {unknown[0]}: choose of {', '.join(DTYPES)}.")
+    parallel, model = stage.parallel, stage.model
+    data = parallel.data_parallel_size(world_size)
+    heads = math.lcm(4, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    tiny = tiny_model(heads=heads, layers=model.num_layers, tied=not model.untie_embeddings_and_output_weights)
+    tiny = dataclasses.replace(
+        tiny,
+        add_qkv_bias=model.add_qkv_bias,
+        projector=dataclasses.replace(tiny.projector, bias=model.projector.bias),
+        transformer_impl=model.transformer_impl,
+        vision=tiny.vision if model.vision else None,
+    )
+    rows = max(2, parallel.pipeline_model_parallel_size)
+    size = min(2, stage.train.micro_batch_size)
+    for dtype in chosen:
+        for images in IMAGES if model.vision else ("none",):
+            made = make_stage(
+                parallel,
+                tiny,
+                rows * size * data,
+                size,
+                stage.data.reset_per_document,
+                bf16=dtype == "bf16",
+                freeze_vision_model=stage.train.freeze_vision_model,
+                freeze_vision_projection=stage.train.freeze_vision_projection,
+                freeze_language_model=stage.train.freeze_language_model,
+            )
+            made.check(world_size)
+            yield Job(f"{stage.name} images={images} dtype={dtype}", world_size, made, images, _TORCH[dtype])

@@ -1,0 +1,227 @@
+"""What is varied, and what a choice means: one table of options, and a choice's settings as training takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from megatron_vita.checks.tiny import IMAGES, TOKENS, tiny_model
+from megatron_vita.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    StageConfig,
+    TrainConfig,
+)
+from megatron_vita.config.parallel import CP_COMM_TYPES
+from megatron_vita.errors import ConfigError
+
+DTYPES = ("float64", "float32", "bf16")
+
+_FREEZE: dict[str, dict[str, bool]] = {
+    "none": {},
+    "stage-1": {"freeze_vision_model": True, "freeze_language_model": True},
+    "tower": {"freeze_vision_model": True},
+}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One choice of every option; the fields' names are the names in a filter (`tp=2 cp=2 comm=p2p`)."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    sp: bool = False
+    """Sequence parallelism."""
+    pp: int = 1
+    """Pipeline ranks."""
+    vp: int = 1
+    """Virtual stages of a pipeline rank."""
+    split: str = "even"
+    """Layers of the pipeline stages: `even`, or `uneven`: two on the second, one on the others."""
+    cp: int = 1
+    """Context-parallel ranks."""
+    comm: str = "-"
+    """cp_comm_type; `-` at cp 1."""
+    dp: int = 1
+    """Data-parallel ranks."""
+    mb: int = 2
+    """Micro-batches of a data rank."""
+    mbs: int = 1
+    """Micro-batch size: packs of a row."""
+    images: str = "everywhere"
+    """Where tiles stand, see tiny.IMAGES."""
+    reset: bool = True
+    """Positions and attention restart at every document."""
+    tied: bool = False
+    """The head is the embedding table."""
+    freeze: str = "none"
+    """What keeps its weights: `none`, `stage-1` (all but the projector), `tower`."""
+    recompute: str = "none"
+    """Recomputed activations: `none`, `full` (every layer), `selective` (core attention), `block` (one layer)."""
+    overlap: bool = False
+    """overlap_grad_reduce."""
+    dtype: str = "float64"
+    """Arithmetic."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the case takes."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def packs(self) -> int:
+        """Packs of the global batch."""
+        return self.mb * self.mbs * self.dp
+
+    def __str__(self) -> str:
+        """As a filter takes it, without what is as by default."""
+        return " ".join(f"{name}={shown(value)}" for name, value in self.chosen().items()) or "one process"
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not as by default."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
+
+
+_DEFAULT = Case()
+
+
+def shown(value: Any) -> str:
+    """An option's value as filters and tables write it."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def layout_options(worlds: Sequence[int]) -> dict[str, tuple[Any, ...]]:
+    """Options that restrain one another, and all their values for worlds of these sizes. The first value is the plain
+    one."""
+    degrees = tuple(sorted({degree for size in worlds for degree in range(1, size + 1) if size % degree == 0}))
+    return {
+        "tp": degrees,
+        "sp": (False, True),
+        "pp": degrees,
+        "vp": (1, 2),
+        "split": ("even", "uneven"),
+        "cp": degrees,
+        "comm": ("-", *CP_COMM_TYPES),
+        "dp": degrees,
+        "mb": (1, 2, 3, 4),
+        "mbs": (1, 2),
+        "images": IMAGES,
+    }
+
+
+def free_options(dtypes: Sequence[str] = DTYPES) -> dict[str, tuple[Any, ...]]:
+    """Options that go with everything."""
+    return {
+        "reset": (True, False),
+        "tied": (False, True),
+        "freeze": tuple(_FREEZE),
+        "recompute": tuple(_RECOMPUTE),
+        "overlap": (False, True),
+        "dtype": tuple(dtypes),
+    }
+
+
+def layouts(worlds: Sequence[int]) -> Iterator[tuple[Case, str | None]]:
+    """Every combination of layout options that takes as many ranks as there are, with the reason why there is no such
+    case, if so."""
+    options = layout_options(worlds)
+    degrees = ("tp", "pp", "cp", "dp")
+    rest = [name for name in options if name not in degrees]
+    for sizes in product(*(options[name] for name in degrees)):
+        if math.prod(sizes) not in worlds:
+            continue
+        for values in product(*(options[name] for name in rest)):
+            case = Case(**dict(zip((*degrees, *rest), (*sizes, *values), strict=True)))
+            yield case, why_not(case)
+
+
+def why_not(case: Case) -> str | None:
+    """Why there is no such case: an option that would say nothing, or the settings' own refusal."""
+    if (case.comm == "-") != (case.cp == 1):
+        return "comm says nothing at cp=1, and must be chosen above"
+    if case.pp == 1 and (case.vp, case.split) != (1, "even"):
+        return "vp or split says nothing at pp=1"
+    if case.images == "one-batch" and case.mb * case.dp == 1:
+        return "images=one-batch needs two rows in the global batch"
+    try:
+        case_stage(case)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def case_stage(case: Case) -> StageConfig:
+    """The case as a stage of a recipe.
+
+    Raises:
+        ConfigError: the settings refuse it.
+    """
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=case.tp,
+        sequence_parallel=case.sp,
+        pipeline_model_parallel_size=case.pp,
+        num_virtual_stages_per_pipeline_rank=case.vp if case.vp > 1 and case.split == "even" else None,
+        pipeline_model_parallel_layout=_uneven(case) if case.split == "uneven" else None,
+        context_parallel_size=case.cp,
+        overlap_grad_reduce=case.overlap,
+        cp_comm_type=case.comm if case.cp > 1 else CP_COMM_TYPES[0],
+        **_RECOMPUTE[case.recompute],
+    )
+    stage = make_stage(
+        parallel, case_model(case), case.packs, case.mbs, case.reset, bf16=case.dtype == "bf16", **_FREEZE[case.freeze]
+    )
+    stage.check(case.world_size)
+    return stage
+
+
+def case_model(case: Case) -> ModelConfig:
+    """The smallest model that the layout can split."""
+    heads = math.lcm(4, case.tp * (case.cp if case.comm == "a2a" else 1))
+    stages = case.pp * case.vp
+    layers = math.lcm(4, stages) if case.split == "even" else stages + 1
+    return tiny_model(heads=heads, layers=layers, tied=case.tied)
+
+
+def _uneven(case: Case) -> str:
+    """A layer on every stage but two on the second, in Megatron's notation."""
+    return "|".join(["Et", *("tt" if stage == 1 else "t" for stage in range(1, case.pp * case.vp))]) + "L"
+
+
+def make_stage(
+    parallel: ParallelConfig, model: ModelConfig, packs: int, micro_batch_size: int, reset: bool, **train: Any
+) -> StageConfig:
+    """A stage of one step over `packs` packs. Gradients are clipped, and AdamW's epsilon is large: with a small one the
+    first update is the gradient's sign, which would hide a wrong factor and turn over where the gradient is noise."""
+    shards = parallel.context_parallel_size * parallel.sequence_shards
+    return StageConfig(
+        name="check",
+        model=model,
+        parallel=parallel,
+        data=DataConfig(
+            data_path="-", seq_length=-(-(TOKENS + 1) // shards) * shards, reset_per_document=reset, num_workers=0
+        ),
+        optimizer=OptimizerConfig(
+            lr=1e-2,
+            lr_decay_style="constant",
+            lr_warmup_fraction=0.0,
+            weight_decay=0.1,
+            adam_eps=1e-3,
+            clip_grad=0.5,
+        ),
+        train=TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=packs, **train),
+        checkpoint=CheckpointConfig(save="-"),
+    )
