@@ -30,8 +30,8 @@ class PackOrder:
     whatever the data-parallel size, no rank waits long for another, neither for its attention nor for its tower;
     which packs meet in a step changes from epoch to epoch; and no kind of pack comes in a run: work goes with kind
     (long videos, single pictures), and a model that sees one kind for many steps forgets the others. Steps may straddle
-    two epochs: the packs of a broken step, at the end of one epoch and at the start of the next, are near the median, so
-    that such a step is alike, too.
+    two epochs: the packs of a broken step, at the end of one epoch and at the start of the next, are near the median,
+    so that such a step is alike, too.
     """
 
     def __init__(self, work: npt.ArrayLike, *, seed: int, digest: str, global_batch_size: int) -> None:

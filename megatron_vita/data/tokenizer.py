@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from megatron_vita.data.template import ChatTemplate
 from megatron_vita.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IMG, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -48,7 +51,7 @@ class VitaTokenizer:
         self.path = path
         """Folder or file it was loaded from."""
         self.sha256 = sha256
-        """Digest of tokenizer.json (or of the .model file), hexadecimal."""
+        """Digest of tokenizer.json with the tokens of pictures in it (or of the .model file), hexadecimal."""
         self.chat_template = template
         """The Jinja template's source."""
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
@@ -56,8 +59,9 @@ class VitaTokenizer:
         missing = [token for token in REQUIRED_TOKENS if token not in backend.special]
         if missing:
             raise ConfigError(
-                f"{path}: the tokenizer has no special tokens {' '.join(missing)}. Add them (transformers: "
-                "tokenizer.add_tokens([...], special_tokens=True); save_pretrained), or use a tokenizer that has them."
+                f"{path}: the tokenizer has no special tokens {' '.join(missing)}, in which the chat template is "
+                "written. Add them (transformers: tokenizer.add_tokens([...], special_tokens=True); save_pretrained), "
+                "or use a tokenizer that has them."
             )
         self.template = ChatTemplate(template, tuple(backend.special), where=str(path))
         """The parsed template: roles and part kinds -> what stands between them."""
@@ -67,8 +71,10 @@ class VitaTokenizer:
     def load(cls, path: str | Path) -> VitaTokenizer:
         """Open a Hugging Face folder (tokenizer.json), a tokenizer.json, or a SentencePiece `.model` file.
 
-        The chat template is the folder's chat_template.jinja, else the package's own (ChatML, no default system
-        turn). A template inside tokenizer_config.json is not used: those of text models know no pictures.
+        A folder of a text model may lack the tokens of pictures and videos: they are appended behind its own, in the
+        published order, as convert_ckpt.py import does when it writes the folder anew; both have one digest. The
+        chat template is the folder's chat_template.jinja if it knows pictures, else the package's own (ChatML, no
+        default system turn). A template inside tokenizer_config.json is not used: those of text models know none.
 
         Raises:
             ConfigError: no tokenizer there, a file that cannot be read, or special tokens that are missing.
@@ -85,9 +91,15 @@ class VitaTokenizer:
             backend = _SentencePiece(content) if file.suffix == ".model" else _HuggingFace(content)
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise ConfigError(f"{file}: not a tokenizer that can be read: {error}") from None
+        template = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
         jinja = file.parent / "chat_template.jinja"
-        template = (jinja if jinja.is_file() else DEFAULT_TEMPLATE).read_text(encoding="utf-8")
-        return cls(backend, path, hashlib.sha256(content).hexdigest(), template)
+        if jinja.is_file():
+            own = jinja.read_text(encoding="utf-8")
+            if IMG_CONTEXT in own:
+                template = own
+            else:
+                log.info("%s knows no pictures: the package's own chat template is used.", jinja)
+        return cls(backend, path, backend.sha256, template)
 
     @property
     def vocab_size(self) -> int:
@@ -147,11 +159,17 @@ class _HuggingFace:
     def __init__(self, content: bytes) -> None:
         self._tokenizer: Any = Tokenizer.from_buffer(content)
         added = self._tokenizer.get_added_tokens_decoder()
+        present = {token.content for token in added.values()}
+        missing = [AddedToken(token, special=True, normalized=False) for token in VITA_TOKENS if token not in present]
+        if missing:
+            self._tokenizer.add_special_tokens(missing)
+            content = self._tokenizer.to_str(pretty=True).encode()  # what `save` would write
+        self.sha256 = hashlib.sha256(content).hexdigest()
         # Tokens added without the special flag would be found in plain text. Ours must not be.
         loose = [t.content for t in added.values() if t.content in VITA_TOKENS + REQUIRED_TOKENS and not t.special]
         if loose:
             self._tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in loose])
-            added = self._tokenizer.get_added_tokens_decoder()
+        added = self._tokenizer.get_added_tokens_decoder()
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -159,7 +177,8 @@ class _HuggingFace:
         self.vocab_size: int = max(self._tokenizer.get_vocab_size(), *(id_ + 1 for id_ in added), 0)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # the batch call leaves out the offsets, which nobody reads here
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -183,6 +202,7 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         self._model: Any = SentencePieceProcessor(model_proto=content)
+        self.sha256 = hashlib.sha256(content).hexdigest()
         own = self._model.vocab_size()
         names = [END_OF_TEXT, IM_START, IM_END, *VITA_TOKENS]
         # A piece of the same name inside the model is plain text to us; ours come behind it.
