@@ -18,6 +18,7 @@ from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
 from megatron_vita.data.engines import ENGINES
 from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.video import VideoLimits
 from megatron_vita.errors import VitaError
@@ -30,9 +31,10 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description="Compile open datasets into packed shards.", allow_abbrev=False)
     add = out.add_argument
     add("--data-config", required=True, metavar="MIX.yaml", help="data mix: files, forms, ratios")
-    add("--tokenizer", required=True, metavar="DIR_or_MODEL", help="Hugging Face folder or SentencePiece model")
-    add("--output", required=True, metavar="DIR/PREFIX", help="shards to write")
-    add("--seq-length", required=True, type=int, metavar="N", help="tokens of a pack")
+    add("--lint", action="store_true", help="say what is missing from the mix, or twice in it, and end: status 1 if so")
+    add("--tokenizer", metavar="DIR_or_MODEL", help="Hugging Face folder or SentencePiece model")
+    add("--output", metavar="DIR/PREFIX", help="shards to write")
+    add("--seq-length", type=int, metavar="N", help="tokens of a pack")
     add("--layout", choices=LAYOUTS, default="internvl", help="token layout of pictures and videos")
     add("--image-size", type=int, default=448, help="side of a tile in pixels")
     add("--patch-size", type=int, default=14, help="side of a patch in pixels")
@@ -56,7 +58,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    commands = parser()
+    args = commands.parse_args(argv)
+    if args.lint:
+        return _lint(args.data_config)
+    needed = {"--tokenizer": args.tokenizer, "--output": args.output, "--seq-length": args.seq_length}
+    missing = [flag for flag, value in needed.items() if value is None]
+    if missing:
+        commands.error(f"the following arguments are required: {', '.join(missing)}")
     log.configure()
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core's, and no news here
     signal.signal(signal.SIGTERM, _stop)  # so that processes are ended
@@ -89,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{totals['tokens']} tokens, {totals['tiles']} tiles"
     )
     return 0
+
+
+def _lint(mix: str) -> int:
+    try:
+        report = lint(mix)
+    except VitaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(report)
+    return 1 if report.wrong else 0
 
 
 def _stop(*_: object) -> None:

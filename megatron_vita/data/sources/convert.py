@@ -54,6 +54,8 @@ def record_to_sample(
         raise refuse("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
     for fix in row.fix:
         find_fix(fix)(draft)
+    if not draft.turns:
+        raise refuse("bad_order", "there is no turn, or none is left.")
     sample = Sample(
         _messages(draft),
         tuple(_media(reference, store) for reference in draft.images),
@@ -137,6 +139,8 @@ def _parts(content: Content, role: str, kinds: set[str], counts: dict[str, int])
 
 
 def _media(reference: Any, store: MediaStore) -> MediaFile:
+    if isinstance(reference, MediaFile):  # a member of the archive that the record itself came from
+        return reference
     if isinstance(reference, dict):
         if reference.get("bytes"):
             reference = reference["bytes"]

@@ -162,10 +162,8 @@ def _count(path: Path, kind: str, work: Path | None) -> int:
 
 
 def _detect(file: Path, where: str) -> Row:
-    reader = open_reader(file)
-    places = reader.index()
     # broken records at the beginning say nothing about the form
-    for _, record in reader.read(places[:50]):
+    for record in open_reader(file).head(50):
         if not isinstance(record, DataError):
             return detect_row(record, f"{where}: {file}")
     raise ConfigError(f"{where}: {file}: no record can be read, so the form cannot be told. Set `source:`.")
