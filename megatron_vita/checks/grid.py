@@ -14,15 +14,23 @@ from megatron_vita.config.parallel import CP_COMM_TYPES
 from megatron_vita.errors import ConfigError
 
 _STRENGTH = {"small": 1, "full": 2}
-WITHOUT_WORK: dict[str, tuple[Any, ...]] = {
-    "cp": (2,),
-    "comm": CP_COMM_TYPES,
-    "images": ("one-rank", "one-batch", "none"),
-    "freeze": ("stage-1",),
-    "recompute": ("none", "full"),
-}
-"""Part of the full grid, every combination of it: ranks that have nothing to differentiate while others have, where one
-that skips a collective makes the others wait for ever."""
+STRICTEST = ("freeze", "dtype")
+"""Options whose first value shows more than the others: every gradient, to the last digit. Pairs of other options are
+covered under it."""
+EXTRA: tuple[dict[str, tuple[Any, ...]], ...] = (
+    # Ranks that have nothing to differentiate while others have: one that skips a collective lets the others wait for
+    # ever.
+    {
+        "cp": (2,),
+        "comm": CP_COMM_TYPES,
+        "images": ("one-rank", "one-batch", "none"),
+        "freeze": ("stage-1",),
+        "recompute": ("none", "full"),
+    },
+    # The table's gradient is summed over the first and the last stage.
+    {"pp": (2, 4), "vp": (1, 2), "split": ("even", "uneven"), "tied": (True,)},
+)
+"""Parts of the full grid that hold more than pairs: every combination of each."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,26 @@ def make_cases(spec: Spec, worlds: Sequence[int]) -> list[Case]:
         found = list(_combinations(spec, allowed))
     else:
         bound = [{name: getattr(case, name) for name in bound_names} for case in allowed]
-        found = [Case(**choice) for choice in cover(bound, free, spec.strength)]  # type: ignore[arg-type]
-        if spec.strength == 2:
-            every = Spec(None, {name: _common(values, spec, name) for name, values in WITHOUT_WORK.items()})
+        found = [Case(**choice) for choice in _covered(bound, free, spec.strength)]
+        for extra in EXTRA if spec.strength == 2 else ():
+            every = Spec(None, {name: _common(values, spec, name) for name, values in extra.items()})
             found += _combinations(every, allowed)
         if Case() in allowed:  # one process through megatron-core: what fails there is not the layout's fault
             found += [Case(dtype=dtype) for dtype in free["dtype"]]
     return sorted(dict.fromkeys(found), key=lambda case: (case.world_size, len(case.chosen())))
+
+
+def _covered(
+    bound: Sequence[dict[str, Any]], free: dict[str, tuple[Any, ...]], strength: int
+) -> Iterator[dict[str, Any]]:
+    """All pairs (or values); those of other options than STRICTEST under the strictest value of each."""
+    if strength == 1:
+        yield from cover(bound, free, 1)
+        return
+    yield from cover(bound, {name: values[:1] if name in STRICTEST else values for name, values in free.items()}, 2)
+    for name in STRICTEST:
+        for value in free[name][1:]:
+            yield from cover(bound, {**free, name: (value,)}, 1)  # the value with every value of every other option
 
 
 def excluded(spec: Spec, worlds: Sequence[int]) -> dict[str, list[str]]:
