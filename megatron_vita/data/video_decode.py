@@ -14,7 +14,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,12 +38,21 @@ BACKENDS = ("auto", "decord", "pyav")
 
 _MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
 """Of a video, decoded and not yet made small, in memory at once."""
+_LEAST_PLAYED = 0.9
+"""Share of a clip's frames that must come out: a recording may begin or end between two key frames."""
 _LONGEST = 1e7
 """Seconds; a span beyond that (four months) is a decoder's mark for "not known"."""
 _CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,apng,m4v,h264,hevc,ivf,nut,dv,rm,mjpeg,wtv,mxf"
 """ffmpeg's names of the formats that are opened: such as hold the pictures themselves."""
 
 Times = npt.NDArray[np.float64]
+
+
+class _ShortError(Exception):
+    """Fewer frames came out of the decoder than the container has packets."""
+
+    def __init__(self, played: int) -> None:
+        self.played = played
 
 
 class VideoFile(ABC):
@@ -85,7 +93,17 @@ class VideoFile(ABC):
         Raises:
             DataError: video_broken, if any of them cannot be decoded.
         """
-        count = self.count(spec, max_frames)
+        try:
+            return self._sampled(spec, self.count(spec, max_frames))
+        except _ShortError as error:
+            if error.played < _LEAST_PLAYED * self.total:
+                raise refuse(
+                    "video_broken", f"{self.name}: only {error.played} of {self.total} frames can be decoded."
+                ) from None
+            self.times, self.total = self.times[: error.played], error.played
+            return self._sampled(spec, self.count(spec, max_frames))
+
+    def _sampled(self, spec: PreprocessSpec, count: int) -> list[MediaItem]:
         pictures = self.read(sample_frames(self.total, count))
         items = (encode_frame(shrink_frame(picture, spec)) for picture in pictures)
         return [dataclasses.replace(item, time=time) for item, time in zip(items, self.times_of(count), strict=True)]
@@ -139,29 +157,34 @@ class _Decord(VideoFile):
 class _PyAv(VideoFile):
     """Plays the clip from its start: right whatever the container says about frame counts and key frames."""
 
-    def __init__(self, name: str, source: Any) -> None:
+    def __init__(self, name: str, source: Callable[[], Any]) -> None:
+        self._source = source
+        with self._open() as container:
+            if not container.streams.video:
+                raise refuse("video_broken", f"{name}: no video stream in it.")
+            stream = container.streams.video[0]
+            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            step, fps = float(stream.time_base or 1), float(stream.average_rate or 0)
+        stamps = [np.nan if stamp is None else stamp * step for stamp in shown]
+        super().__init__(name, _times(np.array(stamps, dtype=np.float64), fps))
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        with self._open() as container:
+            yield from self._play(container, numbers)
+
+    def _open(self) -> Any:
         import av
 
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file,subfile"}
-        self._container = av.open(source, container_options=options)
-        if not self._container.streams.video:
-            raise refuse("video_broken", f"{name}: no video stream in it.")
-        self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
-        step = float(self._stream.time_base or 1)
-        stamps = [np.nan if packet.pts is None else packet.pts * step for packet in packets]
-        self._container.seek(0)
-        super().__init__(name, _times(np.array(stamps, dtype=np.float64), float(self._stream.average_rate or 0)))
+        return av.open(self._source(), container_options=options)
 
-    def close(self) -> None:
-        self._container.close()
-
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        context = self._stream.codec_context
+    def _play(self, container: Any, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        context.thread_count = 1
         self._check_size(context.width, context.height)
         wanted, place = list(numbers), 0
-        frames = enumerate(self._container.decode(self._stream))
+        frames = enumerate(container.decode(stream))
         played = 0
         while place < len(wanted):
             try:
@@ -180,27 +203,34 @@ class _PyAv(VideoFile):
                 place += 1
                 yield picture
         if place < len(wanted):
-            raise refuse("video_broken", f"{self.name}: ends after {played} of {self.total} frames.")
+            raise _ShortError(played)
 
 
 class _Folder(VideoFile):
-    """Pictures of a folder and its sub-folders in natural order, one a second (ShareGPTVideo's: two a second)."""
+    """Pictures of a folder in order, one a second (ShareGPTVideo's: two a second)."""
 
-    def __init__(self, path: Path) -> None:
-        root = os.path.realpath(path)
-        files = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(root)
-            for name in names
-            if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
-        ]
-        inside = [file for file in files if os.path.realpath(file).startswith(root + os.sep)]
-        self._files = sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))
-        fps = 2.0 if "ShareGPTVideo" in str(path) else 1.0
-        super().__init__(str(path), np.arange(len(self._files)) / fps, fps)
+    def __init__(self, name: str, files: Sequence[MediaFile]) -> None:
+        self._files = files
+        fps = 2.0 if "ShareGPTVideo" in name else 1.0
+        super().__init__(name, np.arange(len(files)) / fps, fps)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        return (decode(read_image(MediaFile(path=self._files[number]))) for number in numbers)
+        return (decode(read_image(self._files[number])) for number in numbers)
+
+
+def _frames_of(path: str) -> list[MediaFile]:
+    """Pictures of a folder and its sub-folders in natural order."""
+    root = os.path.realpath(path)
+    files = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
+    ]
+    inside = [file for file in files if os.path.realpath(file).startswith(root + os.sep)]
+    return [
+        MediaFile(path=file) for file in sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))
+    ]
 
 
 def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
@@ -216,8 +246,10 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
     """
     if backend not in BACKENDS:
         raise ConfigError(f"video backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if file.frames:
+        return _Folder(file.name, file.frames)
     if file.path is not None and os.path.isdir(file.path):
-        return _Folder(Path(file.path))
+        return _Folder(file.path, _frames_of(file.path))
     with open_window(file) as window:
         try:
             check_container(window)
@@ -233,7 +265,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
         # both decoders stand on ffmpeg, which reads a part of a file without being told twice
         return path if file.size is None else f"subfile,,start,{file.offset},end,{file.offset + size},,:{path}"
 
-    pyav: Callable[[], VideoFile] = lambda: _PyAv(file.name, source())  # noqa: E731
+    pyav: Callable[[], VideoFile] = lambda: _PyAv(file.name, source)  # noqa: E731
     openers: list[Callable[[], VideoFile]] = []
     if backend == "decord":
         openers.append(lambda: _Decord(file.name, source()))
