@@ -169,8 +169,7 @@ def long_texts(root: Path) -> Iterator[Promise]:
     yield lines(root / "THUDM/LongAlign-10k/long.jsonl", "longalign", align)
     cited = "<statement>Ada.<cite>[0-0]</cite></statement>"
     cite: Pairs = [
-        ({"prompt": "[Document Start]\n<C0>Ada.<C1>1843." + "x" * (1 << 20), "response": cited},
-         qa("[Document Start]\n<C0>Ada.<C1>1843." + "x" * (1 << 20), cited)),
+        ({"prompt": "<C0>Ada.<C1>1843.", "response": cited, "pages": "x" * 5_000_000}, qa("<C0>Ada.<C1>1843.", cited)),
         ({"prompt": "<C0>Ada.", "response": cited}, qa("<C0>Ada.", cited)),
         ({"prompt": "q"}, "bad_record"),
     ]  # fmt: skip
