@@ -45,10 +45,15 @@ class Reference:
         ]
         betas = (settings.adam_beta1, settings.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.adam_eps)
-        norm = torch.stack([grad.double().norm() for grad in self.grads.values()]).norm()
-        scale = min(1.0, settings.clip_grad / (float(norm) + 1e-6)) if settings.clip_grad else 1.0
+        scale = clip_scale(self.grads, settings.clip_grad)
         _step(optimizer, trained, {name: grad * scale for name, grad in self.grads.items()})
         return trained
+
+
+def clip_scale(grads: dict[str, Tensor], most: float) -> float:
+    """What all gradients are multiplied by, so that their common norm is at most `most` (0: any norm)."""
+    norm = torch.stack([grad.double().norm() for grad in grads.values()]).norm()
+    return min(1.0, most / (float(norm) + 1e-6)) if most else 1.0
 
 
 def _step(optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], grads: dict[str, Tensor]) -> None:

@@ -1,0 +1,173 @@
+"""The command itself: green as things are, and red, with the tensor's name, when something is broken on purpose.
+
+What is broken is patched here and inherited by the ranks, which are forked from this process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_vita.checks import reference
+from megatron_vita.parallel import grads, loss
+from megatron_vita.training import setup, step
+from tests.scripts import load_script
+
+check_parallel = load_script("tools/check_parallel.py")
+FC2 = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = check_parallel.main(list(arguments))
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+@pytest.mark.slow
+def test_the_small_grid_is_green(capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = run(capsys, "--grid", "small")
+    assert status == 0, said
+    assert "all 10 cases are one process's model" in said
+    assert "excluded: " in said
+
+
+def _wrong_scale(chunks: list[Any], *arguments: Any, **named: Any) -> None:
+    """One tensor's gradient is too large by a millionth, on the second rank alone."""
+    grads.finalize_grads(chunks, *arguments, **named)
+    if dist.get_rank() == 1:
+        for name, parameter in chunks[0].named_parameters():
+            if name.endswith("decoder.layers.1.mlp.linear_fc2.weight") and "language_model" in name:
+                parameter.main_grad *= 1 + 1e-6
+
+
+def _miscount(losses: torch.Tensor) -> Any:
+    """A label too many in the normaliser, from the second rank alone."""
+    total, count, log = token_loss(losses)
+    return total, count + (dist.get_rank() == 1), log
+
+
+token_loss = step._token_loss
+
+
+def _shifted(batch: Any) -> dict[str, Any]:
+    """A label is one place off, on the second rank alone."""
+    inputs = step_model_inputs(batch)
+    if dist.get_rank() == 1:
+        inputs["labels"] = inputs["labels"].roll(1)
+    return inputs
+
+
+step_model_inputs = step.model_inputs
+
+
+def _nothing(*_: Any) -> None:
+    """A reduction that is forgotten."""
+
+
+def _one_column_more(*arguments: Any, vocab_size: int, **named: Any) -> torch.Tensor:
+    """The softmax takes a column of padding in."""
+    return vocab_parallel_loss(*arguments, vocab_size=vocab_size + 1, **named)
+
+
+vocab_parallel_loss = loss.vocab_parallel_loss
+
+
+@pytest.mark.parametrize(
+    ("grid", "place", "instead", "first"),
+    [
+        ("tp=2 sp=on", (setup, "finalize_grads"), _wrong_scale, f"gradient of {FC2}"),
+        ("dp=2", (step, "_token_loss"), _miscount, "gradient of language_model.output_layer.weight"),
+        (
+            "tp=2",
+            (grads, "tensor_parallel_sum_"),
+            _nothing,
+            "gradient of vision_projection.encoder.linear_fc2.bias",
+        ),
+        ("cp=2 comm=p2p", (step, "model_inputs"), _shifted, "loss"),
+        ("tp=2 dtype=float32", ("megatron_vita.models.vita", "vocab_parallel_loss"), _one_column_more, "loss"),
+    ],
+    ids=["scale", "labels miscounted", "all-reduce dropped", "label shifted", "padding counted"],
+)
+def test_a_defect_is_named(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    grid: str,
+    place: tuple[Any, str],
+    instead: Any,
+    first: str,
+) -> None:
+    where, name = place
+    if isinstance(where, str):
+        monkeypatch.setattr(f"{where}.{name}", instead)
+    else:
+        monkeypatch.setattr(where, name, instead)
+    status, said = run(capsys, "--grid", grid)
+    assert status == 1, said
+    assert f"FAILED {first}: differs by" in said, said
+    assert said.splitlines()[-1].startswith(f"FAILED: 1 of 1; the first: {grid}: {first}"), said
+
+
+def test_an_update_is_checked_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the reference forgets to clip; gradients agree, weights do not."""
+    monkeypatch.setattr(reference, "clip_scale", lambda *_: 1.0)
+    status, said = run(capsys, "--grid", "dp=2 dtype=float32")
+    assert status == 1, said
+    assert "FAILED weight of language_model.output_layer.weight, after the step: differs by" in said, said
+
+
+def _skip_on_one_rank(tensors: Any, group: Any) -> None:
+    if dist.get_rank() == 0:
+        dist.all_reduce(tensors[0], group=group)
+
+
+def test_a_rank_that_waits_for_ever_is_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grads, "tensor_parallel_sum_", _skip_on_one_rank)
+    status, said = run(capsys, "--grid", "tp=2 freeze=none,tower", "--limit", "4")
+    assert status == 1, said
+    assert "hangs: not done after 4 s" in said
+    assert "rank 0 stands at" in said
+    assert "_skip_on_one_rank" in said
+    assert "FAILED: 2 of 2; the first: tp=2: hangs" in said, "the next case gets new ranks"
+
+
+def _die(*_: Any) -> None:
+    if dist.get_rank() == 1:
+        os._exit(7)
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("no such thing")
+
+
+def test_a_rank_that_dies_or_raises_is_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for instead, says in ((_die, "rank 1 died"), (_raise, "RuntimeError: no such thing")):
+        monkeypatch.setattr(grads, "tensor_parallel_sum_", instead)
+        status, said = run(capsys, "--grid", "tp=2")
+        assert status == 1, said
+        assert says in said
+
+
+def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, says in (
+        (["--grid", "cp=3"], "choose of 1, 2, 4"),
+        (["--dtype", "float16"], "choose of float64, float32, bf16"),
+        (["--config", "missing.yaml"], "no such file"),
+    ):
+        status, said = run(capsys, *arguments)
+        assert status == 2
+        assert says in said
+
+
+def test_a_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = run(capsys, "--grid", "small", "--list")
+    assert status == 0
+    assert "excluded, " in said
+    assert len([line for line in said.splitlines() if " ranks  " in line]) == 10
