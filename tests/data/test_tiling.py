@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vita.config import IMAGE_NORMS
+from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.picture import read_image
-from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sample import Image as Part
+from megatron_vita.data.sample import MediaFile, Message, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import grid_for, plan_tiles, render_tiles, shrink_frame
+from megatron_vita.data.tiling import count_picture_tokens, grid_for, plan_tiles, render_tiles, shrink_frame
+from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.data.video_decode import encode_frame
-from tests.data.kit import picture
+from tests.data.kit import blank, picture, tokenizer_folder
 
 got_ocr2 = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
 
@@ -63,6 +68,58 @@ def test_pixels_equal_stock(mode: str, size: tuple[int, int]) -> None:
     shape = (1, 3, 1, 1)
     ours = (tiles.astype(np.float64) / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
     assert np.abs(ours - stock["pixel_values"]).max() < 1e-6
+
+
+@pytest.mark.parametrize("most", range(1, 13))
+def test_pixels_equal_stock_at_every_number_of_tiles(most: int) -> None:
+    spec = PreprocessSpec(image_size=32, patch_size=4, max_tiles=most)
+    mean, std = IMAGE_NORMS["imagenet"]
+    processor = got_ocr2.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=mean, image_std=std, crop_to_patches=True, max_patches=most
+    )
+    rng = np.random.default_rng(most)
+    grids = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1) if cols * rows <= most]
+    sizes = [(cols * 29 + 1, rows * 31 - 1) for cols, rows in grids]  # near every grid, and odd
+    sizes += [(1, 7), (7, 1), (2, 501), (601, 3), *map(tuple, rng.integers(4, 333, (6, 2)).tolist())]
+    counts = set()
+    for number, size in enumerate(sizes):
+        data = picture(*size, seed=number, kind=("JPEG", "PNG")[number % 2])
+        item = read_image(MediaFile(data=data))
+        slots = plan_tiles(item, 0, spec)
+        counts.add(len(slots) - (len(slots) > 1))
+        stock = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"]
+        if most == 1:  # stock wants no patches then: it resizes
+            stock = stock.reshape(1, 3, 32, 32)
+        tiles = render_tiles(item, slots, spec).astype(np.float64)
+        shape = (1, 3, 1, 1)
+        ours = (tiles / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+        assert ours.shape == stock.shape, size
+        assert np.abs(ours - stock).max() < 1e-6, size
+    assert counts == {cols * rows for cols, rows in grids}
+
+
+def test_midpoints_between_two_ratios_are_settled_as_stock() -> None:
+    grids = [(cols, rows) for cols in range(1, 13) for rows in range(1, 13) if cols * rows <= 12]
+    for most, least in ((12, 1), (12, 3), (9, 2), (5, 1)):
+        spec = PreprocessSpec(min_tiles=least, max_tiles=most)
+        for (cols, rows), (cols2, rows2) in itertools.combinations(grids, 2):
+            for scale in (1, 53):
+                size = ((cols * rows2 + cols2 * rows) * scale, 2 * rows * rows2 * scale)
+                stock = got_ocr2.get_optimal_tiled_canvas(size[::-1], (448, 448), least, most)
+                assert grid_for(*size, spec) == stock, size
+
+
+@pytest.mark.parametrize("layout", ["internvl", "long_vita"])
+def test_tokens_are_counted_from_the_size_alone(layout: str, tmp_path: Path) -> None:
+    tokenizer = VitaTokenizer.load(tokenizer_folder(tmp_path))
+    spec = PreprocessSpec(layout=layout, image_size=16, patch_size=4)
+    turns = (Message("user", (Text("Which"), Part(0), Text("digit"))), Message("assistant", (Text("seven"),)))
+    sample = Sample(turns, (MediaFile(data=b""),))
+    marks = [tokenizer.token_id(name) for name in ("<img>", "</img>", "</patch>")]
+    for size in ((10, 10), (40, 20), (20, 40), (99, 98), (300, 10), (120, 91), (64, 48)):
+        tokens = build_example(sample, [blank(*size)], [], tokenizer=tokenizer, spec=spec).tokens
+        places = np.flatnonzero(np.isin(tokens, marks))
+        assert places[-1] - places[0] + 1 == count_picture_tokens(*size, spec)
 
 
 def test_some_tiles_of_a_picture() -> None:
