@@ -23,17 +23,33 @@ def safe_path(root: Path, path: str) -> Path:
     Raises:
         DataError: path_escape or media_missing.
     """
-    if "\0" in path:
-        raise refuse("media_missing", f"{path!r} is not a file name.")
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(real_root, path))
-    if os.path.commonpath([real_root, real]) != real_root:
+    found = locate(os.path.realpath(root), path)
+    if found is None:
+        raise refuse("media_missing", f"{path} does not exist under {root}. Set `media_root`, or fetch the file.")
+    return Path(found)
+
+
+def locate(root: str, path: str) -> str | None:
+    """As `safe_path`, but None where nothing is there.
+
+    Args:
+        root: the media root, its own links resolved.
+        path: relative to the root, or absolute but inside it.
+
+    Raises:
+        DataError: path_escape, or media_missing for what can be no file name.
+    """
+    try:
+        if "\0" in path or not os.fsencode(path):
+            raise ValueError
+    except ValueError:  # a lone surrogate, as JSON can write it, included
+        raise refuse("media_missing", f"{path!r} is not a file name.") from None
+    real = os.path.realpath(os.path.join(root, path))
+    if not (real + os.sep).startswith(root.rstrip(os.sep) + os.sep):
         raise refuse(
             "path_escape", f"{path} leaves the media root {root}. Set `media_root` to the folder that holds it."
         )
-    if not os.path.exists(real):
-        raise refuse("media_missing", f"{path} does not exist under {root}. Set `media_root`, or fetch the file.")
-    return Path(real)
+    return real if os.path.exists(real) else None
 
 
 def read_items(

@@ -13,6 +13,7 @@ CODES: dict[str, str] = {
     "no_answer": "the conversation has no answer to learn from",
     "media_count": "placeholders and media do not match",
     "media_missing": "the picture or video file does not exist",
+    "media_ambiguous": "several files bear the name, and they differ",
     "media_remote": "the medium is a web address; nothing is downloaded",
     "path_escape": "the path leaves the media root",
     "media_broken": "the picture cannot be decoded",

@@ -55,6 +55,8 @@ class MediaFile:
     """Bytes of the region; None: the whole file, or folder."""
     label: str | None = None
     """What to call it in messages, where `path` alone says too little (archive and member)."""
+    frames: tuple[MediaFile, ...] = ()
+    """The pictures, in order, of a folder of frames in an archive; then there is neither path nor data."""
 
     @property
     def name(self) -> str:

@@ -83,13 +83,13 @@ def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[b
 
 
 def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
-    file = MediaFile(
-        path=request["path"],
-        data=blobs[0] if blobs else None,
-        offset=request["offset"],
-        size=request["size"],
-        label=request["name"],
-    )
+    held, name, frames = iter(blobs), request["name"], request["frames"]
+
+    def medium(place: dict[str, Any]) -> MediaFile:
+        data = next(held, None) if place["path"] is None else None
+        return MediaFile(path=place["path"], data=data, offset=place["offset"], size=place["size"], label=name)
+
+    file = MediaFile(label=name, frames=tuple(map(medium, frames))) if frames else medium(request)
     video = open_here(file, request["backend"])
     videos[request["video"]] = video
     return {"fps": video.fps}, [np.asarray(video.times, dtype="<f8").tobytes()]

@@ -228,9 +228,7 @@ def _frames_of(path: str) -> list[MediaFile]:
         if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
     ]
     inside = [file for file in files if os.path.realpath(file).startswith(root + os.sep)]
-    return [
-        MediaFile(path=file) for file in sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))
-    ]
+    return [MediaFile(path=file) for file in sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))]
 
 
 def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:

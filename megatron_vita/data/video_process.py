@@ -267,14 +267,12 @@ class ChildVideo(VideoFile):
     def _open_there(self) -> tuple[float, Any]:
         file = self._file
         decoder.child(self._limits)
-        message = {
-            "do": "open",
-            "path": None if file.path is None else os.path.abspath(file.path),
-            "offset": file.offset,
-            "size": file.size,
-            "backend": self._backend,
-        }
-        answer, blobs = self._ask(message, () if file.data is None else (file.data,))
+        places = [
+            {"path": None if one.path is None else os.path.abspath(one.path), "offset": one.offset, "size": one.size}
+            for one in (file, *file.frames)
+        ]
+        message = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
+        answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
         self._where = decoder.started
         return float(answer["fps"]), np.frombuffer(blobs[0], dtype="<f8")
 

@@ -5,6 +5,7 @@ A MediaRule says where the media of a data file lie and can be sent to any proce
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,12 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_vita.data.media import safe_path
+from megatron_vita.data.media import locate
 from megatron_vita.data.names import natural_key
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sources.archives.table import stem_of
+from megatron_vita.data.sources.disk_names import DiskNames
+from megatron_vita.data.sources.shelves import Shelves
+from megatron_vita.errors import ConfigError
 
-_ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))(\.(aa|0{1,3}|0{0,2}1))?$", re.IGNORECASE)
+RESOLVE = ("path", "stem", "name")
+
+_ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))(\.(aa|0{2,3}|0{1,2}1))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +54,7 @@ class MediaStore(ABC):
         """The medium that a record's reference means.
 
         Raises:
-            DataError: path_escape or media_missing.
+            DataError: path_escape, media_missing or media_ambiguous; or why the member of an archive is not read.
         """
 
 
@@ -56,12 +63,57 @@ class _Nothing(MediaStore):
         raise refuse("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
 
 
-class _Folder(MediaStore):
-    def __init__(self, root: Path) -> None:
-        self._root = root
+class _Rooted(MediaStore):
+    """Files under the root win, then archives, then what bears the name."""
+
+    def __init__(self, rule: MediaRule, root: Path, work: Path | None, *, anew: bool = False, progress: bool = False):
+        if rule.resolve not in RESOLVE:
+            raise ConfigError(f"resolve {rule.resolve!r}: choose {', '.join(RESOLVE)}.")
+        self._rule, self._given = rule, root
+        self._root = os.path.realpath(root)
+        self._shelves: Shelves | None = None
+        self._names: DiskNames | None = None
+        if rule.archives:
+            frames = rule.frames or rule.resolve == "stem"
+            self._shelves = Shelves(
+                self._root, rule.archives, work, frames=frames, resolve=rule.resolve, progress=progress
+            )
+        if rule.resolve != "path":
+            self._names = DiskNames(Path(self._root), rule.resolve, work, anew=anew)
 
     def find(self, reference: str) -> MediaFile:
-        return MediaFile(path=str(safe_path(self._root, reference)))
+        for beginning, replacement in self._rule.rewrite:
+            if reference.startswith(beginning):
+                reference = replacement + reference.removeprefix(beginning)
+                break
+        real = locate(self._root, reference)
+        if real is not None:
+            return MediaFile(path=real)
+        path = os.path.normpath(os.path.relpath(reference, self._root) if os.path.isabs(reference) else reference)
+        found = self._shelves.find(path) if self._shelves else None
+        if found is None and self._names is not None:
+            found = self._by_name(path)
+        if found is not None:
+            return found
+        places = f" or in its {len(self._rule.archives)} archives" if self._rule.archives else ""
+        raise refuse(
+            "media_missing", f"{reference} does not exist under {self._given}{places}. Set `media_root`, or fetch it."
+        )
+
+    def _by_name(self, path: str) -> MediaFile | None:
+        assert self._names is not None
+        folder, name = os.path.split(path)
+        if self._rule.resolve == "stem":
+            if folder:  # a path that says more than an id
+                return None
+            name = stem_of(name)
+        on_disk = self._names.find(name)
+        if len(on_disk) > 1:
+            raise refuse("media_ambiguous", f"{name} may be {on_disk[0]} or {on_disk[1]}. Give the path in the record.")
+        if on_disk:
+            real = locate(self._root, on_disk[0])
+            return None if real is None else MediaFile(path=real)
+        return self._shelves.find_name(name) if self._shelves else None
 
 
 @lru_cache(maxsize=64)
@@ -70,9 +122,27 @@ def open_store(rule: MediaRule, work: Path | None = None) -> MediaStore:
 
     Args:
         rule: where the media lie.
-        work: folder for what is kept between runs (indexes of archives, what was unpacked).
+        work: folder for what is kept between runs (indexes of archives, what was unpacked); none: a temporary one.
+
+    Raises:
+        ConfigError: an archive cannot be used; the message names it.
     """
-    return _Folder(rule.root) if rule.root is not None else _Nothing()
+    return _Rooted(rule, rule.root, work) if rule.root is not None else _Nothing()
+
+
+def prepare(rule: MediaRule, work: Path, *, progress: bool = True) -> None:
+    """Unpack and index the archives of a rule, and list names on disk, once, before processes open its store.
+
+    Args:
+        rule: where the media lie.
+        work: folder for what is kept between runs.
+        progress: show bars for long ones.
+
+    Raises:
+        ConfigError: an archive cannot be used; the message names it.
+    """
+    if rule.root is not None:
+        _Rooted(rule, rule.root, work, anew=True, progress=progress)
 
 
 def list_archives(root: Path, patterns: Sequence[str] = ("**/*",)) -> tuple[Path, ...]:
@@ -87,17 +157,3 @@ def list_archives(root: Path, patterns: Sequence[str] = ("**/*",)) -> tuple[Path
     """
     found = {path for pattern in patterns for path in root.glob(pattern) if _ARCHIVE.search(path.name)}
     return tuple(sorted((path for path in found if path.is_file()), key=lambda path: natural_key(str(path))))
-
-
-def prepare(rule: MediaRule, work: Path, *, progress: bool = True) -> None:
-    """Unpack and index the archives of a rule, once, before processes open its store.
-
-    Args:
-        rule: where the media lie.
-        work: folder for what is kept between runs.
-        progress: show bars for long ones.
-
-    Raises:
-        ConfigError: an archive cannot be used; the message names it.
-    """
-    open_store(rule, work)

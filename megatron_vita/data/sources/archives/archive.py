@@ -11,7 +11,7 @@ from megatron_vita.data.sources.archives.members import STORED, TAR, Member
 from megatron_vita.data.sources.archives.packed import compression_of, parts_of, peek, unpack
 from megatron_vita.data.sources.archives.tars import BLOCK, is_tar, tar_members
 from megatron_vita.data.sources.archives.workspace import build_once
-from megatron_vita.data.sources.archives.zips import inflate, is_zip, zip_members
+from megatron_vita.data.sources.archives.zips import inflate, is_zip, several_volumes, zip_members
 from megatron_vita.errors import ConfigError
 
 
@@ -64,14 +64,15 @@ def open_archive(path: Path, work: Path | None = None, *, progress: bool = True)
         DataError: the packed data is damaged.
     """
     if path.with_suffix(".z01").exists():
-        zip_members(path).__next__()  # says what to do
+        raise several_volumes(path)
     parts = parts_of(path)
     head = peek(path, 2 * BLOCK)
-    if not (is_zip(head) or is_tar(head)):
+    zipped = is_zip(head) or path.suffix.lower() == ".zip"  # a zip may have a program before it
+    if not (zipped or is_tar(head)):
         raise ConfigError(f"{path}: neither a zip nor a tar, or a damaged one. Fetch it again.")
     with parts[0].open("rb") as stream:
         packed = compression_of(stream.read(64)) is not None
     data = path
     if packed or len(parts) > 1:
         data = build_once(work, "unpacked", parts, lambda target: unpack(path, target, progress=progress))
-    return Archive(path, data, is_zip(head))
+    return Archive(path, data, zipped)

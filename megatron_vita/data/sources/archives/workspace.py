@@ -15,7 +15,13 @@ from megatron_vita.errors import ConfigError
 
 
 def build_once(
-    work: Path | None, kind: str, sources: Sequence[Path], build: Callable[[Path], None], detail: str = ""
+    work: Path | None,
+    kind: str,
+    sources: Sequence[Path],
+    build: Callable[[Path], None],
+    detail: str = "",
+    *,
+    anew: bool = False,
 ) -> Path:
     """A file or folder made of other files: the one kept in the work folder, or made now.
 
@@ -28,6 +34,7 @@ def build_once(
         sources: the files it is made of.
         build: makes it under the path it is given.
         detail: what else decides its content.
+        anew: make it again, whatever is there.
 
     Raises:
         ConfigError: the work folder cannot be written, or is full.
@@ -40,13 +47,13 @@ def build_once(
         states.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     stem = names.hexdigest()[:24]
     target = folder / f"{stem}-{states.hexdigest()[:16]}"
-    if target.exists():
+    if target.exists() and not anew:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{stem}.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.exists():
+            if target.exists() and not anew:
                 return target
             for stale in folder.glob(f"{stem}-*"):  # of a source that has changed, or partial
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()

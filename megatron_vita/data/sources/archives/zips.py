@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sources.archives.members import (
     DEFLATED,
     ENCRYPTED,
@@ -25,13 +26,17 @@ from megatron_vita.data.sources.archives.members import (
     Member,
     clean_name,
 )
-from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.errors import ConfigError
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+BOMB_RATIO = 250
+"""A member may unpack to this many times its size; few pictures pack at all."""
+BOMB_FLOOR = 64 << 20
+"""Bytes that any member may unpack to."""
 _FULL = 0xFFFFFFFF
 _BLOCK = 1 << 20
 
@@ -47,8 +52,6 @@ def zip_members(path: Path) -> Iterator[Member]:
     Raises:
         ConfigError: it has several volumes, is cut short or damaged.
     """
-    if path.with_suffix(".z01").exists():
-        raise _several(path)
     with path.open("rb") as stream:
         size, count, shift = _directory(path, stream)
         buffer, place, left = b"", 0, size
@@ -67,13 +70,19 @@ def data_offset(stream_fd: int, header: int) -> int:
     """Where the data behind a local header begin.
 
     Raises:
-        DataError: there is no header.
+        DataError: media_broken, there is no header.
     """
     head = os.pread(stream_fd, _LOCAL.size, header)
     if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
-        raise DataError("its header in the zip is damaged")
+        raise refuse("media_broken", "its header in the zip is damaged.")
     fields = _LOCAL.unpack(head)
     return header + _LOCAL.size + int(fields[9]) + int(fields[10])
+
+
+def local_name(stream_fd: int, header: int) -> str:
+    """The name in a local header."""
+    flags, length = struct.unpack("<H18xH", os.pread(stream_fd, 22, header + 6))
+    return _text(os.pread(stream_fd, length, header + _LOCAL.size), flags)
 
 
 def inflate(stream_fd: int, header: int, size: int, crc: int, stored: bool = False) -> Iterator[bytes]:
@@ -87,9 +96,10 @@ def inflate(stream_fd: int, header: int, size: int, crc: int, stored: bool = Fal
         stored: it is not packed.
 
     Raises:
-        DataError: damaged, or of another size than the directory says.
+        DataError: media_broken, media_truncated or media_bomb.
     """
-    place, given, sum32 = data_offset(stream_fd, header), 0, 0
+    begin = place = data_offset(stream_fd, header)
+    given = sum32 = 0
     decoder = zlib.decompressobj(-15)
     pending = b""
     while given < size or not (stored or decoder.eof):
@@ -97,21 +107,24 @@ def inflate(stream_fd: int, header: int, size: int, crc: int, stored: bool = Fal
             pending = os.pread(stream_fd, min(64 << 10, size - given) if stored else 64 << 10, place)
             place += len(pending)
             if not pending:
-                raise DataError("it ends early")
+                raise refuse("media_truncated", "it ends early.")
         try:
             # one byte more than it should have: a member that is larger is found out without unpacking it
             piece = pending if stored else decoder.decompress(pending, min(_BLOCK, size - given + 1))
         except zlib.error as error:
-            raise DataError(f"it is damaged ({error})") from None
+            raise refuse("media_broken", f"it is damaged ({error}).") from None
         pending = b"" if stored else decoder.unconsumed_tail
         given += len(piece)
         sum32 = zlib.crc32(piece, sum32)
         if given > size or (not stored and decoder.eof and given < size):
-            raise DataError(f"it has not the {size} bytes that the zip says")
+            raise refuse("media_broken", f"it has not the {size} bytes that the zip says.")
+        taken = place - begin - len(pending)
+        if given > max(BOMB_FLOOR, BOMB_RATIO * taken):
+            raise refuse("media_bomb", f"{taken} bytes of the zip unpack to more than {given}.")
         if piece:
             yield piece
     if sum32 != crc:
-        raise DataError("its checksum is wrong")
+        raise refuse("media_broken", "its checksum is wrong.")
 
 
 def _directory(path: Path, stream: BinaryIO) -> tuple[int, int, int]:
@@ -120,8 +133,12 @@ def _directory(path: Path, stream: BinaryIO) -> tuple[int, int, int]:
     tail_start = max(0, size - _END.size - 65535)
     stream.seek(tail_start)
     tail = stream.read()
-    found = tail.rfind(b"PK\x05\x06")
-    if found < 0 or len(tail) < found + _END.size:
+    found = len(tail)
+    while (found := tail.rfind(b"PK\x05\x06", 0, found)) >= 0:
+        comment = tail[found + _END.size :]
+        if tail[found + 20 : found + 22] == len(comment).to_bytes(3, "little")[:2]:
+            break  # else it was part of the comment
+    if found < 0:
         raise ConfigError(f"{path}: no whole zip, its end is missing. Fetch it again.")
     end = tail_start + found
     _, disk, directory_disk, _, count, length, offset, _ = _END.unpack_from(tail, found)
@@ -131,7 +148,7 @@ def _directory(path: Path, stream: BinaryIO) -> tuple[int, int, int]:
         magic, _, _, disks = _LOCATOR.unpack(stream.read(_LOCATOR.size))
         if magic == b"PK\x06\x07":
             if disks > 1:
-                raise _several(path)
+                raise several_volumes(path)
             end64 = _LOCATOR.size + _END64.size
             stream.seek(end - end64)
             fields = _END64.unpack(stream.read(_END64.size))
@@ -139,7 +156,7 @@ def _directory(path: Path, stream: BinaryIO) -> tuple[int, int, int]:
                 raise ConfigError(f"{path}: the zip's directory is damaged. Fetch it again.")
             disk, directory_disk, count, length, offset = fields[4], fields[5], fields[7], fields[8], fields[9]
     if disk not in (0, 0xFFFF) or directory_disk not in (0, 0xFFFF):
-        raise _several(path)
+        raise several_volumes(path)
     begin = end - end64 - length
     if begin < offset or begin < 0:
         raise ConfigError(f"{path}: the zip's directory is damaged. Fetch it again.")
@@ -159,7 +176,7 @@ def _entry(path: Path, buffer: bytes, place: int, shift: int) -> tuple[Member | 
     if _FULL in (size, packed, header):
         size, packed, header = _large(buffer[start + named : start + named + extras], size, packed, header)
     if disk not in (0, 0xFFFF):
-        raise _several(path)
+        raise several_volumes(path)
     text = _text(raw, flags)
     if text.endswith("/"):
         return None, length
@@ -205,6 +222,7 @@ def _text(raw: bytes, flags: int) -> str:
         return raw.decode("cp437")
 
 
-def _several(path: Path) -> ConfigError:
+def several_volumes(path: Path) -> ConfigError:
+    """What to say of a zip in several files (`.z01 .z02 ... .zip`)."""
     whole = path.with_name(f"{path.stem}_whole.zip")
     return ConfigError(f"{path}: a zip of several volumes. Join them: zip -s 0 {path} --out {whole}")
