@@ -51,7 +51,16 @@ def open_engine(name: str, workers: int) -> Engine:
 
 
 class Engine(ABC):
-    """Maps tasks over a job."""
+    """Maps tasks over a job. A context manager: what it holds between two maps is let go of at its end."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+        """Let go of everything."""
 
     @abstractmethod
     def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
@@ -210,12 +219,13 @@ class RayEngine(_Crew[Any]):
                 "--engine ray needs ray: pip install 'megatron-vita[ray]', or use --engine local."
             ) from None
         self._ray = ray
+        self._mine = False
         self._running: dict[Any, Any] = {}  # actor -> what it is working on
 
-    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+    def __enter__(self) -> Engine:
         ray = self._ray
-        mine = not ray.is_initialized()
-        if mine:
+        self._mine = not ray.is_initialized()
+        if self._mine:
             start: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
             if not os.environ.get("RAY_ADDRESS"):
                 start |= {"num_cpus": self._workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
@@ -223,11 +233,11 @@ class RayEngine(_Crew[Any]):
                 ray.init(**start)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConfigError(f"--engine ray: no cluster ({error}). Correct RAY_ADDRESS, or unset it.") from None
-        try:
-            yield from super().map(job, tasks)
-        finally:
-            if mine:
-                ray.shutdown()
+        return self
+
+    def close(self) -> None:
+        if self._mine:
+            self._ray.shutdown()
 
     def _hire(self, job: Any) -> Any:
         return self._ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(job)

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vita import __version__
 from megatron_vita.data.chunk_job import ChunkJob, ChunkTask
 from megatron_vita.data.compile import OVERLONG, Rules
-from megatron_vita.data.engines import ENGINES, LocalEngine, open_engine
+from megatron_vita.data.engines import ENGINES, Engine, LocalEngine, open_engine
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.plan import EntryTable, Plan, chunk_path
 from megatron_vita.data.records import file_info
@@ -46,7 +48,7 @@ from megatron_vita.data.tokenizer import (
     VitaTokenizer,
 )
 from megatron_vita.data.video import VideoLimits
-from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.errors import ConfigError, DataError, VitaError
 
 CHUNK = 128
 """Records that a process takes at once."""
@@ -139,9 +141,9 @@ def run(options: Options) -> Manifest:
         DataError: a data file cannot be read, no record is left, or more were refused than `max_rejected` allows.
     """
     job = _prepare(options)
-    with _work_folder(job):
-        if is_ready(job.work):
-            return publish(job.work, job.prefix)
+    with _work_folder(job) as ready, open_engine(options.engine, options.workers) as engine:
+        if ready is not None:
+            return ready
         if options.resume:
             finished = _finished(options.output, job.inputs)
             if finished is not None:
@@ -149,9 +151,9 @@ def run(options: Options) -> Manifest:
                 shutil.rmtree(job.work)
                 return finished
         chunks = _chunks(job)
-        _compile(job, chunks)
+        _compile(job, chunks, engine)
         sources = _sources(job, chunks)
-        return _write(job, chunks, sources)
+        return _write(job, chunks, sources, engine)
 
 
 def _prepare(options: Options) -> _Run:
@@ -190,9 +192,14 @@ def _prepare(options: Options) -> _Run:
 
 
 @contextmanager
-def _work_folder(job: _Run) -> Iterator[None]:
-    """The work folder, for this run alone. Left where it is when the run is cut short."""
+def _work_folder(job: _Run) -> Iterator[Manifest | None]:
+    """The work folder, for this run alone. Left where it is when the run is cut short.
+
+    Gives the set's manifest if nothing was left to do but to publish it.
+    """
     work, note = job.work, job.work / "inputs"
+    # the same chunks have the same numbers: said by whoever cuts them
+    described = f"{job.inputs} {CHUNK} {__version__}"
     try:
         job.prefix.parent.mkdir(parents=True, exist_ok=True)
         lock = Path(f"{work}.lock").open("w")  # noqa: SIM115 (closed below)
@@ -201,11 +208,18 @@ def _work_folder(job: _Run) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if os.fstat(lock.fileno()).st_ino != os.stat(lock.name).st_ino:
+                raise BlockingIOError  # it was another run's, which has just ended
+        except (BlockingIOError, FileNotFoundError):
             raise ConfigError(f"--output {job.prefix}: another run is writing it. Wait, or choose another.") from None
         try:
             left = note.read_text() if note.exists() else None
-            if left != job.inputs or not job.options.resume:
+            if is_ready(work):  # cut short between the old set and the new one
+                manifest = publish(work, job.prefix)
+                if left == described and job.options.resume:
+                    yield manifest
+                    return
+            if left != described or not work.exists() or not job.options.resume:
                 if work.exists():
                     log.info(
                         "%s is of %s: started over", work, "other inputs" if job.options.resume else "an earlier run"
@@ -213,8 +227,8 @@ def _work_folder(job: _Run) -> Iterator[None]:
                 shutil.rmtree(work, ignore_errors=True)
                 for folder in ("active", "sources"):
                     (work / folder).mkdir(parents=True)
-                note.write_text(job.inputs)
-            yield
+                note.write_text(described)
+            yield None
         finally:
             Path(lock.name).unlink(missing_ok=True)
 
@@ -222,16 +236,24 @@ def _work_folder(job: _Run) -> Iterator[None]:
 def _chunks(job: _Run) -> list[ChunkTask]:
     """The records that were chosen, in runs for one process each: the same ones whoever compiles them."""
     chunks: list[ChunkTask] = []
-    for rule in dict.fromkeys(file.media for file in job.files):
-        stores.prepare(rule, job.work / "sources", progress=job.options.progress)
-    for number, file in enumerate(job.files):
-        reader = file.reader(job.work / "sources")
-        chosen = file.choose(reader.index(), job.options.seed)
-        chunks += [ChunkTask(n, number, part) for n, part in enumerate(reader.chunks(chosen, CHUNK), len(chunks))]
+    sources_work = job.work / "sources"
+    try:
+        for rule in dict.fromkeys(file.media for file in job.files):
+            stores.prepare(rule, sources_work, progress=job.options.progress)
+        for number, file in enumerate(job.files):
+            reader = file.reader(sources_work)
+            reader.prepare(progress=job.options.progress)
+            chosen = file.choose(reader.index(), job.options.seed)
+            parts = reader.chunks(chosen, CHUNK)
+            chunks += [ChunkTask(n, number, part) for n, part in enumerate(parts, len(chunks))]
+    except VitaError:
+        if not (job.work / "spool").exists():  # nothing is compiled yet that could be kept
+            shutil.rmtree(job.work)
+        raise
     return chunks
 
 
-def _compile(job: _Run, chunks: Sequence[ChunkTask]) -> None:
+def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Engine) -> None:
     """Every chunk that has no spool file yet."""
     options, work = job.options, job.work
     for folder in {chunk_path(work, task.number).parent for task in chunks}:
@@ -257,12 +279,12 @@ def _compile(job: _Run, chunks: Sequence[ChunkTask]) -> None:
     done = total - sum(len(task.places) for task in todo)
     # What was being compiled when a run ended may have ended it: it gets a process of its own, whose end is survived.
     suspects = [task for task in todo if compiling.marker(task.number).exists()] if options.workers == 1 else []
-    rest = [task for task in todo if not any(task is one for one in suspects)]
+    alone = {task.number for task in suspects}
+    rest = [task for task in todo if task.number not in alone]
     with _bar(options, "compile", "records", total, done) as bar:
-        for engine, tasks in ((LocalEngine(1), suspects), (open_engine(options.engine, options.workers), rest)):
-            if tasks:
-                for task, _ in engine.map(compiling, tasks):
-                    bar.update(len(task.places))
+        for one, tasks in ((LocalEngine(1), suspects), (engine, rest)):
+            for task, _ in one.map(compiling, tasks) if tasks else ():
+                bar.update(len(task.places))
 
 
 def _earlier(job: _Run) -> EarlierSet | None:
@@ -328,7 +350,7 @@ def _rejects(job: _Run, chunks: Sequence[ChunkTask]) -> Iterator[tuple[int, Reje
             yield task.file, Reject(source=file.name, line=line, code=code, message=f"{file.written}: {message}")
 
 
-def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts]) -> Manifest:
+def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], engine: Engine) -> Manifest:
     options = job.options
     try:
         plan = Plan(job.work)
@@ -344,7 +366,7 @@ def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCount
             job.info,
             sources,
             (reject for _, reject in _rejects(job, chunks)),
-            engine=open_engine(options.engine, options.workers),
+            engine=engine,
             progress=bar.update,
         )
     for source in manifest.sources:

@@ -162,16 +162,21 @@ def publish(work: Path, prefix: Path) -> Manifest:
     final = Path(f"{prefix}.json")
     final.unlink(missing_ok=True)
     for suffix in SUFFIXES:
-        if suffix not in manifest.files:
-            Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
-        elif out_path(work, suffix).exists():
-            out_path(work, suffix).replace(f"{prefix}.{suffix}")
+        _place(out_path(work, suffix), Path(f"{prefix}.{suffix}"), suffix in manifest.files)
     shutil.copyfile(_ready(work), work / "manifest.copy")
     _sync(work / "manifest.copy")
     (work / "manifest.copy").replace(final)
     _sync(final.parent)
     shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+def _place(made: Path, final: Path, wanted: bool) -> None:
+    """Move one file to its name, if that is not done already; remove an older set's that has no successor."""
+    if not wanted:
+        final.unlink(missing_ok=True)
+    elif made.exists():
+        made.replace(final)
 
 
 def check_example(example: Example, info: SetInfo, where: str) -> None:
