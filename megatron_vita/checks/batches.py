@@ -38,7 +38,8 @@ def _batch(stage: StageConfig, groups: Groups, packs: Sequence[Pack], num_labels
     padding = stage.data.seq_length * len(packs) - int(starts[-1])
     reset = stage.data.reset_per_document
     documents = [length for pack in packs for length in (pack.documents if reset else (len(pack.tokens),))]
-    layout = SequenceLayout((*documents, padding), cp=groups.cp_size, sp=groups.sequence_shards)
+    documents += [padding] if padding else []
+    layout = SequenceLayout(tuple(documents), cp=groups.cp_size, sp=groups.sequence_shards)
     places = [start + first for pack, start in zip(packs, starts, strict=False) for first in pack.first_token]
     first_token = np.array(places, dtype=np.int64)
     per_tile = stage.model.vision.tokens_per_tile if stage.model.vision else 1

@@ -202,17 +202,24 @@ def _uneven(case: Case) -> str:
 
 
 def make_stage(
-    parallel: ParallelConfig, model: ModelConfig, packs: int, micro_batch_size: int, reset: bool, **train: Any
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    packs: int,
+    micro_batch_size: int,
+    reset: bool,
+    seq_length: int = TOKENS + 1,
+    **train: Any,
 ) -> StageConfig:
     """A stage of one step over `packs` packs. Gradients are clipped, and AdamW's epsilon is large: with a small one the
-    first update is the gradient's sign, which would hide a wrong factor and turn over where the gradient is noise."""
+    first update is the gradient's sign, which would hide a wrong factor and turn over where the gradient is noise.
+    Packs are padded to the next length from `seq_length` on that the layout can split."""
     shards = parallel.context_parallel_size * parallel.sequence_shards
     return StageConfig(
         name="check",
         model=model,
         parallel=parallel,
         data=DataConfig(
-            data_path="-", seq_length=-(-(TOKENS + 1) // shards) * shards, reset_per_document=reset, num_workers=0
+            data_path="-", seq_length=-(-seq_length // shards) * shards, reset_per_document=reset, num_workers=0
         ),
         optimizer=OptimizerConfig(
             lr=1e-2,
