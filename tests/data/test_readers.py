@@ -145,6 +145,31 @@ def test_a_broken_record_hurts_no_other(tmp_path: Path) -> None:
     assert records(tmp_path / "empty.json") == []
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"open', "open"),  # a quote is missing
+        ('"id": 3', '"id": 3, "x": {'),  # a bracket too many
+        ('open"', "open"),
+        ('"id": 3', '"id": 3]]'),
+    ],
+)
+def test_a_record_that_does_not_pair_up_swallows_no_other(
+    tmp_path: Path, damage: tuple[str, str], indent: int | None
+) -> None:
+    talk = [{"from": "human", "value": 'say "[}, {", ok'}, {"from": "gpt", "value": "a, b"}] * 2
+    content = [{"id": n, "conversations": talk, "image": "open"} for n in range(8)]
+    texts = [json.dumps(record, indent=indent) for record in content]
+    texts[3] = texts[3].replace(*damage)
+    (tmp_path / "a.json").write_text("[" + ", ".join(texts) + "]")
+    got = [record for _, record in records(tmp_path / "a.json", "json")]
+    assert [record for record in got if record != "bad"] == content[:3] + content[4:]
+    assert got.count("bad") >= 1
+    lines = [line for line, _ in records(tmp_path / "a.json", "json")]
+    assert lines == list(range(1, len(got) + 1))
+
+
 @given(text=st.binary(max_size=60).map(lambda data: bytes(b'[]{}",\\ a\n'[byte % 10] for byte in data)))
 @settings(deadline=None, max_examples=300)
 def test_any_text_is_cut_without_loss(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:

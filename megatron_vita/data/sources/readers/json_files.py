@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sources.readers.base import MAX_RECORD, Places, Reader, Record, as_places, parse_record
+from megatron_vita.data.sources.readers.mend import array_records
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, ArrayScanner, scan_array, scan_lines
 from megatron_vita.errors import DataError
 
@@ -53,7 +54,7 @@ class JsonArray(ByteRanges):
     """One array of records."""
 
     def _scan(self, stream: BinaryIO, most: int | None = None) -> array[int]:
-        return scan_array(stream, most=most)
+        return array_records(stream, most=most)
 
 
 def read_range(stream: BinaryIO, start: int, stop: int) -> Record | DataError:
@@ -85,7 +86,7 @@ def json_form(head: bytes) -> str:
 
 def is_turn(text: bytes) -> bool:
     """Is the first thing in an array a turn of a conversation, and the array so a record itself?"""
-    places = scan_array(io.BytesIO(text), most=1)
+    places, _ = scan_array(io.BytesIO(text), most=1)
     first = parse_record(text[places[1] : places[2]]) if places else None
     if isinstance(first, dict):
         return {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys()

@@ -16,7 +16,8 @@ from megatron_vita.data.sources.archives import Archive, build_once, open_archiv
 from megatron_vita.data.sources.archives.members import REFUSED, Member
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, is_turn, json_form, read_range
-from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_array, scan_lines
+from megatron_vita.data.sources.readers.mend import array_records
+from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
 from megatron_vita.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
@@ -104,7 +105,7 @@ def _records(stream: BinaryIO, begin: int, end: int, name: str) -> array[int]:
     stream.seek(begin)
     head = stream.read(min(PEEK, end - begin)).removeprefix(BYTE_ORDER_MARK).lstrip(BLANK)
     if json_form(head) == "json":
-        return array("q", (1, begin, end)) if is_turn(head) else scan_array(stream, begin, end)
+        return array("q", (1, begin, end)) if is_turn(head) else array_records(stream, begin, end)
     line, _, rest = head.partition(b"\n")
     lines = name.lower().endswith(_LINES) or rest.lstrip(BLANK).startswith((b"{", b"["))
     if not lines and isinstance(parse_record(line), DataError):  # an object over several lines

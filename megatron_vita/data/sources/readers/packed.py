@@ -10,7 +10,8 @@ from megatron_vita.data.sources.archives import build_once, unpack
 from megatron_vita.data.sources.archives.packed import peek
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, JsonArray, JsonLines, json_form
-from megatron_vita.data.sources.readers.scan import scan_array, scan_lines
+from megatron_vita.data.sources.readers.mend import array_records
+from megatron_vita.data.sources.readers.scan import scan_lines
 from megatron_vita.errors import DataError
 
 _MOST = 256 << 20
@@ -48,7 +49,7 @@ class PackedJson(Reader):
 
     def _complete(self, text: bytes, count: int) -> list[Record | DataError]:
         """Records that are whole in the beginning of the text: at least one, at most `count`."""
-        scan = scan_array if self._form(text) == "json" else scan_lines
+        scan = array_records if self._form(text) == "json" else scan_lines
         flat = scan(io.BytesIO(text))
         whole = [(flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3) if flat[at + 2] < len(text)]
         return [parse_record(text[start:stop]) for start, stop in whole[:count]]

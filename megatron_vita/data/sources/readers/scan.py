@@ -27,13 +27,14 @@ Offsets = npt.NDArray[np.int64]
 class ArrayScanner:
     """Finds the records of one JSON array, of which it is fed one block after another."""
 
-    def __init__(self) -> None:
-        self._depth = 0
+    def __init__(self, begun: int | None = None) -> None:
+        """An array that is to begin, or one whose records begin at the offset `begun`."""
+        self._depth = int(begun is not None)
         """Open brackets; 0 before the array and behind it."""
         self._in_string = False
         self._escaped = False
         """The next block's first byte stands behind a backslash."""
-        self.began: int | None = None
+        self.began = begun
         """Offset of the array's first record, once its bracket has been seen."""
         self.ended: int | None = None
         """Offset of the bracket that ends the array, once it has been seen."""
@@ -60,10 +61,12 @@ class ArrayScanner:
         quotes = kinds == _QUOTE
         self._drop_escaped(text, marks, kinds, quotes)
         # an even number of quotes before a mark: it stands outside of strings
-        parity = np.cumsum(quotes, dtype=np.int32)
-        outside = (parity + int(self._in_string)) % 2 == 0
-        self._in_string ^= bool(parity[-1] % 2) if len(parity) else False
-        outside &= ~quotes
+        parity = np.cumsum(quotes, dtype=np.uint8)  # its lowest bit is right, however many there are
+        parity &= 1
+        inside = parity ^ np.uint8(self._in_string)
+        self._in_string = bool(inside[-1]) if len(inside) else self._in_string
+        inside |= quotes
+        outside = np.flatnonzero(inside == 0)
         marks, kinds = marks[outside], kinds[outside]
         folded = kinds | 0x20  # [ and { alike, ] and } alike
         depth = self._depth + np.cumsum((folded == _OPEN).astype(np.int32) - (folded == _CLOSE), dtype=np.int32)
@@ -97,7 +100,9 @@ class ArrayScanner:
         quotes[following] = False
 
 
-def scan_array(stream: BinaryIO, start: int = 0, stop: int | None = None, most: int | None = None) -> array[int]:
+def scan_array(
+    stream: BinaryIO, start: int = 0, stop: int | None = None, most: int | None = None, *, begun: bool = False
+) -> tuple[array[int], bool]:
     """Records of the JSON array in a stream: (number from 1, offset, end) one after another.
 
     What stands behind the array is one more record, so that it is not lost; so is the rest of an array that never ends.
@@ -107,8 +112,12 @@ def scan_array(stream: BinaryIO, start: int = 0, stop: int | None = None, most: 
         start: where the text begins.
         stop: where it ends; none: with the stream.
         most: enough records.
+        begun: the array's bracket stands before `start`.
+
+    Returns:
+        (the records, whether the array ends and nothing stands behind it).
     """
-    scanner, found, end = ArrayScanner(), array("q"), start
+    scanner, found, end = ArrayScanner(begun=start if begun else None), array("q"), start
     first: int | None = None
     count = 0
     for block, offset in _blocks(stream, start, stop):
@@ -126,18 +135,20 @@ def scan_array(stream: BinaryIO, start: int = 0, stop: int | None = None, most: 
         if scanner.ended is not None or (most is not None and count >= most):
             break
     if most is not None and count >= most:
-        return found[: 3 * most]
+        return found[: 3 * most], True
     if first is None:  # no array at all: what is there is one record, and a broken one
         pieces = [(start, _end(stream, stop))]
     elif scanner.ended is None:
         pieces = [(first, end)]
     else:
         pieces = [(first, scanner.ended), (scanner.ended + 1, _end(stream, stop))]
+    whole = scanner.ended is not None
     for begin, until in pieces:
         if not _is_blank(stream, begin, until):
             count += 1
             found.extend((count, begin, until))
-    return found
+            whole = whole and begin == first
+    return found, whole
 
 
 def scan_lines(stream: BinaryIO, start: int = 0, stop: int | None = None, most: int | None = None) -> array[int]:
