@@ -132,3 +132,22 @@ def test_a_published_file_bears_its_publishers_name(published: Published) -> Non
         assert row.hub in str(path), path
         root = row.dataset_root(path)
         assert root.name in ("VITA-MLLM", *row.hub.split("/")[-1:]) or row.root == "none", (path, root)
+
+
+def test_common_forms_are_recognised(promises: dict[str, list[Promise]], tmp_path: Path) -> None:
+    for source in (
+        "long_vita",
+        "llava",
+        "openai",
+        "sharegpt",
+        "alpaca",
+        "the_cauldron",
+        "docmatix",
+        "onevision",
+        "lima",
+    ):
+        for promise in promises[source]:
+            (tmp_path / "mix.yaml").write_text(json.dumps({"dataset": {"one": {"data_paths": [str(promise.path)]}}}))
+            (file,) = load_mix(tmp_path / "mix.yaml")
+            same = {"docmatix": {"the_cauldron"}, "onevision": {"llava", "sharegpt"}, "llava": {"llava", "sharegpt"}}
+            assert file.row.name in same.get(source, {source}), promise.path

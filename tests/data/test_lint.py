@@ -115,6 +115,32 @@ def test_archives_with_a_gap(tmp_path: Path) -> None:
     assert "images.tar.gz.aa is followed by images.tar.gz.ac" in report.wrong[0]
 
 
+def test_a_zip_in_volumes(tmp_path: Path) -> None:
+    root = tmp_path / "lmms-lab/M4-Instruct-Data"
+    for name in ("dreamsim_split.zip", "dreamsim_split.z01"):
+        put(root / name, b"x")
+    report = look(
+        tmp_path, a={"source": "m4_image", "data_paths": [str(put(root / "m4_instruct_annotations.json", b"[]"))]}
+    )
+    assert len(report.wrong) == 1
+    assert "zip -s 0 dreamsim_split.zip --out dreamsim.zip" in report.wrong[0]
+
+
+def test_media_that_lie_elsewhere(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    records = [{"image": f"docvqa/{n}.png", "conversations": talk} for n in range(20)]
+    file = put(
+        tmp_path / "lmms-lab/LLaVA-OneVision-Mid-Data/ureader_tr/ureader_tr_processed.json",
+        json.dumps(records).encode(),
+    )
+    group = {"source": "ov_mid", "data_paths": [str(file)]}
+    (wrong,) = look(tmp_path, a=group).wrong
+    assert "docvqa/0.png and so on: none under" in wrong
+    assert "no archive *_images_*.tar.gz" in wrong
+    put(tmp_path / "pictures/docvqa/3.png", b"x")
+    assert look(tmp_path, a=group | {"media_root": str(tmp_path / "pictures")}).wrong == []
+
+
 def test_a_mix_in_the_references_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that steer nothing, groups of ratio 0 whose files nobody has, comments, a path that is not there."""
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_vita.data.sources import detect_row, load_mix, load_table, read_sa
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.stores import MediaRule, open_store
 from megatron_vita.errors import ConfigError, DataError
+from tests.data.fixtures_kit import put_zip
 from tests.data.kit import picture
 
 JSON = st.recursive(
@@ -234,7 +236,7 @@ def test_a_mix_over_other_mixes(tmp_path: Path) -> None:
     files = load_mix(tmp_path / "mix.yaml")
     assert [(file.name, file.num) for file in files] == [("one", 3), ("new", 1)]
     (tmp_path / "mix.yaml").write_text(json.dumps(over | {"dataset": {"tow": {"ratio": 0}}}))
-    with pytest.raises(ConfigError, match="unknown key `tow`.*`two`"):
+    with pytest.raises(ConfigError, match=r"unknown key `tow`.*`two`"):
         load_mix(tmp_path / "mix.yaml")
     (tmp_path / "mix.yaml").write_text(json.dumps({"include": "mix.yaml"}))
     with pytest.raises(ConfigError, match="without end"):
@@ -251,6 +253,79 @@ def test_a_group_names_its_own_fields_and_fixes(tmp_path: Path) -> None:
     assert talk(sample) == [("user", "<image>\nq"), ("assistant", "a")]
     with pytest.raises(ConfigError, match="no fix"):
         load_mix(write_mix(tmp_path, one=group | {"fix": ["strap"]}))
+
+
+def test_a_mix_as_the_reference_publishes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("GAIR/lima/train", "the_cauldron/ai2d", "LLaVA-OneVision-Data/GeoQA+(MathV360K)"):
+        (tmp_path / "datasets/jsonl" / path).parent.mkdir(parents=True, exist_ok=True)
+        record = {"messages": [{"role": "user", "content": "<image>q"}, A], "images": [f"datasets/{path}.png"]}
+        (tmp_path / f"datasets/jsonl/{path}.jsonl").write_text((json.dumps(record) + "\n") * 12)
+    (tmp_path / "datasets/GAIR/lima").mkdir(parents=True)
+    (tmp_path / "datasets/GAIR/lima/train.png").write_bytes(b"x")
+    (tmp_path / "stage.yaml").write_text(
+        """
+xlsx_sample_num: 5
+do_dataset_cast: false
+
+dataset:
+  LLaVA:
+    ratio: 0
+    data_paths:
+      #- datasets/jsonl/commented/out.jsonl
+      - datasets/jsonl/nobody/has/this.jsonl
+  empty:
+    num: 0
+    data_paths:
+  text:
+    ratio: 0.5
+    num: 5
+    data_paths:
+      - datasets/jsonl/GAIR/lima/train.jsonl
+  pictures:
+    ratio: 1.0
+    data_paths:
+      - datasets/jsonl/the_cauldron/ai2d.jsonl
+      - datasets/jsonl/LLaVA-OneVision-Data/GeoQA+(MathV360K).jsonl
+"""
+    )
+    files = load_mix("stage.yaml")
+    assert [(one.name, len(one.choose(one.reader().index(), 0))) for one in files] == [
+        ("text", 5), ("pictures/ai2d.jsonl", 12), ("pictures/GeoQA+(MathV360K).jsonl", 12),
+    ]  # fmt: skip
+    _, record = next(iter(files[0].reader().read(files[0].reader().index())))
+    store = open_store(files[0].media)
+    sample, _ = record_to_sample(record, files[0].row, store=store, source="s", line=1)
+    assert isinstance(sample, Sample)
+    assert Path(str(sample.images[0].path)).read_bytes() == b"x"
+
+
+def test_rewritten_paths_and_other_archives(tmp_path: Path) -> None:
+    put_zip(tmp_path / "more/pages.zip", {"b/1.png": b"x", "b/2.png": b"y"})
+    record = {"messages": [Q | {"content": "<image><image>"}, A], "images": ["Comic/b/1.png", "b/2.png"]}
+    (tmp_path / "summary.jsonl").write_text(json.dumps(record))
+    group = {"source": "comic9k", "data_paths": [f"{tmp_path}/summary.jsonl"], "archives": ["more/*.zip"]}
+    (file,) = load_mix(write_mix(tmp_path, one=group | {"rewrite": {"Comic/": ""}}))
+    store = open_store(file.media, tmp_path / "work")
+    sample, _ = record_to_sample(record, file.row, store=store, source="s", line=1)
+    assert isinstance(sample, Sample)
+    assert [str(one.label).partition(": ")[2] for one in sample.images] == ["b/1.png", "b/2.png"]
+
+
+def test_placeholders_that_a_mix_mends(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    orphan = {"image": None, "conversations": human("<image>\nq <image>")}
+    double = {"image": "a.png", "conversations": [*human("<image>q<image>"), *human("r<image>")]}
+    row = load_table()["llava"]
+    store = open_store(MediaRule(root=tmp_path))
+    for record, fix, wanted in (
+        (orphan, "strip_orphan_placeholder", [("user", "q "), ("assistant", "a")]),
+        (double, "dedupe_placeholder", [("user", "[i0]q"), ("assistant", "a"), ("user", "r"), ("assistant", "a")]),
+    ):
+        with pytest.raises(DataError, match=r"^media_count"):
+            record_to_sample(record, row, store=store, source="s", line=1)
+        mended = dataclasses.replace(row, fix=(fix,))
+        assert talk(record_to_sample(record, mended, store=store, source="s", line=1)[0]) == wanted
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:

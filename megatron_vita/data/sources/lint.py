@@ -1,7 +1,7 @@
-"""Lint: what is wrong with a data mix on this disk, before any work. No record is read.
+"""Lint: what is wrong with a data mix on this disk, before any work. Of the records only the first few are read.
 
-Wrong is what a run would stop at (paths, media folders and archives that are missing), and what would train a sample
-twice: a file in two groups, a copy of a file, a form of the same file under another ending, a subset that two
+Wrong is what a run would stop at (paths, media folders and archives that are missing), media that lie elsewhere, and
+what would train a sample twice: a file in two groups, a copy of a file, a file beside its other form, a subset that two
 collections hold.
 """
 
@@ -15,7 +15,12 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 from megatron_vita.data.sources.groups import Group, read_groups
+from megatron_vita.data.sources.readers import open_reader
+from megatron_vita.data.sources.stores import open_store
+from megatron_vita.errors import DataError
 
+_FIRST = 8
+"""Records at the beginning of a file whose media are looked for."""
 _PROBE = 1 << 20
 """Bytes at either end by which two files of one size are compared."""
 _ENDINGS = re.compile(r"(-\d+-of-\d+)?(\.(jsonl?|parquet|ndjson))?(\.(gz|zst|xz|bz2))?$")
@@ -69,7 +74,7 @@ def lint(path: str | Path) -> Report:
         if group.row is not None:
             unknown = [file.name for file in mine if not group.row.published(file)]
             report.notes += [f"{group.name}: {name} is no name of `{group.row.name}`'s files." for name in unknown]
-    report.wrong += _gaps(files)
+    report.wrong += [*_elsewhere(files), *_gaps(files)]
     _twice(files, report)
     return report
 
@@ -88,6 +93,31 @@ def _line(group: Group, files: list[Path]) -> str:
     return f"{group.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
 
 
+def _elsewhere(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
+    """Files of whose first records not one has its media in the media folder. (Archives are not opened for it.)"""
+    for group, file in files:
+        if group.row is None or (group.media_root is not None and not group.media_root.is_dir()):
+            continue
+        row, rule = group.row, group.media(group.row, file)
+        if rule.root is None or rule.archives or rule.resolve == "stem":
+            continue
+        store, looked_for, found = open_store(rule), [], 0
+        for record in open_reader(file, row.read).head(_FIRST):
+            fields = record if isinstance(record, dict) else {}
+            for value in (fields.get(key) for key in row.image + row.video):
+                looked_for += [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+        for reference in looked_for:
+            try:
+                store.find(reference)
+                found += 1
+            except DataError:
+                continue
+        if looked_for and not found:
+            patterns = ", ".join(row.archives if group.archives is None else group.archives)
+            packed = f", and no archive {patterns}" if patterns else ""
+            yield f"{group.name}: {file.name}: {looked_for[0]} and so on: none under {rule.root}{packed}."
+
+
 def _gaps(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
     """Numbered archives, and parts of split ones, of which one in the middle is missing."""
     seen: set[Path] = set()
@@ -95,6 +125,9 @@ def _gaps(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
         if group.row is not None and (group.media_root is None or group.media_root.is_dir()):
             for first in group.media(group.row, file).archives:
                 seen.update(_parts(first))
+                if first.with_suffix(".z01").exists():
+                    whole = first.name.replace("_split", "")
+                    yield f"{first} is a zip in volumes. Merge them: zip -s 0 {first.name} --out {whole}; remove them."
     series: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in sorted(seen):
         letters, number = _LETTERS.search(path.name), _NUMBER.search(path.name)

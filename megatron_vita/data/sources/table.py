@@ -16,10 +16,10 @@ import yaml
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.mappers import MAPPERS
 from megatron_vita.data.sources.readers import KINDS
+from megatron_vita.data.sources.stores import RESOLVE
 from megatron_vita.errors import ConfigError
 
 ROOTS = ("cwd", "json_dir", "dataset", "user", "none")
-RESOLVERS = ("path", "stem", "name")
 _READERS = ("auto", *KINDS)
 _TUPLES = ("files", "image", "video", "archives", "fix")
 
@@ -67,7 +67,7 @@ class Row:
             ("map", self.map, tuple(MAPPERS)),
             ("read", self.read, _READERS),
             ("root", self.root, ROOTS),
-            ("resolve", self.resolve, RESOLVERS),
+            ("resolve", self.resolve, RESOLVE),
         ):
             if value not in known:
                 raise ConfigError(f"source `{self.name}`: no such {name}: {value!r}. Choose {', '.join(known)}.")
