@@ -30,7 +30,7 @@ setup(
         "jinja2",
         "pillow>=10.1",
         "decord; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        "av",
+        "av>=14",  # since then it says how a frame is turned
         "pyarrow",
         "tokenizers>=0.20",
         "sentencepiece",

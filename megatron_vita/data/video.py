@@ -7,7 +7,8 @@ unless told otherwise; what they do there is in `video_decode.py`, and which fra
 from __future__ import annotations
 
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.video_decode import VideoFile, open_here
+from megatron_vita.data.video_decode import open_here
+from megatron_vita.data.video_file import VideoFile
 from megatron_vita.data.video_process import ChildVideo, VideoLimits
 
 __all__ = ["VideoFile", "VideoLimits", "open_video"]

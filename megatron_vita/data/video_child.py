@@ -19,7 +19,8 @@ import numpy as np
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.video_decode import VideoFile, open_here
+from megatron_vita.data.video_decode import open_here
+from megatron_vita.data.video_file import VideoFile
 from megatron_vita.data.video_wire import ClosedError, receive, send
 from megatron_vita.errors import ConfigError, DataError
 

@@ -7,114 +7,35 @@ in which they are shown.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from megatron_vita.data.example import MediaItem
-from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
+from megatron_vita.data.picture import decode, read_image
 from megatron_vita.data.rejects import code_of, refuse
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import shrink_frame
-from megatron_vita.data.video_frames import count_frames, frame_rate, sample_frames
+from megatron_vita.data.video_file import ShortError, Times, VideoFile
 from megatron_vita.data.video_header import check_container
 from megatron_vita.data.window import open_window
 from megatron_vita.errors import ConfigError, DataError
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
-PNG_MOST_PIXELS = 64 * 64
-"""Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
 BACKENDS = ("auto", "decord", "pyav")
 
 _MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
 """Of a video, decoded and not yet made small, in memory at once."""
-_LEAST_PLAYED = 0.9
-"""Share of a clip's frames that must come out: a recording may begin or end between two key frames."""
 _LONGEST = 1e7
-"""Seconds; a span beyond that (four months) is a decoder's mark for "not known"."""
+"""Seconds; what lies further from 0 (four months) is a decoder's mark for "not known"."""
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+"""What makes a frame upright, by its counter-clockwise angle in degrees."""
 _CONTAINERS = "mov,matroska,avi,flv,asf,mpeg,mpegts,mpegvideo,ogg,gif,apng,m4v,h264,hevc,ivf,nut,dv,rm,mjpeg,wtv,mxf"
 """ffmpeg's names of the formats that are opened: such as hold the pictures themselves."""
-
-Times = npt.NDArray[np.float64]
-
-
-class _ShortError(Exception):
-    """Fewer frames came out of the decoder than the container has packets."""
-
-    def __init__(self, played: int) -> None:
-        self.played = played
-
-
-class VideoFile(ABC):
-    """An opened video; use it as a context manager."""
-
-    def __init__(self, name: str, times: Times, fps: float | None = None) -> None:
-        self.name = name
-        """For messages."""
-        self.times = np.round(times - times[:1], 3)
-        """Seconds into the clip at which each frame is shown, to the millisecond, float64 `[total]`."""
-        self.total = len(times)
-        """Frames of the clip."""
-        self.fps = frame_rate(times) if fps is None else fps
-        """Frames a second; 0 if that cannot be said."""
-        if self.total < 1:
-            raise refuse("video_broken", f"{name}: no frame in it.")
-
-    def __enter__(self) -> VideoFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
-        """Let go of the file."""
-
-    def count(self, spec: PreprocessSpec, max_frames: int) -> int:
-        """Frames that would be taken."""
-        return count_frames(self.total, self.fps, max_frames, spec.max_fps)
-
-    def times_of(self, count: int) -> list[float]:
-        """When the frames are shown that `frames` takes if it takes `count`; seconds into the clip."""
-        return [float(self.times[number]) for number in sample_frames(self.total, count)]
-
-    def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
-        """The sampled frames as they are stored.
-
-        Raises:
-            DataError: video_broken, if any of them cannot be decoded.
-        """
-        try:
-            return self._sampled(spec, self.count(spec, max_frames))
-        except _ShortError as error:
-            if error.played < _LEAST_PLAYED * self.total:
-                raise refuse(
-                    "video_broken", f"{self.name}: only {error.played} of {self.total} frames can be decoded."
-                ) from None
-            self.times, self.total = self.times[: error.played], error.played
-            return self._sampled(spec, self.count(spec, max_frames))
-
-    def _sampled(self, spec: PreprocessSpec, count: int) -> list[MediaItem]:
-        pictures = self.read(sample_frames(self.total, count))
-        items = (encode_frame(shrink_frame(picture, spec)) for picture in pictures)
-        return [dataclasses.replace(item, time=time) for item, time in zip(items, self.times_of(count), strict=True)]
-
-    @abstractmethod
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory."""
-
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > MAX_PIXELS:
-            raise refuse("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
 
 
 class _Decord(VideoFile):
@@ -131,6 +52,10 @@ class _Decord(VideoFile):
         self._reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
         total = len(self._reader)
         stamps = np.asarray(self._reader.get_frame_timestamp(range(total)) if total else [], dtype=np.float64)
+        if (
+            (stamps < 0) & (stamps > -_LONGEST)
+        ).any():  # it counts the frames that an edit list cuts off, or not, as it happens to seek
+            raise refuse("video_broken", f"{name}: decord misnumbers clips that an edit list has cut. Use pyav.")
         super().__init__(name, _times(stamps.reshape(total, 2)[:, 0], self._reader.get_avg_fps()))
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -149,7 +74,7 @@ class _Decord(VideoFile):
                     "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
                 ) from None
             done += len(frames)
-            self._check_size(frames.shape[2], frames.shape[1])
+            self.check_size(frames.shape[2], frames.shape[1])
             count = min(_MOST_FRAMES, max(1, _MOST_BYTES // frames[0].nbytes))
             yield from map(Image.fromarray, frames)
 
@@ -182,14 +107,14 @@ class _PyAv(VideoFile):
         stream = container.streams.video[0]
         context = stream.codec_context
         context.thread_count = 1
-        self._check_size(context.width, context.height)
+        self.check_size(context.width, context.height)
         wanted, place = list(numbers), 0
         frames = enumerate(container.decode(stream))
         played = 0
         while place < len(wanted):
             try:
                 number, frame = next(frames)
-                picture = Image.fromarray(frame.to_ndarray(format="rgb24")) if number == wanted[place] else None
+                picture = _upright(frame) if number == wanted[place] else None
             except StopIteration:
                 break
             except MemoryError:
@@ -203,7 +128,7 @@ class _PyAv(VideoFile):
                 place += 1
                 yield picture
         if place < len(wanted):
-            raise _ShortError(played)
+            raise ShortError(played)
 
 
 class _Folder(VideoFile):
@@ -287,16 +212,6 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
     raise refuse("video_broken", f"{file.name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
 
 
-def encode_frame(picture: Image.Image) -> MediaItem:
-    """A frame as an item of the shards."""
-    buffer = io.BytesIO()
-    if picture.width * picture.height <= PNG_MOST_PIXELS:
-        picture.save(buffer, "PNG", compress_level=1)
-    else:
-        picture.save(buffer, "JPEG", quality=95, subsampling=0)
-    return MediaItem(buffer.getvalue(), picture.width, picture.height, frame=True)
-
-
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which `frame2` comes before `frame10`."""
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"([0-9]+)", name)]
@@ -312,11 +227,21 @@ def _has_decord() -> bool:
     return True
 
 
+def _upright(frame: Any) -> Image.Image:
+    """A frame of PyAV's as it is to be shown: a telephone held upright films lying pictures. (decord turns them.)"""
+    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = _TURNS.get(round(frame.rotation) % 360)
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _times(stamps: Times, fps: float) -> Times:
-    """When each frame is shown, ascending; by the header's rate where the packets do not say it."""
-    stamps = np.sort(stamps)
-    if len(stamps) and np.isfinite(stamps).all() and stamps[-1] - stamps[0] < _LONGEST:
-        return stamps
+    """When each frame is shown, ascending; by the header's rate where the packets do not say it.
+
+    What lies before time 0 is not shown: an edit list has cut it off, and it is there for the decoder's sake.
+    """
+    if len(stamps) and (np.abs(stamps) < _LONGEST).all():  # else some are marks for "not known", or NaN
+        stamps = np.sort(stamps)
+        return stamps[stamps >= 0] if (stamps >= 0).any() else stamps
     return np.arange(len(stamps), dtype=np.float64) / (fps if np.isfinite(fps) and fps > 0 else 25.0)
 
 

@@ -27,7 +27,7 @@ from megatron_vita.data.example import MediaItem
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.video_decode import VideoFile
+from megatron_vita.data.video_file import VideoFile
 from megatron_vita.data.video_wire import ClosedError, receive, send
 from megatron_vita.errors import ConfigError, DataError
 

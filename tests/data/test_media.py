@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pil
 
-from megatron_vita.data import video_decode
+from megatron_vita.data import video_file
 from megatron_vita.data.media import read_items, safe_path
 from megatron_vita.data.picture import MAX_PIXELS, decode, read_image
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
@@ -254,7 +254,7 @@ def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatc
         most = max(most, sum(one() is not None for one in pictures))
         return picture.copy()
 
-    monkeypatch.setattr(video_decode, "shrink_frame", watched)
+    monkeypatch.setattr(video_file, "shrink_frame", watched)
     with open_video(MediaFile(path=str(path)), backend, limits=None) as video:
         items = video.frames(PreprocessSpec(image_size=16, patch_size=4, max_frames=80, max_fps=9), 80)
     assert len(items) == len(pictures) == 80
@@ -266,7 +266,7 @@ def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatc
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_videos_of_enormous_frames_are_refused(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "v.mp4", [20] * 3)
-    monkeypatch.setattr(video_decode, "MAX_PIXELS", 32 * 31)
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 32 * 31)
     with (
         pytest.raises(DataError, match="media_bomb"),
         open_video(MediaFile(path=str(path)), backend, limits=None) as video,

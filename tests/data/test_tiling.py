@@ -21,7 +21,7 @@ from megatron_vita.data.sample import MediaFile, Message, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tiling import count_picture_tokens, grid_for, plan_tiles, render_tiles, shrink_frame
 from megatron_vita.data.tokenizer import VitaTokenizer
-from megatron_vita.data.video_decode import encode_frame
+from megatron_vita.data.video_file import encode_frame
 from tests.data.kit import blank, picture, tokenizer_folder
 
 got_ocr2 = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")

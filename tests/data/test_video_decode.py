@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,46 @@ def test_a_recording_that_begins_between_key_frames(clips: Path) -> None:
     packets = [data[place : place + 188] for place in range(0, len(data), 188)]
     with open_video(MediaFile(data=b"".join(packets[: len(packets) // 2])), limits=None) as video:
         assert 0 < len(video.frames(SPEC, 64)) == video.total < 40
+
+
+def test_clips_that_an_edit_list_has_cut(clips: Path, tmp_path: Path) -> None:
+    """What lies before the cut is there for the decoder's sake; decord loses count of it."""
+    av = pytest.importorskip("av")
+    with av.open(str(clips / "reordered.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(whole.streams.video[0]):
+            if packet.dts is not None:
+                shift = int(1.3 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                cut.mux(packet)
+    for backend in ("auto", "pyav"):
+        with open_video(MediaFile(path=str(tmp_path / "cut.mp4")), backend, limits=None) as video:
+            assert video.total == 27
+            greys = [float(np.asarray(decode(item)).mean()) for item in video.frames(SPEC, 5)]
+            wanted = [GREYS[13 + number] for number in sample_frames(27, 5)]
+        assert np.abs(np.subtract(greys, wanted)).mean() < 2
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+@pytest.mark.parametrize(("degrees", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
+def test_clips_filmed_upright_stand_upright(
+    tmp_path: Path, backend: str, degrees: int, matrix: tuple[int, int, int, int]
+) -> None:
+    def track(a: int, b: int, c: int, d: int) -> bytes:
+        return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+
+    path = write_video(tmp_path / "clip.mp4", [0, 0], side=(128, 64), left=200)  # as the sensor lies
+    data = path.read_bytes()
+    assert data.count(track(1, 0, 0, 1)) >= 1
+    start = data.index(track(1, 0, 0, 1), data.index(b"tkhd"))
+    path.write_bytes(data[:start] + track(*matrix) + data[start + 36 :])
+    with open_video(MediaFile(path=str(path)), backend, limits=None) as video:
+        (item,) = video.frames(PreprocessSpec(), 1)
+    pixels = np.asarray(decode(item)).mean(-1)
+    assert pixels.shape == ((64, 128) if degrees == 180 else (128, 64))
+    bright = {90: pixels[:60], 180: pixels[:, 68:], 270: pixels[68:]}[degrees]
+    assert bright.mean() > 180
+    assert pixels.mean() < 110
 
 
 def test_sound_alone_and_nothing_at_all_are_refused(clips: Path, tmp_path: Path) -> None:

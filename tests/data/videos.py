@@ -20,8 +20,9 @@ def write_video(
     milliseconds: Sequence[int] | None = None,
     options: Mapping[str, str] | None = None,
     container_options: Mapping[str, str] | None = None,
+    left: int | None = None,
 ) -> Path:
-    """A clip with one frame a grey, shown at `rate` a second or at the given times."""
+    """A clip with one frame a grey, shown at `rate` a second or at the given times; maybe another grey on the left."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream = container.add_stream(codec, rate=rate, options=dict(options or {}))
@@ -30,7 +31,10 @@ def write_video(
         if milliseconds is not None:
             stream.codec_context.time_base = fractions.Fraction(1, 1000)
         for number, grey in enumerate(greys):
-            frame = av.VideoFrame.from_ndarray(np.full((side[1], side[0]), grey, np.uint8), format="gray")
+            pixels = np.full((side[1], side[0]), grey, np.uint8)
+            if left is not None:
+                pixels[:, : side[0] // 2] = left
+            frame = av.VideoFrame.from_ndarray(pixels, format="gray")
             frame = frame.reformat(format="yuv420p")
             if milliseconds is not None:
                 frame.pts, frame.time_base = milliseconds[number], fractions.Fraction(1, 1000)
