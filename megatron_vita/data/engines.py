@@ -212,6 +212,10 @@ class RayEngine(_Crew[Any]):
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        if not os.environ.get("RAY_ADDRESS"):
+            # Read when ray is imported. Without it a cluster of one machine listens on all of its networks; despite its
+            # name it counts on every system (ray/_private/services.py, get_node_ip_address).
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
         except ImportError:
@@ -228,7 +232,7 @@ class RayEngine(_Crew[Any]):
         if self._mine:
             start: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
             if not os.environ.get("RAY_ADDRESS"):
-                start |= {"num_cpus": self._workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+                start |= {"num_cpus": self._workers, "include_dashboard": False}
             try:
                 ray.init(**start)
             except (ConnectionError, RuntimeError, ValueError) as error:
