@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.picture_header import MAX_PIXELS, MOST_PIECES, open_picture, parse_header
+from megatron_vita.data.picture_formats import MOST_PIECES
+from megatron_vita.data.picture_header import MAX_PIXELS, open_picture, parse_header
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.window import Window, open_window
