@@ -177,7 +177,7 @@ def _prepare(options: Options) -> _Run:
     }
     with ThreadPoolExecutor(options.workers) as threads:  # hashlib frees the GIL
         contents = list(threads.map(lambda file: file_info(file.path)["sha256"], files))
-    keys = [source_key(content, file.row, settings) for file, content in zip(files, contents, strict=True)]
+    keys = [source_key(file, content, settings) for file, content in zip(files, contents, strict=True)]
     named = [[file.name, file.written, file.ratio, file.num, key] for file, key in zip(files, keys, strict=True)]
     inputs = hashlib.sha256(json.dumps([options.seed, named], sort_keys=True).encode()).hexdigest()
     info = SetInfo(

@@ -1,13 +1,15 @@
 """An earlier set as a source of Examples: what it holds of a mix that has grown is not compiled again.
 
-A dataset of both sets counts as unchanged if its key is the same (`source_key`): data file, form and settings. Pictures
-and videos are taken to be what they were. Refused records are always tried again.
+A dataset of both sets counts as unchanged if its key is the same (`source_key`): data file, form, media folder and
+settings. Pictures and videos are taken to be what they were. Refused records are always tried again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +19,24 @@ import numpy as np
 
 from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.manifest import Manifest
+from megatron_vita.data.sources.mix import MixFile
 from megatron_vita.data.spool import Body, ChunkWriter, Region
 from megatron_vita.layout import Int64
 
 
-def source_key(content: str, row: object, settings: Mapping[str, Any]) -> str:
-    """Digest of all that decides a dataset's Examples, but its media: data file, form, settings."""
-    described = [content, repr(row), settings]
+def source_key(file: MixFile, content: str, settings: Mapping[str, Any]) -> str:
+    """Digest of all that decides a dataset's Examples, but the bytes of its media.
+
+    Args:
+        file: its form, and where its media lie; seen from the data file, so that both may be moved together.
+        content: SHA-256 of the data file.
+        settings: of the run.
+    """
+    media = file.media
+    root = None if media.root is None else os.path.relpath(media.root, file.path.parent)
+    archives = [os.path.relpath(archive, file.path.parent) for archive in media.archives]
+    rule = [root, archives, repr(dataclasses.replace(media, root=None, archives=()))]
+    described = [content, repr(file.row), rule, settings]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

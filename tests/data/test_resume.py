@@ -244,7 +244,12 @@ def test_other_settings_and_changed_files_take_nothing_from_the_old_set(
 ) -> None:
     prefix = tmp_path / "set"
     run(options(world, prefix, "small"))
-    for changes in ({"overlong": "truncate"}, {"seq_length": 161}, {"media": "reference"}):
+    (tmp_path / "elsewhere").mkdir()
+    for picture_file in world.glob("*.png"):
+        shutil.copy(picture_file, tmp_path / "elsewhere")
+    write_mix(world, "moved", images={"media_root": str(tmp_path / "elsewhere")})
+    settings = ({"overlong": "truncate"}, {"seq_length": 161}, {"media": "reference"}, {"mix": "moved"})
+    for changes in settings:
         compiled.clear()
         manifest = run(options(world, prefix, resume=True, **changes))
         assert len(compiled) == manifest.totals["read"]

@@ -13,8 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.manifest import Reject, SourceCounts, load_manifest
-from megatron_vita.data.records import SUFFIXES, sample_cost
-from megatron_vita.data.shard_writer import ShardWriter
+from megatron_vita.data.records import SMALL_SUFFIXES, SUFFIXES, sample_cost
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.shard_writer import ShardWriter, reference_record
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError, DataError
 from tests.data import packed
@@ -139,6 +140,47 @@ def test_one_flipped_bit_is_refused_with_the_file_named(made: tuple, tmp_path: P
             path.write_bytes(flipped)
             with pytest.raises(DataError, match=path.name):
                 ShardSet(prefix).verify(full=True)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_flipped_bit_is_found_on_opening_or_when_it_is_read(made: tuple, tmp_path: Path, suffix: str) -> None:
+    prefix = copy(made[0], tmp_path)
+    path = Path(f"{prefix}.{suffix}")
+    data = bytearray(path.read_bytes())
+    if not data:
+        return  # no rejects
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+    def everything() -> None:
+        shards = ShardSet(prefix)
+        assert suffix not in SMALL_SUFFIXES, "found on opening"
+        for pack in range(len(shards)):
+            shards.tokens(pack, slice(0, 1))
+            shards.labels(pack)
+        for item in range(shards.manifest.totals["media"]):
+            shards.media_bytes(item)
+
+    with pytest.raises(DataError, match=rf"{path.name} is damaged"):
+        everything()
+
+
+def test_pictures_inside_archives_may_be_referred_to(tmp_path: Path) -> None:
+    archive = tmp_path / "some.tar"
+    archive.write_bytes(b"before" + packed.png(3) + b"after")
+    origin = MediaFile(path=str(archive), offset=6, size=len(packed.png(3)))
+    item = MediaItem(packed.png(3), 16, 16, origin=origin)
+    record = reference_record(item, archive, tmp_path, offset=6)
+    tokens = np.array([3, 3, 3, 3, 5, 6], dtype=np.int32)
+    labels = np.array([-100, -100, -100, 5, 6, -100], dtype=np.int32)
+    example = Example(tokens, labels, (TileSlot(0, 0, 0, 0, 1, 1),), (MediaItem(record, 16, 16),))
+    with writer(tmp_path / "set", media="reference") as made_here:
+        made_here.add_pack([example], [(0, 1)])
+        made_here.finish([SourceCounts(name="m", read=1, used=1)])
+    assert ShardSet(tmp_path / "set").media_bytes(0) == packed.png(3)
+    archive.write_bytes(b"before" + packed.png(4) + b"after")
+    with pytest.raises(DataError, match=r"some\.tar is not the file that"):
+        ShardSet(tmp_path / "set").media_bytes(0)
 
 
 @pytest.mark.parametrize("suffix", ["tokens.idx", "labels.idx", "media.idx", "samples.npy", "tiles.npy"])
