@@ -2,10 +2,11 @@
 
 from megatron_vita.config.data import LAYOUTS, DataConfig
 from megatron_vita.config.load import check_keys, load_run, read_yaml, to_dict
-from megatron_vita.config.model import IMAGE_NORMS, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.config.model import ModelConfig, ProjectorConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.run import RunConfig, StageConfig
 from megatron_vita.config.train import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
+from megatron_vita.config.vision import IMAGE_NORMS, VisionConfig
 
 __all__ = [
     "IMAGE_NORMS",

@@ -1,77 +1,12 @@
-"""What the network is: the decoder, the vision tower and the projector. Field names are Megatron's flag names."""
+"""What the network is: decoder and projector; the tower is in vision.py. Field names are Megatron's flag names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron_vita.config.bounds import at_least, positive
+from megatron_vita.config.vision import VisionConfig
 from megatron_vita.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
-    """An InternViT tower. Defaults: InternViT-300M-448px (its published config.json)."""
-
-    model_type: str = "intern_vit"
-    """Tower family; `intern_vit` is the one there is."""
-    num_layers: int = 24
-    """Transformer blocks."""
-    hidden_size: int = 1024
-    """Width of a block."""
-    ffn_hidden_size: int = 4096
-    """Inner width of the MLP."""
-    num_attention_heads: int = 16
-    """Attention heads; the head size is hidden_size / num_attention_heads."""
-    norm_epsilon: float = 1e-6
-    """Epsilon of the LayerNorms (the tower's own: it must not inherit the decoder's)."""
-    image_size: int = 448
-    """Side of a tile in pixels."""
-    patch_size: int = 14
-    """Side of a patch in pixels."""
-    init_method_std: float = 0.02
-    """Standard deviation of a fresh tower's weights."""
-    layer_scale_init: float = 0.1
-    """Initial value of ls1 and ls2 in a fresh tower."""
-    image_norm: str = "imagenet"
-    """Pixel normalisation: `imagenet`, `clip` or `siglip`."""
-
-    def __post_init__(self) -> None:
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size", "patch_size")
-        at_least(1, "model.vision", self, *sizes)
-        at_least(0, "model.vision", self, "init_method_std")
-        positive("model.vision", self, "norm_epsilon")
-        if self.model_type != "intern_vit":
-            raise ConfigError(f"model.vision.model_type={self.model_type!r} is not known. Use intern_vit.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"model.vision.hidden_size={self.hidden_size} does not split over num_attention_heads="
-                f"{self.num_attention_heads}. Choose a number of heads that divides it."
-            )
-        if self.image_size % (2 * self.patch_size):
-            raise ConfigError(
-                f"model.vision.image_size={self.image_size} is not a multiple of twice patch_size={self.patch_size}: "
-                "pixel shuffle joins 2 x 2 patches into one token. Change one of the two."
-            )
-        if self.image_norm not in IMAGE_NORMS:
-            raise ConfigError(f"model.vision.image_norm={self.image_norm!r}: choose one of {sorted(IMAGE_NORMS)}.")
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of one tile (without the class token)."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Context tokens that one tile becomes after pixel shuffle: (image_size / patch_size / 2) squared."""
-        return self.num_patches // 4
-
-
-IMAGE_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and standard deviation per channel, for pixels scaled to 0..1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

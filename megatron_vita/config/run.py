@@ -46,6 +46,10 @@ class StageConfig:
         model = self.model
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             _divides(where, f"model.{name}", getattr(model, name), "parallel.tensor_model_parallel_size", tp)
+        if model.vision is not None and model.vision.tensor_parallel:
+            for name in ("num_attention_heads", "ffn_hidden_size"):
+                value = getattr(model.vision, name)
+                _divides(where, f"model.vision.{name}", value, "parallel.tensor_model_parallel_size", tp)
         try:
             split = pipeline_split(self.parallel, model.num_layers)
         except ConfigError as error:

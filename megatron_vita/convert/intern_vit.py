@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,17 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Na
 
 
 def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, Any]:
-    """Our tower as a config.json of either publisher."""
+    """Our tower as a config.json of either publisher.
+
+    Raises:
+        CheckpointError: a tower that is not written yet: another family, RMSNorm, query/key norms, or no biases.
+    """
+    other = dataclasses.replace(vision, normalization="LayerNorm", add_qkv_bias=True, qk_layernorm=False)
+    if vision.model_type != "intern_vit" or other != vision or vision.selected_layer != -1:
+        raise CheckpointError(
+            f"model.vision: a {vision.model_type} tower with these settings cannot be written for Hugging Face yet. "
+            "Towers like InternViT-300M can."
+        )
     common = {
         "hidden_size": vision.hidden_size,
         "num_hidden_layers": vision.num_layers,

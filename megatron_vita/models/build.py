@@ -16,7 +16,7 @@ from megatron_vita.config import ModelConfig, StageConfig
 from megatron_vita.config.pipeline import PipelineSplit, pipeline_split
 from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.vision.intern_vit import InternViT, undrawn
+from megatron_vita.models.vision.tower import VisionTower, undrawn
 from megatron_vita.models.vita import VitaModel, checkpoint_name
 from megatron_vita.parallel.groups import Groups
 
@@ -74,11 +74,15 @@ def _chunk(
     )
     vision_model = vision_projection = None
     if model.vision is not None and first:
-        vision_model = InternViT(
-            model.vision, dtype=config.params_dtype, implementation=implementation, collection=groups.tower_collection
+        together = model.vision.tensor_parallel and groups.tp_size > 1
+        collection = groups.split_tower_collection if together else groups.tower_collection
+        vision_model = VisionTower(
+            model.vision, dtype=config.params_dtype, implementation=implementation, collection=collection
         )
         vision_projection = Projector(model, config.params_dtype)
-        for parameter in (*vision_model.parameters(), *vision_projection.parameters()):
+        # Tiles are spread over the ranks that hold copies, so each copy has part of the gradient. A split tower sees
+        # the tiles of all its ranks: what it splits and what it replicates has the whole gradient.
+        for parameter in (*(() if together else vision_model.parameters()), *vision_projection.parameters()):
             parameter.partial_over_tp = True
             # Replicated, whatever the linears' constructors marked: norms and clipping count it once.
             parameter.tensor_model_parallel = False
@@ -173,7 +177,7 @@ def _fill(parameter: nn.Parameter, name: str, settings: ModelConfig, run_seed: i
         parameter.fill_(tower.layer_scale_init)
     elif leaf.endswith("bias"):
         parameter.zero_()
-    elif "norm" in name.rsplit(".", 2)[-2] or leaf == "layer_norm_weight":
+    elif any(mark in name.rsplit(".", 2)[-2] for mark in ("norm", "ln_")) or leaf == "layer_norm_weight":
         parameter.fill_(1.0)
     else:
         std = settings.init_method_std

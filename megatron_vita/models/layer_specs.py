@@ -6,6 +6,7 @@ Engine's, which keeps them inside.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -20,9 +21,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_vita.config import VisionConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.norms import LayerNorm, RMSNorm
+from megatron_vita.models.vision.layers import LayerScaleLayer, WidthRMSNorm
 from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
 
 TE_NAMES = {
@@ -61,16 +64,34 @@ def decoder_spec(implementation: str, layers: int) -> TransformerBlockSubmodules
     )
 
 
-def tower_spec(implementation: str, layers: int, layer_class: type) -> TransformerBlockSubmodules:
-    """The tower's layers: LayerNorm, attention of every patch to every other, GELU; no norm after the last."""
+def tower_spec(implementation: str, vision: VisionConfig) -> TransformerBlockSubmodules:
+    """The tower's layers up to the selected one: attention of every patch to every other; no norm after the last."""
+    layer_class = LayerScaleLayer if vision.family.layer_scale else TransformerLayer
     if implementation == "te":
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec()  # its norms follow config.normalization
         layer.module = layer_class
         layer.submodules.self_attention.submodules.core_attention = TowerCoreAttention
         layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     else:
-        layer = _local_layer(layer_class, LayerNorm, TowerCoreAttention, AttnMaskType.no_mask)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)
+        norm = RMSNorm if vision.normalization == "RMSNorm" else LayerNorm
+        layer = _local_layer(layer_class, norm, TowerCoreAttention, AttnMaskType.no_mask)
+    attention = layer.submodules.self_attention.submodules
+    if not vision.add_qkv_bias:
+        attention.linear_qkv = _without_bias(attention.linear_qkv)
+    if vision.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = WidthRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * vision.built_layers, layer_norm=None)
+
+
+@functools.cache
+def _without_bias(linear: Any) -> type:
+    """A linear layer's class that takes no bias whatever it is told: megatron-core has one switch for all linears."""
+
+    class WithoutBias(linear):
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=False, **kwargs)
+
+    return WithoutBias
 
 
 def _local_layer(

@@ -6,21 +6,22 @@ sequence parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import make_sharded_tensor_for_checkpoint
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor, nn
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.vision.intern_vit import InternViT
+from megatron_vita.models.vision.tower import VisionTower
+from megatron_vita.models.vision.turns import Turn, encode_in_turns, gather_uneven, make_turns, take_own
 from megatron_vita.parallel.context import KVCache, RowContext
 from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
@@ -29,7 +30,7 @@ from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.tiles import exchange_features
 
 _TOWER_TOKENS = 8192
-"""Patches that the tower holds at once: more tiles go through it in turns."""
+"""Patches of one micro-chunk: more tiles go through the tower in turns."""
 
 
 class VitaModel(MegatronModule):
@@ -41,7 +42,7 @@ class VitaModel(MegatronModule):
         *,
         model: ModelConfig,
         groups: Groups,
-        vision_model: InternViT | None,
+        vision_model: VisionTower | None,
         vision_projection: Projector | None,
         language_model: GPTModel,
     ) -> None:
@@ -107,42 +108,43 @@ class VitaModel(MegatronModule):
         """The table that embedding and head share (megatron-core sums its gradients over the two stages)."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def encode(self, tiles: Tensor) -> Tensor:
-        """Features of this rank's tiles.
+    def encode(self, tiles: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Features of this rank's tiles, a micro-chunk at a time.
 
         Args:
             tiles: uint8 [n, 3, S, S]; n may be 0.
+            counts: n of every tensor rank, whose split tower encodes all their tiles together; none: this rank alone.
 
         Returns:
             [n * tokens_per_tile, h].
         """
         tower, projector = self._tower()
-        if not len(tiles):
+        parameters = [*tower.parameters(), *projector.parameters()]
+        if counts is None or not tower.split:
+            counts = (len(tiles),)
+        if not any(counts):
             weight = projector.pre_proj_layernorm.weight
             empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
-            return attach_zero_gradients(empty, [*tower.parameters(), *projector.parameters()])
-        chunk = max(1, _TOWER_TOKENS // (tower.vision.num_patches + 1))
-        turns = [self._encode_chunk(part, alone=len(tiles) <= chunk) for part in tiles.split(chunk)]
-        return torch.cat(turns).flatten(0, 1) if len(turns) > 1 else turns[0].flatten(0, 1)
+            return attach_zero_gradients(empty, parameters)
+        turns = make_turns(tiles, counts, max(1, _TOWER_TOKENS // tower.vision.num_positions // len(counts)))
+        shape = (tower.vision.tokens_per_tile, self.config.hidden_size)
+        return encode_in_turns(self._encode, turns, shape, parameters).flatten(0, 1)
 
-    def _encode_chunk(self, tiles: Tensor, *, alone: bool) -> Tensor:
-        """[n, 3, S, S] -> [n, tokens_per_tile, h]. With several chunks only one's activations are held at a time."""
-        if alone or not torch.is_grad_enabled():
-            return self._project(tiles)
-        # The tiles need no gradient, so the re-entrant form would see nothing to differentiate.
-        out: Tensor = checkpoint(self._project, tiles, use_reentrant=False, preserve_rng_state=False)
-        return out
-
-    def _project(self, tiles: Tensor) -> Tensor:
+    def _encode(self, turn: Turn) -> Tensor:
         """[n, 3, S, S] -> [n, tokens_per_tile, h]; a frozen tower keeps nothing for a backward."""
         tower, projector = self._tower()
         frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = tower(tiles)
+            if tower.split:
+                group = self.groups.collection.tp
+                together = tower(gather_uneven(turn.tiles, turn.counts, group))
+                patches = take_own(together, turn.counts, group)
+            else:
+                patches = tower(turn.tiles)
         tokens: Tensor = projector(patches)
         return tokens
 
-    def _tower(self) -> tuple[InternViT, Projector]:
+    def _tower(self) -> tuple[VisionTower, Projector]:
         assert self.vision_model is not None, "this stage has no tower"
         assert self.vision_projection is not None, "this stage has no projector"
         return self.vision_model, self.vision_projection
@@ -151,7 +153,9 @@ class VitaModel(MegatronModule):
         """Decoder input [t, 1, h]: embedded tokens, with this rank's feature rows in their places."""
         embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=None)
         if self.vision_model is not None:
-            rows, index = exchange_features(self.encode(tiles), routes, self.groups)
+            first = self.groups.cp_rank * self.groups.tp_size
+            counts = [len(routes.tiles_of(first + rank)) for rank in range(self.groups.tp_size)]
+            rows, index = exchange_features(self.encode(tiles, counts), routes, self.groups)
             embedded = embedded.index_copy(0, index, rows.to(embedded.dtype).unsqueeze(1))
         if torch.is_grad_enabled() and not embedded.requires_grad and self._trains_before_decoder():
             # A rank whose loss needs no gradient would skip its backward and leave the others waiting in theirs.
@@ -210,12 +214,25 @@ class VitaModel(MegatronModule):
         }
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
         state = {key: value for key, value in state.items() if "_extra_state" not in key}
-        replica = (0, self.groups.tp_rank, self.groups.collection.dp_cp.rank())
         for name, part in (("vision_model", self.vision_model), ("vision_projection", self.vision_projection)):
             for local, parameter in part.named_parameters() if part is not None else ():
                 key = f"{prefix}{name}.{local}"
-                state[key] = make_sharded_tensor_for_checkpoint(parameter, checkpoint_name(key), replica_id=replica)
+                state[key] = self._sharded(parameter, checkpoint_name(key))
         return state
+
+    def _sharded(self, parameter: nn.Parameter, key: str) -> Any:
+        """How a checkpoint stores one parameter of tower or projector, by megatron-core's marks on it."""
+        tensor_rank, data_rank = self.groups.tp_rank, self.groups.collection.dp_cp.rank()
+        if not getattr(parameter, "tensor_model_parallel", False):
+            return make_sharded_tensor_for_checkpoint(parameter, key, replica_id=(0, tensor_rank, data_rank))
+        return make_tp_sharded_tensor_for_checkpoint(
+            parameter,
+            key,
+            tp_axis=parameter.partition_dim,  # type: ignore[attr-defined]
+            replica_id=(0, 0, data_rank),
+            tp_group=self.groups.collection.tp,
+            dp_cp_group=self.groups.collection.dp_cp,
+        )
 
 
 def checkpoint_name(name: str) -> str:

@@ -57,6 +57,8 @@ class Groups:
     """megatron-core's ProcessGroupCollection of the decoder."""
     tower_collection: Any
     """A ProcessGroupCollection of this rank alone: the tower and the projector are replicated, not split."""
+    split_tower_collection: Any
+    """A ProcessGroupCollection of the tensor ranks alone, for a tower that is split over them."""
     tp_rank: int
     tp_size: int
     cp_rank: int
@@ -111,9 +113,13 @@ def build_groups(parallel: ParallelConfig) -> Groups:
     _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, timeout=timedelta(seconds=_timeout_s))
     names = ("tp", "cp", "pp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp", "mp", "dp", "dp_cp", "expt_dp")
     tower = ProcessGroupCollection(**dict.fromkeys(names, _alone), embd=None, pos_embd=None)
+    split_tower = ProcessGroupCollection(
+        **{**dict.fromkeys(names, _alone), "tp": collection.tp}, embd=None, pos_embd=None
+    )
     return Groups(
         collection=collection,
         tower_collection=tower,
+        split_tower_collection=split_tower,
         tp_rank=collection.tp.rank(),
         tp_size=collection.tp.size(),
         cp_rank=collection.cp.rank(),

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 class RotaryTable(nn.Module):
     """Cosines and sines for tokens at any positions, in any order."""
 
-    _inverse_frequency: Tensor
-
     def __init__(self, head_dim: int, base: float) -> None:
         super().__init__()
         # Published models compute this in float32; wider arithmetic would move their logits at far positions.
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self.register_buffer("_inverse_frequency", 1.0 / (base**exponent), persistent=False)
+        # No buffer: megatron-core's Float16Module would make a bfloat16 one of it, and far positions fall together.
+        self._inverse_frequency = 1.0 / (base**exponent)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """int64 [1, t] -> cosines and sines [t, 1, head_dim / 2], computed in float32, in `dtype`."""
+        self._inverse_frequency = self._inverse_frequency.to(positions.device)
         angles = positions.reshape(-1, 1, 1).float() * self._inverse_frequency
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

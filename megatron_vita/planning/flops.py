@@ -29,10 +29,10 @@ def tower_forward(model: ModelConfig, tiles: int) -> float:
     if vision is None:
         return 0.0
     counted = count_parameters(model)
-    tokens = vision.num_patches + 1
-    tables = (vision.num_patches + 2) * vision.hidden_size
+    tokens = vision.num_positions
+    tables = (vision.num_positions + vision.family.class_token) * vision.hidden_size
     matrices = 2.0 * (counted.tower - tables) * tokens
-    attention = 4.0 * tokens**2 * vision.hidden_size * vision.num_layers
+    attention = 4.0 * tokens**2 * vision.hidden_size * vision.built_layers
     projector = 2.0 * counted.projector * vision.tokens_per_tile
     return tiles * (matrices + attention + projector)
 

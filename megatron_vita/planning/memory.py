@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vita.config import StageConfig
+from megatron_vita.config.pipeline import pipeline_split
 from megatron_vita.planning.parameters import count_parameters
 
 
@@ -38,7 +39,7 @@ def estimate_memory(stage: StageConfig, world_size: int) -> MemoryEstimate:
     the MLP's gate, up and product (3 ffn), all split over tensor ranks but, without sequence parallelism, the norms'.
 
     Raises:
-        ConfigError: the ranks do not divide into replicas.
+        ConfigError: the ranks do not divide into replicas, or the layers into pipeline stages.
     """
     model, parallel = stage.model, stage.parallel
     tp, pp, cp = (
@@ -48,11 +49,13 @@ def estimate_memory(stage: StageConfig, world_size: int) -> MemoryEstimate:
     )
     dp = parallel.data_parallel_size(world_size)
     counted = count_parameters(model)
-    layers = -(-model.num_layers // pp)
+    stages = pipeline_split(parallel, model.num_layers)
+    layers = max(stages.on_rank(rank) for rank in range(pp))
     decoder = (counted.embedding + counted.layer * layers + (counted.head if pp == 1 else 0)) / tp
-    vision = counted.tower + counted.projector
+    tower = counted.tower / (tp if model.vision is not None and model.vision.tensor_parallel else 1)
+    vision = tower + counted.projector
     trained = (0 if stage.train.freeze_language_model else decoder) + (
-        (0 if stage.train.freeze_vision_model else counted.tower)
+        (0 if stage.train.freeze_vision_model else tower)
         + (0 if stage.train.freeze_vision_projection else counted.projector)
     )
     element = 2 if stage.train.bf16 else 4

@@ -54,11 +54,13 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def _tower(vision: VisionConfig) -> int:
-    """An InternViT: patch convolution, class token, position table, and blocks with biases and layer scale."""
-    h, ffn = vision.hidden_size, vision.ffn_hidden_size
-    patches = 3 * vision.patch_size**2 * h + h
-    positions = (vision.num_patches + 1) * h + h  # the table and the class token
-    attention = 3 * h * h + 3 * h + h * h + h
+    """Patch convolution, class token, position table, outer norms, and the blocks that run."""
+    h, ffn, family = vision.hidden_size, vision.ffn_hidden_size, vision.family
+    patches = 3 * vision.patch_size**2 * h + family.patch_bias * h
+    positions = vision.num_positions * h + family.class_token * h  # the table and the class token
+    outer_norms = 2 * h * (family.pre_norm + vision.post_norm)
+    attention = 3 * h * h + 3 * h * vision.add_qkv_bias + h * h + h + 2 * h * vision.qk_layernorm
     mlp = 2 * h * ffn + ffn + h
-    norms_and_scales = 4 * h + 2 * h
-    return patches + positions + vision.num_layers * (attention + mlp + norms_and_scales)
+    norm = h if vision.normalization == "RMSNorm" else 2 * h
+    block = attention + mlp + 2 * norm + 2 * h * family.layer_scale
+    return patches + positions + outer_norms + vision.built_layers * block

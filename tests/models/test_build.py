@@ -227,3 +227,23 @@ def test_transformer_engine_is_refused_where_it_is_not() -> None:
         assert choose_implementation("auto") == "local"
         with pytest.raises(ConfigError, match="`cuda` extra"):
             choose_implementation("te")
+
+
+def _check_constants() -> None:
+    """megatron-core's Float16Module turns every buffer into bfloat16: positions beyond 256 would fall together."""
+    from megatron.core.transformer.module import Float16Module
+
+    groups = build_groups(ParallelConfig())
+    (model,) = build_model(stage_of({}), groups, dtype=torch.bfloat16)
+    far = torch.tensor([[0, 1, 1000, 131_071]])
+    before = model.rotary(far, torch.float32)
+    pixels = torch.full((1, 3, VISION.image_size, VISION.image_size), 120, dtype=torch.uint8)
+    normalised = model.vision_model.normalise(pixels)
+    Float16Module(model.config, model)
+    torch.testing.assert_close(model.rotary(far, torch.float32), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.vision_model.normalise(pixels), normalised, rtol=0, atol=0)
+    destroy_groups()
+
+
+def test_bfloat16_leaves_rotary_frequencies_and_pixel_means_alone() -> None:
+    run_ranks(1, _check_constants)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_vita.config import (
     DataConfig,
@@ -48,6 +49,59 @@ def test_long_vita_14b_has_its_published_size() -> None:
     assert counted.decoder == 14_770_033_664
     assert counted.tower == 304_012_288
     assert counted.projector == 9_445_376
+
+
+INTERN_VIT_6B = VisionConfig(
+    num_layers=45,
+    hidden_size=3200,
+    ffn_hidden_size=12800,
+    num_attention_heads=25,
+    normalization="RMSNorm",
+    add_qkv_bias=False,
+    qk_layernorm=True,
+)
+SIGLIP_400M = VisionConfig(
+    model_type="siglip",
+    num_layers=27,
+    hidden_size=1152,
+    ffn_hidden_size=4304,
+    image_size=224,
+    image_norm="siglip",
+)
+CLIP_L = VisionConfig(model_type="clip", image_size=336, norm_epsilon=1e-5, image_norm="clip")
+
+
+def _published(vision: VisionConfig) -> int:
+    """Parameters of the stock module of that shape, built without memory."""
+    transformers = pytest.importorskip("transformers")
+    names = {"hidden_size": vision.hidden_size, "intermediate_size": vision.ffn_hidden_size}
+    names |= {"num_hidden_layers": vision.built_layers, "num_attention_heads": vision.num_attention_heads}
+    names |= {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    with torch.device("meta"):
+        if vision.model_type == "siglip":
+            config = transformers.SiglipVisionConfig(**names, vision_use_head=False)
+            return transformers.SiglipVisionModel(config).num_parameters()
+        if vision.model_type == "clip":
+            # CLIP's last norm sees the class token alone, and is not built
+            return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**names)).num_parameters() - 2048
+        config = transformers.InternVLVisionConfig(
+            **names, norm_type="rms_norm", attention_bias=False, use_qk_norm=True, use_mean_pooling=True
+        )
+        return transformers.InternVLVisionModel(config).num_parameters()
+
+
+@pytest.mark.parametrize("vision", [INTERN_VIT_6B, SIGLIP_400M, CLIP_L], ids=["InternViT-6B", "SigLIP", "CLIP-L"])
+def test_towers_have_their_published_sizes(vision: VisionConfig) -> None:
+    assert count_parameters(dataclasses.replace(LONG_VITA_14B, vision=vision)).tower == _published(vision)
+
+
+def test_memory_follows_the_pipeline_layout() -> None:
+    layout = "Et*9|t*15|t*15|t*9L"
+    even, uneven = (
+        estimate_memory(stage(parallel=ParallelConfig(pipeline_model_parallel_size=4, **more)), 4)
+        for more in ({}, {"pipeline_model_parallel_layout": layout})
+    )
+    assert uneven.weights > even.weights
 
 
 def test_a_tied_head_counts_once() -> None:

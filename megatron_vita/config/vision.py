@@ -1,0 +1,165 @@
+"""The vision tower's settings. Field names are Megatron's flag names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vita.config.bounds import at_least, positive
+from megatron_vita.errors import ConfigError
+
+IMAGE_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation per channel, for pixels scaled to 0..1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TowerFamily:
+    """What the towers of one family have in common, whatever their size."""
+
+    class_token: bool
+    """A token of its own before the patches; it never reaches the projector."""
+    patch_bias: bool
+    """The patch convolution has a bias."""
+    pre_norm: bool
+    """A norm before the first block."""
+    post_norm: bool
+    """A norm after the last block."""
+    layer_scale: bool
+    """Each residual branch is multiplied by a learned vector (ls1, ls2)."""
+    activation: str
+    """`gelu` (exact), `gelu_tanh` or `quick_gelu`."""
+    select_layer: int
+    """Whose states become features by default: -1 the last block's, -2 those of the block before."""
+
+
+TOWER_FAMILIES: dict[str, TowerFamily] = {
+    "intern_vit": TowerFamily(True, True, False, False, True, "gelu", -1),
+    # last_hidden_state of transformers' SiglipVisionModel, post_layernorm included; without its pooling head.
+    "siglip": TowerFamily(False, True, False, True, False, "gelu_tanh", -1),
+    # LLaVA's choice: the states before the last block. CLIP's post_layernorm only ever sees the class token.
+    "clip": TowerFamily(True, False, True, False, False, "quick_gelu", -2),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """A vision transformer. Defaults: InternViT-300M-448px (its published config.json).
+
+    Other published towers, by what differs:
+
+    * InternViT-6B: num_layers 45, hidden_size 3200, ffn_hidden_size 12800, num_attention_heads 25, normalization
+      RMSNorm, add_qkv_bias false, qk_layernorm true.
+    * SigLIP-400M (so400m): model_type siglip, num_layers 27, hidden_size 1152, ffn_hidden_size 4304, image_norm siglip;
+      image_size 224 with patch_size 14, or 256, 384 or 512 with 16. (The one of 384 pixels with patches of 14 makes
+      27 x 27 patches, which pixel shuffle cannot pair.)
+    * CLIP-L: model_type clip, norm_epsilon 1e-5, image_norm clip, image_size 224 or 336.
+    """
+
+    model_type: str = "intern_vit"
+    """Tower family: `intern_vit`, `siglip` or `clip`."""
+    num_layers: int = 24
+    """Transformer blocks, as published: those after select_layer are not built."""
+    hidden_size: int = 1024
+    """Width of a block."""
+    ffn_hidden_size: int = 4096
+    """Inner width of the MLP."""
+    num_attention_heads: int = 16
+    """Attention heads; the head size is hidden_size / num_attention_heads."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of the norms (the tower's own: it must not inherit the decoder's)."""
+    normalization: str = "LayerNorm"
+    """`LayerNorm`, or `RMSNorm` (InternViT-6B)."""
+    add_qkv_bias: bool = True
+    """Biases on queries, keys and values (InternViT-6B has none)."""
+    qk_layernorm: bool = False
+    """RMSNorm on all queries, and on all keys, of a patch together, over all heads (InternViT-6B)."""
+    select_layer: int | None = None
+    """Whose states become features, counted from the end: -1 the last block's, -2 those before it. By default the
+    family's: -2 for clip (as LLaVA), else -1."""
+    image_size: int = 448
+    """Side of a tile in pixels."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    init_method_std: float = 0.02
+    """Standard deviation of a fresh tower's weights."""
+    layer_scale_init: float = 0.1
+    """Initial value of ls1 and ls2 in a fresh tower."""
+    image_norm: str = "imagenet"
+    """Pixel normalisation: `imagenet`, `clip` or `siglip`."""
+    tensor_parallel: bool = False
+    """Split the tower's matrices over the tensor-parallel ranks, which then encode each tile together, instead of
+    holding all of it on every rank: for towers too large to replicate."""
+
+    def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size", "patch_size")
+        at_least(1, "model.vision", self, *sizes)
+        at_least(0, "model.vision", self, "init_method_std")
+        positive("model.vision", self, "norm_epsilon")
+        if self.model_type not in TOWER_FAMILIES:
+            raise ConfigError(
+                f"model.vision.model_type={self.model_type!r} is not known. Use {', '.join(TOWER_FAMILIES)}."
+            )
+        if self.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ConfigError(f"model.vision.normalization={self.normalization!r}: choose LayerNorm or RMSNorm.")
+        if self.model_type != "intern_vit" and (
+            self.normalization != "LayerNorm" or self.qk_layernorm or not self.add_qkv_bias
+        ):
+            raise ConfigError(
+                f"model.vision: a {self.model_type} tower has LayerNorms, biases on queries, keys and values, and no "
+                "norm on them. Leave normalization, add_qkv_bias and qk_layernorm out."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.vision.hidden_size={self.hidden_size} does not split over num_attention_heads="
+                f"{self.num_attention_heads}. Choose a number of heads that divides it."
+            )
+        if self.image_size % (2 * self.patch_size):
+            raise ConfigError(
+                f"model.vision.image_size={self.image_size} is not a multiple of twice patch_size={self.patch_size}: "
+                "pixel shuffle joins 2 x 2 patches into one token. Change one of the two."
+            )
+        if self.image_norm not in IMAGE_NORMS:
+            raise ConfigError(f"model.vision.image_norm={self.image_norm!r}: choose one of {sorted(IMAGE_NORMS)}.")
+        if not -self.num_layers <= self.selected_layer <= -1:
+            raise ConfigError(
+                f"model.vision.select_layer={self.selected_layer} must lie in -{self.num_layers}..-1: -1 takes the "
+                "last block's states."
+            )
+
+    @property
+    def family(self) -> TowerFamily:
+        """What the tower has by its model_type."""
+        return TOWER_FAMILIES[self.model_type]
+
+    @property
+    def selected_layer(self) -> int:
+        """select_layer, or the family's."""
+        return self.family.select_layer if self.select_layer is None else self.select_layer
+
+    @property
+    def built_layers(self) -> int:
+        """Blocks that run: all up to the selected one."""
+        return self.num_layers + 1 + self.selected_layer
+
+    @property
+    def post_norm(self) -> bool:
+        """A norm follows the last block that runs."""
+        return self.family.post_norm and self.selected_layer == -1
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one tile (without the class token)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """States of one tile in the tower: its patches and, if there is one, the class token."""
+        return self.num_patches + self.family.class_token
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Context tokens that one tile becomes after pixel shuffle: (image_size / patch_size / 2) squared."""
+        return self.num_patches // 4

@@ -1,0 +1,127 @@
+"""Towers that are split over tensor ranks, and tiles that go through a tower in turns: the same as in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vita import checkpoint
+from megatron_vita.config import ModelConfig, ParallelConfig
+from megatron_vita.models import vita
+from megatron_vita.parallel.groups import destroy_groups
+from tests.checkpoint import tiny
+from tests.models.parity import MODEL, ROWS, VISION, compare_step, named, write_reference
+from tests.models.test_vita_frozen import ROWS as PICTURELESS
+from tests.models.test_vita_frozen import STAGE1
+from tests.models.test_vita_parallel import CP2, FULL, PP2, SP2, TP2
+from tests.ranks import run_ranks
+
+
+def _model(**tower: Any) -> ModelConfig:
+    return dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, **tower))
+
+
+TOWERS = {
+    "InternViT-300M": {},
+    "InternViT-6B": {"normalization": "RMSNorm", "add_qkv_bias": False, "qk_layernorm": True},
+    "SigLIP": {"model_type": "siglip", "image_norm": "siglip"},
+    "CLIP-L": {"model_type": "clip", "norm_epsilon": 1e-5, "num_layers": 3, "image_norm": "clip"},
+}
+
+
+def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], rows: Any, at_once: int) -> None:
+    vita._TOWER_TOKENS = at_once * (VISION.num_patches + 1)
+    for parallel in layouts:
+        compare_step(reference, parallel, train, rows)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_tower_whole_or_split_equals_one_process(tmp_path: Path, name: str) -> None:
+    reference = write_reference(tmp_path / "reference", {"model": _model(**TOWERS[name])})
+    split = {"model": _model(**TOWERS[name], tensor_parallel=True)}
+    run_ranks(2, _check, [SP2, CP2, PP2], reference, {"model": _model(**TOWERS[name])}, ROWS, 100)
+    run_ranks(2, _check, [TP2, SP2, {**SP2, **FULL}, {**SP2, "overlap_grad_reduce": True}], reference, split, ROWS, 100)
+
+
+@pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("train", [{}, STAGE1, {"freeze_vision_model": True}], ids=["all", "projector", "frozen tower"])
+def test_tiles_in_turns_equal_one_process(tmp_path: Path, train: dict[str, Any], tensor_parallel: bool) -> None:
+    """Five and three tiles a row, two or four at once: some ranks have a turn without a tile of their own."""
+    reference = write_reference(tmp_path / "reference", train)
+    train = {**train, "model": _model(tensor_parallel=tensor_parallel)}
+    run_ranks(2, _check, [TP2, SP2, CP2, {**SP2, "overlap_grad_reduce": True}], reference, train, ROWS, 2)
+
+
+@pytest.mark.parametrize("case", PICTURELESS)
+@pytest.mark.parametrize("train", [{}, STAGE1], ids=["all", "projector"])
+def test_a_split_tower_waits_for_nobody(tmp_path: Path, case: str, train: dict[str, Any]) -> None:
+    reference = write_reference(tmp_path / "reference", train, PICTURELESS[case])
+    train = {**train, "model": _model(tensor_parallel=True)}
+    run_ranks(2, _check, [TP2, {**SP2, **FULL}, CP2], reference, train, PICTURELESS[case], 1, timeout_s=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [ROWS, *PICTURELESS.values()], ids=["tiles", *PICTURELESS])
+@pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
+def test_towers_on_four_ranks_equal_one_process(tmp_path: Path, rows: Any, tensor_parallel: bool) -> None:
+    """More tiles than ranks, fewer, and none; each encoded once in its tensor x context group."""
+    reference = write_reference(tmp_path / "reference", {}, rows)
+    train = {"model": _model(tensor_parallel=tensor_parallel)}
+    run_ranks(4, _check, [{**TP2, **CP2}, {**SP2, **CP2}, {**SP2, **PP2}], reference, train, rows, 1)
+
+
+def _reshard(root: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def trainer(tensor_parallel: bool, parallel: dict[str, Any], seed: int) -> tiny.Trainer:
+        tower = dataclasses.replace(tiny.VISION, tensor_parallel=tensor_parallel, **TOWERS["InternViT-6B"])
+        return tiny.Trainer(tiny.stage(ParallelConfig(**parallel), model=tiny.smaller(vision=tower), seed=seed))
+
+    one = trainer(**before, seed=1)
+    one.step()
+    folder = checkpoint.save(root, one.models, one.optimizer, one.schedule, tiny.state(one.stage, 1), one.groups)
+    norm = one.step()
+    destroy_groups()
+    other = trainer(**after, seed=2)
+    checkpoint.load_training(folder, other.models, other.optimizer, other.schedule)
+    assert other.step() == pytest.approx(norm, rel=1e-5)
+    shapes = {name for name, _ in named(*other.models)}
+    assert "vision_model.decoder.layers.0.self_attention.q_layernorm.weight" in shapes
+    destroy_groups()
+
+
+SPLIT = {"tensor_parallel": True, "parallel": SP2}
+WHOLE = {"tensor_parallel": False, "parallel": CP2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(SPLIT, WHOLE), (WHOLE, SPLIT)], ids=["split to whole", "whole to split"]
+)
+def test_checkpoints_do_not_know_whether_the_tower_was_split(tmp_path: Path, before: Any, after: Any) -> None:
+    run_ranks(2, _reshard, str(tmp_path), before, after)
+
+
+def _check_once() -> None:
+    """Each tile goes through the tower exactly once, to within one of even over context ranks."""
+    from megatron_vita.models.build import build_model
+    from megatron_vita.parallel.groups import build_groups
+    from tests.models.parity import inputs_of, make_rows, stage_of
+
+    for parallel in (SP2, CP2):
+        groups = build_groups(ParallelConfig(**parallel))
+        (model,) = build_model(stage_of(parallel), groups, dtype=torch.float64)
+        seen: list[int] = []
+        model.vision_model.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(len(args[0])))
+        (row, *_) = make_rows()
+        with torch.no_grad():
+            model(**inputs_of(row, groups))
+        counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+        torch.distributed.all_gather(counts, torch.tensor(sum(seen)))
+        assert sorted(int(one) for one in counts) == [2, 3]
+        destroy_groups()
+
+
+def test_every_tile_is_encoded_once() -> None:
+    run_ranks(2, _check_once)
