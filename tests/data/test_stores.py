@@ -279,6 +279,53 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
             prepare(MediaRule(root=tmp_path, archives=(tmp_path / name,)), tmp_path / ".work")
 
 
+@settings(deadline=None, max_examples=150)
+@given(
+    form=st.sampled_from(["x.tar", "x.zip", "x.stored.zip", "x.tar.gz"]),
+    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=3)), min_size=1, max_size=4),
+)
+def test_damage_never_crashes(tmp_path_factory: pytest.TempPathFactory, form: str, changes: list[Any]) -> None:
+    """Whatever bytes are changed: an error of ours, or members that can be read."""
+    root = tmp_path_factory.mktemp("fuzz")
+    tree = {"a/1.jpg": b"one" * 9, "a/" + "long" * 40 + ".jpg": b"two", "a/\u00e9.jpg": b"x" * 700}
+    data = bytearray(FORMS[form](tree))
+    for place, new in changes:
+        at = place % len(data)
+        data[at : at + len(new)] = new
+    (root / form).write_bytes(data)
+    try:
+        one = store(root, archives=(root / form,), frames=True)
+    except ConfigError:
+        return
+    for name in [*tree, "a", "none"]:
+        try:
+            found = one.find(name)
+        except DataError:
+            continue
+        for file in found.frames or [found]:
+            content(file)
+
+
+def test_hostile_headers_of_a_tar(tmp_path: Path) -> None:
+    """Sizes below zero (tarfile goes round for ever), names of gigabytes, headers upon headers."""
+    negative = tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT)
+    negative = negative[:124] + b"\xff" * 10 + b"\xfe\x00" + negative[136:]
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
+    chained = tarfile.TarInfo("././@LongLink")
+    chained.type = tarfile.GNUTYPE_LONGNAME
+    for number, data in enumerate((negative, long.tobuf(tarfile.GNU_FORMAT), chained.tobuf(tarfile.GNU_FORMAT) * 3000)):
+        data = bytearray(data)
+        for at in range(0, len(data), 512):
+            header = data[at : at + 512]
+            header[148:156] = b" " * 8
+            data[at + 148 : at + 156] = b"%06o\0 " % sum(header)
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(bytes(data) + bytes(10240))
+        with pytest.raises(ConfigError, match=rf"{number}\.tar: .*damaged"):
+            prepare(MediaRule(root=tmp_path, archives=(path,)), tmp_path / ".work")
+
+
 def test_multi_volume_zips_say_how_to_join_them(tmp_path: Path) -> None:
     (tmp_path / "split.zip").write_bytes(zip_of({"a.jpg": b"a"}))
     (tmp_path / "split.z01").write_bytes(b"x")

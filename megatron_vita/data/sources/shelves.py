@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 
 from megatron_vita.data.names import natural_key
@@ -32,6 +33,8 @@ IN_MEMORY = 64 << 20
 MAX_MEMBER = 64 << 30
 """A packed member that says it is larger is refused."""
 _FRAMES_IN_MEMORY = 256 << 20
+_OPEN = 16
+"""Archives held open by one store."""
 _COMPARED = 256 << 20
 """Members of one name are compared up to this size."""
 
@@ -75,7 +78,7 @@ class Shelves:
             tables[0] if len(tables) == 1 else build_once(work, "tables", tables, lambda to: merge_tables(tables, to))
         )
         self._table = Table(merged)
-        self._files: dict[int, int] = {}
+        self._files: dict[int, FileIO] = {}
 
     def find(self, path: str) -> MediaFile | None:
         """The member or folder of frames that a path relative to the root means.
@@ -197,10 +200,10 @@ class Shelves:
     def _descriptor(self, number: int) -> int:
         """The opened archive; few are open at a time."""
         if number not in self._files:
-            if len(self._files) >= 64:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[number] = os.open(self._archives[number].data, os.O_RDONLY)
-        return self._files[number]
+            if len(self._files) >= _OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[number] = self._archives[number].data.open("rb", buffering=0)
+        return self._files[number].fileno()
 
 
 def _opened(path: Path, work: Path | None, progress: bool) -> Archive:

@@ -11,6 +11,22 @@ from megatron_vita.data.sources.archives.members import HOSTILE_NAME, LINK, NO_F
 from megatron_vita.errors import ConfigError
 
 BLOCK = tarfile.BLOCKSIZE
+_MOST_HEADER = 1 << 20
+"""Bytes of a long name or a set of extended attributes; a hostile header says gigabytes, and tarfile believes it."""
+
+
+class _Careful:
+    """A file that gives no more at once than a header may have."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+        self.name, self.mode = "archive", "rb"
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's."""
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
 
 
 def is_tar(head: bytes) -> bool:
@@ -44,8 +60,10 @@ def walk(path: Path, stream: BinaryIO, stop: int | None = None) -> Iterator[Memb
         stop: offset at which to stop; none: the archive's end.
     """
     try:
-        tar = tarfile.TarFile(fileobj=stream, errorlevel=0)
+        tar = tarfile.TarFile(fileobj=_Careful(stream), errorlevel=0)  # type: ignore[arg-type]
         while (info := tar.next()) is not None and (stop is None or info.offset < stop):
+            if info.size < 0:  # tarfile would go back by that much, for ever
+                raise tarfile.ReadError("a member of negative size")
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if not info.isdir():
                 yield _member(info)
@@ -54,7 +72,7 @@ def walk(path: Path, stream: BinaryIO, stop: int | None = None) -> Iterator[Memb
         # a damaged header looks to tarfile like the end
         stream.seek(tar.offset)
         rest = stream.read(BLOCK)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path}: the tar is cut short or damaged ({error}). Fetch it again.") from None
     if rest.strip(b"\0") or 0 < len(rest) < BLOCK:
         raise ConfigError(f"{path}: the tar is cut short or damaged at byte {tar.offset}. Fetch it again.")

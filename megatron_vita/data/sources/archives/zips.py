@@ -54,6 +54,7 @@ def zip_members(path: Path) -> Iterator[Member]:
     """
     with path.open("rb") as stream:
         size, count, shift = _directory(path, stream)
+        begin = stream.tell()
         buffer, place, left = b"", 0, size
         for _ in range(count):
             if len(buffer) - place < _ENTRY.size + 3 * 65535 and left:
@@ -63,6 +64,8 @@ def zip_members(path: Path) -> Iterator[Member]:
             member, length = _entry(path, buffer, place, shift)
             place += length
             if member is not None:
+                if not 0 <= member.header < begin:
+                    raise ConfigError(f"{path}: the zip's directory is damaged. Fetch it again.")
                 yield member
 
 
@@ -80,7 +83,12 @@ def data_offset(stream_fd: int, header: int) -> int:
 
 
 def local_name(stream_fd: int, header: int) -> str:
-    """The name in a local header."""
+    """The name in a local header.
+
+    Raises:
+        DataError: as `data_offset`.
+    """
+    data_offset(stream_fd, header)
     flags, length = struct.unpack("<H18xH", os.pread(stream_fd, 22, header + 6))
     return _text(os.pread(stream_fd, length, header + _LOCAL.size), flags)
 
