@@ -28,6 +28,11 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def num_accelerators() -> int:
+    """GPUs that this process sees; 0 without CUDA. CUDA is not started by it, so processes may be forked afterwards."""
+    return torch.cuda.device_count()
+
+
 def torch_device() -> torch.device:
     """The device this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else _CPU

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking whether there is a GPU forbids to fork ranks
 
 from megatron_vita import log
 from megatron_vita.config import load_run
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid and print the table."""
     arguments = parser().parse_args(argv)
     log.configure()
+    signal.signal(signal.SIGTERM, _stop)  # so that the ranks are ended
     try:
         return _check(arguments)
     except VitaError as error:
@@ -84,6 +87,10 @@ def _check(arguments: argparse.Namespace) -> int:
         runner.close()
     say(*report.summary(results, len(todo), time.monotonic() - began, excluded), sep="\n")
     return 0 if len(results) == len(todo) and not any(result.failures for result in results) else 1
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _silent(*_: object, **__: object) -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_vita import device
 from megatron_vita.checks.options import DTYPES, Case, case_stage, make_stage
 from megatron_vita.checks.tiny import IMAGES, tiny_model
-from megatron_vita.config import StageConfig
+from megatron_vita.config import ParallelConfig, StageConfig
 from megatron_vita.errors import ConfigError
 
-MOST_FORKED = 16
-"""Ranks of a recipe's layout that are forked on one machine."""
+MOST_FORKED = 8
+"""Ranks of a recipe's layout that are forked on one machine without a GPU."""
 _TORCH = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,18 +43,18 @@ def recipe_world(stage: StageConfig) -> int:
     Raises:
         ConfigError: too many for one machine.
     """
-    size = stage.parallel.replica_size
-    if size > MOST_FORKED:
+    size, most = stage.parallel.replica_size, device.num_accelerators() or MOST_FORKED
+    if size > most:
         raise ConfigError(
-            f"stage {stage.name!r} takes {size} ranks a replica, more than the {MOST_FORKED} that are forked on one "
+            f"stage {stage.name!r} takes {size} ranks a replica, more than the {most} that can be forked on this "
             "machine. Start this command with torchrun on as many GPUs, or lower a degree."
         )
-    return 2 * size if 2 * size <= MOST_FORKED else size
+    return 2 * size if 2 * size <= most else size
 
 
 def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iterator[Job]:
-    """A stage of a user's recipe: its parallel section, frozen parts, micro-batch size, layers and model switches, with
-    widths shrunk to what the layout can split.
+    """A stage of a user's recipe: its parallel section, frozen parts, micro-batch size and model switches, with widths
+    shrunk to what the layout can split. All layers stay where pipeline settings count them; else there are a few.
 
     Args:
         stage: the merged settings.
@@ -69,7 +70,8 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
     parallel, model = stage.parallel, stage.model
     data = parallel.data_parallel_size(world_size)
     heads = math.lcm(4, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
-    tiny = tiny_model(heads=heads, layers=model.num_layers, tied=not model.untie_embeddings_and_output_weights)
+    parallel, layers = _shrunk(parallel, model.num_layers)
+    tiny = tiny_model(heads=heads, layers=layers, tied=not model.untie_embeddings_and_output_weights)
     tiny = dataclasses.replace(
         tiny,
         add_qkv_bias=model.add_qkv_bias,
@@ -94,3 +96,19 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
             )
             made.check(world_size)
             yield Job(f"{stage.name} images={images} dtype={dtype}", world_size, made, images, _TORCH[dtype])
+
+
+def _shrunk(parallel: ParallelConfig, layers: int) -> tuple[ParallelConfig, int]:
+    """Settings and number of layers of a smaller model under the same layout."""
+    counting = (
+        parallel.pipeline_model_parallel_layout,
+        parallel.num_layers_per_virtual_pipeline_stage,
+        parallel.decoder_first_pipeline_num_layers,
+        parallel.decoder_last_pipeline_num_layers,
+    )
+    if any(setting is not None for setting in counting):
+        return parallel, layers
+    stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
+    fewer = min(layers, math.lcm(4, stages))
+    recomputed = parallel.recompute_num_layers and min(parallel.recompute_num_layers, fewer // stages)
+    return dataclasses.replace(parallel, recompute_num_layers=recomputed), fewer

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vita import device
 from megatron_vita.checks.compare import Outcome
 from megatron_vita.checks.jobs import Job
 from megatron_vita.checks.run import run_stage
@@ -52,8 +53,12 @@ def launched() -> bool:
 
 
 def world_sizes() -> tuple[int, ...]:
-    """How many ranks a case may take: torchrun's world, or up to four forked ones."""
-    return (int(os.environ["WORLD_SIZE"]),) if launched() else FORKED_WORLDS
+    """How many ranks a case may take: torchrun's world, or up to four forked ones, each on a GPU of its own if there is
+    any."""
+    if launched():
+        return (int(os.environ["WORLD_SIZE"]),)
+    most = device.num_accelerators() or max(FORKED_WORLDS)
+    return tuple(size for size in FORKED_WORLDS if size <= most)
 
 
 class Forked:

@@ -152,8 +152,10 @@ def test_a_recipe_lends_its_layout_to_a_small_model() -> None:
     assert recipe_world(stage) == 8
     jobs = list(recipe_jobs(stage, 8, None))
     assert {job.images for job in jobs} == set(IMAGES)
-    assert all(job.stage.parallel == parallel and job.stage.model.num_layers == 6 for job in jobs)
+    assert all(job.stage.parallel == parallel and job.stage.model.num_layers == 4 for job in jobs)
     assert all(job.stage.train.freeze_vision_model and job.stage.model.hidden_size <= 64 for job in jobs)
+    uneven = dataclasses.replace(parallel, pipeline_model_parallel_layout="Et|t*5L")
+    assert next(recipe_jobs(dataclasses.replace(stage, parallel=uneven), 4, None)).stage.model.num_layers == 6
     with pytest.raises(ConfigError, match="multiple of 4"):
         list(recipe_jobs(stage, 6, None))
     large = dataclasses.replace(stage, parallel=ParallelConfig(tensor_model_parallel_size=32))
