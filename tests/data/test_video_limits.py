@@ -26,7 +26,7 @@ from megatron_vita.errors import ConfigError, DataError
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_frames=8)
 
 FAKE = """
-import ctypes, os, time
+import ctypes, mmap, os, time
 import numpy as np
 
 class logging:
@@ -49,6 +49,11 @@ def misbehave(what):
         kept = []
         while True:
             kept.append(np.ones(1 << 20))
+    elif what == "share":  # memory that no limit of the kernel's counts
+        mapped = mmap.mmap(-1, 600 << 20)
+        for place in range(0, len(mapped), 4096):
+            mapped[place] = 1
+        time.sleep(600)
     elif what == "ask":
         np.ones(1 << 34)
     elif what == "raise":
@@ -109,6 +114,7 @@ def frames(file: MediaFile, limits: VideoLimits) -> int:
         ("crash", "media_crash"),
         ("exit", "media_crash"),
         ("eat", "video_memory"),
+        ("share", "video_memory"),
         ("ask", "video_memory"),
         ("raise", "video_broken"),
     ],
