@@ -49,16 +49,17 @@ def videogpt_plus(root: Path) -> Iterator[Promise]:
     """Eleven files, seven folders of videos, some packed; three ways to write the placeholder."""
     root = root / "MBZUAI/VideoGPT-plus_Training_Dataset"
     videos = root / "instruction_tuning"
-    put_tar(videos / "webvid/webvid_1.tgz", {"1.mp4": clip(1)})
-    put_tar(videos / "videochat_it.tgz", {"videochat_it/1.mp4": clip(1)})
+    put_tar(videos / "webvid/webvid_1.tgz", {"webvid.mp4": clip(1)})
+    put_tar(videos / "videochat_it.tgz", {"videochat_it/videochat_it.mp4": clip(1)})
     for folder in ("k710", "ssv2", "Activity_Videos", "clevrer", "NExTQA"):
-        put(videos / folder / "1.mp4", clip(1))
+        put(videos / folder / f"{folder}.mp4", clip(1))
     seen = [qa("[v0]\nq", videos=[clip(1)])] * 99
-    for name in VIDEOGPT:
-        plain = [_row("1.mp4", text, "a", dataset=name) for text in ("<video>\nq", "<image>\nq", "q")] * 9
+    for name, folder in VIDEOGPT.items():
+        video = f"{folder}.mp4"
+        plain = [_row(video, text, "a", dataset=name) for text in ("<video>\nq", "<image>\nq", "q")] * 9
         odd: Pairs = [
             (_row("2.mp4", "<video>\nq", "a"), "media_missing"),
-            (_row("1.mp4", "<video><video>", "a"), "media_count"),
+            (_row(video, "<video><video>", "a"), "media_count"),
         ]
         yield array(root / f"annotations/{name}.json", "videogpt_plus", fill(odd, zip(plain, seen, strict=False)))
 
