@@ -1,27 +1,42 @@
-"""What is in a shard set, for people: a sample as text with its loss mask, its pictures, and statistics."""
+"""What is in a shard set, for people: a sample as text with its loss mask, a pack, and statistics. (Pictures are
+drawn by inspect_pictures.py, the HTML page by inspect_page.py.)"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
+from megatron_vita.data.deal import deal
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.rows import read_tiles
+from megatron_vita.data.order import PackOrder
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
+from megatron_vita.layout import Int64
 
 LOSS = ("⟦", "⟧")
 """Brackets around what carries loss."""
 _FOLD = 4
 """A special token that stands this often in a row is written once, with its count."""
+_RANKS, _STEPS = 8, 200
+"""Data-parallel ranks that `balance` deals to, and the most steps it looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of a sample's text."""
+
+    text: str
+    special: bool
+    """A special token of the layout, by name."""
+    taught: bool
+    """The model is taught to write it: it carries loss (its label stands one token before)."""
 
 
 def find_tokenizer(shards: ShardSet) -> VitaTokenizer | None:
@@ -38,35 +53,54 @@ def find_tokenizer(shards: ShardSet) -> VitaTokenizer | None:
     return None
 
 
+def sample_runs(shards: ShardSet, sample: int, tokenizer: VitaTokenizer | None) -> Iterator[Run]:
+    """A sample as the model reads it, cut where loss or the kind of token changes. Without a tokenizer: the ids."""
+    tokens, labels = _sample_arrays(shards, sample)
+    taught = np.concatenate([[False], labels[:-1] != IGNORE_INDEX])
+    named = set(tokenizer.special_tokens.values()) if tokenizer else set()
+
+    def kind(index: int) -> tuple[bool, int]:
+        """Learnt or not; the special token or -1."""
+        return bool(taught[index]), int(tokens[index]) if int(tokens[index]) in named else -1
+
+    for (learnt, token), group in groupby(range(len(tokens)), key=kind):
+        ids = [int(tokens[index]) for index in group]
+        if tokenizer is None:
+            yield Run(" ".join(map(str, ids)) + " ", False, learnt)
+        elif token < 0:
+            yield Run(tokenizer.decode(ids, skip_special_tokens=False), False, learnt)
+        else:
+            name, times = tokenizer.decode([token], skip_special_tokens=False), len(ids)
+            yield Run(f"{name}×{times}" if times >= _FOLD else name * times, True, learnt)
+
+
 def sample_text(shards: ShardSet, sample: int, tokenizer: VitaTokenizer | None) -> str:
     """A sample as the model reads it: special tokens by name, what carries loss in `LOSS` brackets.
 
-    A bracketed token is one that the model is taught to write (labels are shifted: its label stands one token before).
     Without a tokenizer the ids are shown.
     """
-    tokens, labels = _sample_arrays(shards, sample)
-    taught = np.concatenate([[False], labels[:-1] != IGNORE_INDEX])
     out = []
-    for masked, group in groupby(range(len(tokens)), key=lambda index: bool(taught[index])):
-        ids = [int(tokens[index]) for index in group]
-        text = _decode(ids, tokenizer)
-        out.append(f"{LOSS[0]}{text}{LOSS[1]}" if masked else text)
+    for taught, runs in groupby(sample_runs(shards, sample, tokenizer), key=lambda run: run.taught):
+        text = "".join(run.text for run in runs)
+        out.append(f"{LOSS[0]}{text}{LOSS[1]}" if taught else text)
     return "".join(out)
+
+
+def sample_title(shards: ShardSet, sample: int) -> tuple[str, str]:
+    """Where a sample comes from, and its numbers."""
+    record = shards.samples[sample]
+    source = shards.manifest.sources[int(record["source"])]
+    where = f"{source.name}, record {record['line']}; pack {shards.pack_of_sample(sample)}"
+    return (
+        f"sample {sample} of {shards.num_samples}: {where}",
+        f"{record['length']} tokens, {record['labels']} with loss, {record['tiles']} tiles",
+    )
 
 
 def sample_report(shards: ShardSet, sample: int, tokenizer: VitaTokenizer | None) -> str:
     """Where a sample comes from, its numbers, its text and the table of its tiles."""
-    _, labels = _sample_arrays(shards, sample)
-    record = shards.samples[sample]
-    source = shards.manifest.sources[int(record["source"])]
-    pack = shards.pack_of_sample(sample)
-    lines = [
-        f"sample {sample} of {shards.num_samples}: {source.name}, record {record['line']}; pack {pack}",
-        f"{record['length']} tokens, {int((labels != IGNORE_INDEX).sum())} with loss, {record['tiles']} tiles",
-        "",
-        sample_text(shards, sample, tokenizer),
-    ]
-    tiles = shards.tiles(_tiles_of(shards, sample))
+    lines = [*sample_title(shards, sample), "", sample_text(shards, sample, tokenizer)]
+    tiles = shards.tiles(tiles_of(shards, sample))
     if len(tiles):
         start = _offset(shards, sample)
         lines += ["", f"{'tile':>6} {'tokens':>15} {'media':>8} {'picture':>12} {'place':>12}"]
@@ -74,18 +108,35 @@ def sample_report(shards: ShardSet, sample: int, tokenizer: VitaTokenizer | None
     return "\n".join(lines)
 
 
-def statistics(shards: ShardSet) -> str:
-    """The whole set as a page of text: totals, lengths, tiles, sources."""
-    manifest, totals = shards.manifest, shards.manifest.totals
-    pictures = _pictures(shards)
-    frames = int(pictures["frame"].sum()) if len(pictures) else 0
+def pack_report(shards: ShardSet, pack: int) -> str:
+    """What lies in one pack: a line for each sample, and how full it is."""
+    rows = shards.pack_samples(pack)
+    length, seq_length = shards.pack_length(pack), shards.manifest.seq_length
+    reset, joint = (int(shards.pack_work(reset=reset)[pack, 0]) for reset in (True, False))
     lines = [
-        f"{shards.prefix}: format {manifest.format_version}, digest {manifest.digest[:16]}",
-        f"packed to {manifest.seq_length} tokens, layout {manifest.layout}, {manifest.packing['fill']:.2%} full",
-        f"{totals['packs']} packs, {totals['samples']} samples, {totals['tokens']} tokens",
-        f"{totals['labels']} tokens carry loss ({totals['labels'] / totals['tokens']:.1%})",
-        f"{totals['tiles']} tiles ({manifest.image['size']} px), {len(pictures) - frames} pictures, {frames} frames",
-        f"{totals['read']} records read, {totals['rejected']} rejected",
+        f"pack {pack} of {shards.num_packs}: {len(rows)} samples, {len(shards.pack_tiles(pack))} tiles",
+        f"{length} of {seq_length} tokens ({length / seq_length:.2%} full)",
+        f"query-key pairs of attention: {reset} with reset per document, {joint} without",
+        "",
+        f"{'sample':>9} {'begins at':>10} {'tokens':>8} {'with loss':>9} {'tiles':>6}  source",
+    ]
+    start = 0
+    for sample in rows:
+        record = shards.samples[sample]
+        name = shards.manifest.sources[int(record["source"])].name
+        lines.append(
+            f"{sample:>9} {start:>10} {record['length']:>8} {record['labels']:>9} {record['tiles']:>6}  "
+            f"{name}, record {record['line']}"
+        )
+        start += int(record["length"])
+    return "\n".join(lines)
+
+
+def statistics(shards: ShardSet) -> str:
+    """The whole set as a page of text: totals, lengths, tiles, balance, sources."""
+    lines = [
+        f"{shards.prefix}",
+        *(f"{name:<12} {value}" for name, value in totals(shards)),
         "",
         "tokens of a sample   " + _summary(shards.samples["length"]),
         *_histogram(shards.samples["length"]),
@@ -93,116 +144,112 @@ def statistics(shards: ShardSet) -> str:
         "tiles of a sample    " + _summary(shards.samples["tiles"]),
         *_histogram(shards.samples["tiles"]),
         "",
-        f"{'source':<24} {'read':>9} {'used':>9} {'rejected':>9} {'truncated':>9} {'tokens':>12} {'tiles':>9}",
+        *balance(shards),
+        "",
+        f"{'source':<24} {'read':>9} {'used':>9} {'rejected':>9} {'truncated':>9} {'tokens':>12} {'loss':>6} tiles",
     ]
-    for source in manifest.sources:
+    labelled = labelled_share(shards)
+    for index, source in enumerate(shards.manifest.sources):
         refused = ", ".join(f"{code} {number}" for code, number in sorted(source.rejected.items()))
         lines.append(
             f"{source.name:<24} {source.read:>9} {source.used:>9} {sum(source.rejected.values()):>9} "
-            f"{source.truncated:>9} {source.tokens:>12} {source.tiles:>9}  {refused}".rstrip()
+            f"{source.truncated:>9} {source.tokens:>12} {labelled[index]:>6.1%} {source.tiles}  {refused}".rstrip()
         )
     return "\n".join(lines)
 
 
-def picture_sheet(shards: ShardSet, tile_ids: Sequence[int], path: Path) -> int:
-    """Write tiles, exactly as the tower gets them, as a PNG sheet with a caption each; those that fail are crossed out.
+def totals(shards: ShardSet) -> list[tuple[str, str]]:
+    """The set in a few lines: what, and how much."""
+    manifest, total = shards.manifest, shards.manifest.totals
+    pictures = _pictures(shards)
+    frames = int(pictures["frame"].sum()) if len(pictures) else 0
+    codes = rejects_by_code(shards)
+    refused = f" ({', '.join(f'{code} {number}' for code, number in codes.items())})" if codes else ""
+    return [
+        ("format", f"{manifest.format_version}, layout {manifest.layout}, digest {manifest.digest[:16]}"),
+        ("packs", f"{total['packs']} of {manifest.seq_length} tokens, {manifest.packing['fill']:.2%} full"),
+        ("samples", f"{total['samples']}"),
+        ("tokens", f"{total['tokens']}; {total['labels']} carry loss ({total['labels'] / total['tokens']:.1%})"),
+        (
+            "media",
+            f"{total['tiles']} tiles ({manifest.image['size']} px), {len(pictures) - frames} pictures, {frames} frames",
+        ),
+        ("records", f"{total['read']} read, {total['rejected']} rejected{refused}"),
+    ]
 
-    Returns:
-        Number of tiles on the sheet.
 
-    Raises:
-        ConfigError: there is no tile to show.
-    """
-    ids = np.array(tile_ids, dtype=np.int64)
-    if not len(ids):
-        raise ConfigError("there is no picture to show: choose another --sample.")
-    pixels, failed = read_tiles(shards, ids)
-    owners = shards.sample_of_tile(ids)
-    records = shards.tiles(ids)
-    size = shards.spec.image_size
-    shown = size * max(1, 128 // size)
-    cols = min(len(ids), 8)
-    gap, caption = 6, 14
-    sheet = Image.new(
-        "RGB", (gap + cols * (shown + gap), gap + -(-len(ids) // cols) * (shown + caption + gap)), (255, 255, 255)
+def rejects_by_code(shards: ShardSet) -> dict[str, int]:
+    """Reason code -> records of all sources, most frequent first."""
+    counts: Counter[str] = Counter()
+    for source in shards.manifest.sources:
+        counts.update(source.rejected)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def labelled_share(shards: ShardSet) -> npt.NDArray[np.float64]:
+    """Part of each source's tokens that carries loss, 0..1, `[sources]`."""
+    size = len(shards.manifest.sources)
+    labels, tokens = (
+        np.bincount(shards.samples["source"], weights=shards.samples[name], minlength=size)
+        for name in ("labels", "length")
     )
-    draw = ImageDraw.Draw(sheet)
-    for index, (tile, record, owner) in enumerate(zip(pixels.numpy(), records, owners.tolist(), strict=True)):
-        left, top = gap + index % cols * (shown + gap), gap + index // cols * (shown + caption + gap)
-        picture = Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0)))
-        sheet.paste(picture.resize((shown, shown), Image.Resampling.NEAREST), (left, top))
-        draw.text((left, top + shown + 1), f"{owner}: {_place(record)}", fill=(0, 0, 0))
-        if owner in failed:
-            draw.line((left, top, left + shown, top + shown), fill=(220, 0, 0), width=3)
-            draw.line((left, top + shown, left + shown, top), fill=(220, 0, 0), width=3)
-    sheet.save(path, "PNG")
-    return len(ids)
+    return labels / np.maximum(tokens, 1)
 
 
-def sheet_tiles(shards: ShardSet, sample: int | None, most: int = 64) -> list[int]:
-    """Tiles for a sheet: all of one sample (up to 512), or the first of up to `most` samples spread over the set."""
-    if sample is not None:
-        return list(_tiles_of(shards, sample))[:512]
-    with_tiles = np.flatnonzero(shards.samples["tiles"])
-    chosen = with_tiles[np.linspace(0, len(with_tiles) - 1, min(most, len(with_tiles))).astype(np.int64)]
-    return [_tiles_of(shards, int(one)).start for one in chosen]
+def balance(shards: ShardSet) -> list[str]:
+    """How evenly steps of this set load 8 data-parallel ranks, by global batch, with and without reset; a line each.
 
-
-def plot_statistics(shards: ShardSet, path: Path) -> None:
-    """Write lengths, tiles, how full the packs are, and the sources as one PNG.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
+    Ratios of sums over up to 200 steps: the most laden rank's work to the mean rank's.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib. Install it: pip install matplotlib.") from None
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2).reshape(-1)
-    fill = [shards.pack_length(pack) / shards.manifest.seq_length for pack in range(len(shards))]
-    for axis, values, title in (
-        (axes[0], shards.samples["length"], "tokens of a sample"),
-        (axes[1], shards.samples["tiles"], "tiles of a sample"),
-        (axes[2], fill, "part of a pack that is tokens"),
-    ):
-        axis.hist(values, bins=40, color="#3b6ea5")
-        axis.set_title(title)
-        axis.set_yscale("log")
-    names = [source.name for source in shards.manifest.sources]
-    axes[3].barh(names, [source.tokens for source in shards.manifest.sources], color="#3b6ea5")
-    axes[3].set_title("tokens of a source")
-    figure.savefig(path, dpi=110)
+    lines = []
+    for batch in (_RANKS, 8 * _RANKS):
+        if shards.num_packs < batch:
+            continue
+        for reset, name in ((True, "with reset"), (False, "without")):
+            order = PackOrder(shards.pack_work(reset), seed=0, digest=shards.manifest.digest, global_batch_size=batch)
+            steps = min(shards.num_packs // batch, _STEPS)
+            loads = np.stack([_loads(order, order.packs(step * batch)) for step in range(steps)])
+            most, mean = loads.max(axis=1).sum(axis=0), loads.mean(axis=1).sum(axis=0)
+            ratios = " and ".join(
+                f"{high / low:.3f} of the mean's {kind}"
+                for high, low, kind in zip(most, mean, ("attention", "tiles"), strict=True)
+                if low
+            )
+            lines.append(f"{batch} packs a step on {_RANKS} ranks, {name}: the most laden rank has {ratios}")
+    return lines or [f"fewer than {_RANKS} packs: there is nothing to balance over {_RANKS} ranks"]
 
 
-def check_picture_path(flag: str, path: Path) -> None:
-    """Refuse, before anything is read, a path under which no PNG can be written; its folder is made.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"{flag} {path}: name a .png file, the one kind that is written.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError("no right to write there, or a folder of that name")
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be written ({error}). Choose another.") from None
-
-
-def check_sample(shards: ShardSet, sample: int) -> int:
-    """The sample, if the set has it.
+def check_index(flag: str, index: int, size: int) -> int:
+    """A sample's or pack's number, if the set has it.
 
     Raises:
         ConfigError: it has not; the range is named.
     """
-    if not 0 <= sample < shards.num_samples:
-        raise ConfigError(f"--sample {sample}: the set holds samples 0 to {shards.num_samples - 1}.")
-    return sample
+    if not 0 <= index < size:
+        raise ConfigError(f"{flag} {index}: the set holds {flag.removeprefix('--')}s 0 to {size - 1}.")
+    return index
+
+
+def tiles_of(shards: ShardSet, sample: int) -> range:
+    """Rows of the tiles file that belong to a sample."""
+    tiles = shards.samples["tiles"]
+    pack = shards.pack_of_sample(sample)
+    first = shards.pack_tiles(pack).start + int(tiles[shards.pack_samples(pack).start : sample].sum())
+    return range(first, first + int(tiles[sample]))
+
+
+def place(tile: np.void) -> str:
+    """What part of its picture a tile is."""
+    if tile["frame"]:
+        return "frame"
+    if tile["thumbnail"]:
+        return "thumbnail"
+    return f"{tile['row'] + 1},{tile['col'] + 1} of {tile['rows']}x{tile['cols']}"
+
+
+def _loads(order: PackOrder, packs: Int64) -> Int64:
+    """Work of each rank in one step, `[ranks, kinds]`."""
+    return np.stack([order.work[hand].sum(axis=0) for hand in deal(packs, order.work[packs], _RANKS)])
 
 
 def _offset(shards: ShardSet, sample: int) -> int:
@@ -218,44 +265,11 @@ def _sample_arrays(shards: ShardSet, sample: int) -> tuple[npt.NDArray[np.int32]
     return shards.tokens(pack, inside), shards.labels(pack, inside)
 
 
-def _tiles_of(shards: ShardSet, sample: int) -> range:
-    tiles = shards.samples["tiles"]
-    pack = shards.pack_of_sample(sample)
-    first = shards.pack_tiles(pack).start + int(tiles[shards.pack_samples(pack).start : sample].sum())
-    return range(first, first + int(tiles[sample]))
-
-
-def _decode(ids: list[int], tokenizer: VitaTokenizer | None) -> str:
-    """Text in which runs of one special token are folded."""
-    if tokenizer is None:
-        return " ".join(map(str, ids)) + " "
-    special = set(tokenizer.special_tokens.values())
-    out: list[str] = []
-    plain: list[int] = []
-    for token, run in groupby(ids):
-        count = len(list(run))
-        if token in special and count >= _FOLD:
-            out += [tokenizer.decode(plain, skip_special_tokens=False)] if plain else []
-            plain = []
-            out.append(f"{tokenizer.decode([token], skip_special_tokens=False)}×{count}")
-        else:
-            plain += [token] * count
-    return "".join([*out, tokenizer.decode(plain, skip_special_tokens=False) if plain else ""])
-
-
-def _place(tile: np.void) -> str:
-    if tile["frame"]:
-        return "frame"
-    if tile["thumbnail"]:
-        return "thumbnail"
-    return f"{tile['row'] + 1},{tile['col'] + 1} of {tile['rows']}x{tile['cols']}"
-
-
 def _tile_line(index: int, tile: np.void, start: int) -> str:
     first = int(tile["first_token"]) - start
     tokens = f"{first}..{first + int(tile['tokens']) - 1}"
     size = f"{tile['width']}x{tile['height']}"
-    return f"{index:>6} {tokens:>15} {tile['media']:>8} {size:>12} {_place(tile):>12}"
+    return f"{index:>6} {tokens:>15} {tile['media']:>8} {size:>12} {place(tile):>12}"
 
 
 def _pictures(shards: ShardSet) -> npt.NDArray[Any]:

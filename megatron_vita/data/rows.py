@@ -82,7 +82,7 @@ def local_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, labels and positions inside the document that one context-parallel rank owns; three int64 `[1, s/cp]`.
 
-    Only the pages that hold these tokens are read.
+    No other pack is read; this one whole, for its checksum.
     """
     local = layout.local_positions(cp_rank)
     tokens = np.full(len(local), shards.manifest.tokenizer.pad_id, dtype=np.int64)
