@@ -1,0 +1,119 @@
+"""What is held at once: one micro-chunk of the tower however many tiles there are; no tensor beyond a rank's share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vita.config import ParallelConfig
+from megatron_vita.models import vita
+from megatron_vita.models.build import build_model
+from megatron_vita.parallel.groups import build_groups, destroy_groups
+from tests.models.parity import MODEL, VISION, inputs_of, make_rows, one_step, stage_of
+from tests.models.test_vita_parallel import CP2, RING2, SP2, ULYSSES2
+from tests.models.watch import Watch
+from tests.ranks import run_ranks
+
+AT_ONCE = 4
+
+
+def _peak(model: Any, count: int) -> int:
+    """Most bytes alive while `count` tiles are encoded and, if anything trains, differentiated; less the features and
+    their gradient."""
+    tiles = torch.randint(0, 256, (count, 3, VISION.image_size, VISION.image_size), dtype=torch.uint8)
+    share = count // 2  # a split tower takes the other half from the other rank
+    mine, counts = (tiles[:share], [share, count - share]) if model.vision_model.split else (tiles, [count])
+    model.zero_grad(set_to_none=True)
+    grad = torch.ones(len(mine) * VISION.tokens_per_tile, MODEL.hidden_size, dtype=torch.float64)
+    with Watch() as watch:
+        features = model.encode(mine, counts)
+        if features.requires_grad:
+            features.backward(grad)
+    return watch.peak - features.nbytes
+
+
+def _check_flat(tensor_parallel: bool, train: dict[str, Any]) -> None:
+    vita._TOWER_TOKENS = AT_ONCE * VISION.num_positions
+    vision = dataclasses.replace(VISION, tensor_parallel=tensor_parallel)
+    parallel = SP2 if tensor_parallel else {}
+    groups = build_groups(ParallelConfig(**parallel))
+    stage = stage_of(parallel, model=dataclasses.replace(MODEL, vision=vision), **train)
+    (model,) = build_model(stage, groups, dtype=torch.float64)
+    one = _peak(model, AT_ONCE)
+    peaks = {count: _peak(model, count) for count in (8, 64, 512)}
+    assert peaks[512] <= peaks[8] + 0.2 * one, (one, peaks)  # Python frees some a little later
+    assert peaks[512] <= 1.8 * one, (one, peaks)  # the sums of gradients, beside those of the turn
+    destroy_groups()
+
+
+@pytest.mark.parametrize(
+    "train", [{}, {"freeze_vision_model": True}, {"freeze_vision_model": True, "freeze_vision_projection": True}]
+)
+@pytest.mark.parametrize("ranks", [1, 2], ids=["whole", "split"])
+def test_the_tower_holds_one_micro_chunk_from_8_to_512_tiles(ranks: int, train: dict[str, Any]) -> None:
+    run_ranks(ranks, _check_flat, ranks == 2, train)
+
+
+ONE_TILE = VISION.num_positions
+# Narrow inside, so that not even megatron-core's projections are wider than the hidden states they come from.
+NARROW = dataclasses.replace(MODEL, ffn_hidden_size=8, kv_channels=2)
+# Long, so that a share is more than all parameters together, which are nobody's activations.
+LONG_ROW = (((2201, 1800, 95), tuple(range(3, 3900, 67))), ((3850, 246), tuple(range(0, 3800, 50))))
+
+
+def _check_shares(layouts: list[dict[str, Any]]) -> None:
+    vita._TOWER_TOKENS = ONE_TILE
+    for parallel in layouts:
+        stage = stage_of(parallel, model=NARROW)
+        rows = make_rows(LONG_ROW)
+        length = sum(rows[0].documents)
+        share = length // parallel["context_parallel_size"] * NARROW.hidden_size
+        large: list[str] = []
+
+        def seen(tensor: torch.Tensor, callers: list[str], share: int = share, large: list[str] = large) -> None:
+            if tensor.numel() > share:
+                large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
+
+        with Watch(seen):
+            one_step(stage, rows)
+        assert not large, f"{parallel}: more than {share} elements: {large[:5]}"
+        destroy_groups()
+
+
+def test_no_tensor_exceeds_a_context_ranks_share_of_hidden_states() -> None:
+    """Where keys and values travel in a ring or by heads; `all_gather` holds those of the whole row by its nature."""
+    run_ranks(4, _check_shares, [{**SP2, **RING2}, {**RING2, "context_parallel_size": 4}, ULYSSES2])
+
+
+EXEMPT = ("tensor_parallel/mappings.py", "tensor_parallel/layers.py", "common/embeddings/")
+"""megatron-core looks words up for the whole context rank and scatters them over the tensor ranks."""
+
+
+def _check_splice() -> None:
+    parallel = {**SP2, **CP2}
+    groups = build_groups(ParallelConfig(**parallel))
+    (model,) = build_model(stage_of(parallel, model=NARROW), groups, dtype=torch.float64)
+    vita._TOWER_TOKENS = ONE_TILE
+    model.language_model.requires_grad_(False)  # the backward of looking words up is megatron-core's as well
+    for row in make_rows(LONG_ROW):
+        inputs = inputs_of(row, groups)
+        share = sum(row.documents) // 4 * NARROW.hidden_size
+        large: list[str] = []
+
+        def seen(tensor: torch.Tensor, callers: list[str], share: int = share, large: list[str] = large) -> None:
+            if tensor.numel() > share and not any(name in one for one in callers[:2] for name in EXEMPT):
+                large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
+
+        with Watch(seen):
+            embedded = model._embed(inputs["tokens"], inputs["routes"], inputs["tiles"])
+            embedded.sum().backward()
+        assert embedded.numel() == share
+        assert not large, f"more than {share} elements: {large[:5]}"
+    destroy_groups()
+
+
+def test_from_splice_to_decoder_input_no_tensor_exceeds_a_tensor_ranks_share() -> None:
+    run_ranks(4, _check_splice)
