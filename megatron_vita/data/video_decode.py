@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_vita.data.names import FRAME_SUFFIXES, natural_key
 from megatron_vita.data.picture import decode, read_image
 from megatron_vita.data.rejects import code_of, refuse
 from megatron_vita.data.sample import MediaFile
@@ -25,7 +25,6 @@ from megatron_vita.data.video_header import check_container
 from megatron_vita.data.window import open_window
 from megatron_vita.errors import ConfigError, DataError
 
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 BACKENDS = ("auto", "decord", "pyav")
 
 _MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
@@ -210,11 +209,6 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
         except Exception as error:  # both libraries have their own base errors
             reason = _first_line(error)
     raise refuse("video_broken", f"{file.name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which `frame2` comes before `frame10`."""
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"([0-9]+)", name)]
 
 
 @lru_cache(maxsize=1)

@@ -115,6 +115,17 @@ def test_files_on_disk_win_and_several_archives_are_one(tmp_path: Path) -> None:
     assert content(store(tmp_path).find("laion/images/1.jpg")) == b"1"
 
 
+def test_an_archive_counts_in_its_own_folder_and_above_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").write_bytes(tar_of({f"{name}.jpg": b"x"}))
+    one = store(tmp_path)
+    for reference in ("a/a.jpg", "b/b.jpg", "a.jpg", "b.jpg"):
+        assert content(one.find(reference)) == b"x"
+    for reference in ("a/b.jpg", "b/a.jpg"):
+        assert refused(one, reference) == "media_missing"
+
+
 def test_split_archives_are_joined(tmp_path: Path) -> None:
     data = FORMS["x.tar.gz"]({f"images/{n}.jpg": os.urandom(3000) for n in range(9)} | {"images/a.jpg": b"a"})
     for part, at in zip(("aa", "ab", "ac"), (0, 9000, 18000), strict=True):
@@ -207,7 +218,7 @@ def test_hostile_members_of_a_zip(tmp_path: Path) -> None:
         archive.writestr("locked.jpg", b"x" * 50)
         archive.writestr("lzma.jpg", b"x" * 50, zipfile.ZIP_LZMA)
         archive.writestr("wrong.jpg", b"wrong" * 50)
-        archive.writestr("sum.jpg", os.urandom(100), zipfile.ZIP_STORED)
+        archive.writestr("crc.jpg", b"z" * 50)
         archive.writestr("larger.jpg", b"y" * 5000)
         archive.writestr("folder/", b"")
     data = bytearray(out.getvalue())
@@ -221,6 +232,8 @@ def test_hostile_members_of_a_zip(tmp_path: Path) -> None:
         name = bytes(data[at + 46 : at + 46 + names])
         if name == b"locked.jpg":
             data[at + 8] |= 1
+        if name == b"crc.jpg":
+            data[at + 16] ^= 1
         if name == b"larger.jpg":
             data[at + 24 : at + 28] = struct.pack("<L", 10)
         at += 46 + names + extras + comment
@@ -234,6 +247,7 @@ def test_hostile_members_of_a_zip(tmp_path: Path) -> None:
         ("locked.jpg", "media_broken"),
         ("lzma.jpg", "media_broken"),
         ("wrong.jpg", "media_broken"),
+        ("crc.jpg", "media_broken"),
         ("larger.jpg", "media_broken"),
         ("folder", "media_missing"),
     ):
