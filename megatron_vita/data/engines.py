@@ -81,22 +81,24 @@ class InProcess(Engine):
 
 
 class _Crew(Engine, Generic[W]):
-    """Workers that take one task at a time and are replaced when they die."""
+    """Workers that take one task at a time, are replaced when they die, and stay until the engine is closed."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self._idle: list[W] = []
 
     def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
         waiting = deque(enumerate(tasks))
         deaths: Counter[int] = Counter()
         busy: dict[W, tuple[int, T]] = {}
-        idle: list[W] = []
+        told: set[W] = set()  # workers that have the job
         try:
             while waiting or busy:
                 while waiting and len(busy) < self._workers:
-                    worker = idle.pop() if idle else self._hire(job)
+                    worker = self._idle.pop() if self._idle else self._hire()
                     busy[worker] = waiting.popleft()
-                    self._give(worker, busy[worker][1])
+                    self._give(worker, None if worker in told else job, busy[worker][1])
+                    told.add(worker)
                 for worker, outcome in self._finished(list(busy)):
                     number, task = busy.pop(worker)
                     if outcome is None:
@@ -104,22 +106,27 @@ class _Crew(Engine, Generic[W]):
                         deaths[number] += 1
                         waiting.appendleft((number, job.died(task, deaths[number])))
                         continue
-                    idle.append(worker)
+                    self._idle.append(worker)
                     good, value = outcome
                     if not good:
                         raise value
                     yield task, value
         finally:
-            for worker in (*idle, *busy):
+            for worker in busy:
                 self._dismiss(worker)
 
+    def close(self) -> None:
+        for worker in self._idle:
+            self._dismiss(worker)
+        self._idle.clear()
+
     @abstractmethod
-    def _hire(self, job: Any) -> W:
+    def _hire(self) -> W:
         """Start a worker."""
 
     @abstractmethod
-    def _give(self, worker: W, task: Any) -> None:
-        """Hand it a task."""
+    def _give(self, worker: W, job: Any, task: Any) -> None:
+        """Hand it a task, and the job with the first of each job's."""
 
     @abstractmethod
     def _finished(self, busy: list[W]) -> list[tuple[W, tuple[bool, Any] | None]]:
@@ -130,48 +137,43 @@ class _Crew(Engine, Generic[W]):
         """End a worker, whatever it is doing."""
 
 
-def _attempt(run: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
-    try:
-        return True, run(task)
-    except VitaError as error:
-        return False, error
-    except Exception:  # a defect of ours: its traceback would be lost on the way
-        return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+class _Attempts:
+    """A worker's side: does tasks, and tells what became of them. A job is opened here, with its first task."""
 
-
-class _Lazy:
-    """A job that is opened with its first task, so that its errors come back as that task's."""
-
-    def __init__(self, job: Any) -> None:
-        self._job = job
+    def __init__(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._run: Callable[[Any], Any] | None = None
 
-    def __call__(self, task: Any) -> Any:
-        if self._run is None:
-            self._run = self._job.open()
-        return self._run(task)
+    def run(self, job: Any, task: Any) -> tuple[bool, Any]:
+        """(well or not, result or error)."""
+        try:
+            if job is not None:
+                self._run = job.open()
+            assert self._run is not None
+            return True, self._run(task)
+        except VitaError as error:
+            return False, error
+        except Exception:  # a defect of ours: its traceback would be lost on the way
+            return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
 
 
-def _serve(tasks: Connection, job: Any) -> None:
+def _serve(tasks: Connection) -> None:
     """Life of a local worker: ends when the other end of the pipe is gone, with its task done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    run = _Lazy(job)
-    try:
+    attempts = _Attempts()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            tasks.send(_attempt(run, tasks.recv()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
+            tasks.send(attempts.run(*tasks.recv()))
 
 
 class _Local:
     """One process and its pipe."""
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self) -> None:
         # spawn: this process may hold threads (digests), which a fork would copy in the middle of their work
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, job))
+        self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()
 
@@ -179,12 +181,12 @@ class _Local:
 class LocalEngine(_Crew[_Local]):
     """Processes on this machine."""
 
-    def _hire(self, job: Any) -> _Local:
-        return _Local(job)
+    def _hire(self) -> _Local:
+        return _Local()
 
-    def _give(self, worker: _Local, task: Any) -> None:
+    def _give(self, worker: _Local, job: Any, task: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; `_finished` sees that
-            worker.pipe.send(task)
+            worker.pipe.send((job, task))
 
     def _finished(self, busy: list[_Local]) -> list[tuple[_Local, tuple[bool, Any] | None]]:
         by_pipe = {worker.pipe: worker for worker in busy}
@@ -240,14 +242,15 @@ class RayEngine(_Crew[Any]):
         return self
 
     def close(self) -> None:
+        super().close()
         if self._mine:
             self._ray.shutdown()
 
-    def _hire(self, job: Any) -> Any:
-        return self._ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(job)
+    def _hire(self) -> Any:
+        return self._ray.remote(num_cpus=1, max_restarts=0)(_Attempts).remote()
 
-    def _give(self, worker: Any, task: Any) -> None:
-        self._running[worker] = worker.run.remote(task)
+    def _give(self, worker: Any, job: Any, task: Any) -> None:
+        self._running[worker] = worker.run.remote(job, task)
 
     def _finished(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any] | None]]:
         ray = self._ray
@@ -266,14 +269,3 @@ class RayEngine(_Crew[Any]):
     def _dismiss(self, worker: Any) -> None:
         self._running.pop(worker, None)
         self._ray.kill(worker)
-
-
-class _Actor:
-    """A ray worker."""
-
-    def __init__(self, job: Any) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._run = _Lazy(job)
-
-    def run(self, task: Any) -> tuple[bool, Any]:
-        return _attempt(self._run, task)

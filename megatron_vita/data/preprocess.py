@@ -281,9 +281,9 @@ def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Engine) -> None:
     suspects = [task for task in todo if compiling.marker(task.number).exists()] if options.workers == 1 else []
     alone = {task.number for task in suspects}
     rest = [task for task in todo if task.number not in alone]
-    with _bar(options, "compile", "records", total, done) as bar:
-        for one, tasks in ((LocalEngine(1), suspects), (engine, rest)):
-            for task, _ in one.map(compiling, tasks) if tasks else ():
+    with _bar(options, "compile", "records", total, done) as bar, LocalEngine(1) as apart:
+        for one, tasks in ((apart, suspects), (engine, rest)):
+            for task, _ in one.map(compiling, tasks):
                 bar.update(len(task.places))
 
 

@@ -106,19 +106,23 @@ def test_a_task_that_kills_its_process_is_known_and_the_others_are_done_once(
 ) -> None:
     if name == "ray":
         request.getfixturevalue("ray_cluster")
-    done = dict(_engine(name).map(Sums(tmp_path), range(12)))
+    with _engine(name) as engine:
+        done = dict(engine.map(Sums(tmp_path), range(12)))
+        (tmp_path / "more").mkdir()
+        assert dict(engine.map(Sums(tmp_path / "more"), [3])) == {3: 9}  # the same processes, another job
     assert done == {n: n * n for n in range(12) if n != 5} | {-5: 25}
     assert {len(list(tmp_path.glob(f"{n}-*"))) for n in range(12) if n not in (5, 7)} == {1}
     assert (len(list(tmp_path.glob("5-*"))), len(list(tmp_path.glob("7-*")))) == (2, 2)
 
 
 def test_errors_come_back_as_they_are_and_defects_with_their_traceback(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^ninety-nine$"):
-        list(LocalEngine(2).map(Sums(tmp_path), [1, 99, 2]))
-    with pytest.raises(RuntimeError, match=r"(?s)in a worker process.*KeyError: 'a defect'"):
-        list(LocalEngine(2).map(Sums(tmp_path), [98]))
-    with pytest.raises(DataError, match="5 kills"):
-        list(LocalEngine(1).map(Sums(tmp_path, patience=0), [5]))
+    with LocalEngine(2) as engine:
+        with pytest.raises(DataError, match=r"^ninety-nine$"):
+            list(engine.map(Sums(tmp_path), [1, 99, 2]))
+        with pytest.raises(RuntimeError, match=r"(?s)in a worker process.*KeyError: 'a defect'"):
+            list(engine.map(Sums(tmp_path), [98]))
+        with pytest.raises(DataError, match="5 kills"):
+            list(engine.map(Sums(tmp_path, patience=0), [5]))
 
 
 def test_engines_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
