@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_vita.checks.options import Case, free_options, layout_options, layouts, shown
 from megatron_vita.checks.pairs import cover
+from megatron_vita.checks.tiny import VITS
 from megatron_vita.config.parallel import CP_COMM_TYPES
 from megatron_vita.errors import ConfigError
 
@@ -29,6 +30,8 @@ EXTRA: tuple[dict[str, tuple[Any, ...]], ...] = (
     },
     # The table's gradient is summed over the first and the last stage.
     {"pp": (2, 4), "vp": (1, 2), "split": ("even", "uneven"), "tied": (True,)},
+    # Gradients of the tower are summed over the tensor ranks by us, or not at all where it is split.
+    {"tp": (2,), "sp": (False, True), "tower": ("spread", "split"), "vit": tuple(VITS), "images": ("one-rank",)},
 )
 """Parts of the full grid that hold more than pairs: every combination of each."""
 

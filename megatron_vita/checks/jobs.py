@@ -11,7 +11,7 @@ import torch
 
 from megatron_vita import device
 from megatron_vita.checks.options import DTYPES, Case, case_stage, make_stage
-from megatron_vita.checks.tiny import IMAGES, tiny_model
+from megatron_vita.checks.tiny import IMAGES, shrink_tower, tiny_model
 from megatron_vita.config import ParallelConfig, StageConfig
 from megatron_vita.errors import ConfigError
 
@@ -77,7 +77,7 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
         add_qkv_bias=model.add_qkv_bias,
         projector=dataclasses.replace(tiny.projector, bias=model.projector.bias),
         transformer_impl=model.transformer_impl,
-        vision=tiny.vision if model.vision else None,
+        vision=shrink_tower(model.vision, heads) if model.vision else None,
     )
     rows = max(2, parallel.pipeline_model_parallel_size)
     size = min(2, stage.train.micro_batch_size)

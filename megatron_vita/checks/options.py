@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megatron_vita.checks.tiny import IMAGES, TOKENS, tiny_model
+from megatron_vita.checks.tiny import IMAGES, TOKENS, VITS, tiny_model
 from megatron_vita.config import (
     CheckpointConfig,
     DataConfig,
@@ -69,6 +69,10 @@ class Case:
     """The head is the embedding table."""
     freeze: str = "none"
     """What keeps its weights: `none`, `stage-1` (all but the projector), `tower`."""
+    tower: str = "spread"
+    """The vision tower: `spread`, whole on every rank, tiles shared out; or `split` over the tensor-parallel ranks."""
+    vit: str = "intern_vit"
+    """Its kind, see tiny.VITS."""
     recompute: str = "none"
     """Recomputed activations: `none`, `full` (every layer), `selective` (core attention), `block` (one layer)."""
     overlap: bool = False
@@ -120,6 +124,7 @@ def layout_options(worlds: Sequence[int]) -> dict[str, tuple[Any, ...]]:
         "mb": (1, 2, 3, 4),
         "mbs": (1, 2),
         "images": IMAGES,
+        "tower": ("spread", "split"),
     }
 
 
@@ -128,6 +133,7 @@ def free_options(dtypes: Sequence[str] = DTYPES) -> dict[str, tuple[Any, ...]]:
     return {
         "reset": (True, False),
         "tied": (False, True),
+        "vit": tuple(VITS),
         "freeze": tuple(_FREEZE),
         "recompute": tuple(_RECOMPUTE),
         "overlap": (False, True),
@@ -155,6 +161,8 @@ def why_not(case: Case) -> str | None:
         return "comm says nothing at cp=1, and must be chosen above"
     if case.pp == 1 and (case.vp, case.split) != (1, "even"):
         return "vp or split says nothing at pp=1"
+    if case.tower == "split" and case.tp == 1:
+        return "tower says nothing at tp=1"
     if case.images == "one-batch" and case.mb * case.dp == 1:
         return "images=one-batch needs two rows in the global batch"
     try:
@@ -193,7 +201,7 @@ def case_model(case: Case) -> ModelConfig:
     heads = math.lcm(4, case.tp * (case.cp if case.comm == "a2a" else 1))
     stages = case.pp * case.vp
     layers = math.lcm(4, stages) if case.split == "even" else stages + 1
-    return tiny_model(heads=heads, layers=layers, tied=case.tied)
+    return tiny_model(heads=heads, layers=layers, tied=case.tied, vit=case.vit, split=case.tower == "split")
 
 
 def _uneven(case: Case) -> str:

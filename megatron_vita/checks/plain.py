@@ -50,27 +50,42 @@ def shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _tower_shapes(vision: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    wide, inner, patch = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
+    wide, inner, patch, family = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size, vision.family
     yield "vision_model.conv1.weight", (wide, 3, patch, patch)
-    yield "vision_model.conv1.bias", (wide,)
-    yield "vision_model.class_token", (1, 1, wide)
-    yield "vision_model.position_embeddings.weight", (vision.num_patches + 1, wide)
-    for layer in range(vision.num_layers):
+    if family.patch_bias:
+        yield "vision_model.conv1.bias", (wide,)
+    if family.class_token:
+        yield "vision_model.class_token", (1, 1, wide)
+    yield "vision_model.position_embeddings.weight", (vision.num_patches + family.class_token, wide)
+    if family.pre_norm:
+        yield "vision_model.ln_pre.weight", (wide,)
+        yield "vision_model.ln_pre.bias", (wide,)
+    norms = ("weight", "bias") if vision.normalization == "LayerNorm" else ("weight",)
+    for layer in range(vision.built_layers):
         at = f"vision_model.decoder.layers.{layer}."
-        yield at + "self_attention.linear_qkv.layer_norm_weight", (wide,)
-        yield at + "self_attention.linear_qkv.layer_norm_bias", (wide,)
+        for leaf in norms:
+            yield at + f"self_attention.linear_qkv.layer_norm_{leaf}", (wide,)
         yield at + "self_attention.linear_qkv.weight", (3 * wide, wide)
-        yield at + "self_attention.linear_qkv.bias", (3 * wide,)
+        if vision.add_qkv_bias:
+            yield at + "self_attention.linear_qkv.bias", (3 * wide,)
+        if vision.qk_layernorm:
+            yield at + "self_attention.q_layernorm.weight", (wide,)
+            yield at + "self_attention.k_layernorm.weight", (wide,)
         yield at + "self_attention.linear_proj.weight", (wide, wide)
         yield at + "self_attention.linear_proj.bias", (wide,)
-        yield at + "ls1", (wide,)
-        yield at + "mlp.linear_fc1.layer_norm_weight", (wide,)
-        yield at + "mlp.linear_fc1.layer_norm_bias", (wide,)
+        if family.layer_scale:
+            yield at + "ls1", (wide,)
+        for leaf in norms:
+            yield at + f"mlp.linear_fc1.layer_norm_{leaf}", (wide,)
         yield at + "mlp.linear_fc1.weight", (inner, wide)
         yield at + "mlp.linear_fc1.bias", (inner,)
         yield at + "mlp.linear_fc2.weight", (wide, inner)
         yield at + "mlp.linear_fc2.bias", (wide,)
-        yield at + "ls2", (wide,)
+        if family.layer_scale:
+            yield at + "ls2", (wide,)
+    if vision.post_norm:
+        yield "vision_model.ln_post.weight", (wide,)
+        yield "vision_model.ln_post.bias", (wide,)
 
 
 def _projector_shapes(model: ModelConfig, vision: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -155,30 +170,52 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
 
 
 def tower(weights: Weights, vision: VisionConfig, tiles: Tensor) -> Tensor:
-    """InternViT, uint8 [k, 3, S, S] -> [k, p, H]: the class token is dropped, no norm after the last layer."""
+    """The tower of any family, uint8 [k, 3, S, S] -> [k, p, H]: states of the selected block, class token dropped."""
     patch = weights["vision_model.conv1.weight"]
     mean, std = (torch.tensor(one, device=tiles.device).view(3, 1, 1) * 255 for one in IMAGE_NORMS[vision.image_norm])
     pixels = ((tiles.float() - mean) / std).to(patch.dtype)  # pixels are normalised in float32, as image processors do
-    patches = F.conv2d(pixels, patch, weights["vision_model.conv1.bias"], stride=vision.patch_size)
-    patches = patches.flatten(2).transpose(1, 2)
-    states = torch.cat([weights["vision_model.class_token"].expand(len(tiles), -1, -1), patches], dim=1)
+    states = F.conv2d(pixels, patch, weights.get("vision_model.conv1.bias"), stride=vision.patch_size)
+    states = states.flatten(2).transpose(1, 2)
+    if vision.family.class_token:
+        states = torch.cat([weights["vision_model.class_token"].expand(len(tiles), -1, -1), states], dim=1)
     states = states + weights["vision_model.position_embeddings.weight"]
-    for layer in range(vision.num_layers):
+    states = _maybe_norm(weights, "vision_model.ln_pre", vision, states)
+    for layer in range(vision.built_layers):
         at = f"vision_model.decoder.layers.{layer}."
-        states = states + weights[at + "ls1"] * _tower_attention(weights, vision, at + "self_attention.", states)
-        x = _linear(weights, at + "mlp.linear_fc1", _layer_norm(weights, at + "mlp.linear_fc1", vision, states))
-        states = states + weights[at + "ls2"] * _linear(weights, at + "mlp.linear_fc2", F.gelu(x))
-    return states[:, 1:]
+        states = states + weights.get(at + "ls1", 1.0) * _tower_attention(
+            weights, vision, at + "self_attention.", states
+        )
+        x = _linear(weights, at + "mlp.linear_fc1", _tower_norm(weights, at + "mlp.linear_fc1", vision, states))
+        x = _linear(weights, at + "mlp.linear_fc2", _tower_activation(vision, x))
+        states = states + weights.get(at + "ls2", 1.0) * x
+    states = _maybe_norm(weights, "vision_model.ln_post", vision, states)
+    return states[:, 1:] if vision.family.class_token else states
+
+
+def _tower_activation(vision: VisionConfig, x: Tensor) -> Tensor:
+    if vision.model_type == "clip":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if vision.model_type == "siglip" else "none")
 
 
 def _tower_attention(weights: Weights, vision: VisionConfig, at: str, states: Tensor) -> Tensor:
     k, n, wide = states.shape
     heads = vision.num_attention_heads
-    x = _layer_norm(weights, at + "linear_qkv", vision, states)
+    x = _tower_norm(weights, at + "linear_qkv", vision, states)
     qkv = _linear(weights, at + "linear_qkv", x).view(k, n, heads, 3, wide // heads)
     query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # [k, heads, n, d]
+    if vision.qk_layernorm:
+        query = _norm_of_all_heads(query, weights[at + "q_layernorm.weight"], vision.norm_epsilon)
+        key = _norm_of_all_heads(key, weights[at + "k_layernorm.weight"], vision.norm_epsilon)
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(k, n, wide)
     return _linear(weights, at + "linear_proj", mixed)
+
+
+def _norm_of_all_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[k, heads, n, d]: InternViT-6B's RMSNorm of a patch's queries, or keys, over all heads together."""
+    k, heads, n, d = x.shape
+    normed = _rms_norm(x.transpose(1, 2).reshape(k, n, heads * d), weight, eps)
+    return normed.view(k, n, heads, d).transpose(1, 2)
 
 
 def project(weights: Weights, model: ModelConfig, patches: Tensor) -> Tensor:
@@ -197,9 +234,19 @@ def _linear(weights: Weights, at: str, x: Tensor) -> Tensor:
     return F.linear(x, weights[at + ".weight"], weights.get(at + ".bias"))
 
 
-def _layer_norm(weights: Weights, at: str, vision: VisionConfig, x: Tensor) -> Tensor:
+def _tower_norm(weights: Weights, at: str, vision: VisionConfig, x: Tensor) -> Tensor:
+    """The norm that checkpoints keep with the linear it feeds."""
+    if vision.normalization == "RMSNorm":
+        return _rms_norm(x, weights[at + ".layer_norm_weight"], vision.norm_epsilon)
     norm = weights[at + ".layer_norm_weight"], weights[at + ".layer_norm_bias"]
     return F.layer_norm(x, x.shape[-1:], *norm, eps=vision.norm_epsilon)
+
+
+def _maybe_norm(weights: Weights, at: str, vision: VisionConfig, x: Tensor) -> Tensor:
+    """A LayerNorm of its own, in the families that have it."""
+    if at + ".weight" not in weights:
+        return x
+    return F.layer_norm(x, x.shape[-1:], weights[at + ".weight"], weights[at + ".bias"], eps=vision.norm_epsilon)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

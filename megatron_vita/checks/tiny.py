@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +42,27 @@ class Pack:
     """Where the features of each tile begin."""
 
 
-def tiny_model(*, heads: int = 4, layers: int = 4, tied: bool = False) -> ModelConfig:
-    """A model of `heads` key/value heads (twice as many query heads) and `layers` layers that a layout can split."""
+VITS: dict[str, dict[str, Any]] = {
+    "intern_vit": {},
+    "intern_vit_6b": {"normalization": "RMSNorm", "add_qkv_bias": False, "qk_layernorm": True},
+    "siglip": {"model_type": "siglip", "image_norm": "siglip"},
+    "clip": {"model_type": "clip", "image_norm": "clip", "norm_epsilon": 1e-5},
+}
+"""Towers by what differs; see config.VisionConfig."""
+
+
+def tiny_model(
+    *, heads: int = 4, layers: int = 4, tied: bool = False, vit: str = "intern_vit", split: bool = False
+) -> ModelConfig:
+    """A model of `heads` key/value heads (twice as many query heads) and `layers` layers that a layout can split.
+
+    Args:
+        heads: of keys and values, and of the tower.
+        layers: of the decoder.
+        tied: the head is the embedding table.
+        vit: one of VITS.
+        split: the tower is tensor-parallel.
+    """
     return ModelConfig(
         num_layers=layers,
         hidden_size=16 * heads,  # heads of 8, the narrowest that flash kernels take
@@ -50,14 +71,20 @@ def tiny_model(*, heads: int = 4, layers: int = 4, tied: bool = False) -> ModelC
         num_query_groups=heads,
         vocab_size=37,
         untie_embeddings_and_output_weights=not tied,
-        vision=VisionConfig(
-            num_layers=2,
-            hidden_size=4 * heads,
-            ffn_hidden_size=6 * heads,
-            num_attention_heads=heads,
-            image_size=16,
-            patch_size=4,
-        ),
+        vision=shrink_tower(VisionConfig(tensor_parallel=split, **VITS[vit]), heads),
+    )
+
+
+def shrink_tower(vision: VisionConfig, heads: int) -> VisionConfig:
+    """A tower of the same kind with two blocks, `heads` heads and tiles of 16 patches."""
+    return dataclasses.replace(
+        vision,
+        num_layers=1 - vision.selected_layer,
+        hidden_size=4 * heads,
+        ffn_hidden_size=6 * heads,
+        num_attention_heads=heads,
+        image_size=16,
+        patch_size=4,
     )
 
 
@@ -68,7 +95,7 @@ def draw_weights(model: ModelConfig) -> dict[str, Tensor]:
     for name, shape in shapes(model):
         noise = torch.empty(shape).normal_(generator=seed.generator(_SEED, "weights", name))
         leaf = name.rsplit(".", 1)[-1]
-        if "norm" in name and leaf.endswith("weight"):
+        if ("norm" in name or ".ln_" in name) and leaf.endswith("weight"):
             out[name] = 1 + 0.2 * noise
         elif leaf in ("ls1", "ls2"):
             out[name] = 0.5 + 0.1 * noise
