@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,9 +35,22 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> lis
     Raises:
         DataError: an item is empty or longer than a pack (overlong samples are dealt with before packing).
     """
+    bounds, items = pack_arrays(lengths, capacity)
+    flat, edges = items.tolist(), bounds.tolist()
+    return [flat[start:stop] for start, stop in itertools.pairwise(edges)]
+
+
+def pack_arrays(
+    lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`pack` for many millions of items, without a Python object for each.
+
+    Returns:
+        (first place of each pack and the number of items, `[packs + 1]`; items in the order of the packs, `[n]`).
+    """
     sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if not len(sizes):
-        return []
+        return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
     wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if len(wrong):
         raise DataError(
@@ -48,12 +62,12 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> lis
     runs = _best_fit(values[::-1].tolist(), counts[::-1].tolist(), capacity)
     pack_of = np.empty(len(sizes), dtype=np.int64)
     pack_of[longest_first] = _expand(runs)
-    by_pack = np.argsort(pack_of, kind="stable")
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
-    items = by_pack.tolist()
-    packs = [items[start:stop] for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-    packs.sort(key=lambda one: one[0])
-    return packs
+    # Number the packs by their first items: the first time that each is met.
+    _, firsts = np.unique(pack_of, return_index=True)
+    rank = np.empty(len(firsts), dtype=np.int64)
+    rank[np.argsort(firsts)] = np.arange(len(firsts))
+    pack_of = rank[pack_of]
+    return np.concatenate([[0], np.cumsum(np.bincount(pack_of))]), np.argsort(pack_of, kind="stable")
 
 
 def fill(lengths: Sequence[int] | npt.NDArray[np.integer], packs: Sequence[Sequence[int]], capacity: int) -> float:

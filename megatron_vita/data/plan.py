@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vita.data.index import blocks
-from megatron_vita.data.packing import pack
+from megatron_vita.data.packing import pack_arrays
 from megatron_vita.data.records import GrowingTable, starts
 from megatron_vita.data.spool import ChunkFile
 from megatron_vita.layout import Int64
@@ -84,10 +84,8 @@ class EntryTable:
         self._table.finish()
         order = np.random.default_rng(seed).permutation(self.rows)
         lengths = np.load(self.folder / _ENTRIES, mmap_mode="r")["tokens"][order]
-        packs = pack(lengths, capacity)
-        bounds = starts(np.fromiter(map(len, packs), dtype=np.int64, count=len(packs)))
-        sequence = np.fromiter((item for one in packs for item in one), dtype=np.int64, count=self.rows)
-        return self._finish(bounds, order[sequence])
+        bounds, items = pack_arrays(lengths, capacity)
+        return self._finish(bounds, order[items])
 
     def as_given(self, bounds: Int64) -> Plan:
         """Keep the order of the entries; `bounds` `[packs + 1]` says where the packs begin."""
