@@ -14,6 +14,7 @@ from torch import nn
 from megatron_vita import device, seed
 from megatron_vita.config import ModelConfig, StageConfig
 from megatron_vita.config.pipeline import PipelineSplit, pipeline_split
+from megatron_vita.models import fused
 from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
 from megatron_vita.models.projector import Projector
 from megatron_vita.models.vision.tower import VisionTower, undrawn
@@ -60,9 +61,10 @@ def _chunk(
     model = stage.model
     implementation = choose_implementation(model.transformer_impl)
     first = groups.first_stage and number == 0
+    layers = split.layers[number * split.ranks + groups.pp_rank]
     language_model = GPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(implementation, split.layers[number * split.ranks + groups.pp_rank]),
+        transformer_layer_spec=decoder_spec(implementation, layers, qk_layernorm=model.qk_layernorm),
         vocab_size=model.padded_vocab_size(groups.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=first,
@@ -141,6 +143,7 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         # SwiGLU: megatron-core's fusion is a torch.compile, half a minute of it on CPU; there our own module stands in
         # the socket that this switch opens (no Transformer Engine involved, whatever its name).
         bias_activation_fusion=device.has_accelerator(),
+        gradient_accumulation_fusion=fused.accumulates_gradients(),
         use_te_activation_func=not device.has_accelerator() and implementation == "local",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vita.config import VisionConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.models.activations import SwiGLU
-from megatron_vita.models.norms import LayerNorm, RMSNorm
+from megatron_vita.models.norms import HeadRMSNorm, LayerNorm, RMSNorm
 from megatron_vita.models.vision.layers import LayerScaleLayer, WidthRMSNorm
 from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
 
@@ -50,18 +50,27 @@ def choose_implementation(wanted: str) -> str:
     return "te" if wanted == "te" or (wanted == "auto" and found) else "local"
 
 
-def decoder_spec(implementation: str, layers: int) -> TransformerBlockSubmodules:
-    """The decoder's layers on one pipeline stage: RMSNorm, causal attention within documents, SwiGLU."""
+def decoder_spec(implementation: str, layers: int, *, qk_layernorm: bool = False) -> TransformerBlockSubmodules:
+    """The decoder's layers on one pipeline stage: RMSNorm, causal attention within documents, SwiGLU.
+
+    Args:
+        implementation: `local` or `te`.
+        layers: how many.
+        qk_layernorm: norms on each query and key head.
+    """
+    final_norm: Any = RMSNorm
     if implementation == "te":
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        layer.submodules.self_attention.submodules.core_attention = VitaCoreAttention
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(
-        layer_specs=[_local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal, SwiGLU)] * layers,
-        layer_norm=RMSNorm,
-    )
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.self_attention.submodules.core_attention = VitaCoreAttention
+        final_norm = TENorm
+    else:
+        layer = _local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal, SwiGLU)
+    if qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
 
 
 def tower_spec(implementation: str, vision: VisionConfig) -> TransformerBlockSubmodules:

@@ -26,6 +26,20 @@ class RMSNorm(torch.nn.RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
+class HeadRMSNorm(RMSNorm):
+    """RMSNorm of each head by itself, for megatron-core's query and key norm sockets (Qwen3).
+
+    A tensor rank has some of the heads and all tokens, with sequence parallelism or without: it has part of the
+    gradient, which parallel/grads.py sums. (megatron-core would do so by the parameter's name, and with it sum a second
+    time what a tower's norms of the same name have.)
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        self.weight.partial_over_tp = True  # type: ignore[attr-defined]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

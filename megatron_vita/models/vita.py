@@ -57,7 +57,7 @@ class VitaModel(MegatronModule):
         self.vision_model = vision_model
         self.vision_projection = vision_projection
         self.language_model = language_model
-        self.rotary = RotaryTable(model.head_dim, model.rotary_base)
+        self.rotary = RotaryTable(model.head_dim, model.rotary_base, model.rope_scaling_factor)
 
     def forward(
         self,
