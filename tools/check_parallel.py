@@ -52,7 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from megatron_vita.checks import grid, jobs, ranks, report  # imports torch: only once the command line is sound
+    from megatron_vita.checks import (
+        grid,
+        jobs,
+        pieces,
+        ranks,
+        report,
+    )  # imports torch: only once the command line is sound
 
     worlds = ranks.world_sizes()
     excluded: dict[str, list[str]] = {}
@@ -85,8 +91,11 @@ def _check(arguments: argparse.Namespace) -> int:
                 break
     finally:
         runner.close()
-    say(*report.summary(results, len(todo), time.monotonic() - began, excluded), sep="\n")
-    return 0 if len(results) == len(todo) and not any(result.failures for result in results) else 1
+    fused = list(pieces.check_pieces()) if say is print else []  # after the ranks: it may start CUDA here
+    say("fused pieces against their plain twins:", *fused, sep="\n  ")
+    say(*report.summary(results, len(todo), time.monotonic() - began, excluded, fused), sep="\n")
+    green = len(results) == len(todo) and not any(result.failures for result in results)
+    return 0 if green and not any(piece.broken for piece in fused) else 1
 
 
 def _stop(*_: object) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_vita.checks.compare import Outcome
 from megatron_vita.checks.jobs import Job
+from megatron_vita.checks.pieces import Piece
 from megatron_vita.checks.ranks import Result
 
 _LEGEND = (
@@ -47,7 +48,11 @@ def after(result: Result) -> str:
 
 
 def summary(
-    results: Sequence[Result], planned: int, seconds: float, excluded: Mapping[str, Sequence[str]]
+    results: Sequence[Result],
+    planned: int,
+    seconds: float,
+    excluded: Mapping[str, Sequence[str]],
+    pieces: Sequence[Piece],
 ) -> list[str]:
     """The last lines."""
     counts = Counter(str(result.job.dtype).removeprefix("torch.") for result in results)
@@ -64,6 +69,8 @@ def summary(
     if failed:
         first = failed[0]
         lines.append(f"FAILED: {len(failed)} of {len(results)}; the first: {first.job.name}: {first.failures[0]}")
+    elif broken := [piece for piece in pieces if piece.broken]:
+        lines.append(f"FAILED: fused {broken[0].name} is not its plain twin")
     elif len(results) < planned:
         lines.append(f"FAILED: {planned - len(results)} cases were not run")
     else:

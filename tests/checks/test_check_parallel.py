@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vita.checks import reference
+from megatron_vita.checks import pieces, reference
 from megatron_vita.parallel import grads, loss
 from megatron_vita.training import setup, step
 from tests.scripts import load_script
@@ -153,6 +153,28 @@ def test_a_rank_that_dies_or_raises_is_a_failure(
         status, said = run(capsys, "--grid", "tp=2")
         assert status == 1, said
         assert says in said
+
+
+def _silu_alone(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate * up
+
+
+def test_fused_pieces_pass_fail_or_are_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {piece.name: piece for piece in pieces.check_pieces()}
+    assert all(not piece.broken for piece in found.values())
+    for name in ("RMSNorm, ours", "SwiGLU, ours", "rotary embedding, ours", "block attention, torch flash, cpu"):
+        assert found[name].difference is not None
+    for name in ("RMSNorm, Transformer Engine", "FusedAdam, apex", "gradient accumulation, apex"):
+        if found[name].difference is None:
+            assert found[name].why_not.startswith("not ")
+            assert " ok" not in str(found[name])
+    monkeypatch.setattr(pieces, "SwiGLU", lambda _: _silu_alone)
+    status, said = run(capsys, "--grid", "tp=1")
+    assert status == 1
+    assert said.splitlines()[-1] == "FAILED: fused SwiGLU, ours is not its plain twin"
 
 
 def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
