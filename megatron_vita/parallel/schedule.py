@@ -8,13 +8,15 @@ all the document's keys before it (full blocks). How these keys arrive decides h
   are the first ones of that rank's run. Nothing to see, no block: no block is ever masked in full.
 * `a2a`: no full blocks. The rank has the whole row for some of its heads, so a span is a document.
 
-A kernel call costs as much as a short document, so blocks of equal shape go through one call; short causal blocks are
-padded to equal shape, within `_WASTE` of the rank's work: no real query sees padding at the end, and padding sends no
-gradient.
+Blocks are read where they lie: neighbours of equal shape go through one call, as a view. Only where blocks are so short
+that a call costs more than copying them are they brought together first, and short causal ones padded to equal shape,
+within `_WASTE` of the rank's work: no real query sees padding at the end, and padding sends no gradient. (Off the CPU
+one call takes blocks of any shape: more full blocks are brought together, and nothing is padded.)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,12 +28,16 @@ from torch import Tensor
 from megatron_vita.layout import SequenceLayout, Span
 from megatron_vita.parallel.block_kernels import Blocks
 
+_COPIED_PER_CALL = 24
+"""Tokens that are copied through all tensors of a forward and backward in the time of one more call (CPU, measured at 8
+heads of 64)."""
 _PAD_BELOW = 512
-"""Longest causal block that may be padded: above it a call costs far more than its overhead."""
+"""Longest causal block that may be padded."""
 _WASTE = 0.01
 """Query-key pairs that padding may add, as a share of the pairs that the rank's blocks need."""
-_GATHER_BELOW = 2048
-"""Full blocks with more keys are calls of their own, on views of the keys; shorter ones are gathered into few calls."""
+_SHORT_ON_CPU, _SHORT = 32, 4096
+"""Full blocks with at most so many queries, and 4 times as many keys, are gathered into few calls; longer ones are
+calls of their own, on views. Where one call takes blocks of any shape, more are worth gathering."""
 
 Int64 = npt.NDArray[np.int64]
 
@@ -169,8 +175,18 @@ def build_schedule(
 
 
 def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
+    lengths = [span.stop - span.start for span in spans]
+    runs = [(len(list(equal)), length, length) for length, equal in itertools.groupby(lengths)]
+    groups = _groups(spans) if device.type == "cpu" else []
+    if not groups or sum(lengths) >= _COPIED_PER_CALL * (len(runs) - len(groups)):
+        return CausalBlocks(_blocks(runs, True, device), None, None, None)
+    return _dealt_blocks(groups, device)
+
+
+def _dealt_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> CausalBlocks:
+    """The spans of each group padded to equal length, in one run."""
     runs, reads, pads = [], [], []
-    for group in _groups(spans):
+    for group in groups:
         lengths = np.array([span.stop - span.start for span in group])[:, None]
         starts = np.array([span.local_start for span in group])[:, None]
         each = int(lengths.max())
@@ -178,14 +194,12 @@ def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
         reads.append((starts + np.minimum(token, lengths - 1)).reshape(-1))
         pads.append((token >= lengths).reshape(-1))
         runs.append((len(group), each, each))
-    blocks = _blocks(runs, True, device)
     read, pad = np.concatenate(reads), np.concatenate(pads)
-    if np.array_equal(read, np.arange(len(read))):
-        return CausalBlocks(blocks, None, None, None)
     place = np.empty(len(read) - int(pad.sum()), dtype=np.int64)
     place[read[~pad]] = np.flatnonzero(~pad)
     padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
-    return CausalBlocks(blocks, torch.from_numpy(read).to(device), torch.from_numpy(place).to(device), padding)
+    index = torch.from_numpy(read).to(device), torch.from_numpy(place).to(device)
+    return CausalBlocks(_blocks(runs, True, device), *index, padding)
 
 
 def _groups(spans: Sequence[Span]) -> list[list[Span]]:
@@ -245,7 +259,8 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
 
 
 def _full_blocks(segments: Int64, device: torch.device) -> tuple[FullBlocks, ...]:
-    alone = segments[:, 3] > _GATHER_BELOW
+    short = _SHORT_ON_CPU if device.type == "cpu" else _SHORT
+    alone = (segments[:, 1] > short) | (segments[:, 3] > 4 * short)
     few = [_one_call(one[None], device) for one in segments[alone]]
     rest = segments[~alone]
     return (*few, _one_call(rest, device)) if len(rest) else tuple(few)

@@ -25,6 +25,7 @@ ROWS = {
     "equal": (24, 24, 24),
     "tiny: shorter than 2 * cp, so that some ranks have no token of them": (3, 2, 40, 1, 2, 1, 3, 7, 1, 12),
     "nothing but single tokens": (1,) * 24,
+    "enough tiny ones to be padded together": (5, 8, 3, 7, 4, 6) * 16,
     "long and short": (700, 4, 128, 128, 120, 44, 20, 8),
 }
 HEADS = {"h = g": (4, 4), "h = 2 g": (4, 2), "h = 4 g": (8, 2), "g = 1": (4, 1)}

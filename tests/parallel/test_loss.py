@@ -14,41 +14,42 @@ from megatron_vita.parallel.loss import vocab_parallel_loss
 from tests.ranks import run_ranks
 
 
-def _check(tp: int, vocab: int, padded: int, rows: int, chunk_bytes: int) -> None:
-    loss_module._CHUNK_BYTES = chunk_bytes
+def _check(tp: int, vocab: int, padded: int, rows: int, least: int) -> None:
+    """Values and gradients, where all rows weigh the same and where they do not."""
+    loss_module._MIN_ROWS = least
     groups = build_groups(ParallelConfig(tensor_model_parallel_size=tp))
+    group = groups.collection.tp
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
     weight = torch.randn(padded, 12, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, vocab, (rows,), generator=generator)
-    grad = torch.rand(rows, generator=generator, dtype=torch.float64)
-
-    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    want = F.cross_entropy((whole[0] @ whole[1].t())[:, :vocab], labels, reduction="none")
-    want.backward(grad)
-
-    mine = weight.chunk(tp)[groups.tp_rank].clone().requires_grad_()
-    part = hidden.clone().requires_grad_()
-    got = vocab_parallel_loss(part, mine, labels, vocab_size=vocab, group=groups.collection.tp)
-    torch.testing.assert_close(got, want)
-    got.backward(grad)
-    torch.testing.assert_close(mine.grad, whole[1].grad.chunk(tp)[groups.tp_rank])
-    dist.all_reduce(part.grad, group=groups.collection.tp)
-    torch.testing.assert_close(part.grad, whole[0].grad)
+    for factors in (torch.tensor(0.7).double(), torch.rand(rows, generator=generator, dtype=torch.float64)):
+        whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        want = F.cross_entropy((whole[0] @ whole[1].t())[:, :vocab], labels, reduction="none")
+        mine = weight.chunk(tp)[groups.tp_rank].clone().requires_grad_()
+        part = hidden.clone().requires_grad_()
+        got = vocab_parallel_loss(part, mine, labels, vocab_size=vocab, group=group)
+        torch.testing.assert_close(got, want)
+        for losses in (want, got):
+            (losses.sum() * factors if factors.dim() == 0 else (losses * factors).sum()).backward()
+        torch.testing.assert_close(mine.grad, whole[1].grad.chunk(tp)[groups.tp_rank])
+        dist.all_reduce(part.grad, group=group)
+        torch.testing.assert_close(part.grad, whole[0].grad)
     destroy_groups()
 
 
 CASES = [
-    (33, 34, 9, 1 << 20),
-    (33, 36, 9, 8 * 34 * 2),  # two rows a chunk: the softmax is computed again in the backward
-    (16, 34, 9, 1 << 20),  # the last rank holds nothing but padding
-    (33, 34, 0, 1 << 20),
+    (33, 34, 9, 256),
+    (33, 36, 9, 2),  # chunks of two rows, the last of one
+    (16, 34, 9, 256),  # the last rank holds nothing but padding
+    (33, 34, 0, 256),
+    (33, 34, 1, 256),
 ]
 
 
-@pytest.mark.parametrize(("vocab", "padded", "rows", "chunk"), CASES)
-def test_one_rank(vocab: int, padded: int, rows: int, chunk: int) -> None:
-    run_ranks(1, _check, 1, vocab, padded, rows, chunk)
+@pytest.mark.parametrize(("vocab", "padded", "rows", "least"), CASES)
+def test_one_rank(vocab: int, padded: int, rows: int, least: int) -> None:
+    run_ranks(1, _check, 1, vocab, padded, rows, least)
 
 
 def _check_all() -> None:
@@ -77,3 +78,53 @@ def _check_frozen_and_low() -> None:
 
 def test_frozen_head_and_bfloat16() -> None:
     run_ranks(1, _check_frozen_and_low)
+
+
+def _check_bfloat16_gradients() -> None:
+    groups = build_groups(ParallelConfig())
+    group = groups.collection.tp
+    exact = [torch.randn(40, 16).double().requires_grad_(), torch.randn(30, 16).double().requires_grad_()]
+    low = [one.detach().bfloat16().requires_grad_() for one in exact]
+    labels = torch.randint(0, 30, (40,))
+    F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum").backward()
+    vocab_parallel_loss(*low, labels, vocab_size=30, group=group).sum().backward()
+    for one, want in zip(low, exact, strict=True):
+        assert one.grad.dtype == torch.bfloat16
+        assert F.cosine_similarity(one.grad.double().flatten(), want.grad.flatten(), dim=0) > 0.999
+    destroy_groups()
+
+
+def test_bfloat16_gradients() -> None:
+    run_ranks(1, _check_bfloat16_gradients)
+
+
+def _check_twice_and_never() -> None:
+    groups = build_groups(ParallelConfig())
+    rows, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    labels = torch.arange(6)
+    total = vocab_parallel_loss(rows, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
+    total.backward(retain_graph=True)
+    once = [one.grad.clone() for one in (rows, weight)]
+    total.backward()
+    for one, first in zip((rows, weight), once, strict=True):
+        torch.testing.assert_close(one.grad, 2 * first)
+    with torch.no_grad():
+        again = vocab_parallel_loss(rows, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
+    torch.testing.assert_close(again, total.detach())
+    destroy_groups()
+
+
+def test_a_second_backward_and_none_at_all() -> None:
+    run_ranks(1, _check_twice_and_never)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "each"),
+    [(100, 64, 1000, 256), (32768, 5120, 19008, 1024), (32768, 896, 151936, 256), (0, 8, 8, None)],
+)
+def test_a_chunk_holds_a_small_part_of_the_logits(rows: int, width: int, vocab: int, each: int | None) -> None:
+    found = loss_module._chunks(torch.empty(rows, width, device="meta"), torch.empty(vocab, width, device="meta"))
+    assert sum(chunk.stop - chunk.start for chunk in found) == rows
+    assert all(chunk.stop - chunk.start <= (each or 0) for chunk in found)
+    if rows > 256:
+        assert found[0].stop == each

@@ -98,17 +98,25 @@ def test_kernels_compute_little_more_than_the_mask(mix: str, cp: int, kind: str)
         assert build_schedule(layout, rank, CPU, kind).pairs <= 1.02 * ideal / share
 
 
-def test_short_documents_share_a_call_and_long_ones_are_never_padded() -> None:
-    schedule = build_schedule(SequenceLayout((50, 51, 49, 52, 700, 690, 12)), 0, CPU)
-    assert schedule.causal.blocks.runs == ((1, 700, 700), (1, 690, 690), (4, 52, 52), (1, 12, 12))
+def test_tiny_documents_share_a_call_and_long_ones_are_never_padded() -> None:
+    tiny = (5, 8, 3, 7, 4, 6) * 40
+    schedule = build_schedule(SequenceLayout((900, *tiny, 890)), 0, CPU)
+    assert schedule.causal.blocks.runs == ((1, 900, 900), (1, 890, 890), (80, 8, 8), (80, 6, 6), (80, 4, 4))
     assert schedule.causal.padding is not None
-    assert len(schedule.causal.padding) == 4 * 52 - (50 + 51 + 49 + 52)
+    assert len(schedule.causal.padding) == 80 * 18 - sum(tiny)
 
 
-def test_short_documents_alone_are_padded_within_the_allowance() -> None:
-    documents = tuple(range(30, 94))
-    pairs = build_schedule(SequenceLayout(documents), 0, CPU).pairs
-    assert pairs <= 1.01 * sum(n * (n + 1) // 2 for n in documents)
+def test_nothing_but_tiny_documents_is_padded_within_the_allowance() -> None:
+    documents = (5, 8, 3, 7, 4, 6) * 40
+    schedule = build_schedule(SequenceLayout(documents), 0, CPU)
+    assert len(schedule.causal.blocks.runs) == 6
+    assert schedule.pairs <= 1.01 * sum(n * (n + 1) // 2 for n in documents)
+
+
+def test_documents_worth_a_call_are_read_where_they_lie() -> None:
+    schedule = build_schedule(SequenceLayout((50, 51, 49, 52, 700, 690, 12)), 0, CPU)
+    assert schedule.causal.read is None
+    assert len(schedule.causal.blocks.runs) == 7
 
 
 @pytest.mark.parametrize("documents", [(64,), (16, 16, 16, 16)])
@@ -125,6 +133,21 @@ def test_one_document_is_read_through_views(kind: str) -> None:
             assert all(full.queries.index is None and full.keys.index is None for full in step)
 
 
-def test_equal_blocks_go_through_one_call() -> None:
+def test_equal_short_blocks_go_through_one_call() -> None:
     schedule = build_schedule(SequenceLayout((64,) * 8, cp=2), 0, CPU, "p2p")
     assert [[full.blocks.runs for full in step] for step in schedule.steps] == [[((8, 16, 16),)], [((8, 16, 32),)]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_the_cpu_blocks_have_bounds_and_no_padding(kind: str) -> None:
+    documents = (5, 8, 3, 7, 4, 6) * 40 + (300,)
+    for rank in range(4):
+        schedule = build_schedule(SequenceLayout(documents, cp=4), rank, torch.device("meta"), kind)
+        assert schedule.causal.padding is None
+        for blocks in [schedule.causal.blocks, *(full.blocks for step in schedule.steps for full in step)]:
+            count = sum(run[0] for run in blocks.runs)
+            assert blocks.bounds is not None
+            assert [(len(side), side.dtype, side.is_contiguous()) for side in blocks.bounds] == [
+                (count + 1, torch.int32, True)
+            ] * 2
+        assert all(len(step) <= 1 for step in schedule.steps)  # one call a step
