@@ -20,12 +20,12 @@ def at_least(low: float, section: str, settings: Any, *names: str) -> None:
 
 
 def positive(section: str, settings: Any, *names: str) -> None:
-    """Refuse a number that is not above 0.
+    """Refuse a number that is not above 0; a setting that is None keeps its default and passes.
 
     Raises:
         ConfigError: naming the setting.
     """
     for name in names:
         value = getattr(settings, name)
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"{section}.{name}={value} must be above 0.")

@@ -27,7 +27,11 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A Qwen2-style decoder and, if `vision` is given, what feeds it pictures."""
+    """A decoder of the Qwen2, Qwen3 or Llama kind and, if `vision` is given, what feeds it pictures.
+
+    Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, kv_channels as its config.json's head_dim. Llama:
+    add_qkv_bias false; Llama 3.1 and later also rope_scaling_factor.
+    """
 
     num_layers: int = 4
     """Decoder layers."""
@@ -49,10 +53,15 @@ class ModelConfig:
     """A head of its own rather than the embedding table again."""
     add_qkv_bias: bool = True
     """Biases on queries, keys and values (Qwen2, Qwen2.5)."""
+    qk_layernorm: bool = False
+    """RMSNorm on each query head and each key head, before the rotary embedding (Qwen3)."""
     norm_epsilon: float = 1e-6
     """Epsilon of the decoder's RMSNorms."""
     rotary_base: float = 1e6
     """Base of the rotary embedding (rope_theta)."""
+    rope_scaling_factor: float | None = None
+    """Llama 3.1's rotary scaling: low frequencies turn this much slower (8 in Llama 3.1, 32 in Llama 3.2), high ones as
+    before; what lies between, and the 8192 tokens that they are told apart by, is the same in every published model."""
     max_position_embeddings: int = 32768
     """Longest sequence the exported model claims to handle."""
     init_method_std: float = 0.02
@@ -70,7 +79,7 @@ class ModelConfig:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         at_least(1, "model", self, *sizes, "kv_channels", "make_vocab_size_divisible_by", "max_position_embeddings")
         at_least(0, "model", self, "vocab_size", "init_method_std", "embedding_init_method_std")
-        positive("model", self, "norm_epsilon", "rotary_base")
+        positive("model", self, "norm_epsilon", "rotary_base", "rope_scaling_factor")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups="

@@ -6,21 +6,38 @@ every layer, and a rotation's backward is one more rotation.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192
+"""low_freq_factor, high_freq_factor and original_max_position_embeddings of every published Llama 3.1, 3.2 and 3.3."""
+
+
+def llama3_scaling(frequencies: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's rotary scaling of inverse frequencies, any shape.
+
+    A wave longer than LLAMA3_LENGTH / LLAMA3_LOW tokens turns `factor` times slower, one shorter than LLAMA3_LENGTH /
+    LLAMA3_HIGH as before, one in between by a mixture of the two. (transformers: rope_type llama3.)
+    """
+    waves = LLAMA3_LENGTH * frequencies / (2 * math.pi)  # in the original context
+    kept = ((waves - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
+
 
 class RotaryTable(nn.Module):
     """Cosines and sines for tokens at any positions, in any order."""
 
-    def __init__(self, head_dim: int, base: float) -> None:
+    def __init__(self, head_dim: int, base: float, scaling_factor: float | None = None) -> None:
+        """`scaling_factor`: of Llama 3.1's scaling; none: none."""
         super().__init__()
         # Published models compute this in float32; wider arithmetic would move their logits at far positions.
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         # No buffer: megatron-core's Float16Module would make a bfloat16 one of it, and far positions fall together.
-        self._inverse_frequency = 1.0 / (base**exponent)
+        frequency = 1.0 / (base**exponent)
+        self._inverse_frequency = frequency if scaling_factor is None else llama3_scaling(frequency, scaling_factor)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """int64 [1, t] -> cosines and sines [t, 1, head_dim / 2], computed in float32, in `dtype`."""

@@ -41,7 +41,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     queries = model.num_attention_heads * model.head_dim
     keys_values = 2 * model.num_query_groups * model.head_dim
     qkv = (queries + keys_values) * (hidden + (1 if model.add_qkv_bias else 0))
-    layer = qkv + queries * hidden + 3 * ffn * hidden + 2 * hidden
+    layer = qkv + queries * hidden + 3 * ffn * hidden + 2 * hidden + 2 * model.head_dim * model.qk_layernorm
     table = model.vocab_size * hidden
     head = hidden + (table if model.untie_embeddings_and_output_weights else 0)
     tower = projector = 0

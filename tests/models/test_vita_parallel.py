@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import ProjectorConfig
-from tests.models.parity import MODEL, ROWS, compare_step, write_reference
+from tests.models.parity import MODEL, ROWS, VISION, compare_step, write_reference
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -45,6 +45,17 @@ VARIANTS = {
         dataclasses.replace(MODEL, projector=ProjectorConfig(ffn_hidden_size=16, bias=False), add_qkv_bias=False),
         ROWS,
     ),
+    "Qwen3 with a tower that norms its queries too": (
+        dataclasses.replace(
+            MODEL,
+            add_qkv_bias=False,
+            qk_layernorm=True,
+            kv_channels=10,
+            vision=dataclasses.replace(VISION, add_qkv_bias=False, qk_layernorm=True, normalization="RMSNorm"),
+        ),
+        ROWS,
+    ),
+    "Llama 3.1": (dataclasses.replace(MODEL, add_qkv_bias=False, rope_scaling_factor=8.0, rotary_base=5e5), ROWS),
 }
 
 
@@ -53,7 +64,7 @@ def test_other_models_equal_one_process(tmp_path: Path, name: str) -> None:
     model, rows = VARIANTS[name]
     train = {"model": model}
     reference = write_reference(tmp_path / "reference", train, rows)
-    run_ranks(2, _check_layouts, [SP2, PP2, CP2], reference, train, rows, True)
+    run_ranks(2, _check_layouts, [TP2, SP2, PP2, CP2], reference, train, rows, True)
 
 
 @pytest.mark.slow
