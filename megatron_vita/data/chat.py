@@ -268,7 +268,7 @@ class _Writer:
 
     def _tile(self, slot: TileSlot, context: str) -> None:
         self._tiles.append(dataclasses.replace(slot, first_token=self._length))
-        self._add([self._tokenizer.token_id(context)] * self._spec.tokens_per_tile)
+        self._add(array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile)
 
     def _add(self, ids: Sequence[int], labelled: bool = False) -> None:
         self._ids.extend(ids)

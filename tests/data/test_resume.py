@@ -208,15 +208,15 @@ def test_a_picture_that_changes_between_the_phases_is_named(world: Path, tmp_pat
     for path in (*world.glob("*.png"), *world.glob("*.jsonl")):
         shutil.copy(path, folder)
     write_mix(folder, "mix", images={})
-    settings = options(world, tmp_path / "set", data_config=str(folder / "mix.yaml"))
-    kill_config = folder
     shutil.copytree(world / "tok", folder / "tok")
-    kill(kill_config, tmp_path / "set", f"{DATA}.pack_writer:PackWriter.write", 1, "before")
-    (folder / "3.png").write_bytes(picture(19, 24, seed=77))
+    kill(folder, tmp_path / "set", f"{DATA}.pack_writer:PackWriter.write", 1, "before")
+    changed = bytearray((folder / "3.png").read_bytes())
+    changed[-30] ^= 1
+    (folder / "3.png").write_bytes(changed)
     with pytest.raises(DataError, match=r"3\.png has changed since"):
         run(options(folder, tmp_path / "set", resume=True))
     assert not (tmp_path / "set.json").exists()
-    assert run(settings).totals["samples"] == 14
+    assert run(options(folder, tmp_path / "set", verify_media="structure")).totals["samples"] == 13  # and it is broken
 
 
 # ------------------------------------------------------------------------------------------------ a mix that grows
