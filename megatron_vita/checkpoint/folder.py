@@ -78,7 +78,7 @@ def start_staging(root: Path, iteration: int) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         for old in root.iterdir():
             if old.name.startswith((_STAGING, _REPLACED)):
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
         staging = staging_folder(root, iteration)
         staging.mkdir()
     except OSError as error:

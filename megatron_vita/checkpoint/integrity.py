@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vita.checkpoint.streams import sha256_of
 from megatron_vita.errors import CheckpointError
 
 INTEGRITY_FILE = "integrity.json"
@@ -86,10 +87,15 @@ class Integrity:
             raise CheckpointError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
 
-    def check_piece(self, file: str, offset: int, content: bytes | memoryview, what: str) -> None:
-        """Verify one piece that was just read; `what` names its tensor in the error."""
-        length, digest = self._pieces.get((file, offset), (-1, ""))
-        if length != len(content) or hashlib.sha256(content).hexdigest() != digest:
+    def check_piece(self, file: str, offset: int, length: int, sha256: str | None, what: str) -> None:
+        """Verify one piece: its length before it is read, its digest too once it has been hashed.
+
+        Args:
+            sha256: of what was read, or none before.
+            what: names the piece's tensor in the error.
+        """
+        known = self._pieces.get((file, offset), (-1, ""))
+        if known != (length, known[1] if sha256 is None else sha256):
             raise CheckpointError(
                 f"{self.folder / file}: the part that holds {what} has changed since it was written. {_REMEDY}"
             )
@@ -126,7 +132,7 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
             assert size == sum(length for length, _ in pieces[name]), f"{name}: its pieces do not make up the file"
             files[name] = {"bytes": size, "pieces": [list(piece) for piece in pieces[name]]}
         else:
-            files[name] = {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            files[name] = {"bytes": size, "sha256": sha256_of(path, 0, size)}
     values = {"format_version": _VERSION, "files": files, "digest": _canonical(files)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 

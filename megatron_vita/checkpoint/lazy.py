@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,6 +48,39 @@ def shift(region: Region, origin: Region) -> Region:
     return tuple(slice(one.start - zero.start, one.stop - zero.start) for one, zero in zip(region, origin, strict=True))
 
 
+def move(part: Region, source: Region, target: Region) -> Region:
+    """`part` of the box `source`, as the same part of the box `target`."""
+    return tuple(
+        slice(one.start - a.start + b.start, one.stop - a.start + b.start)
+        for one, a, b in zip(part, source, target, strict=True)
+    )
+
+
+def runs(region: Region, item_size: int, limit: int) -> Iterator[Region]:
+    """A region cut along its first dimension that is not 1, into parts of about `limit` bytes and at least one row."""
+    sizes = extent(region)
+    axis = next((index for index, size in enumerate(sizes) if size != 1), len(sizes))
+    if axis == len(sizes):
+        yield region
+        return
+    rows = max(1, limit // max(1, math.prod(sizes[axis + 1 :]) * item_size))
+    first = region[axis]
+    for start in range(first.start, max(first.stop, first.start + 1), rows):
+        yield (*region[:axis], slice(start, min(start + rows, first.stop)), *region[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where some elements of a tensor come from: a box of a stored tensor, or nowhere."""
+
+    leaf: LazyTensors | None
+    """Who stores them; none for elements that are made up."""
+    name: str
+    """The stored tensor's name, or what the elements are made of (`zeros`)."""
+    region: Region | None
+    elements: int
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Named tensors of known shape and dtype, whose values are read on demand and not kept."""
 
@@ -60,6 +95,19 @@ class LazyTensors(Mapping[str, Tensor]):
     @abstractmethod
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """A contiguous CPU tensor of the region's extent (all of it by default)."""
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        """Read a region into a CPU tensor of its extent and the tensor's dtype, with no copy in between where that can
+        be. Several threads may read at once."""
+        out.copy_(self.read(name, region))
+
+    def origins(self, name: str, region: Region) -> Iterator[Origin]:
+        """The stored boxes that a region consists of. What stores tensors itself is its own origin."""
+        yield Origin(self, name, region, volume(region))
+
+    def left_out(self) -> Mapping[str, str]:
+        """Stored tensors that are on purpose not handed on, and why."""
+        return {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -80,6 +128,10 @@ class TensorsInMemory(LazyTensors):
     def read(self, name: str, region: Region | None = None) -> Tensor:
         tensor = self._tensors[name].detach()
         return (tensor if region is None else tensor[region]).cpu().contiguous()
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        tensor = self._tensors[name].detach()
+        out.copy_(tensor[region] if region else tensor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.integrity import write_integrity
+from megatron_vita.checkpoint.journal import Entry, Journal, check_room, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
-from megatron_vita.checkpoint.storage import CheckpointTensors, Piece, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece, write_metadata
+from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_pieces
+from megatron_vita.checkpoint.streams import Workers, default_workers, sha256_of
+from megatron_vita.errors import CheckpointError
 
-PIECE_BYTES = 64 << 20
-"""Large tensors are written in runs of rows of about this size, so that a reader of a part need not read it all."""
+log = logging.getLogger(__name__)
+
 COMMON_FILE = "common.pt"
 _OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 
@@ -49,39 +56,82 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     state: RunState,
     tokenizer_dir: str | Path | None = None,
+    *,
+    notes: Mapping[str, str] | None = None,
+    source: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    durable: bool = True,
 ) -> Path:
-    """Write a weights-only checkpoint that any layout can load.
+    """Write a weights-only checkpoint that any layout can load. The bytes do not depend on the number of workers.
 
     Args:
         root: folder of checkpoints; the new one is root/iter_<iteration>.
-        tensors: full tensors by checkpoint key; lazy ones are read one piece at a time.
+        tensors: full tensors by checkpoint key; lazy ones are read one block at a time.
         tokenizer_dir: Hugging Face tokenizer folder to copy along.
+        notes: further text files, by name.
+        source: JSON values that change whenever a value of the tensors may. With it, what a killed process has written
+            is kept and the rest is added; without it, everything is written anew.
+        workers: threads, by default as many as there are cores.
+        durable: wait until the disk has everything, so that a power cut cannot leave a name without its content.
 
     Returns:
         The published folder. If writing fails, nothing of it is left.
+
+    Raises:
+        CheckpointError: no space, or the tensors cannot be read.
+        ConfigError: nothing can be written there, or another process is just doing so.
     """
-    root = Path(root)
-    staging = folders.start_staging(root, iteration)
+    root, lazy = Path(root), as_lazy(tensors)
+    files = plan_files(lazy)
+    staging, final = folders.staging_folder(root, iteration), folders.step_folder(root, iteration)
+    check_room(root, sum(pieces[-1].position + pieces[-1].length for pieces in files.values()), staging)
+    plan = [[one.key, list(one.global_shape), str(one.dtype), one.position] for two in files.values() for one in two]
+    identity = {
+        "source": os.urandom(16).hex() if source is None else source,
+        "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest(),
+    }
     try:
-        written = write_pieces(staging, "__0_0.distcp", _row_pieces(as_lazy(tensors)))
-        write_metadata(staging, written)
-        torch.save({}, staging / COMMON_FILE)
-        (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
-        folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)
-        write_integrity(staging, {"__0_0.distcp": [(one.length, one.sha256) for one in written]})
-        return folders.publish(root, iteration)
-    except BaseException:
-        folders.discard_staging(root, iteration)
-        raise
+        with Journal(staging, identity, final) as journal, Workers(workers or default_workers()) as pool:
+            written: list[WrittenPiece] = []
+            for name, pieces in files.items():
+                written += _write_file(journal, name, lazy, pieces, pool)
+                if durable:
+                    sync(staging / name)
+            write_metadata(staging, written)
+            torch.save({}, staging / COMMON_FILE)
+            (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
+            for name, text in (notes or {}).items():
+                (staging / name).write_text(text, encoding="utf-8")
+            folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)
+            digests: dict[str, list[tuple[int, str]]] = {name: [] for name in files}
+            for one in written:
+                digests[one.file].append((one.length, one.sha256))
+            write_integrity(staging, digests)
+            return folders.publish(root, iteration)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: could not be written ({error}). Nothing was published. Make room, or choose another folder."
+        ) from None
 
 
-def _row_pieces(tensors: LazyTensors) -> Iterator[Piece]:
-    for key in tensors:
-        shape = tensors.shape(key)
-        if not shape:
-            yield Piece(key, shape, (), tensors.read(key))
-            continue
-        rows = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * tensors.dtype(key).itemsize))
-        for start in range(0, max(shape[0], 1), rows):
-            region = (slice(start, min(start + rows, shape[0])), *(slice(0, n) for n in shape[1:]))
-            yield Piece(key, shape, (start, *(0 for _ in shape[1:])), tensors.read(key, region))
+def _write_file(
+    journal: Journal, name: str, tensors: LazyTensors, pieces: Sequence[PlannedPiece], pool: Workers
+) -> list[WrittenPiece]:
+    """One tensor file, unless a killed process has finished it."""
+
+    def intact(path: Path, entry: Entry) -> bool:
+        digests = entry.get("sha256")
+        if not isinstance(digests, list) or len(digests) != len(pieces):
+            return False
+        return path.stat().st_size == pieces[-1].position + pieces[-1].length and digests == list(
+            pool.map(lambda piece: sha256_of(path, piece.position, piece.length), pieces)
+        )
+
+    kept = journal.kept(name, intact)
+    if kept is None:
+        digests = stream_pieces(journal.staging / name, tensors, pieces, pool)
+        journal.add(name, {"sha256": digests})
+    else:
+        log.info("%s was finished by an earlier run and is kept", name)
+        digests = list(kept["sha256"])
+    return [piece.written(name, digest) for piece, digest in zip(pieces, digests, strict=True)]

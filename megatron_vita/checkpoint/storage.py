@@ -13,8 +13,10 @@ import io
 import json
 import os
 import pickle
-import warnings
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,40 +34,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_vita.checkpoint.inert import elements, parse_metadata
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, Region, box, extent, overlap, shift, volume, whole
+from megatron_vita.checkpoint.streams import BLOCK_BYTES, raw, read_exactly
 from megatron_vita.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 """megatron-core's marker of a distributed checkpoint."""
+_CACHE_BYTES = 128 << 20
+"""Verified pieces that are kept for the next reads: interleaved heads are cut from one piece many times in a row."""
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-_SAFE_GLOBALS = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-}
-"""What `.metadata` may name: the classes that describe tensors, none of which does anything when built."""
-_DTYPE_NAMES = {str(one).removeprefix("torch.") for one in vars(torch).values() if isinstance(one, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -187,30 +172,6 @@ def write_metadata(folder: Path, pieces: Sequence[WrittenPiece]) -> None:
     (folder / FORMAT_FILE).write_text(json.dumps(_FORMAT) + "\n", encoding="utf-8")
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds descriptions of tensors and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _SAFE_GLOBALS or (module == "torch" and name in _DTYPE_NAMES):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint has no business with")
-
-
-def parse_metadata(content: bytes, where: Path) -> Metadata:
-    """Unpickle `.metadata` with an allow-list.
-
-    Raises:
-        CheckpointError: it names anything but the classes that describe tensors, or is damaged. Nothing has run then.
-    """
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    except Exception as error:
-        raise CheckpointError(f"{where}: refused, {error}. Do not use this checkpoint.") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{where}: does not describe a checkpoint. Do not use it.")
-    return metadata
-
-
 class CheckpointTensors(LazyTensors):
     """The tensors of one checkpoint folder, by key and whole, in one process and without any process group.
 
@@ -226,8 +187,8 @@ class CheckpointTensors(LazyTensors):
             key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)
         }
         self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._last: tuple[MetadataIndex, Tensor] | None = None
-        """The piece that was read last: interleaved heads are cut from one piece many times in a row."""
+        self._lock = threading.Lock()
+        self._pieces: OrderedDict[MetadataIndex, Future[Tensor]] = OrderedDict()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].size)
@@ -238,34 +199,70 @@ class CheckpointTensors(LazyTensors):
     def read(self, name: str, region: Region | None = None) -> Tensor:
         region = whole(self.shape(name)) if region is None else region
         out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
         for chunk in self._tensors[name].chunks:
             held = box(chunk.offsets, chunk.sizes)
             shared = overlap(held, region) if region else ()
             if shared is None:
                 continue
-            part = self._read_piece(name, chunk)
+            part = self._piece(name, chunk)
             out[shift(shared, region)] = part[shift(shared, held)]
-        return out
 
-    def _read_piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """A verified piece; who asks for one that another thread is reading waits for it."""
         index = MetadataIndex(name, chunk.offsets)
-        if self._last is not None and self._last[0] == index:
-            return self._last[1]
-        self._last = None
-        place = self._places[index]
+        with self._lock:
+            wanted = self._pieces.get(index)
+            if wanted is not None:
+                self._pieces.move_to_end(index)
+            else:
+                mine: Future[Tensor] = Future()
+                self._pieces[index] = mine
+                self._forget()
+        if wanted is not None:
+            return wanted.result()
+        try:
+            mine.set_result(self._read_piece(name, chunk, self._places[index]))
+        except BaseException as error:
+            with self._lock:
+                self._pieces.pop(index, None)
+            mine.set_exception(error)
+            raise
+        return mine.result()
+
+    def _forget(self) -> None:
+        """Let go of the oldest pieces, so that all that are kept or being read are within the limit, or are one."""
+        sizes = {index: self._places[index].length for index in self._pieces}
+        total = sum(sizes.values())
+        while len(sizes) > 1 and total > _CACHE_BYTES:
+            index = next(iter(sizes))
+            total -= sizes.pop(index)
+            del self._pieces[index]
+
+    def _read_piece(self, name: str, chunk: ChunkStorageMetadata, place: _StorageInfo) -> Tensor:
         path = self.folder / place.relative_path
         if place.relative_path not in self.integrity.files:
             raise CheckpointError(f"{self.folder}: {name} is said to lie in {place.relative_path!r}, no part of it.")
-        with path.open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.length)
-        self.integrity.check_piece(place.relative_path, place.offset, content, name)
-        part = load_pickled(io.BytesIO(content), path)
+        self.integrity.check_piece(place.relative_path, place.offset, place.length, None, name)
+        content = torch.empty(place.length, dtype=torch.uint8)
+        view, digest = raw(content), hashlib.sha256()
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            for start in range(0, place.length, BLOCK_BYTES):
+                block = view[start : start + BLOCK_BYTES]
+                read_exactly(descriptor, block, place.offset + start, path)
+                digest.update(block)
+        finally:
+            os.close(descriptor)
+        self.integrity.check_piece(place.relative_path, place.offset, place.length, digest.hexdigest(), name)
+        part = elements(content, path)
         if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != self.dtype(name):
             raise CheckpointError(
                 f"{path}: the part for {name} has another shape or type than promised. Do not use this checkpoint."
             )
-        self._last = (index, part)
         return part
 
     def __iter__(self) -> Iterator[str]:
@@ -273,18 +270,3 @@ class CheckpointTensors(LazyTensors):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def load_pickled(stream: io.BytesIO, where: Path) -> Any:
-    """torch.load that builds tensors and plain values only, whatever the environment says.
-
-    Raises:
-        CheckpointError: the content names anything else, or is damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{where}: refused, {first_line}. Do not use this checkpoint.") from None

@@ -20,10 +20,11 @@ from megatron.core.dist_checkpointing.strategies.base import (
 from torch import Tensor
 
 from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
+from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, box
 from megatron_vita.checkpoint.offline import COMMON_FILE, model_keys
-from megatron_vita.checkpoint.storage import Piece, WrittenPiece, load_pickled, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
 from megatron_vita.errors import CheckpointError
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import offline
+from megatron_vita.checkpoint import streaming
+from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
-from megatron_vita.checkpoint.storage import load_pickled
+from megatron_vita.checkpoint.lazy import Region, TensorsInMemory
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.tiny import stage, state
@@ -29,7 +30,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(offline, "PIECE_BYTES", 40)  # several pieces a tensor
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 40)  # several pieces a tensor
     run = state(stage(), 4, preprocess=PreprocessSpec(image_size=16, patch_size=4), consumed_packs=3)
     return checkpoint.write_tensors(tmp_path / "run", 4, TENSORS, run)
 
@@ -133,12 +134,12 @@ def test_a_file_outside_the_folder_is_refused(folder: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    class Broken(dict[str, torch.Tensor]):
-        def __getitem__(self, name: str) -> torch.Tensor:
+    class Broken(TensorsInMemory):
+        def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
             raise CheckpointError("unreadable")
 
     with pytest.raises(CheckpointError, match="unreadable"):
-        checkpoint.write_tensors(tmp_path / "run", 0, Broken(a=torch.zeros(1)), state(stage(), 0))
+        checkpoint.write_tensors(tmp_path / "run", 0, Broken({"a": torch.zeros(1)}), state(stage(), 0))
     assert list((tmp_path / "run").iterdir()) == []
 
 
