@@ -64,6 +64,20 @@ class MediaFile:
         return self.label or self.path or "embedded medium"
 
 
+def check_text(text: str) -> None:
+    """Prove that a text is characters alone: JSON can write half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        DataError: bad_record.
+    """
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise refuse(
+            "bad_record", f"the text holds half a character at {error.start} (a lone surrogate, \\ud800 to \\udfff)."
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training or chat example in the canonical form every dataset is mapped to."""
@@ -85,8 +99,13 @@ class Sample:
         """Turns must be [system] (user assistant)* [user]; every picture and video must be referred to exactly once.
 
         Raises:
-            DataError: whose message starts with the reason code (`bad_order`, `empty_turn`, `media_count`).
+            DataError: whose message starts with the reason code (`bad_order`, `bad_record`, `empty_turn`,
+                `media_count`).
         """
+        for message in self.messages:
+            for part in message.parts:
+                if isinstance(part, Text):
+                    check_text(part.text)
         turns = [m for m in self.messages if m.role != "system"]
         if any(m.role == "system" for m in self.messages[1:]) or not turns:
             raise refuse("bad_order", f"{self.id}: a system turn may only come first, and some turn must follow")

@@ -152,6 +152,13 @@ BAD: list[tuple[str, str | None, Any]] = [
     ("undeclared_media", "metamath", {"query": "q", "response": "a", "image": "a.png"}),
     ("media_broken", "openai", {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}]}, A]}),
+    ("media_missing", None, {"image": "file://[x", "conversations": human("<image>")}),
+    ("bad_record", "openai", {"messages": [{"role": "user", "content": [{"type": {}, "text": "q"}]}, A]}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": "a", "history": 1.5}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": "a", "history": {"q": "a"}}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": "\ud800"}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": "a", "system": "x\udfff"}),
+    ("bad_record", "text", {"text": "words \ud83d"}),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlparse
 from megatron_vita.data.chat import clean_answers
 from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import refuse
-from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
+from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video, check_text
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS, ROLES, Content, Draft
 from megatron_vita.data.sources.stores import MediaStore
@@ -44,6 +44,7 @@ def record_to_sample(
     draft = MAPPERS[row.map](record, row.fields)
     if draft.text is not None:
         _no_undeclared(record, row)
+        check_text(draft.text)
         return Document(draft.text, source, line), 0
     if isinstance(record, dict):
         draft.images += _field(record, row.image, "image", draft)
@@ -155,7 +156,10 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
     if reference.startswith(("http://", "https://")):
         raise refuse("media_remote", f"{reference} is a web address; fetch it and give the path.")
     if reference.startswith("file://"):
-        reference = unquote(urlparse(reference).path)
+        try:
+            reference = unquote(urlparse(reference).path)
+        except ValueError as error:
+            raise refuse("media_missing", f"{reference} is no file address ({error}).") from None
     return store.find(reference)
 
 

@@ -82,7 +82,8 @@ def map_pair(record: Any, fields: Fields) -> Draft:
     system = record.get(fields.get("system", "system"))
     if isinstance(system, str) and system.strip():
         draft.turns.append(("system", system))
-    for pair in record.get(fields.get("history", "history")) or ():
+    history = record.get(fields.get("history", "history")) or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise refuse("bad_record", "`history` must be a list of [question, answer].")
         draft.turns += [("user", str(pair[0])), ("assistant", str(pair[1]))]
@@ -176,7 +177,7 @@ def _openai_part(part: Any, draft: Draft) -> Part:
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return Text(_text(part, "text"))
-    if kind not in _PART_KEYS:
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
         raise refuse("bad_record", f"a part of type {kind!r} is not supported.")
     reference = _first(part, _PART_KEYS[kind])
     if isinstance(reference, dict) and reference.get("url") is not None:
