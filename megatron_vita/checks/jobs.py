@@ -110,5 +110,9 @@ def _shrunk(parallel: ParallelConfig, layers: int) -> tuple[ParallelConfig, int]
         return parallel, layers
     stages = parallel.pipeline_model_parallel_size * (parallel.num_virtual_stages_per_pipeline_rank or 1)
     fewer = min(layers, math.lcm(4, stages))
-    recomputed = parallel.recompute_num_layers and min(parallel.recompute_num_layers, fewer // stages)
+    recomputed = parallel.recompute_num_layers and max(
+        size
+        for size in range(1, min(parallel.recompute_num_layers, fewer // stages) + 1)
+        if fewer // stages % size == 0
+    )
     return dataclasses.replace(parallel, recompute_num_layers=recomputed), fewer

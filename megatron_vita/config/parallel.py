@@ -36,9 +36,9 @@ class ParallelConfig:
     """Ranks that split one packed row."""
     sequence_parallel: bool = False
     """Activations outside the matrix products are split over the tensor-parallel ranks as well."""
-    cp_comm_type: str = "all_gather"
+    cp_comm_type: str = "p2p"
     """How context-parallel attention communicates: `p2p` sends keys and values round a ring while blocks are computed,
-    `all_gather` gathers those of the whole row, `a2a` (Ulysses) exchanges heads for tokens."""
+    `all_gather` gathers (and holds) those of the whole row, `a2a` (Ulysses) exchanges heads for tokens."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
     recompute_granularity: str | None = None
@@ -127,9 +127,11 @@ class ParallelConfig:
             ConfigError: the ranks do not divide into whole replicas.
         """
         if world_size % self.replica_size:
+            low = world_size // self.replica_size * self.replica_size
+            sizes = f"{low} or {low + self.replica_size}" if low else str(self.replica_size)
             raise ConfigError(
                 f"{world_size} ranks were launched, but one replica takes tensor {self.tensor_model_parallel_size} x "
                 f"pipeline {self.pipeline_model_parallel_size} x context {self.context_parallel_size} = "
-                f"{self.replica_size}. Launch a multiple of {self.replica_size}, or lower one degree."
+                f"{self.replica_size}. Launch a multiple of {self.replica_size} ({sizes}), or lower one degree."
             )
         return world_size // self.replica_size

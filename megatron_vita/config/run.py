@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_vita.config.data import DataConfig
@@ -38,25 +39,20 @@ class StageConfig:
             self.parallel.context_parallel_size,
         )
         where = f"stage {self.name!r}: "
+        model = self.model
         try:
             dp = self.parallel.data_parallel_size(world_size)
-            self.parallel.check_heads(self.model.num_query_groups)
-        except ConfigError as error:
-            raise ConfigError(where + str(error)) from None
-        model = self.model
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            _divides(where, f"model.{name}", getattr(model, name), "parallel.tensor_model_parallel_size", tp)
-        if model.vision is not None and model.vision.tensor_parallel:
-            for name in ("num_attention_heads", "ffn_hidden_size"):
-                value = getattr(model.vision, name)
-                _divides(where, f"model.vision.{name}", value, "parallel.tensor_model_parallel_size", tp)
-        try:
+            self.parallel.check_heads(model.num_query_groups)
             split = pipeline_split(self.parallel, model.num_layers)
         except ConfigError as error:
             raise ConfigError(where + str(error)) from None
+        self._check_tensor_parallel(where, tp)
+        self._check_recompute(where, split.layers)
         row = self.data.seq_length * self.train.micro_batch_size
-        shards = cp * self.parallel.sequence_shards
-        _divides(where, "data.seq_length x train.micro_batch_size", row, "context x sequence-parallel ranks", shards)
+        sp = self.parallel.sequence_shards
+        fewer = f"context_parallel_size {_nearest_divisors(row // sp, cp)}" if row % sp == 0 else "change the latter"
+        name = "data.seq_length x train.micro_batch_size"
+        _divides(where, name, row, "context x sequence-parallel ranks", cp * sp, fewer)
         per_step = self.train.micro_batch_size * dp
         _divides(
             where, "train.global_batch_size", self.train.global_batch_size, "micro_batch_size x data ranks", per_step
@@ -77,6 +73,37 @@ class StageConfig:
         for name, value in (("data.data_path", self.data.data_path), ("checkpoint.save", self.checkpoint.save)):
             if not value:
                 raise ConfigError(f"{where}{name} is not set. Give it in the recipe or on the command line.")
+
+    def _check_tensor_parallel(self, where: str, tp: int) -> None:
+        """Heads and inner widths are dealt evenly."""
+        model, vision = self.model, self.model.vision
+        dealt = {
+            "model.num_attention_heads": model.num_attention_heads,
+            "model.num_query_groups": model.num_query_groups,
+            "model.ffn_hidden_size": model.ffn_hidden_size,
+        }
+        if vision is not None and vision.tensor_parallel:
+            dealt["model.vision.num_attention_heads"] = vision.num_attention_heads
+            dealt["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size
+        for name, value in dealt.items():
+            if value % tp:
+                works = _nearest_divisors(math.gcd(*dealt.values()), tp)
+                raise ConfigError(
+                    f"{where}{name}={value} is not a multiple of parallel.tensor_model_parallel_size={tp}. "
+                    f"Use tensor_model_parallel_size {works}."
+                )
+
+    def _check_recompute(self, where: str, layers: tuple[int, ...]) -> None:
+        """Uniform recomputation cuts every pipeline stage, of so many `layers`, into units of equal size."""
+        unit = self.parallel.recompute_num_layers
+        if self.parallel.recompute_method != "uniform" or unit is None:
+            return
+        if uneven := [count for count in layers if count % unit]:
+            raise ConfigError(
+                f"{where}parallel.recompute_method=uniform recomputes {unit} layers at a time, but a pipeline stage "
+                f"has {uneven[0]}. Use recompute_num_layers {_nearest_divisors(math.gcd(*layers), unit)}, or "
+                "recompute_method block."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +127,19 @@ class RunConfig:
                 )
 
 
-def _divides(where: str, name: str, value: int, by_name: str, by: int) -> None:
-    """Raise unless `by` divides `value`, naming the nearest multiples."""
+def _divides(where: str, name: str, value: int, by_name: str, by: int, instead: str = "change the latter") -> None:
+    """Raise unless `by` divides `value`, naming the nearest multiples, and what else would do."""
     if value % by:
         low, high = value // by * by, -(-value // by) * by
         nearest = f"{low} or {high}" if low else f"{high}"
-        raise ConfigError(
-            f"{where}{name}={value} is not a multiple of {by_name}={by}. Use {nearest}, or change the latter."
-        )
+        raise ConfigError(f"{where}{name}={value} is not a multiple of {by_name}={by}. Use {nearest}, or {instead}.")
+
+
+def _nearest_divisors(value: int, to: int) -> str:
+    """The nearest divisor of `value` below `to` and the nearest above, where there is one."""
+    divisors = [one for one in range(1, value + 1) if value % one == 0]
+    near = [
+        max((one for one in divisors if one < to), default=None),
+        min((one for one in divisors if one > to), default=None),
+    ]
+    return " or ".join(str(one) for one in near if one is not None)

@@ -154,6 +154,9 @@ def test_a_recipe_lends_its_layout_to_a_small_model() -> None:
     assert {job.images for job in jobs} == set(IMAGES)
     assert all(job.stage.parallel == parallel and job.stage.model.num_layers == 4 for job in jobs)
     assert all(job.stage.train.freeze_vision_model and job.stage.model.hidden_size <= 64 for job in jobs)
+    units = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}
+    uniform = next(recipe_jobs(dataclasses.replace(stage, parallel=dataclasses.replace(parallel, **units)), 4, None))
+    assert uniform.stage.parallel.recompute_num_layers == 2, "units of 3 do not fit the two layers of a smaller stage"
     uneven = dataclasses.replace(parallel, pipeline_model_parallel_layout="Et|t*5L")
     assert next(recipe_jobs(dataclasses.replace(stage, parallel=uneven), 4, None)).stage.model.num_layers == 6
     with pytest.raises(ConfigError, match="multiple of 4"):

@@ -46,3 +46,7 @@ def test_too_few_heads_are_refused_with_the_nearest_choice(groups: int, tp: int,
 def test_unknown_types_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="choose one of p2p, all_gather, a2a"):
         ParallelConfig(cp_comm_type=kind)
+
+
+def test_the_default_holds_no_more_than_a_ranks_share() -> None:
+    assert ParallelConfig().cp_comm_type == "p2p", "Megatron's own default, too"

@@ -99,10 +99,20 @@ def test_unknown_flag_names_its_neighbour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overlay", "world", "message"),
     [
-        ({"parallel": {"tensor_model_parallel_size": 3}}, 3, "num_attention_heads=4 is not a multiple.*Use 3 or 6"),
-        ({"parallel": {"context_parallel_size": 2}}, 3, "Launch a multiple of 2"),
+        (
+            {"parallel": {"tensor_model_parallel_size": 3}},
+            3,
+            "heads=4 is not a multiple.*Use tensor_model_parallel_size 2.",
+        ),
+        (
+            {"parallel": {"tensor_model_parallel_size": 4}},
+            4,
+            "groups=2 is not a multiple.*tensor_model_parallel_size 2.",
+        ),
+        ({"parallel": {"context_parallel_size": 2}}, 3, r"Launch a multiple of 2 \(2 or 4\)"),
+        ({"parallel": {"context_parallel_size": 4}}, 3, r"Launch a multiple of 4 \(4\)"),
         ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "num_layers=4"),
-        ({"parallel": {"context_parallel_size": 6}}, 6, "Use 60 or 66"),
+        ({"parallel": {"context_parallel_size": 6}}, 6, "Use 60 or 66, or context_parallel_size 4 or 8"),
         ({"train": {"global_batch_size": 3}}, 2, "global_batch_size=3 is not a multiple"),
         ({"model": {"max_position_embeddings": 32}}, 1, "exceeds model.max_position_embeddings=32"),
         ({"data": {"data_path": ""}}, 1, "data.data_path is not set"),

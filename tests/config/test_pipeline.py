@@ -131,3 +131,30 @@ def test_an_interleaved_pipeline_needs_micro_batches_in_groups() -> None:
         stage(3).check(2)
     with pytest.raises(ConfigError, match="=1 is not a multiple"):
         stage(2).check(4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "unit", "message"),
+    [
+        ({}, 4, "4 layers at a time, but a pipeline stage has 6. Use recompute_num_layers 3 or 6, or .* block"),
+        (PP2, 2, "2 layers at a time, but a pipeline stage has 3. Use recompute_num_layers 1 or 3"),
+        ({**PP2, "pipeline_model_parallel_layout": "Ett|ttttL"}, 4, "a pipeline stage has 2. Use .* 2, or"),
+        ({}, 7, "a pipeline stage has 6. Use recompute_num_layers 6, or"),
+    ],
+)
+def test_uniform_recomputation_needs_whole_units(flags: dict[str, Any], unit: int, message: str) -> None:
+    """megatron-core would run past a stage's last layer, in the first step."""
+
+    def stage(method: str) -> StageConfig:
+        how = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": unit}
+        return StageConfig(
+            model=ModelConfig(vocab_size=5, num_layers=6),
+            parallel=ParallelConfig(**flags, **how),
+            train=TrainConfig(global_batch_size=2),
+            data=DataConfig(data_path="shards"),
+            checkpoint=CheckpointConfig(save="run"),
+        )
+
+    stage("block").check(2)
+    with pytest.raises(ConfigError, match=message):
+        stage("uniform").check(2)

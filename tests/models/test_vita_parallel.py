@@ -16,6 +16,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP2 = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+GATHER2 = {**CP2, "cp_comm_type": "all_gather"}
 RING2 = {**CP2, "cp_comm_type": "p2p"}
 ULYSSES2 = {**CP2, "cp_comm_type": "a2a"}
 CORE = {"recompute_granularity": "selective"}
@@ -33,7 +34,7 @@ def _check_layouts(
 def test_two_ranks_equal_one_process(tmp_path: Path, reset: bool) -> None:
     reference = write_reference(tmp_path / "reference", {}, reset=reset)
     layouts = [{}, {"overlap_grad_reduce": True}, TP2, SP2, PP2, CP2, {**SP2, **FULL}, {**CP2, **FULL}, {**CP2, **CORE}]
-    layouts += [RING2, ULYSSES2, {**RING2, **FULL}, {**ULYSSES2, **CORE}]
+    layouts += [GATHER2, ULYSSES2, {**GATHER2, **FULL}, {**ULYSSES2, **CORE}]
     run_ranks(2, _check_layouts, layouts, reference, {}, ROWS, reset)
 
 
@@ -71,5 +72,5 @@ def test_other_models_equal_one_process(tmp_path: Path, name: str) -> None:
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     reference = write_reference(tmp_path / "reference", {})
     layouts = [{**TP2, **CP2}, {**SP2, **CP2}, {**PP2, **CP2}, {**PP2, **SP2, **FULL}, {"context_parallel_size": 4}]
-    layouts += [{**SP2, **RING2}, {**PP2, **ULYSSES2}, {**RING2, "context_parallel_size": 4}]
+    layouts += [{**SP2, **GATHER2}, {**PP2, **ULYSSES2}, {**GATHER2, "context_parallel_size": 4}]
     run_ranks(4, _check_layouts, layouts, reference, {}, ROWS, True)
