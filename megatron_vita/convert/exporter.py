@@ -13,7 +13,7 @@ import yaml
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig, to_dict
-from megatron_vita.convert import internvl, long_vita, qwen2
+from megatron_vita.convert import decoders, internvl, long_vita
 from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.opening import SIDECAR, OpenModel, open_model
 from megatron_vita.convert.publish import new_folder
@@ -26,7 +26,7 @@ from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END
 log = logging.getLogger(__name__)
 
 FORMATS = ("internvl", "long_vita", "llm")
-_FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": qwen2}
+_FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": decoders}
 _BICUBIC = 3
 """PIL's number."""
 _PATHS = {

@@ -1,8 +1,7 @@
-"""InternViT: configuration and names, as OpenGVLab's remote code and as transformers write them."""
+"""InternViT-300M and -6B: configuration and names, as OpenGVLab's remote code and as transformers write them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,8 @@ class Names:
     joint: str | None
     """One tensor [Q; K; V], or none where the three are apart."""
     separate: tuple[str, str, str]
+    query_norm: str
+    key_norm: str
     proj: str
     norm1: str
     norm2: str
@@ -39,6 +40,8 @@ REMOTE = Names(
     layer="encoder.layers.{n}.",
     joint="attn.qkv",
     separate=("", "", ""),
+    query_norm="attn.q_norm",
+    key_norm="attn.k_norm",
     proj="attn.proj",
     norm1="norm1",
     norm2="norm2",
@@ -54,6 +57,8 @@ NATIVE = Names(
     layer="encoder.layer.{n}.",
     joint=None,
     separate=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    query_norm="attention.q_norm",
+    key_norm="attention.k_norm",
     proj="attention.projection_layer",
     norm1="layernorm_before",
     norm2="layernorm_after",
@@ -63,32 +68,40 @@ NATIVE = Names(
 """transformers' own InternVL classes, `model_type` internvl_vision."""
 
 MODEL_TYPES = {"intern_vit_6b": REMOTE, "internvl_vision": NATIVE}
+_NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_NATIVE_QK_EPSILON = 1e-6
+"""transformers' native classes have it written in the code of the query and key norms."""
 
 
 def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Names]:
     """A tower's config.json (or vision_config, or Long-VITA's `visual`) as ours, and how its tensors are named.
 
     Raises:
-        CheckpointError: an unknown kind, or a feature that the tower cannot do (RMSNorm, query/key norms, no biases).
+        CheckpointError: an unknown kind, or a feature that the tower cannot do.
     """
     kind = config.get("model_type", "intern_vit_6b" if "qkv_bias" in config else None)
     if kind not in MODEL_TYPES:
         raise refuse(where, "model_type", kind, f"an InternViT: {' or '.join(MODEL_TYPES)}")
     names = MODEL_TYPES[kind]
-    require(config, "norm_type", "layer_norm", "layer_norm" if names is NATIVE else "rms_norm", where)
+    norm = config.get("norm_type", "layer_norm" if names is NATIVE else "rms_norm")
+    if norm not in _NORMS:
+        raise refuse(where, "norm_type", norm, " or ".join(_NORMS))
     require(config, "hidden_act", "gelu", "gelu", where)
     require(config, "num_channels", 3, 3, where)
     if names is NATIVE:
-        require(config, "attention_bias", True, False, where)
-        require(config, "use_qk_norm", False, False, where)
+        bias, qk_norm = config.get("attention_bias", False), config.get("use_qk_norm", False)
         require(config, "use_mean_pooling", True, True, where)
         require(config, "use_mask_token", False, False, where)
         require(config, "use_absolute_position_embeddings", True, True, where)
+        if qk_norm:
+            require(config, "layer_norm_eps", _NATIVE_QK_EPSILON, None, where)
     else:
-        require(config, "qkv_bias", True, False, where)
-        require(config, "qk_normalization", False, True, where)
+        bias, qk_norm = config.get("qkv_bias", False), config.get("qk_normalization", True)
     try:
         vision = VisionConfig(
+            normalization=_NORMS[norm],
+            add_qkv_bias=bool(bias),
+            qk_layernorm=bool(qk_norm),
             num_layers=integer(config, "num_hidden_layers", where),
             hidden_size=integer(config, "hidden_size", where),
             ffn_hidden_size=integer(config, "intermediate_size", where),
@@ -106,21 +119,17 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
     """Our tower as a config.json of either publisher.
 
     Raises:
-        CheckpointError: a tower that is not written yet: another family, RMSNorm, query/key norms, or no biases.
+        CheckpointError: the publisher's classes cannot hold the tower; says why.
     """
-    other = dataclasses.replace(vision, normalization="LayerNorm", add_qkv_bias=True, qk_layernorm=False)
-    if vision.model_type != "intern_vit" or other != vision or vision.selected_layer != -1:
-        raise CheckpointError(
-            f"model.vision: a {vision.model_type} tower with these settings cannot be written for Hugging Face yet. "
-            "Towers like InternViT-300M can."
-        )
+    check_exportable(vision, names)
+    norm = next(theirs for theirs, ours in _NORMS.items() if ours == vision.normalization)
     common = {
         "hidden_size": vision.hidden_size,
         "num_hidden_layers": vision.num_layers,
         "num_attention_heads": vision.num_attention_heads,
         "intermediate_size": vision.ffn_hidden_size,
         "hidden_act": "gelu",
-        "norm_type": "layer_norm",
+        "norm_type": norm,
         "layer_norm_eps": vision.norm_epsilon,
         "num_channels": 3,
         "initializer_range": vision.init_method_std,
@@ -134,8 +143,9 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
             **common,
             "image_size": [vision.image_size, vision.image_size],
             "patch_size": [vision.patch_size, vision.patch_size],
-            "attention_bias": True,  # the default drops all q, k and v biases with no more than a remark
-            "use_qk_norm": False,
+            # Left out, stock code drops all q, k and v biases with no more than a remark.
+            "attention_bias": vision.add_qkv_bias,
+            "use_qk_norm": vision.qk_layernorm,
             "use_mean_pooling": True,  # means: no norm after the last layer, which InternViT has not
             "use_mask_token": False,
             "use_absolute_position_embeddings": True,
@@ -149,13 +159,37 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
         **common,
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
-        "qkv_bias": True,
-        "qk_normalization": False,
+        "qkv_bias": vision.add_qkv_bias,
+        "qk_normalization": vision.qk_layernorm,
         "initializer_factor": vision.layer_scale_init,
         "drop_path_rate": 0.0,
         "dropout": 0.0,
         "use_flash_attn": True,
     }
+
+
+def check_exportable(vision: VisionConfig, names: Names) -> None:
+    """Refuse a tower that a publisher's classes cannot hold.
+
+    Raises:
+        CheckpointError: another family; states of a block before the last; or norms of an epsilon that is not theirs.
+    """
+    if vision.model_type != "intern_vit":
+        raise CheckpointError(
+            f"model.vision.model_type={vision.model_type}: this format's tower is an InternViT, and no class of "
+            "transformers joins another by pixel shuffle. Serve the checkpoint with megatron_vita, or export its "
+            "decoder alone with --format llm."
+        )
+    if vision.selected_layer != -1:
+        raise CheckpointError(
+            f"model.vision.select_layer={vision.selected_layer}: an InternViT gives its last block's states in this "
+            "format. Export a model that was trained so."
+        )
+    if names is NATIVE and vision.qk_layernorm and vision.norm_epsilon != _NATIVE_QK_EPSILON:
+        raise CheckpointError(
+            f"model.vision.norm_epsilon={vision.norm_epsilon}, but in transformers the query and key norms always have "
+            f"{_NATIVE_QK_EPSILON}. Such a model cannot be exported in this format; --format long_vita can hold it."
+        )
 
 
 def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
@@ -178,7 +212,9 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
         ours, theirs = f"{our}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
         for kind, columns in (("weight", width), ("bias", None)):
             target = f"{ours}self_attention.linear_qkv.{kind}"
-            if names.joint:
+            if kind == "bias" and not vision.add_qkv_bias:
+                pass
+            elif names.joint:
                 source = f"{theirs}{names.joint}.{kind}"
                 table.append(joint_qkv(target, source, heads=heads, head_dim=width // heads, columns=columns))
             else:
@@ -197,7 +233,12 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
                 ("self_attention.linear_qkv.layer_norm", names.norm1),
                 ("mlp.linear_fc1.layer_norm", names.norm2),
             ):
-                table.append(rename(f"{ours}{one}_{kind}", f"{theirs}{two}.{kind}", (width,)))
+                if kind == "weight" or vision.normalization == "LayerNorm":
+                    table.append(rename(f"{ours}{one}_{kind}", f"{theirs}{two}.{kind}", (width,)))
+        if vision.qk_layernorm:
+            for part, theirs_norm in (("q", names.query_norm), ("k", names.key_norm)):
+                one, two = f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}{theirs_norm}.weight"
+                table.append(rename(one, two, (width,)))
         table.append(rename(ours + "ls1", theirs + names.scale1, (width,)))
         table.append(rename(ours + "ls2", theirs + names.scale2, (width,)))
     return table

@@ -1,4 +1,8 @@
-"""transformers' native InternVL: what stock code loads and serves, with no code of ours."""
+"""transformers' native InternVL: what stock code loads and serves, with no code of ours.
+
+Its class builds the decoder by its own model_type (Qwen2, Qwen3, Llama), but every tower as an InternViT: a config.json
+that says otherwise is read as one all the same.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert import intern_vit, qwen2
+from megatron_vita.convert import decoders, intern_vit
 from megatron_vita.convert.hf_config import integer, refuse, require
 from megatron_vita.convert.rules import Rule, all_zero, rename, zero_padded
 from megatron_vita.errors import CheckpointError
@@ -27,15 +31,15 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     text, vision = config.get("text_config"), config.get("vision_config")
     if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
         raise CheckpointError(f"{where}: has no text_config or no vision_config. Is it an InternVL of transformers?")
-    if text.get("model_type", qwen2.MODEL_TYPE) != qwen2.MODEL_TYPE:
-        raise refuse(where, "text_config.model_type", text["model_type"], qwen2.MODEL_TYPE)
+    if text.get("model_type", "qwen2") not in decoders.ARCHITECTURES:
+        raise refuse(where, "text_config.model_type", text["model_type"], ", ".join(decoders.ARCHITECTURES))
     require(config, "downsample_ratio", 0.5, 0.5, where)
     require(config, "projector_hidden_act", "gelu", "gelu", where)
     require(config, "vision_feature_layer", -1, -1, where)
     require(config, "vision_feature_select_strategy", "default", "default", where)
     # Stock code ties by the outer value, whose default is true; the inner one is a copy.
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    model = qwen2.read_config({**text, "tie_word_embeddings": tied}, f"{where}: text_config")
+    model = decoders.read_config({**text, "tie_word_embeddings": tied}, f"{where}: text_config")
     tower, _ = intern_vit.read_config({"model_type": "internvl_vision", **vision}, f"{where}: vision_config")
     wanted = integer({"image_seq_length": 256, **config}, "image_seq_length", where)
     if wanted != tower.tokens_per_tile:
@@ -55,7 +59,7 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "text_config": qwen2.write_config(model, dtype, special_ids),
+        "text_config": decoders.write_config(model, dtype, special_ids),
         "vision_config": intern_vit.write_config(model.vision, intern_vit.NATIVE, dtype),
         "image_token_id": special_ids["<IMG_CONTEXT>"],
         "image_seq_length": model.vision.tokens_per_tile,
@@ -75,12 +79,13 @@ def check_exportable(model: ModelConfig) -> None:
     """Refuse a model that their classes cannot hold.
 
     Raises:
-        CheckpointError: no tower, a decoder that is not Qwen2's, or a projector wider than the decoder or with another
-            epsilon in its LayerNorm.
+        CheckpointError: no tower, a decoder or tower that no class of theirs holds, or a projector wider than the
+            decoder or with another epsilon in its LayerNorm.
     """
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
-    qwen2.check_exportable(model)
+    decoders.check_exportable(model)
+    intern_vit.check_exportable(model.vision, intern_vit.NATIVE)
     if model.projector_width > model.hidden_size:
         raise CheckpointError(
             f"the projector's inner width {model.projector_width} exceeds the decoder's {model.hidden_size}, and that "
@@ -98,15 +103,16 @@ def rules(model: ModelConfig, names: Collection[str] = ()) -> list[Rule]:
     """Every tensor of the model; a projector narrower than theirs is padded with zeros, which changes nothing.
 
     Args:
+        model: the whole model.
         names: tensor names of a folder that is being read: transformers has two spellings, on disk and in memory.
     """
     assert model.vision is not None
     if any(name.startswith("model.language_model.") for name in names):
         tower, projector = "model.vision_tower.", "model.multi_modal_projector."
-        table = qwen2.rules(model, "model.language_model.", "lm_head.weight")
+        table = decoders.rules(model, "model.language_model.", decoders.HEAD)
     else:
         tower, projector = "vision_tower.", "multi_modal_projector."
-        table = qwen2.rules(model, "language_model.model.", "language_model.lm_head.weight")
+        table = decoders.rules(model, "language_model.model.", "language_model." + decoders.HEAD)
     table += intern_vit.rules(model.vision, intern_vit.NATIVE, tower)
     shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
     our = "vision_projection."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.sharded import load_tensors
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, ParallelConfig, StageConfig
+from megatron_vita.convert import decoders, internvl
 from megatron_vita.convert.opening import OpenModel
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -98,10 +99,8 @@ def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
         raise CheckpointError(
             "transformers is not installed: pip install transformers, or leave --logits out."
         ) from None
-    kind = {
-        "internvl": transformers.AutoModelForImageTextToText,
-        "qwen2": transformers.AutoModelForCausalLM,
-    }[opened.kind]
+    whole = opened.kind == internvl.MODEL_TYPE
+    kind = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
     network, report = kind.from_pretrained(
         str(opened.path), dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -121,4 +120,5 @@ def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
 
 def run(opened: OpenModel, prompt: Prompt) -> Tensor:
     """Stock transformers where it knows the folder's format, our model otherwise."""
-    return stock_logits(opened, prompt) if opened.kind in ("internvl", "qwen2") else our_logits(opened, prompt)
+    stock = (internvl.MODEL_TYPE, *decoders.ARCHITECTURES)
+    return stock_logits(opened, prompt) if opened.kind in stock else our_logits(opened, prompt)

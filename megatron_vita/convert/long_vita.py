@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert import intern_vit, qwen2
+from megatron_vita.convert import decoders, intern_vit
 from megatron_vita.convert.rules import Rule, rename
 from megatron_vita.errors import CheckpointError
 
@@ -20,7 +20,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     visual = config.get("visual")
     if not isinstance(visual, Mapping):
         raise CheckpointError(f"{where}: has no `visual` object. Is it a Long-VITA model?")
-    model = qwen2.read_config(config, where)
+    model = decoders.read_config(config, where)
     tower, _ = intern_vit.read_config({"model_type": "intern_vit_6b", **visual}, f"{where}: visual")
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=tower.hidden_size, bias=False))
 
@@ -34,7 +34,7 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
     check_exportable(model)
     assert model.vision is not None
     return {
-        **qwen2.write_config(model, dtype, special_ids),
+        **decoders.write_config(model, dtype, special_ids),
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "visual": intern_vit.write_config(model.vision, intern_vit.REMOTE, dtype),
@@ -49,7 +49,12 @@ def check_exportable(model: ModelConfig) -> None:
     """
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
-    qwen2.check_exportable(model)
+    if decoders.kind_of(model) != "qwen2" or model.rope_scaling_factor is not None:
+        raise CheckpointError(
+            f"Long-VITA's decoder is a Qwen2 without rotary scaling, this one is a {decoders.kind_of(model)}"
+            f"{'' if model.rope_scaling_factor is None else ' with it'}. Export with --format internvl."
+        )
+    intern_vit.check_exportable(model.vision, intern_vit.REMOTE)
     if model.projector.bias or model.projector_width != model.vision.hidden_size:
         raise CheckpointError(
             f"Long-VITA's projector has no biases and the tower's width {model.vision.hidden_size}; this one has "
@@ -64,7 +69,7 @@ def rules(model: ModelConfig) -> list[Rule]:
     shuffled, inner = 4 * model.vision.hidden_size, model.projector_width
     their, our = "model.vision_projection.", "vision_projection."
     return [
-        *qwen2.rules(model),
+        *decoders.rules(model),
         *intern_vit.rules(model.vision, intern_vit.REMOTE, "model.vision_model."),
         rename(our + "pre_proj_layernorm.weight", their + "pre_proj_layernorm.weight", (shuffled,)),
         rename(our + "pre_proj_layernorm.bias", their + "pre_proj_layernorm.bias", (shuffled,)),

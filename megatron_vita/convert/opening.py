@@ -14,13 +14,14 @@ from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
-from megatron_vita.convert import intern_vit, internvl, long_vita, qwen2
+from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, siglip_clip
 from megatron_vita.convert.hf_config import read_json, refuse
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import OurView, Subset
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
 
+PROCESSOR = "preprocessor_config.json"
 SIDECAR = "megatron_vita.json"
 """What an exported folder remembers beyond what stock files can say."""
 
@@ -32,7 +33,7 @@ class OpenModel:
     path: Path
     """The checkpoint's or the Hugging Face folder."""
     kind: str
-    """`checkpoint`, `internvl`, `long_vita` or `qwen2`."""
+    """`checkpoint`, `internvl`, `long_vita`, or a decoder's model_type."""
     model: ModelConfig
     tensors: LazyTensors
     """Its weights by checkpoint key."""
@@ -71,10 +72,11 @@ def load_hf_for_inference(path: str | Path) -> tuple[ModelConfig, PreprocessSpec
 
 
 def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
-    """An InternViT's Hugging Face folder: its shape, its weights by checkpoint key.
+    """The Hugging Face folder of a tower (or of a SigLIP or CLIP with its text half): its shape, its weights by
+    checkpoint key. Pixels are normalised as its preprocessor_config.json says, if it has one.
 
     Raises:
-        CheckpointError: not an InternViT, or incomplete.
+        CheckpointError: not a tower, not one that is supported, or incomplete.
     """
     path = Path(path)
     where = path / "config.json"
@@ -83,8 +85,22 @@ def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
         raise CheckpointError(
             f"{where}: is a whole model ({config['model_type']}). Use import --model, or give a tower."
         )
-    vision, names = intern_vit.read_config(config, str(where))
-    return vision, OurView(intern_vit.rules(vision, names), SafetensorsFolder(path), str(path))
+    kind = config.get("model_type")
+    if kind not in siglip_clip.MODEL_TYPES and kind not in (None, *intern_vit.MODEL_TYPES):
+        raise refuse(str(where), "model_type", kind, ", ".join([*intern_vit.MODEL_TYPES, *siglip_clip.MODEL_TYPES]))
+    source: LazyTensors
+    if kind in siglip_clip.MODEL_TYPES:
+        vision = siglip_clip.read_config(config, str(where))
+        source = siglip_clip.without_unused(vision, SafetensorsFolder(path))
+        rules = siglip_clip.rules(vision, siglip_clip.prefix_of(list(source)))
+    else:
+        vision, names = intern_vit.read_config(config, str(where))
+        source, rules = SafetensorsFolder(path), intern_vit.rules(vision, names)
+    if (path / PROCESSOR).is_file():
+        vision = dataclasses.replace(
+            vision, image_norm=_norm_name(read_json(path / PROCESSOR), path, vision.image_norm)
+        )
+    return vision, OurView(rules, source, str(path))
 
 
 def _open_checkpoint(folder: Path) -> OpenModel:
@@ -106,24 +122,28 @@ def _open_hf(folder: Path) -> OpenModel:
     config = read_json(where)
     kind = config.get("model_type")
     if kind not in _FAMILIES:
+        decoders.check_features(config, str(where))  # a reason says more than a name
         raise refuse(str(where), "model_type", kind, ", ".join(_FAMILIES))
     model = _FAMILIES[kind].read_config(config, str(where))
+    preprocess = _preprocess(folder, model, str(kind)) if model.vision else None
+    if model.vision is not None and preprocess is not None:
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
     if kind == internvl.MODEL_TYPE:
         rules = internvl.rules(model, list(source))
     elif kind == long_vita.MODEL_TYPE:
         rules = long_vita.rules(model)
     else:
-        rules = qwen2.rules(model)
+        rules = decoders.rules(model)
     embedding = rules[0].theirs[0].name
-    heads = [name for name in (qwen2.HEAD, "language_model." + qwen2.HEAD) if name in source]
+    heads = [name for name in (decoders.HEAD, "language_model." + decoders.HEAD) if name in source]
     tied = (heads[0], embedding) if heads and not model.untie_embeddings_and_output_weights else None
     return OpenModel(
         path=folder,
         kind=str(kind),
         model=model,
         tensors=OurView(rules, source, str(folder), tied=tied),
-        preprocess=_preprocess(folder, model) if model.vision else None,
+        preprocess=preprocess,
         tokenizer_dir=folder,
     )
 
@@ -131,23 +151,26 @@ def _open_hf(folder: Path) -> OpenModel:
 _FAMILIES: dict[str, Any] = {
     internvl.MODEL_TYPE: internvl,
     long_vita.MODEL_TYPE: long_vita,
-    qwen2.MODEL_TYPE: qwen2,
+    **dict.fromkeys(decoders.ARCHITECTURES, decoders),
 }
 
 
-def _preprocess(folder: Path, model: ModelConfig) -> PreprocessSpec:
-    """From our own side file where we wrote the folder, else from the stock processor settings."""
+def _preprocess(folder: Path, model: ModelConfig, kind: str) -> PreprocessSpec:
+    """From our own side file where we wrote the folder, else from the stock processor settings; Long-VITA's published
+    models were trained in its own token layout."""
     assert model.vision is not None
     try:
         if (folder / SIDECAR).is_file():
             return PreprocessSpec.from_dict(read_json(folder / SIDECAR)["preprocess"])
         default = PreprocessSpec.for_tower(model.vision)
-        if not (folder / "preprocessor_config.json").is_file():
+        if kind == long_vita.MODEL_TYPE:
+            default = dataclasses.replace(default, layout="long_vita")
+        if not (folder / PROCESSOR).is_file():
             return default
-        values = read_json(folder / "preprocessor_config.json")
+        values = read_json(folder / PROCESSOR)
         return dataclasses.replace(
             default,
-            image_norm=_norm_name(values, folder),
+            image_norm=_norm_name(values, folder, default.image_norm),
             min_tiles=int(values.get("min_patches", default.min_tiles)),
             max_tiles=int(values.get("max_patches", default.max_tiles)) if values.get("crop_to_patches", True) else 1,
         )
@@ -155,11 +178,11 @@ def _preprocess(folder: Path, model: ModelConfig) -> PreprocessSpec:
         raise CheckpointError(f"{folder}: its processor settings are not usable: {error}") from None
 
 
-def _norm_name(values: Mapping[str, Any], folder: Path) -> str:
+def _norm_name(values: Mapping[str, Any], folder: Path, default: str) -> str:
     pair = (values.get("image_mean"), values.get("image_std"))
     if pair == (None, None):
-        return "imagenet"
+        return default
     for name, (mean, std) in IMAGE_NORMS.items():
         if list(mean) == pair[0] and list(std) == pair[1]:
             return name
-    raise CheckpointError(f"{folder / 'preprocessor_config.json'}: unknown image_mean and image_std {pair}.")
+    raise CheckpointError(f"{folder / PROCESSOR}: unknown image_mean and image_std {pair}.")

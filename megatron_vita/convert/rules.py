@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import Region, extent, overlap, shift, volume, whole
+from megatron_vita.checkpoint.lazy import Region, extent, move, overlap, shift, volume, whole
 from megatron_vita.errors import CheckpointError
 
 Reader = Callable[[str, Region], Tensor]
@@ -44,7 +44,7 @@ class Copy:
 class Rule:
     """One tensor of ours and what it is made of; or, with ours none, a tensor of theirs that is all zeros.
 
-    Boxes address both sides in `rank` dimensions; a tensor of theirs with more has leading dimensions of size 1.
+    Boxes address both sides in `rank` dimensions; a tensor of either side with more has leading dimensions of size 1.
     What no copy covers is zero by definition: writing fills it with zeros, reading theirs insists on it.
     """
 
@@ -56,28 +56,33 @@ class Rule:
         """A region of our tensor, put together from theirs."""
         assert self.ours is not None
         region = whole(self.ours.shape) if region is None else region
-        out = torch.zeros(extent(region), dtype=dtype)
+        inner = region[len(self.ours.shape) - self._rank :]
+        out = torch.zeros(extent(inner), dtype=dtype)
         for copy in self.copies:
-            shared = overlap(copy.our_box, region)
+            shared = overlap(copy.our_box, inner)
             if shared is not None:
-                there = _move(shared, copy.our_box, copy.their_box)
-                out[shift(shared, region)] = _read(read, self.theirs[copy.theirs], there)
-        return out
+                there = move(shared, copy.our_box, copy.their_box)
+                out[shift(shared, inner)] = _read(read, self.theirs[copy.theirs], there)
+        return out.reshape(extent(region))
 
     def read_theirs(self, index: int, read: Reader, dtype: torch.dtype, region: Region | None = None) -> Tensor:
         """A region of one of their tensors, cut from ours."""
         named = self.theirs[index]
         if self.ours is None:
             return torch.zeros(named.shape if region is None else extent(region), dtype=dtype)
-        lead = len(named.shape) - len(self.ours.shape)
-        inner = whole(named.shape[lead:]) if region is None else region[lead:]
+        region = whole(named.shape) if region is None else region
+        inner = region[len(named.shape) - self._rank :]
         out = torch.zeros(extent(inner), dtype=dtype)
         for copy in self.copies:
             shared = overlap(copy.their_box, inner) if copy.theirs == index else None
             if shared is not None:
-                here = _move(shared, copy.their_box, copy.our_box)
-                out[shift(shared, inner)] = read(self.ours.name, here)
-        return out.reshape((1,) * lead + tuple(out.shape))
+                here = move(shared, copy.their_box, copy.our_box)
+                out[shift(shared, inner)] = _read(read, self.ours, here)
+        return out.reshape(extent(region))
+
+    @property
+    def _rank(self) -> int:
+        return len(self.copies[0].our_box)
 
     def uncovered(self, index: int) -> int:
         """Elements of one of their tensors that no copy takes: they must be zero."""
@@ -104,18 +109,19 @@ def prove(rules: Iterable[Rule]) -> None:
             seen.add((side, named.name))
         if rule.ours is not None:
             boxes = [copy.our_box for copy in rule.copies]
-            if not _disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.ours.shape):
+            if not disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.ours.shape):
                 raise CheckpointError(f"{rule.ours.name}: its conversion rule does not fill every element once.")
         for index, named in enumerate(rule.theirs):
             boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
-            if not _disjoint(boxes) or rule.uncovered(index) < 0:
+            if not disjoint(boxes) or rule.uncovered(index) < 0:
                 raise CheckpointError(f"{named.name}: its conversion rule uses elements twice.")
 
 
 def rename(ours: str, theirs: str, shape: Sequence[int], *, their_shape: Sequence[int] | None = None) -> Rule:
-    """The same tensor under two names; theirs may have extra leading dimensions of size 1."""
-    box = whole(shape)
-    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape or shape)),), (Copy(0, box, box),))
+    """The same tensor under two names; one of the two may have extra leading dimensions of size 1."""
+    their_shape = shape if their_shape is None else their_shape
+    box = whole(min(shape, their_shape, key=len))
+    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape)),), (Copy(0, box, box),))
 
 
 def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
@@ -186,20 +192,12 @@ def _rows(index: int, their_start: int, our_start: int, size: int, columns: int 
     return Copy(index, (slice(their_start, their_start + size), *rest), (slice(our_start, our_start + size), *rest))
 
 
-def _move(part: Region, source: Region, target: Region) -> Region:
-    """`part` of the box `source`, as the same part of the box `target`."""
-    return tuple(
-        slice(one.start - a.start + b.start, one.stop - a.start + b.start)
-        for one, a, b in zip(part, source, target, strict=True)
-    )
-
-
 def _read(read: Reader, named: Named, box: Region) -> Tensor:
     lead = len(named.shape) - len(box)
     return read(named.name, (slice(0, 1),) * lead + box).reshape(extent(box))
 
 
-def _disjoint(boxes: Sequence[Region]) -> bool:
+def disjoint(boxes: Sequence[Region]) -> bool:
     """No two boxes share an element. Sweeps along the first dimension, where boxes rarely meet."""
     ordered = sorted((box for box in boxes if box), key=lambda box: box[0].start)
     for index, box in enumerate(ordered):

@@ -68,14 +68,68 @@ def vision_settings(**changes: Any) -> dict[str, Any]:
     }
 
 
-def write_qwen2(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A decoder as transformers saves it, with its tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+DECODERS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_hidden_layers": 2},
+    "qwen2 tied": {"tie_word_embeddings": True, "num_key_value_heads": 6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "qwen3 tied": {"model_type": "qwen3", "head_dim": 14, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "rope_theta": 1e4},
+    "llama 3.1 tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+"""What of text_settings differs. Head sizes 12, 10 and 14; two groups of three heads, or one head to each group."""
 
-    network = Qwen2ForCausalLM(Qwen2Config(**text_settings(**changes)))
+TOWERS: dict[str, dict[str, Any]] = {
+    "InternViT-300M": {"model_type": "internvl_vision"},
+    "InternViT-6B": {
+        "model_type": "internvl_vision",
+        "attention_bias": False,
+        "use_qk_norm": True,
+        "norm_type": "rms_norm",
+    },
+    "SigLIP": {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": True},
+    "CLIP": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "num_hidden_layers": 3},
+}
+"""What of vision_settings differs. CLIP's third block is not used."""
+
+
+def write_decoder(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A decoder as transformers saves it, with its tokenizer. `model_type`: qwen2 by default."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(changes.pop("model_type", "qwen2"), **text_settings(**changes))
+    network = AutoModelForCausalLM.from_config(config)
     randomise(network, seed)
     network.to(dtype).save_pretrained(folder)
     write_tokenizer(folder)
+    return folder
+
+
+def write_qwen2(folder: Path, **settings: Any) -> Path:
+    """A Qwen2 as transformers saves it, with its tokenizer."""
+    return write_decoder(folder, **settings)
+
+
+def write_tower(folder: Path, name: str, *, seed: int = 2) -> Path:
+    """One of TOWERS, alone, as transformers saves it."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = {**vision_settings(), **TOWERS[name]}
+    if not settings["model_type"].startswith("internvl"):
+        settings.pop("attention_bias")
+    network = AutoModel.from_config(AutoConfig.for_model(**settings))
+    randomise(network, seed)
+    network.save_pretrained(folder)
     return folder
 
 
@@ -119,28 +173,33 @@ def to_remote_names(folder: Path, settings: Mapping[str, Any]) -> None:
     }
     for kind in ("weight", "bias"):
         out[f"embeddings.patch_embedding.{kind}"] = native[f"embeddings.patch_embeddings.projection.{kind}"]
+    bias, six = settings["attention_bias"], settings.get("use_qk_norm", False)
     for n in range(settings["num_hidden_layers"]):
         old, new = f"encoder.layer.{n}.", f"encoder.layers.{n}."
         for kind in ("weight", "bias"):
-            out[f"{new}attn.qkv.{kind}"] = torch.cat([native[f"{old}attention.{p}_proj.{kind}"] for p in "qkv"])
+            if kind == "weight" or bias:
+                out[f"{new}attn.qkv.{kind}"] = torch.cat([native[f"{old}attention.{p}_proj.{kind}"] for p in "qkv"])
             out[f"{new}attn.proj.{kind}"] = native[f"{old}attention.projection_layer.{kind}"]
-            out[f"{new}norm1.{kind}"] = native[f"{old}layernorm_before.{kind}"]
-            out[f"{new}norm2.{kind}"] = native[f"{old}layernorm_after.{kind}"]
+            if kind == "weight" or not six:
+                out[f"{new}norm1.{kind}"] = native[f"{old}layernorm_before.{kind}"]
+                out[f"{new}norm2.{kind}"] = native[f"{old}layernorm_after.{kind}"]
             for layer in ("fc1", "fc2"):
                 out[f"{new}mlp.{layer}.{kind}"] = native[f"{old}mlp.{layer}.{kind}"]
+        for one in "qk" if six else "":
+            out[f"{new}attn.{one}_norm.weight"] = native[f"{old}attention.{one}_norm.weight"]
         out[f"{new}ls1"], out[f"{new}ls2"] = native[f"{old}lambda_1"], native[f"{old}lambda_2"]
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "intern_vit_6b",
         "architectures": ["InternVisionModel"],
-        **{k: v for k, v in settings.items() if k not in ("attention_bias", "image_size", "patch_size")},
+        **{k: v for k, v in settings.items() if k.startswith(("hidden", "num", "intermediate"))},
         "image_size": 16,
         "patch_size": 4,
         "hidden_act": "gelu",
-        "norm_type": "layer_norm",
+        "norm_type": settings.get("norm_type", "layer_norm"),
         "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "qk_normalization": False,
+        "qkv_bias": bias,
+        "qk_normalization": six,
         "num_channels": 3,
     }
     (folder / "config.json").write_text(json.dumps(config))

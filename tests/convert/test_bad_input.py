@@ -124,7 +124,16 @@ BAD = {
     "quantised": (_quantised, "model.norm.weight has type F8_E4M3"),
     "quantisation config": (_config(quantization_config={"bits": 4}), "quantization_config"),
     "sliding window": (_config(use_sliding_window=True), "use_sliding_window"),
+    "window in some layers": (_config(layer_types=["full_attention", "sliding_attention"]), "layer_types='sliding"),
+    "experts": (_config(model_type="qwen3_moe", num_experts=8), "num_experts=8.*mixture of experts"),
     "rope scaling": (_config(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling='yarn'"),
+    "another llama3 scaling": (
+        _config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}),
+        "low_freq_factor=2.0 is not supported",
+    ),
+    "part of each head": (_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "Qwen3 with biases": (_config(model_type="qwen3", attention_bias=True), "attention_bias=True"),
+    "Llama with biases": (_config(model_type="llama"), "holds model.layers.0.self_attn.k_proj.bias"),
     "no rope base": (_config(rope_theta=..., rope_parameters=...), "names no rope_theta"),
     "missing number": (_config(num_hidden_layers=...), "num_hidden_layers must be a whole number"),
     "indivisible heads": (_config(num_key_value_heads=4), "num_query_groups=4"),
@@ -150,12 +159,16 @@ def test_bad_decoder(name: str, good: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qk_normalization": True}, "qk_normalization=True"),
-        ({"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
-        ({"qkv_bias": False}, "qkv_bias=False"),
+        ({"qk_normalization": True}, "attn.q_norm.weight (60,) is missing"),
+        ({"norm_type": "rms_norm"}, "norm1.bias (60,)"),
+        ({"norm_type": "batch_norm"}, "norm_type='batch_norm'"),
+        ({"qkv_bias": False}, "holds encoder.layers.0.attn.qkv.bias"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"image_size": [16, 32]}, "image_size must be one side"),
         ({"patch_size": 5}, "patch_size"),
-        ({"model_type": "siglip_vision_model"}, "model_type='siglip_vision_model'"),
+        ({"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}, "position_embedding.weight (16, 60) is missing"),
+        ({"model_type": "clip_vision_model"}, "hidden_act='gelu' is not supported ('quick_gelu' only)"),
+        ({"model_type": "eva"}, "model_type='eva'"),
     ],
 )
 def test_bad_tower(

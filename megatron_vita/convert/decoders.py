@@ -1,0 +1,237 @@
+"""Decoders of transformers: Qwen2 (and Qwen2.5), Qwen3, Llama. Configuration and names, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_vita.config import ModelConfig
+from megatron_vita.convert.hf_config import integer, number, refuse, require
+from megatron_vita.convert.rules import Rule, grouped_qkv, rename, stacked
+from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.parallel.rotary import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+"""model_type -> transformers' class."""
+BODY = "model."
+HEAD = "lm_head.weight"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_LLAMA3 = {
+    "low_freq_factor": LLAMA3_LOW,
+    "high_freq_factor": LLAMA3_HIGH,
+    "original_max_position_embeddings": LLAMA3_LENGTH,
+}
+
+
+def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """A decoder's config.json (or text_config) as ours.
+
+    Raises:
+        CheckpointError: a setting is missing, or asks for what the decoder cannot do.
+    """
+    kind = config.get("model_type", "qwen2")
+    check_features(config, where)
+    heads = integer(config, "num_attention_heads", where)
+    hidden = integer(config, "hidden_size", where)
+    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)  # Qwen3Config's own default
+    base, factor = _read_rope(config, where)
+    try:
+        return ModelConfig(
+            num_layers=integer(config, "num_hidden_layers", where),
+            hidden_size=hidden,
+            ffn_hidden_size=integer(config, "intermediate_size", where),
+            num_attention_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            kv_channels=int(head_dim) if head_dim and int(head_dim) * heads != hidden else None,
+            vocab_size=integer(config, "vocab_size", where),
+            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+            add_qkv_bias=kind not in ("qwen3", "llama"),
+            qk_layernorm=kind == "qwen3",
+            norm_epsilon=number(config, "rms_norm_eps", where),
+            rotary_base=base,
+            rope_scaling_factor=factor,
+            max_position_embeddings=integer(config, "max_position_embeddings", where),
+        )
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def check_features(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what no decoder of ours has: windows, experts, quantised weights, further biases.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    window = "full attention only; set it to false if the weights allow it"
+    if config.get("use_sliding_window"):
+        raise refuse(where, "use_sliding_window", True, window)
+    other = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if other:
+        raise refuse(where, "layer_types", other[0], "full_attention in every layer")
+    for key in _EXPERTS:
+        if config.get(key):
+            raise refuse(where, key, config[key], "dense decoders only, no mixture of experts")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise refuse(where, key, "...", "dequantise the weights first")
+    require(config, "hidden_act", "silu", "silu", where)
+    if config.get("model_type") in ("qwen3", "llama"):  # Qwen2 has biases where we have them, whatever it says
+        require(config, "attention_bias", False, False, where)
+        require(config, "mlp_bias", False, False, where)
+
+
+def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
+    """(base, factor of Llama 3.1's scaling or none), from the one spelling or the other."""
+    factor = None
+    base = config.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}.")
+        base = rope.get("rope_theta") if base is None else base
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "llama3":
+            for name, published in _LLAMA3.items():
+                require(rope, name, published, None, f"{where}: {key}")
+            factor = number(rope, "factor", f"{where}: {key}")
+        elif kind != "default":
+            raise refuse(where, key, kind, "rope_type default or llama3")
+        require(rope, "partial_rotary_factor", 1.0, 1.0, f"{where}: {key}")
+    require(config, "partial_rotary_factor", 1.0, 1.0, where)
+    if base is None:
+        raise CheckpointError(
+            f"{where}: names no rope_theta. Copy it from the model's publisher; there is no safe default."
+        )
+    return number({"rope_theta": base}, "rope_theta", where), factor
+
+
+def kind_of(model: ModelConfig) -> str:
+    """Which model_type holds a decoder.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    if model.qk_layernorm and model.add_qkv_bias:
+        raise CheckpointError(
+            "the decoder has both norms and biases on queries and keys. Qwen2 has only biases, Qwen3 only norms: "
+            "it cannot be exported. Train with one of model.qk_layernorm and model.add_qkv_bias."
+        )
+    if model.qk_layernorm:
+        return "qwen3"
+    if model.add_qkv_bias:
+        return "qwen2"
+    if model.hidden_size % model.num_attention_heads:
+        raise CheckpointError(
+            f"the decoder has no biases and no norms on queries and keys, as Llama, but Llama's hidden_size "
+            f"({model.hidden_size}) must be a multiple of its heads ({model.num_attention_heads}): it cannot be "
+            "exported. Train with such a hidden_size."
+        )
+    return "llama"
+
+
+def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+    """Our decoder as a config.json of the kind that holds it.
+
+    Args:
+        model: the decoder.
+        dtype: torch's name of the weights' type, e.g. `bfloat16`.
+        special_ids: ids of `<|im_end|>` and `<|endoftext|>`.
+    """
+    kind = kind_of(model)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rope_scaling_factor is not None:
+        rope.update(rope_type="llama3", factor=model.rope_scaling_factor, **_LLAMA3)
+    no_window = {"use_sliding_window": False, "sliding_window": None}
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        # Releases differ in which of these they read, and with none fall back to 1e4 in silence.
+        "rope_theta": model.rotary_base,
+        "rope_parameters": rope,
+        **({} if model.rope_scaling_factor is None else {"rope_scaling": rope}),
+        **({} if kind == "llama" else no_window),
+        **({} if kind == "qwen2" else {"attention_bias": False}),
+        **({"mlp_bias": False} if kind == "llama" else {}),
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_cache": True,
+        "bos_token_id": special_ids.get("<|endoftext|>"),
+        "eos_token_id": special_ids.get("<|im_end|>"),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse a decoder that no class of transformers holds.
+
+    Raises:
+        CheckpointError: saying what it has that they have not.
+    """
+    kind_of(model)
+
+
+def rules(model: ModelConfig, body: str = BODY, head: str = HEAD) -> list[Rule]:
+    """Every tensor of the decoder. A tied head has no rule: it is the embedding.
+
+    Args:
+        model: the decoder.
+        body: their prefix of `embed_tokens`, `layers` and `norm`.
+        head: their name of the output layer.
+    """
+    width, inner = model.hidden_size, model.ffn_hidden_size
+    query = model.num_attention_heads * model.head_dim
+    table = [
+        rename(
+            "language_model.embedding.word_embeddings.weight", body + "embed_tokens.weight", (model.vocab_size, width)
+        )
+    ]
+    qkv_parts: list[tuple[str, int | None]] = [("weight", width)]
+    if model.add_qkv_bias:
+        qkv_parts.append(("bias", None))
+    for layer in range(model.num_layers):
+        ours, theirs = f"language_model.decoder.layers.{layer}.", f"{body}layers.{layer}."
+        table.append(
+            rename(ours + "self_attention.linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (width,))
+        )
+        for kind, columns in qkv_parts:
+            table.append(
+                grouped_qkv(
+                    f"{ours}self_attention.linear_qkv.{kind}",
+                    [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"],
+                    heads=model.num_attention_heads,
+                    groups=model.num_query_groups,
+                    head_dim=model.head_dim,
+                    columns=columns,
+                )
+            )
+        if model.qk_layernorm:
+            for part in "qk":
+                one, two = f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}self_attn.{part}_norm.weight"
+                table.append(rename(one, two, (model.head_dim,)))
+        table += [
+            rename(ours + "self_attention.linear_proj.weight", theirs + "self_attn.o_proj.weight", (width, query)),
+            rename(ours + "mlp.linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", (width,)),
+            stacked(
+                ours + "mlp.linear_fc1.weight",
+                (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+                (inner, inner),
+                width,
+            ),
+            rename(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (width, inner)),
+        ]
+    table.append(rename("language_model.decoder.final_layernorm.weight", body + "norm.weight", (width,)))
+    if model.untie_embeddings_and_output_weights:
+        table.append(rename("language_model.output_layer.weight", head, (model.vocab_size, width)))
+    return table

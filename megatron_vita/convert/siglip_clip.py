@@ -1,0 +1,151 @@
+"""SigLIP and CLIP towers as transformers writes them: alone, or inside a model of pictures and texts.
+
+Both name their tensors alike. What the projector never sees is left out by name: the text half, the pooling head, the
+norm that only the pooled state meets, and the blocks after the selected one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.config import VisionConfig
+from megatron_vita.convert.hf_config import integer, number, refuse, require, square
+from megatron_vita.convert.rules import Rule, grouped_qkv, rename
+from megatron_vita.convert.views import Subset
+from megatron_vita.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+_COMMON = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "siglip": {**_COMMON, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "clip": {**_COMMON, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+}
+"""transformers' own defaults: published files leave out what equals them."""
+MODEL_TYPES = {
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+}
+"""model_type of a whole model or of its tower -> our family."""
+_NESTED = "vision_model."
+"""Their prefix inside a model of pictures and texts, and in towers that older releases saved."""
+_OTHER_HALF = re.compile(
+    r"(text_model\.|head\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$|"
+    r"embeddings\.position_ids$|vision_model\.(head\.|embeddings\.position_ids$))"
+)
+
+
+def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
+    """A tower's config.json, or that of a model of pictures and texts, as ours.
+
+    Raises:
+        CheckpointError: an unknown kind, or a feature that the tower cannot do.
+    """
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise refuse(where, "model_type", kind, ", ".join(MODEL_TYPES))
+    family = MODEL_TYPES[kind]
+    inner = config.get("vision_config", config)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{where}: vision_config must be an object, got {inner!r}.")
+    full = {**DEFAULTS[family], **inner}
+    require(full, "hidden_act", DEFAULTS[family]["hidden_act"], None, where)
+    require(full, "num_channels", 3, None, where)
+    try:
+        return VisionConfig(
+            model_type=family,
+            num_layers=integer(full, "num_hidden_layers", where),
+            hidden_size=integer(full, "hidden_size", where),
+            ffn_hidden_size=integer(full, "intermediate_size", where),
+            num_attention_heads=integer(full, "num_attention_heads", where),
+            norm_epsilon=number(full, "layer_norm_eps", where),
+            image_size=square(full, "image_size", where),
+            patch_size=square(full, "patch_size", where),
+            image_norm=family,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def prefix_of(names: Collection[str]) -> str:
+    """Their prefix of the tower's tensors."""
+    return _NESTED if any(name.startswith(_NESTED) for name in names) else ""
+
+
+def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
+    """The tensors of a folder without those that the projector never sees. What is left out is logged."""
+    start = prefix_of(list(source))
+
+    def unused(name: str) -> bool:
+        if _OTHER_HALF.match(name):
+            return True
+        inner = name.removeprefix(start) if name.startswith(start) else ""
+        block = re.match(r"encoder\.layers\.(\d+)\.", inner)
+        if block:
+            return vision.built_layers <= int(block[1]) < vision.num_layers
+        return inner.startswith("post_layernorm.") and not vision.post_norm
+
+    dropped = {name for name in source if unused(name)}
+    if dropped:
+        log.info("left out %d tensors that the projector never sees, e.g. %s", len(dropped), min(dropped))
+    return Subset(source, [name for name in source if name not in dropped])
+
+
+def rules(vision: VisionConfig, prefix: str = "") -> list[Rule]:
+    """Every tensor of the tower that runs; `prefix` is theirs."""
+    width, inner, side = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
+    heads, family = vision.num_attention_heads, vision.family
+    our = "vision_model."
+    patch = "embeddings.patch_embedding"
+    table = [
+        rename(
+            our + "position_embeddings.weight",
+            prefix + "embeddings.position_embedding.weight",
+            (vision.num_positions, width),
+        ),
+        rename(our + "conv1.weight", f"{prefix}{patch}.weight", (width, 3, side, side)),
+    ]
+    if family.patch_bias:
+        table.append(rename(our + "conv1.bias", f"{prefix}{patch}.bias", (width,)))
+    if family.class_token:
+        name = prefix + "embeddings.class_embedding"
+        table.append(rename(our + "class_token", name, (1, 1, width), their_shape=(width,)))
+    outer = [("ln_pre", "pre_layrnorm")] * family.pre_norm + [("ln_post", "post_layernorm")] * vision.post_norm
+    for kind in ("weight", "bias"):
+        table += [rename(f"{our}{one}.{kind}", f"{prefix}{two}.{kind}", (width,)) for one, two in outer]
+    for layer in range(vision.built_layers):
+        ours, theirs = f"{our}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
+        for kind, columns in (("weight", width), ("bias", None)):
+            table.append(
+                grouped_qkv(
+                    f"{ours}self_attention.linear_qkv.{kind}",
+                    [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"],
+                    heads=heads,
+                    groups=heads,
+                    head_dim=width // heads,
+                    columns=columns,
+                )
+            )
+            for one, two, rows, inputs in (
+                ("self_attention.linear_proj", "self_attn.out_proj", width, width),
+                ("mlp.linear_fc1", "mlp.fc1", inner, width),
+                ("mlp.linear_fc2", "mlp.fc2", width, inner),
+            ):
+                shape = (rows, inputs) if kind == "weight" else (rows,)
+                table.append(rename(f"{ours}{one}.{kind}", f"{theirs}{two}.{kind}", shape))
+            for one, two in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
+                table.append(rename(f"{ours}{one}.layer_norm_{kind}", f"{theirs}{two}.{kind}", (width,)))
+    return table

@@ -1,0 +1,239 @@
+"""Every decoder with every tower, through import, our model in several layouts, and export, against stock transformers.
+
+The parts are published tiny models of awkward shapes. Stock transformers runs the exported folder, our model the
+checkpoint at TP and PP 1 and 2; and each published tensor is found again in the export, byte for byte, for logits
+cannot see everything (a key bias of the tower, what stands in a padding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vita import checkpoint
+from megatron_vita.config import IMAGE_NORMS, ParallelConfig, StageConfig
+from megatron_vita.convert import cli, logits, open_model
+from megatron_vita.convert.logits import Prompt
+from megatron_vita.layout import SequenceLayout, TileRoutes
+from tests.convert import publishers
+from tests.ranks import run_ranks
+
+pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+LAYOUTS: list[dict[str, Any]] = [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
+"""On two ranks; with the first, each runs the whole model."""
+
+
+def convert(*arguments: object) -> None:
+    assert cli.main([str(one) for one in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each decoder and each tower, as its publisher's folder."""
+    root = tmp_path_factory.mktemp("published")
+    for seed, (name, settings) in enumerate(publishers.DECODERS.items()):
+        publishers.write_decoder(root / name, seed=seed, **settings)
+    for seed, name in enumerate(publishers.TOWERS, 100):
+        publishers.write_tower(root / name, name, seed=seed)
+    return root
+
+
+def _all_layouts(folder: str, prompt: Prompt, wanted: torch.Tensor, layouts: list[dict[str, Any]]) -> None:
+    """Our logits in one world of ranks, one layout after the other."""
+    for layout in layouts:
+        gap = (_our_logits(folder, prompt, layout) - wanted).abs().max().item()
+        assert gap < TOLERANCE, f"{layout}: logits differ by {gap}"
+
+
+def _our_logits(folder: str, prompt: Prompt, parallel: dict[str, Any]) -> torch.Tensor:
+    """Float32 logits [s, vocab_size] of a checkpoint, on every rank of the last stage; of zeros' shape elsewhere."""
+    import torch.distributed as dist
+
+    from megatron_vita.models.build import build_model
+    from megatron_vita.parallel.groups import build_groups, destroy_groups
+
+    model = checkpoint.read_state(folder).stage.model
+    groups = build_groups(ParallelConfig(**parallel))
+    (part,) = build_model(StageConfig(model=model, parallel=ParallelConfig(**parallel)), groups, dtype=torch.float32)
+    checkpoint.load_weights(folder, [part])
+    length = prompt.tokens.shape[1]
+    layout = SequenceLayout((length,), sp=groups.sequence_shards)
+    per_tile = model.vision.tokens_per_tile if model.vision else 1
+    first = np.array(prompt.first_token, dtype=np.int64)
+    routes = TileRoutes(layout, first, per_tile, tp=groups.tp_size)
+    mine = list(routes.tiles_of(groups.group_rank)) if groups.first_stage else []
+    inputs = {
+        "tokens": prompt.tokens,
+        "positions": torch.arange(length)[None],
+        "layout": layout,
+        "routes": routes,
+        "tiles": prompt.tiles[mine],
+    }
+    stages = parallel.get("pipeline_model_parallel_size", 1)
+    out = torch.empty(length, model.vocab_size)
+    with torch.no_grad():
+        if stages == 1:
+            out = part.eval()(**inputs, logit_rows=torch.arange(length)).float()
+        elif groups.first_stage:
+            dist.send(part.eval()(**inputs), 1)
+        else:
+            hidden = torch.empty(length, 1, model.hidden_size)
+            dist.recv(hidden, 0)
+            part.set_input_tensor([hidden])
+            out = part.eval()(**inputs, logit_rows=torch.arange(length)).float()
+    if stages > 1:
+        dist.broadcast(out, stages - 1)
+    destroy_groups()
+    return out
+
+
+def _stock(folder: Path, tiles: tuple[int, ...] = (1, 5, 2)) -> tuple[Prompt, torch.Tensor]:
+    """An even number of tokens (two ranks may share them), and stock transformers' logits for them."""
+    opened = open_model(folder)
+    prompt = logits.make_prompt(opened.model, 261, tiles=tiles)
+    wanted = logits.stock_logits(opened, prompt)
+    assert wanted.abs().max() > 1, "logits too small to compare"
+    length = prompt.tokens.shape[1] // 2 * 2
+    return dataclasses.replace(prompt, tokens=prompt.tokens[:, :length]), wanted[:length]
+
+
+INTERN = ("InternViT-300M", "InternViT-6B")
+OTHER = ("SigLIP", "CLIP")
+
+
+@pytest.mark.parametrize("tower", INTERN)
+@pytest.mark.parametrize("decoder", publishers.DECODERS)
+def test_parts_joined_and_exported_equal_stock(published: Path, tmp_path: Path, decoder: str, tower: str) -> None:
+    convert("import", "--llm", published / decoder, "--vision", published / tower, "--output", tmp_path / "ckpt")
+    convert("export", "--checkpoint", tmp_path / "ckpt", "--output", tmp_path / "hf", "--format", "internvl")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["text_config"]["model_type"] == publishers.DECODERS[decoder].get("model_type", "qwen2")
+    left = publishers.tensors_of(tmp_path / "hf")
+    for prefix, part in (("language_model.", decoder), ("vision_tower.", tower)):
+        for name, one in publishers.tensors_of(published / part).items():
+            assert torch.equal(left.pop(prefix + name), one), name
+    projector = ("layer_norm", "linear_1", "linear_2")
+    assert set(left) == {f"multi_modal_projector.{one}.{kind}" for one in projector for kind in ("weight", "bias")}
+    prompt, wanted = _stock(tmp_path / "hf")
+    run_ranks(2, _all_layouts, str(tmp_path / "ckpt"), prompt, wanted, LAYOUTS)
+    convert("import", "--model", tmp_path / "hf", "--output", tmp_path / "again")
+    assert checkpoint.tensor_digests(tmp_path / "again") == checkpoint.tensor_digests(tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("tower", OTHER)
+@pytest.mark.parametrize("decoder", publishers.DECODERS)
+def test_towers_that_no_stock_folder_holds_equal_stock_modules(
+    published: Path, tmp_path: Path, decoder: str, tower: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' InternVL runs them when it is built in memory from their own configs; no folder says so."""
+    convert("import", "--llm", published / decoder, "--vision", published / tower, "--output", tmp_path / "ckpt")
+    model = checkpoint.read_state(tmp_path / "ckpt").stage.model
+    network = _in_memory(published / decoder, published / tower, tmp_path / "ckpt")
+    prompt = logits.make_prompt(model, 261, tiles=(1, 5, 2))
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in IMAGE_NORMS[tower.lower()])
+    pixels = (prompt.tiles.float() / 255 - mean) / std
+    with torch.no_grad():
+        wanted = network(input_ids=prompt.tokens, pixel_values=pixels).logits[0]
+    length = prompt.tokens.shape[1] // 2 * 2
+    prompt, wanted = dataclasses.replace(prompt, tokens=prompt.tokens[:, :length]), wanted[:length]
+    assert wanted.abs().max() > 1
+    run_ranks(2, _all_layouts, str(tmp_path / "ckpt"), prompt, wanted, LAYOUTS)
+    export = ["export", "--checkpoint", str(tmp_path / "ckpt"), "--output", str(tmp_path / "hf"), "--format"]
+    assert cli.main([*export, "internvl"]) == 1
+    assert f"model_type={tower.lower()}: this format's tower is an InternViT" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    convert(*export, "llm")
+    publishers.same_bytes(publishers.tensors_of(published / decoder), publishers.tensors_of(tmp_path / "hf"))
+
+
+def _in_memory(decoder: Path, tower: Path, ckpt: Path) -> Any:
+    """Stock InternVL of published parts, with the projector of a checkpoint."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+    )
+
+    clip = tower.name == "CLIP"
+    text = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    config = InternVLConfig(
+        text_config=text.config,
+        vision_config=AutoConfig.from_pretrained(tower),
+        image_token_id=261,
+        image_seq_length=4,
+        vision_feature_layer=-2 if clip else -1,
+        vision_feature_select_strategy="default" if clip else "full",
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    network = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").float().eval()
+    network.model.language_model.load_state_dict(text.model.state_dict())
+    network.lm_head.load_state_dict(text.lm_head.state_dict())
+    network.model.vision_tower.load_state_dict(AutoModel.from_pretrained(tower).state_dict())
+    tensors = checkpoint.read_tensors(ckpt)
+    ours = {"layer_norm": "pre_proj_layernorm", "linear_1": "encoder.linear_fc1", "linear_2": "encoder.linear_fc2"}
+    for theirs, name in ours.items():
+        state = {kind: tensors[f"vision_projection.{name}.{kind}"] for kind in ("weight", "bias")}
+        getattr(network.model.multi_modal_projector, theirs).load_state_dict(state)
+    return network
+
+
+@pytest.mark.parametrize("decoder", publishers.DECODERS)
+def test_a_decoder_alone_equals_stock_and_comes_back(published: Path, tmp_path: Path, decoder: str) -> None:
+    convert("import", "--llm", published / decoder, "--output", tmp_path / "ckpt")
+    convert("export", "--checkpoint", tmp_path / "ckpt", "--output", tmp_path / "hf", "--format", "llm")
+    publishers.same_bytes(publishers.tensors_of(published / decoder), publishers.tensors_of(tmp_path / "hf"))
+    prompt, wanted = _stock(published / decoder)
+    again, same = _stock(tmp_path / "hf")
+    assert torch.equal(prompt.tokens, again.tokens)
+    assert torch.equal(wanted, same), "the config that was written means another model"
+    run_ranks(2, _all_layouts, str(tmp_path / "ckpt"), prompt, wanted, LAYOUTS)
+
+
+@pytest.mark.parametrize("tower", INTERN)
+def test_long_vita_holds_every_intern_vit(published: Path, tmp_path: Path, tower: str) -> None:
+    """Its names and config, and back; what stock code cannot load is compared by tensor and by our own logits."""
+    settings = {**publishers.vision_settings(), **publishers.TOWERS[tower]}
+    remote = tmp_path / "remote"
+    shutil.copytree(published / tower, remote)
+    publishers.to_remote_names(remote, settings)
+    convert("import", "--llm", published / "qwen2", "--vision", remote, "--output", tmp_path / "ckpt")
+    convert("import", "--llm", published / "qwen2", "--vision", published / tower, "--output", tmp_path / "native")
+    assert checkpoint.tensor_digests(tmp_path / "ckpt") == checkpoint.tensor_digests(tmp_path / "native")
+    folder = _with_long_vitas_projector(tmp_path)
+    convert("export", "--checkpoint", folder, "--output", tmp_path / "lv", "--format", "long_vita")
+    names = load_file(tmp_path / "lv" / "model.safetensors")
+    for name, one in publishers.tensors_of(remote).items():
+        assert torch.equal(names.pop("model.vision_model." + name), one), name
+    convert("import", "--model", tmp_path / "lv", "--output", tmp_path / "again")
+    assert checkpoint.tensor_digests(tmp_path / "again") == checkpoint.tensor_digests(folder)
+    assert checkpoint.read_state(tmp_path / "again").stage.model == checkpoint.read_state(folder).stage.model
+    convert("export", "--checkpoint", folder, "--output", tmp_path / "hf", "--format", "internvl")
+    prompt, wanted = _stock(tmp_path / "hf")
+    run_ranks(1, _all_layouts, str(tmp_path / "again"), prompt, wanted, [{}])
+
+
+def _with_long_vitas_projector(root: Path) -> Path:
+    """The joined model with Long-VITA's projector: no biases, as wide as the tower."""
+    from megatron_vita.config import ProjectorConfig
+
+    source, state = checkpoint.read_tensors(root / "ckpt"), checkpoint.read_state(root / "ckpt")
+    projector = ProjectorConfig(ffn_hidden_size=60, bias=False)
+    model = dataclasses.replace(state.stage.model, projector=projector)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {name: source[name] for name in source if "encoder.linear_fc" not in name}
+    for number, shape in ((1, (60, 240)), (2, (72, 60))):
+        tensors[f"vision_projection.encoder.linear_fc{number}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    state = dataclasses.replace(state, stage=dataclasses.replace(state.stage, model=model))
+    return checkpoint.write_tensors(root / "long", 0, tensors, state, root / "ckpt/iter_0000000/tokenizer")
