@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
+from megatron_vita.data.disk import no_room
 from megatron_vita.errors import ConfigError, VitaError
 
 ENGINES = ("local", "ray")
@@ -68,6 +69,7 @@ class Engine(ABC):
 
         Raises:
             VitaError: what a task raised; the others are given up.
+        OSError: the disk is full (`no_room`).
         """
 
 
@@ -153,7 +155,9 @@ class _Attempts:
             return True, self._run(task)
         except VitaError as error:
             return False, error
-        except Exception:  # a defect of ours: its traceback would be lost on the way
+        except Exception as error:  # a defect of ours: its traceback would be lost on the way
+            if isinstance(error, OSError) and no_room(error):
+                return False, error
             return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
 
 

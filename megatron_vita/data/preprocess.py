@@ -27,6 +27,7 @@ from tqdm import tqdm
 from megatron_vita import __version__
 from megatron_vita.data.chunk_job import ChunkJob, ChunkTask
 from megatron_vita.data.compile import OVERLONG, Rules
+from megatron_vita.data.disk import no_room
 from megatron_vita.data.engines import ENGINES, Engine, LocalEngine, open_engine
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.plan import EntryTable, Plan, chunk_path
@@ -138,9 +139,22 @@ def run(options: Options) -> Manifest:
 
     Raises:
         ConfigError: settings, mix or tokenizer are wrong; nothing was written.
-        DataError: a data file cannot be read, no record is left, or more were refused than `max_rejected` allows.
+        DataError: a data file cannot be read, no record is left, more were refused than `max_rejected` allows, or the
+            disk is full.
     """
     job = _prepare(options)
+    try:
+        return _run(job)
+    except OSError as error:
+        if not no_room(error):
+            raise
+        raise DataError(
+            f"--output {job.prefix}: cannot be written ({error.strerror}). Make room and go on with --resume."
+        ) from None
+
+
+def _run(job: _Run) -> Manifest:
+    options = job.options
     with _work_folder(job) as ready, open_engine(options.engine, options.workers) as engine:
         if ready is not None:
             return ready

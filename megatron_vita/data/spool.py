@@ -8,6 +8,7 @@ only what exists nowhere (video frames, bytes of parquet rows and data addresses
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -128,7 +129,8 @@ class ChunkWriter:
 
     def abort(self) -> None:
         """Remove what was written."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # what a full disk does not take
+            self._stream.close()
         self._partial.unlink(missing_ok=True)
 
 
@@ -155,7 +157,12 @@ class ChunkFile:
                 found.append(np.frombuffer(tables, dtype=dtype, count=int(footer[name]), offset=place))
                 place += found[-1].nbytes
             text = json.loads(tables[place:])
-        except (OSError, ValueError, IndexError) as error:
+        except OSError as error:
+            self.close()
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}). Mend that, and run again with --resume."
+            ) from None
+        except (ValueError, IndexError) as error:
             self.close()
             raise DataError(f"{path} is damaged ({error}). Run again without --resume.") from None
         self.path = path

@@ -46,23 +46,22 @@ def main(descriptor: int, memory: int) -> None:
         import decord  # noqa: F401
     _limit(memory)
     threading.Thread(target=_leave_with, args=(descriptor,), daemon=True).start()
+    with contextlib.suppress(ClosedError):
+        _serve(link)
+
+
+def _serve(link: socket.socket) -> None:
     send(link, {"ready": True})
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)  # decoders write about every damaged frame
     videos: dict[int, VideoFile] = {}
     while True:
-        try:
-            request, blobs = receive(link)
-        except ClosedError:
-            return
+        request, blobs = receive(link)
         # default action, by the kernel: it also ends a decoder that never gives Python its turn
         signal.setitimer(signal.ITIMER_REAL, float(request["seconds"]) + _GRACE)
         answer, parts = _answer(videos, request, blobs)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            send(link, answer, parts)
-        except ClosedError:
-            return
+        send(link, answer, parts)
 
 
 def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:

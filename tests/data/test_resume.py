@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,29 @@ def test_a_picture_that_changes_between_the_phases_is_named(world: Path, tmp_pat
         run(options(folder, tmp_path / "set", resume=True))
     assert not (tmp_path / "set.json").exists()
     assert run(options(folder, tmp_path / "set", verify_media="structure")).totals["samples"] == 13  # and it is broken
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("size", [300, 3_000])
+def test_a_full_disk_is_named_and_the_run_goes_on(
+    world: Path, whole: dict[str, bytes], tmp_path: Path, size: int, workers: int
+) -> None:
+    prefix = tmp_path / "set"
+    script = (
+        "import resource, sys; sys.path.insert(0, '.'); from tests.data.test_resume import *; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, -1)); "
+        "prefix, world = map(Path, sys.argv[1:]); "
+        f"run(options(world, prefix, workers={workers}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(prefix), str(world)], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    wanted = f"DataError: --output {prefix}: cannot be written (File too large). Make room and go on with --resume."
+    assert done.stderr.splitlines()[-1].endswith(wanted), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".set.work"]
+    run(options(world, prefix, resume=True))
+    assert content(prefix) == whole
 
 
 # ------------------------------------------------------------------------------------------------ a mix that grows

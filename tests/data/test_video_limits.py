@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,3 +198,15 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         VideoLimits(timeout=0)
     with pytest.raises(ConfigError, match="--video-memory"):
         VideoLimits(memory=8)
+
+
+def test_a_process_whose_parent_is_gone_before_it_is_ready_says_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    script = f"from megatron_vita.data.video_child import main; main({theirs.fileno()}, 256)"
+    with theirs:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script], pass_fds=[theirs.fileno()], capture_output=True, timeout=60,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -61,7 +61,10 @@ def build_once(
             build(partial)
             partial.replace(target)
     except OSError as error:
-        raise ConfigError(f"{folder}: {sources[0]} cannot be unpacked or indexed there ({error}).") from None
+        raise ConfigError(
+            f"{folder}: {sources[0]} cannot be unpacked or indexed there ({error.strerror or error}). Make room there, "
+            "or choose another --output."
+        ) from None
     return target
 
 
