@@ -32,6 +32,8 @@ EXTRA: tuple[dict[str, tuple[Any, ...]], ...] = (
     {"pp": (2, 4), "vp": (1, 2), "split": ("even", "uneven"), "tied": (True,)},
     # Gradients of the tower are summed over the tensor ranks by us, or not at all where it is split.
     {"tp": (2,), "sp": (False, True), "tower": ("spread", "split"), "vit": tuple(VITS), "images": ("one-rank",)},
+    # Norms of the same names in decoder and tower, some of them replicated, some split, some with part of the tokens.
+    {"tp": (2,), "sp": (False, True), "tower": ("spread", "split"), "vit": ("intern_vit_6b",), "llm": ("qwen3",)},
 )
 """Parts of the full grid that hold more than pairs: every combination of each."""
 

@@ -75,6 +75,8 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
     tiny = dataclasses.replace(
         tiny,
         add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rope_scaling_factor=model.rope_scaling_factor,
         projector=dataclasses.replace(tiny.projector, bias=model.projector.bias),
         transformer_impl=model.transformer_impl,
         vision=shrink_tower(model.vision, heads) if model.vision else None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megatron_vita.checks.tiny import IMAGES, TOKENS, VITS, tiny_model
+from megatron_vita.checks.tiny import IMAGES, LLMS, TOKENS, VITS, tiny_model
 from megatron_vita.config import (
     CheckpointConfig,
     DataConfig,
@@ -73,6 +73,8 @@ class Case:
     """The vision tower: `spread`, whole on every rank, tiles shared out; or `split` over the tensor-parallel ranks."""
     vit: str = "intern_vit"
     """Its kind, see tiny.VITS."""
+    llm: str = "qwen2"
+    """The decoder's kind, see tiny.LLMS."""
     recompute: str = "none"
     """Recomputed activations: `none`, `full` (every layer), `selective` (core attention), `block` (one layer)."""
     overlap: bool = False
@@ -134,6 +136,7 @@ def free_options(dtypes: Sequence[str] = DTYPES) -> dict[str, tuple[Any, ...]]:
         "reset": (True, False),
         "tied": (False, True),
         "vit": tuple(VITS),
+        "llm": tuple(LLMS),
         "freeze": tuple(_FREEZE),
         "recompute": tuple(_RECOMPUTE),
         "overlap": (False, True),
@@ -201,7 +204,8 @@ def case_model(case: Case) -> ModelConfig:
     heads = math.lcm(4, case.tp * (case.cp if case.comm == "a2a" else 1))
     stages = case.pp * case.vp
     layers = math.lcm(4, stages) if case.split == "even" else stages + 1
-    return tiny_model(heads=heads, layers=layers, tied=case.tied, vit=case.vit, split=case.tower == "split")
+    split = case.tower == "split"
+    return tiny_model(heads=heads, layers=layers, tied=case.tied, vit=case.vit, llm=case.llm, split=split)
 
 
 def _uneven(case: Case) -> str:

@@ -10,6 +10,7 @@ H tower width, F tower MLP width, P patch side, p patches of a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -40,6 +41,9 @@ def shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield at + "self_attention.linear_qkv.weight", ((q + 2 * g) * d, h)
         if model.add_qkv_bias:
             yield at + "self_attention.linear_qkv.bias", ((q + 2 * g) * d,)
+        if model.qk_layernorm:
+            yield at + "self_attention.q_layernorm.weight", (d,)
+            yield at + "self_attention.k_layernorm.weight", (d,)
         yield at + "self_attention.linear_proj.weight", (h, q * d)
         yield at + "mlp.linear_fc1.layer_norm_weight", (h,)
         yield at + "mlp.linear_fc1.weight", (2 * f, h)
@@ -140,7 +144,7 @@ def token_losses(
 
 
 def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequence[int]) -> Tensor:
-    """Qwen2's decoder and final norm, [n, h] -> [n, h]."""
+    """The decoder of Qwen2, Qwen3 or Llama and its final norm, [n, h] -> [n, h]."""
     n, d, q, g = len(states), model.head_dim, model.num_attention_heads, model.num_query_groups
     lengths = torch.tensor(documents)
     document = torch.repeat_interleave(torch.arange(len(documents)), lengths).to(states.device)
@@ -149,6 +153,8 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
     visible = (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
     # Published models compute the angles in float32, whatever the weights are.
     frequency = 1.0 / (model.rotary_base ** (torch.arange(0, d, 2).float() / d)).to(states.device)
+    if model.rope_scaling_factor is not None:
+        frequency = _llama3(frequency, model.rope_scaling_factor)
     angles = (token - start).float()[:, None] * frequency
     cos, sin = angles.cos().to(states.dtype)[:, None], angles.sin().to(states.dtype)[:, None]
     for layer in range(model.num_layers):
@@ -157,7 +163,11 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
         bias = weights[at + "self_attention.linear_qkv.bias"] if model.add_qkv_bias else None
         qkv = F.linear(x, weights[at + "self_attention.linear_qkv.weight"], bias).view(n, g, q // g + 2, d)
         query, key, value = qkv.split([q // g, 1, 1], dim=2)
-        query, key = _rotate(query.reshape(n, q, d), cos, sin), _rotate(key.squeeze(2), cos, sin)
+        query, key = query.reshape(n, q, d), key.squeeze(2)
+        if model.qk_layernorm:
+            query = _rms_norm(query, weights[at + "self_attention.q_layernorm.weight"], model.norm_epsilon)
+            key = _rms_norm(key, weights[at + "self_attention.k_layernorm.weight"], model.norm_epsilon)
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         key, value = (one.repeat_interleave(q // g, dim=1) for one in (key, value.squeeze(2)))
         query, key, value = (one.transpose(0, 1)[None] for one in (query, key, value))  # [1, q, n, d]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
@@ -251,6 +261,15 @@ def _maybe_norm(weights: Weights, at: str, vision: VisionConfig, x: Tensor) -> T
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def _llama3(frequency: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's rotary scaling: waves that turn less than once in 8192 tokens are stretched, those that turn more
+    than four times are not, the rest is mixed."""
+    turns = 8192 * frequency / (2 * math.pi)
+    smooth = (turns - 1) / (4 - 1)
+    mixed = (1 - smooth) * frequency / factor + smooth * frequency
+    return torch.where(turns < 1, frequency / factor, torch.where(turns > 4, frequency, mixed))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

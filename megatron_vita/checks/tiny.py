@@ -49,10 +49,22 @@ VITS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip", "image_norm": "clip", "norm_epsilon": 1e-5},
 }
 """Towers by what differs; see config.VisionConfig."""
+LLMS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16},
+    "llama": {"add_qkv_bias": False, "rope_scaling_factor": 8.0},
+}
+"""Decoders by what differs; see config.ModelConfig."""
 
 
 def tiny_model(
-    *, heads: int = 4, layers: int = 4, tied: bool = False, vit: str = "intern_vit", split: bool = False
+    *,
+    heads: int = 4,
+    layers: int = 4,
+    tied: bool = False,
+    vit: str = "intern_vit",
+    llm: str = "qwen2",
+    split: bool = False,
 ) -> ModelConfig:
     """A model of `heads` key/value heads (twice as many query heads) and `layers` layers that a layout can split.
 
@@ -61,6 +73,7 @@ def tiny_model(
         layers: of the decoder.
         tied: the head is the embedding table.
         vit: one of VITS.
+        llm: one of LLMS.
         split: the tower is tensor-parallel.
     """
     return ModelConfig(
@@ -72,6 +85,7 @@ def tiny_model(
         vocab_size=37,
         untie_embeddings_and_output_weights=not tied,
         vision=shrink_tower(VisionConfig(tensor_parallel=split, **VITS[vit]), heads),
+        **LLMS[llm],
     )
 
 

@@ -154,6 +154,9 @@ def test_a_recipe_lends_its_layout_to_a_small_model() -> None:
     assert {job.images for job in jobs} == set(IMAGES)
     assert all(job.stage.parallel == parallel and job.stage.model.num_layers == 4 for job in jobs)
     assert all(job.stage.train.freeze_vision_model and job.stage.model.hidden_size <= 64 for job in jobs)
+    other = dataclasses.replace(model, add_qkv_bias=False, qk_layernorm=True, rope_scaling_factor=8.0)
+    lent = next(recipe_jobs(dataclasses.replace(stage, model=other), 4, None)).stage.model
+    assert (lent.add_qkv_bias, lent.qk_layernorm, lent.rope_scaling_factor) == (False, True, 8.0)
     units = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}
     uniform = next(recipe_jobs(dataclasses.replace(stage, parallel=dataclasses.replace(parallel, **units)), 4, None))
     assert uniform.stage.parallel.recompute_num_layers == 2, "units of 3 do not fit the two layers of a smaller stage"
