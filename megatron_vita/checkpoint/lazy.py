@@ -112,6 +112,14 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own asks by reading the value.
+        try:
+            self.shape(str(name))
+        except KeyError:
+            return False
+        return True
+
 
 class TensorsInMemory(LazyTensors):
     """The same interface over an ordinary dictionary."""

@@ -12,7 +12,7 @@ import torch
 from megatron_vita import log as vita_log
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.opening import OpenModel, open_model
-from megatron_vita.convert.safetensors_folder import MAX_SHARD_BYTES
+from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.tokenizer_files import special_ids
 from megatron_vita.data.tokenizer import IMG_CONTEXT
 from megatron_vita.errors import ConfigError, VitaError
@@ -40,9 +40,16 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
     if (arguments.llm is None) == (arguments.model is None):
         raise ConfigError("import: give either --llm (with --vision or without) or --model.")
     if arguments.model is not None:
-        if arguments.vision or arguments.tokenizer:
-            raise ConfigError("import --model takes a whole model: --vision and --tokenizer belong to --llm.")
-        folder = importer.import_model(arguments.model, arguments.output, overwrite=arguments.overwrite)
+        if arguments.vision:
+            raise ConfigError("import --model takes a whole model: --vision belongs to --llm.")
+        folder = importer.import_model(
+            arguments.model,
+            arguments.output,
+            tokenizer=arguments.tokenizer,
+            overwrite=arguments.overwrite,
+            workers=arguments.workers,
+            durable=arguments.fsync,
+        )
     else:
         folder = importer.import_parts(
             arguments.llm,
@@ -51,6 +58,8 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
             tokenizer=arguments.tokenizer,
             seed=arguments.seed,
             overwrite=arguments.overwrite,
+            workers=arguments.workers,
+            durable=arguments.fsync,
         )
     return 0, f"wrote {folder}"
 
@@ -65,7 +74,10 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
         tokenizer=arguments.tokenizer,
         dtype=_DTYPES[arguments.dtype] if arguments.dtype else None,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        vocabulary_multiple=arguments.make_vocab_size_divisible_by,
         overwrite=arguments.overwrite,
+        workers=arguments.workers,
+        durable=arguments.fsync,
     )
     return 0, f"wrote {folder}"
 
@@ -105,13 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{import,export,verify}")
 
     command = commands.add_parser("import", help="Hugging Face folders -> a checkpoint")
-    command.add_argument("--llm", metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5)")
-    command.add_argument("--vision", metavar="HF_DIR", help="InternViT, in OpenGVLab's or transformers' names")
-    command.add_argument("--model", metavar="HF_DIR", help="a whole model: native InternVL, Long-VITA, or a decoder")
+    command.add_argument("--llm", metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5, Qwen3, Llama)")
+    command.add_argument("--vision", metavar="HF_DIR", help="tower: InternViT (either publisher's names), SigLIP, CLIP")
+    command.add_argument("--model", metavar="DIR", help="whole model: native InternVL, Long-VITA in any of its formats")
     command.add_argument("--output", metavar="CKPT", required=True, help="folder of checkpoints to write")
-    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the decoder's)")
+    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the model's or decoder's own)")
     command.add_argument("--seed", type=int, default=1234, help="of the projector's initial weights")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+    _add_writing(command)
     command.set_defaults(act=_import)
 
     command = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder")
@@ -121,7 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's own)")
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert the weights (default: as they are)")
     command.add_argument("--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of one file")
+    command.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary with rows of zeros (default: no row is padding)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    _add_writing(command)
     command.set_defaults(act=_export)
 
     command = commands.add_parser("verify", help="compare two models")
@@ -132,3 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--show", type=int, default=20, help="different tensors to list")
     command.set_defaults(act=_verify)
     return parser
+
+
+def _add_writing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=_count, help="threads (default: one a core); the bytes do not depend on it")
+    command.add_argument("--fsync", action="store_true", help="wait until the disk has everything, which cp does not")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from megatron_vita.checkpoint.journal import check_room
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.state import RunState
+from megatron_vita.checkpoint.streams import Workers, default_workers, sha256_of
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig, to_dict
 from megatron_vita.convert import decoders, internvl, long_vita
+from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.hf_config import write_json
+from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import SIDECAR, OpenModel, open_model
-from megatron_vita.convert.publish import new_folder
-from megatron_vita.convert.safetensors_folder import MAX_SHARD_BYTES, write_safetensors
+from megatron_vita.convert.publish import check_free, new_folder
+from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.tokenizer_files import copy_for_export
-from megatron_vita.convert.views import Subset, TheirView
+from megatron_vita.convert.views import MoreRows, Subset, TheirView
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END
 
 log = logging.getLogger(__name__)
 
+DIGESTS_FILE = "SHA256SUMS"
+"""Digests of all files of an exported folder, as `sha256sum --check` reads them."""
+VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 FORMATS = ("internvl", "long_vita", "llm")
 _FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": decoders}
 _BICUBIC = 3
@@ -45,7 +54,10 @@ def export(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    vocabulary_multiple: int = 1,
     overwrite: bool = False,
+    workers: int | None = None,
+    durable: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint (or of any model that open_model opens) as a Hugging Face folder.
 
@@ -53,6 +65,10 @@ def export(
         format_name: `internvl` (stock transformers loads it), `long_vita` (the published names) or `llm` (the decoder).
         tokenizer: tokenizer folder, by default the one inside the checkpoint.
         dtype: convert the weights; by default they keep their type.
+        max_shard_bytes: most bytes of tensors in one file.
+        vocabulary_multiple: pad the vocabulary with rows of zeros to a multiple of this; by default no row is padding.
+        workers: threads, by default as many as there are cores.
+        durable: wait until the disk has everything.
 
     Returns:
         `output`.
@@ -62,15 +78,28 @@ def export(
             published then.
     """
     output = Path(output)
+    check_free(output, overwrite=overwrite)
     opened = open_model(checkpoint)
     model, family = opened.model, _FAMILIES[format_name]
     source: LazyTensors = opened.tensors
     if format_name == "llm":
         source = Subset(source, [name for name in source if name.startswith("language_model.")])
     family.check_exportable(model)
+    rows = -(-model.vocab_size // vocabulary_multiple) * vocabulary_multiple
+    if rows != model.vocab_size:
+        model, source = replace(model, vocab_size=rows), MoreRows(source, VOCABULARY, rows, mean=False)
     tensors = TheirView(family.rules(model), source, str(opened.path), dtype)
+    coverage = account(tensors)
+    files = plan_shards(tensors, max_shard_bytes)
     vision = None if format_name == "llm" else model.vision
-    with new_folder(output, overwrite=overwrite) as folder:
+    identity = {
+        "source": identity_of(opened.path),
+        "format": format_name,
+        "files": hashlib.sha256(b"".join(one.header for one in files)).hexdigest(),
+    }
+    check_room(output.parent, sum(one.size for one in files), output.parent / f".writing-{output.name}")
+    with new_folder(output, overwrite=overwrite, identity=identity) as journal:
+        folder = journal.staging
         tokenizer_dir = Path(tokenizer) if tokenizer else opened.tokenizer_dir
         ids = copy_for_export(tokenizer_dir, folder, vision=vision is not None)
         stored = str(tensors.dtype(next(iter(tensors)))).removeprefix("torch.")
@@ -80,10 +109,23 @@ def export(
             spec = opened.preprocess or PreprocessSpec.for_tower(vision)
             for name, values in processor_files(vision, spec).items():
                 write_json(folder / name, values)
-        written = write_safetensors(folder, tensors, max_shard_bytes)
-        (folder / "README.md").write_text(_card(output.name, opened, format_name, written), encoding="utf-8")
-    log.info("exported %d tensors, %.2f GB", len(tensors), written / 1e9)
+        card = _card(output.name, opened, format_name, coverage.target_bytes)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / REPORT_FILE).write_text(coverage.to_json(), encoding="utf-8")
+        with Workers(workers or default_workers()) as pool:
+            digests = write_safetensors(journal, tensors, files, pool, durable=durable)
+        write_digests(folder, digests)
+    log.info("coverage: %s", coverage.summary())
     return output
+
+
+def write_digests(folder: Path, known: Mapping[str, str]) -> None:
+    """Write SHA256SUMS over all files of a folder, hashing those whose digest is not known yet."""
+    lines = []
+    for path in sorted(one for one in folder.iterdir() if one.is_file() and one.name != DIGESTS_FILE):
+        digest = known.get(path.name) or sha256_of(path, 0, path.stat().st_size)
+        lines.append(f"{digest}  {path.name}\n")
+    (folder / DIGESTS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def processor_files(vision: VisionConfig, spec: PreprocessSpec) -> dict[str, dict[str, Any]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_vita.checkpoint.folder import step_folder
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, TensorsInMemory, extent, overlap, shift, whole
+from megatron_vita.checkpoint.lazy import LazyTensors, TensorsInMemory
 from megatron_vita.checkpoint.offline import write_tensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import ModelConfig, StageConfig, TrainConfig, VisionConfig
-from megatron_vita.convert.opening import OpenModel, open_model, open_tower
+from megatron_vita.convert.coverage import REPORT_FILE, account
+from megatron_vita.convert.identity import identity_of
+from megatron_vita.convert.opening import MEGATRON, OpenModel, open_model, open_tower
 from megatron_vita.convert.tokenizer_files import with_vision_tokens
-from megatron_vita.convert.views import Joined
+from megatron_vita.convert.views import Joined, MoreRows
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -35,6 +36,8 @@ def import_parts(
     tokenizer: str | Path | None = None,
     seed: int = 1234,
     overwrite: bool = False,
+    workers: int | None = None,
+    durable: bool = False,
 ) -> Path:
     """Join a decoder and a tower into a fresh model with a new projector; or take the decoder alone.
 
@@ -48,6 +51,8 @@ def import_parts(
         output: folder of checkpoints; iteration 0 is written there.
         tokenizer: tokenizer folder, by default the decoder's.
         seed: of the projector's initial weights.
+        workers: threads, by default as many as there are cores.
+        durable: wait until the disk has everything.
 
     Returns:
         The checkpoint.
@@ -62,7 +67,7 @@ def import_parts(
         raise ConfigError(f"{llm}: is a whole model ({decoder.kind}), not a decoder. Use import --model {llm}.")
     source = Path(tokenizer) if tokenizer else decoder.tokenizer_dir
     if vision is None:
-        return _write(output, decoder.model, decoder.tensors, None, source, {"llm": str(llm)}, seed)
+        return _write(output, decoder.model, decoder.tensors, None, source, {"llm": str(llm)}, seed, workers, durable)
     tower, tower_tensors = open_tower(vision)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -73,15 +78,32 @@ def import_parts(
             log.info(
                 "the tokenizer needs %d rows, the embedding has %d: mean rows added", rows, decoder.model.vocab_size
             )
-            language = _Grown(language, rows)
+            language = MoreRows(language, _GROWING, rows, mean=True)
         dtype = language.dtype("language_model.decoder.final_layernorm.weight")
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
-        return _write(output, model, parts, spec, folder, {"llm": str(llm), "vision": str(vision)}, seed)
+        origin = {"llm": str(llm), "vision": str(vision)}
+        return _write(output, model, parts, spec, folder, origin, seed, workers, durable)
 
 
-def import_model(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Import a whole model (native InternVL, Long-VITA, or a decoder), found out by itself.
+def import_model(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    durable: bool = False,
+) -> Path:
+    """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder), found out by itself.
+
+    Args:
+        folder: where it lies.
+        output: folder of checkpoints; iteration 0 is written there.
+        tokenizer: tokenizer folder, by default the model's own. Long-VITA's Megatron layouts have none; theirs is
+            Qwen2.5's, which gets the special tokens that it lacks.
+        workers: threads, by default as many as there are cores.
+        durable: wait until the disk has everything.
 
     Returns:
         The checkpoint, iteration 0 below `output`.
@@ -95,7 +117,19 @@ def import_model(folder: str | Path, output: str | Path, *, overwrite: bool = Fa
     if opened.state is not None:
         raise ConfigError(f"{folder}: is a checkpoint already. Give a Hugging Face folder.")
     origin = {"model": str(folder)}
-    return _write(output, opened.model, opened.tensors, opened.preprocess, opened.tokenizer_dir, origin, 0)
+    source = Path(tokenizer) if tokenizer else opened.tokenizer_dir
+    with tempfile.TemporaryDirectory() as scratch:
+        if opened.kind == MEGATRON and opened.model.vision is not None and (source / "tokenizer.json").is_file():
+            rows = with_vision_tokens(source, Path(scratch))
+            if rows > opened.model.vocab_size:
+                raise CheckpointError(
+                    f"{source}: needs {rows} rows with its special tokens, the model has {opened.model.vocab_size}. "
+                    "Give the tokenizer that it was trained with (Qwen2.5's)."
+                )
+            source = Path(scratch)
+        return _write(
+            output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable
+        )
 
 
 def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,41 +154,6 @@ def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[s
     return tensors
 
 
-@dataclass(frozen=True)
-class _Grown(LazyTensors):
-    """Tensors whose vocabulary has more rows: the new ones are the mean of the old."""
-
-    source: LazyTensors
-    rows: int
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.source.shape(name)
-        return (self.rows, *shape[1:]) if name in _GROWING else shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.source.dtype(name)
-
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        if name not in _GROWING:
-            return self.source.read(name, region)
-        region = whole(self.shape(name)) if region is None else region
-        held = whole(self.source.shape(name))
-        old = overlap(held, region)
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        if old is not None:
-            out[shift(old, region)] = self.source.read(name, old)
-        if region[0].stop > held[0].stop:
-            mean = self.source.read(name).float().mean(0)[region[1]].to(out.dtype)
-            out[max(0, held[0].stop - region[0].start) :] = mean
-        return out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-
 def _write(
     output: Path,
     model: ModelConfig,
@@ -163,13 +162,28 @@ def _write(
     tokenizer: Path,
     origin: dict[str, str],
     seed: int,
+    workers: int | None,
+    durable: bool,
 ) -> Path:
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer}: holds no tokenizer.json. Name a tokenizer folder with --tokenizer.")
     stage = StageConfig(name="import", model=model, train=TrainConfig(seed=seed))
     names = {key: Path(value).name for key, value in origin.items()}
     state = RunState(stage=stage, iteration=0, preprocess=spec, extra={"imported_from": names})
-    return write_tensors(output, 0, tensors, state, tokenizer)
+    coverage = account(tensors)
+    folder = write_tensors(
+        output,
+        0,
+        tensors,
+        state,
+        tokenizer,
+        notes={REPORT_FILE: coverage.to_json()},
+        source={"seed": seed, **{key: identity_of(value) for key, value in origin.items()}},
+        workers=workers,
+        durable=durable,
+    )
+    log.info("coverage: %s", coverage.summary())
+    return folder
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from megatron_vita.checkpoint.journal import Journal
 from megatron_vita.errors import CheckpointError, ConfigError
 
 _MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -30,29 +32,31 @@ def check_free(output: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder to write in, that takes the place and name of `output` when the block ends without an error.
+def new_folder(output: Path, *, overwrite: bool, identity: Mapping[str, Any]) -> Iterator[Journal]:
+    """A folder to write in, that takes the place and name of `output` when the block ends without an error.
 
-    Nothing of an older folder is left in the new one: a stale shard would be read along.
+    Nothing of an older folder is left in the new one: a stale shard would be read along. What a killed process with the
+    same identity has finished is still there.
+
+    Args:
+        identity: JSON values that say what is written, from what.
+
+    Raises:
+        ConfigError: nothing can be written there, or something is there and not to be replaced.
+        CheckpointError: no space. Nothing is published then.
     """
     check_free(output, overwrite=overwrite)
     staging = output.parent / f".writing-{output.name}"
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written here ({error}). Choose another --output.") from None
-    try:
-        yield staging
-        if output.exists():
+        with Journal(staging, identity, output) as journal:
+            yield journal
             replaced = output.parent / f".replaced-{output.name}"
             shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(output, replaced)
+            if output.exists():
+                os.replace(output, replaced)
             os.replace(staging, output)
             shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(staging, output)
     except OSError as error:
-        raise CheckpointError(f"{output}: could not be written ({error}). Nothing was published.") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(
+            f"{output}: could not be written ({error}). Nothing was published. Make room, or choose another --output."
+        ) from None

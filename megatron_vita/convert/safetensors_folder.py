@@ -1,4 +1,4 @@
-"""Folders of safetensors: read by byte range, written tensor by tensor, trusted in nothing.
+"""Folders of safetensors, read by byte range and trusted in nothing. (Writing: safetensors_writer.py.)
 
 Layout of a file: 8 bytes length (little endian), that many bytes of JSON {name: {dtype, shape, data_offsets}}, data.
 A folder holds `model.safetensors`, or shards and `model.safetensors.index.json` {"metadata", "weight_map"}.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, whole
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, shift, volume, whole
+from megatron_vita.checkpoint.streams import raw, read_exactly
 from megatron_vita.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER = 100 << 20
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,7 +33,6 @@ _DTYPES = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
-_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -73,7 +72,7 @@ class SafetensorsFolder(LazyTensors):
                 f"{self.folder}: holds both {SINGLE_FILE} and an index of other files. Delete the set that is stale."
             )
         for name in files:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{path}: points to {name!r}, not a safetensors file inside the folder. Refused.")
             file = self.folder / name
             if not file.is_file():
@@ -99,90 +98,31 @@ class SafetensorsFolder(LazyTensors):
         return self._places[name].dtype
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
+        region = whole(self.shape(name)) if region is None else region
+        out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
         place = self._places[name]
-        region = whole(place.shape) if region is None else region
-        if not region or any(one.stop <= one.start for one in region):
-            rows, inner = slice(0, 1 if not region else 0), 1
-        else:
-            rows, inner = _leading_run(place.shape, region)
-        item = place.dtype.itemsize
-        content = bytearray((rows.stop - rows.start) * inner * item)
-        if not content:
-            return torch.empty(extent(region), dtype=place.dtype)
-        with place.file.open("rb", buffering=0) as file:
-            file.seek(place.start + rows.start * inner * item)
-            view, done = memoryview(content), 0
-            while done < len(content):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{place.file}: ends inside {name}. Download it again.")
-                done += got
-        flat = torch.frombuffer(content, dtype=place.dtype)
-        if not region:
-            return flat.reshape(())
-        lead = _lead(place.shape)
-        outer = place.shape[:lead] if lead else ()
-        block = flat.reshape(*outer, rows.stop - rows.start, *place.shape[lead + 1 :])
-        inside = (*(slice(0, 1) for _ in outer), slice(0, rows.stop - rows.start), *region[lead + 1 :])
-        return block[inside].contiguous()
+        if not volume(region):
+            return
+        start, run = _run_of(place.shape, region)
+        direct = run == region and out.is_contiguous()
+        target = out if direct else torch.empty(extent(run), dtype=place.dtype)
+        descriptor = os.open(place.file, os.O_RDONLY)
+        try:
+            read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
+        finally:
+            os.close(descriptor)
+        if not direct:
+            out.copy_(target[shift(region, run)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def write_safetensors(folder: Path, tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
-    """Write one file, or shards with an index, in the tensors' order. One tensor is in memory at a time.
-
-    Returns:
-        Bytes of tensor data.
-    """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in tensors:
-        size = _bytes(tensors, name)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        return _write_file(folder / SINGLE_FILE, tensors, shards[0])
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_file(folder / file, tensors, names)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
-
-
-def _write_file(path: Path, tensors: LazyTensors, names: Sequence[str]) -> int:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        size = _bytes(tensors, name)
-        code = _DTYPE_CODES.get(tensors.dtype(name))
-        if code is None:
-            raise CheckpointError(f"{name}: {tensors.dtype(name)} cannot be exported. Convert it first.")
-        header[name] = {"dtype": code, "shape": list(tensors.shape(name)), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts on a multiple of eight, as other writers have it
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = tensors[name].contiguous()
-            assert tuple(tensor.shape) == tensors.shape(name), f"{name}: {tuple(tensor.shape)} was read"
-            assert tensor.dtype == tensors.dtype(name), f"{name}: {tensor.dtype} was read"
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    return offset
 
 
 def _read_header(path: Path) -> dict[str, _Place]:
@@ -192,27 +132,61 @@ def _read_header(path: Path) -> dict[str, _Place]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{path}: truncated, or no safetensors file. Download it again.")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        places, end = {}, 0
-        for name, entry in sorted(header.items(), key=lambda one: (one[1]["data_offsets"], one[0])):
-            start, stop = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
-            if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name} has type {entry['dtype']}, which is not supported (quantised weights must be "
-                    f"dequantised first). Supported: {', '.join(_DTYPES)}."
-                )
-            dtype = _DTYPES[entry["dtype"]]
-            if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-                raise CheckpointError(f"{path}: {name} has offsets {start}..{stop} that do not fit its shape {shape}.")
-            places[name] = _Place(path, dtype, shape, 8 + length + start)
-            end = stop
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = [_entry(name, values) for name, values in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header ({error!r}). Download it again.") from None
+    places, end = {}, 0
+    for one in sorted(entries, key=lambda one: (one.start, one.stop)):
+        if one.code not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {one.name} has type {one.code}, which is not supported (quantised weights must be "
+                f"dequantised first). Supported: {', '.join(DTYPES)}."
+            )
+        dtype = DTYPES[one.code]
+        if one.stop - one.start != math.prod(one.shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: {one.name} has offsets {one.start}..{one.stop} that do not fit its shape {one.shape}."
+            )
+        if one.start != end:
+            what = "overlaps the tensor before it" if one.start < end else "leaves bytes before it that belong to none"
+            raise CheckpointError(f"{path}: {one.name} at {one.start}..{one.stop} {what}. Download it again.")
+        places[one.name] = _Place(path, dtype, one.shape, 8 + length + one.start)
+        end = one.stop
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: has {size} bytes, its header describes {8 + length + end}. Download it again.")
     return places
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor as a header describes it."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def _entry(name: str, values: Mapping[str, Any]) -> _Entry:
+    """Raises ValueError, KeyError or TypeError for what is no description of a tensor."""
+    start, stop = values["data_offsets"]
+    shape = tuple(values["shape"])
+    for number in (start, stop, *shape):
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise ValueError(f"{name}: {number!r} is no size")
+    return _Entry(name, str(values["dtype"]), shape, start, stop)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ; another reader would take another one of two that do not."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return out
 
 
 def _no_weights(folder: Path) -> str:
@@ -227,19 +201,14 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}. Is the download complete?"
 
 
-def _bytes(tensors: LazyTensors, name: str) -> int:
-    return math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize
+def _run_of(shape: Sequence[int], region: Region) -> tuple[int, Region]:
+    """(first element, box): the shortest contiguous run of rows of a tensor that holds a region.
 
-
-def _lead(shape: Sequence[int]) -> int:
-    """Leading dimensions of size 1 before the one whose rows are read."""
-    lead = 0
-    while lead < len(shape) - 1 and shape[lead] == 1:
-        lead += 1
-    return lead
-
-
-def _leading_run(shape: Sequence[int], region: Region) -> tuple[slice, int]:
-    """(rows, elements of a row): the contiguous run of bytes that holds a region."""
-    lead = _lead(shape)
-    return region[lead], math.prod(shape[lead + 1 :])
+    Dimensions in which the region is one element wide come first; of the next one it takes a range, of all others all.
+    """
+    axis = 0
+    while axis < len(shape) - 1 and region[axis].stop - region[axis].start == 1:
+        axis += 1
+    box = (*region[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
+    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(region[: axis + 1]))
+    return first, box

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Region
+from megatron_vita.checkpoint.lazy import (
+    LazyTensors,
+    Origin,
+    Region,
+    extent,
+    move,
+    overlap,
+    runs,
+    shift,
+    volume,
+    whole,
+)
 from megatron_vita.convert.rules import Named, Rule, prove
 from megatron_vita.errors import CheckpointError
 
@@ -16,9 +28,58 @@ log = logging.getLogger(__name__)
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
 """Buffers that old files carry and that are computed, not learned."""
+ZEROS = "zeros"
+_BLOCK_BYTES = 32 << 20
+"""Read at once where values are only looked at."""
 
 
-class OurView(LazyTensors):
+@dataclass(frozen=True)
+class _Part:
+    """A box of a source's tensor that is a box of the wanted region."""
+
+    name: str
+    there: Region
+    here: Region
+    """In the coordinates of the wanted region, without leading dimensions of size 1."""
+
+
+class _RuledView(LazyTensors):
+    """What both directions share: a region is put together from boxes of the source, the rest being zeros."""
+
+    _source: LazyTensors
+
+    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
+        """(dimensions of the boxes, the boxes that make up a region)."""
+        raise NotImplementedError
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        region = whole(self.shape(name)) if region is None else region
+        out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        rank, parts = self._parts(name, region)
+        inner = out[(0,) * (out.dim() - rank)]
+        if sum(volume(part.here) for part in parts) < volume(region):
+            inner.zero_()
+        for part in parts:
+            box = inner[part.here] if rank else inner
+            self._fill(part.name, part.there, box[(None,) * (len(part.there) - rank)])
+
+    def _fill(self, name: str, region: Region, box: Tensor) -> None:
+        self._source.read_into(name, region, box)
+
+    def origins(self, name: str, region: Region) -> Iterator[Origin]:
+        _, parts = self._parts(name, region)
+        for part in parts:
+            yield from self._source.origins(part.name, part.there)
+        made_up = volume(region) - sum(volume(part.here) for part in parts)
+        if made_up:
+            yield Origin(None, ZEROS, None, made_up)
+
+
+class OurView(_RuledView):
     """Their tensors under our names."""
 
     def __init__(
@@ -37,10 +98,13 @@ class OurView(LazyTensors):
         self._source = source
         self._where = where
         self._rules = {rule.ours.name: rule for rule in rules if rule.ours is not None}
-        _match([named for rule in rules for named in rule.theirs], source, where, tied)
+        self._left_out = _match([named for rule in rules for named in rule.theirs], source, where, tied)
         for rule in rules:
             self._check_types(rule)
-            self._check_zeros(rule)
+            for index, named in enumerate(rule.theirs):
+                if rule.uncovered(index):
+                    self._check_zeros(rule, index, named)
+                    self._left_out[named.name] = "zeros, as the model asks, beyond what it has"
 
     def _check_types(self, rule: Rule) -> None:
         kinds = {self._source.dtype(one.name) for one in rule.theirs}
@@ -48,17 +112,19 @@ class OurView(LazyTensors):
             parts = ", ".join(one.name for one in rule.theirs)
             raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types {kinds}.")
 
-    def _check_zeros(self, rule: Rule) -> None:
-        for index, named in enumerate(rule.theirs):
-            if rule.uncovered(index):
-                rest = self._source[named.name].clone()
-                for copy in rule.copies:
-                    if copy.theirs == index:
-                        rest[copy.their_box] = 0
-                if torch.count_nonzero(rest):
-                    raise CheckpointError(
-                        f"{self._where}: {named.name} holds values where this model has none and they must be zero."
-                    )
+    def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
+        boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
+        lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
+        for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
+            rest = self._source.read(named.name, region)
+            for box in boxes:
+                shared = overlap((*(slice(0, 1) for _ in range(lead)), *box), region)
+                if shared is not None:
+                    rest[shift(shared, region)] = 0
+            if torch.count_nonzero(rest):
+                raise CheckpointError(
+                    f"{self._where}: {named.name} holds values where this model has none and they must be zero."
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         named = self._rules[name].ours
@@ -68,8 +134,20 @@ class OurView(LazyTensors):
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._rules[name].theirs[0].name)
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        return self._rules[name].read_ours(self._source.read, self.dtype(name), region)
+    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
+        rule = self._rules[name]
+        rank = len(rule.copies[0].our_box)
+        inner, parts = region[len(region) - rank :], []
+        for copy in rule.copies:
+            shared = overlap(copy.our_box, inner)
+            if shared is not None:
+                named = rule.theirs[copy.theirs]
+                there = move(shared, copy.our_box, copy.their_box)
+                parts.append(_Part(named.name, _lead(len(named.shape) - rank) + there, shift(shared, inner)))
+        return rank, parts
+
+    def left_out(self) -> Mapping[str, str]:
+        return {**self._source.left_out(), **self._left_out}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rules)
@@ -78,7 +156,7 @@ class OurView(LazyTensors):
         return len(self._rules)
 
 
-class TheirView(LazyTensors):
+class TheirView(_RuledView):
     """Our tensors under their names."""
 
     def __init__(
@@ -112,9 +190,27 @@ class TheirView(LazyTensors):
             return kinds[0] if kinds else torch.float32
         return self._source.dtype(rule.ours.name)
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
+    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
         rule, index = self._places[name]
-        return rule.read_theirs(index, self._source.read, self._own_dtype(name), region).to(self.dtype(name))
+        if rule.ours is None:
+            return len(region), []
+        rank = len(rule.copies[0].their_box)
+        inner, parts = region[len(region) - rank :], []
+        for copy in rule.copies:
+            shared = overlap(copy.their_box, inner) if copy.theirs == index else None
+            if shared is not None:
+                here = move(shared, copy.their_box, copy.our_box)
+                parts.append(_Part(rule.ours.name, _lead(len(rule.ours.shape) - rank) + here, shift(shared, inner)))
+        return rank, parts
+
+    def _fill(self, name: str, region: Region, box: Tensor) -> None:
+        if box.dtype == self._source.dtype(name):
+            self._source.read_into(name, region, box)
+        else:
+            box.copy_(self._source.read(name, region))
+
+    def left_out(self) -> Mapping[str, str]:
+        return self._source.left_out()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -126,9 +222,11 @@ class TheirView(LazyTensors):
 class Subset(LazyTensors):
     """Some of the tensors of another source."""
 
-    def __init__(self, source: LazyTensors, names: Sequence[str]) -> None:
+    def __init__(self, source: LazyTensors, names: Sequence[str], why: str = "not part of this model") -> None:
+        """Args: why: the reason for leaving the others out, for the report."""
         self._source = source
         self._names = dict.fromkeys(names)
+        self._why = why
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
@@ -138,6 +236,26 @@ class Subset(LazyTensors):
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         return self._source.read(name, region)
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        self._source.read_into(name, region, out)
+
+    def origins(self, name: str, region: Region) -> Iterator[Origin]:
+        return self._source.origins(name, region)
+
+    def left_out(self) -> Mapping[str, str]:
+        """The stored tensors behind every name that is not handed on."""
+        others = [name for name in self._source if name not in self._names]
+        stored = {
+            origin.name: self._why
+            for name in others
+            for origin in self._source.origins(name, whole(self._source.shape(name)))
+            if origin.leaf is not None
+        }
+        return {**stored, **self._source.left_out()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -150,6 +268,7 @@ class Joined(LazyTensors):
     """Several sources as one; no name may stand in two of them."""
 
     def __init__(self, sources: Sequence[LazyTensors]) -> None:
+        self._sources = sources
         self._home: dict[str, LazyTensors] = {}
         for source in sources:
             for name in source:
@@ -165,6 +284,15 @@ class Joined(LazyTensors):
     def read(self, name: str, region: Region | None = None) -> Tensor:
         return self._home[name].read(name, region)
 
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        self._home[name].read_into(name, region, out)
+
+    def origins(self, name: str, region: Region) -> Iterator[Origin]:
+        return self._home[name].origins(name, region)
+
+    def left_out(self) -> Mapping[str, str]:
+        return {name: why for source in self._sources for name, why in source.left_out().items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 
@@ -172,8 +300,73 @@ class Joined(LazyTensors):
         return len(self._home)
 
 
-def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> None:
-    """Compare names and shapes of a source with those that a table speaks of."""
+class MoreRows(LazyTensors):
+    """Tensors of which some have more rows: the new ones are the mean of the old, or zeros."""
+
+    def __init__(self, source: LazyTensors, names: Sequence[str], rows: int, *, mean: bool) -> None:
+        """Args: names: tensors [old rows, width] that grow to [rows, width], where the source has them."""
+        self._source = source
+        self._rows = rows
+        self._new = {name: _mean_row(source, name) if mean else None for name in names if name in source}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._source.shape(name)
+        return (self._rows, *shape[1:]) if name in self._new else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        region = whole(self.shape(name)) if region is None else region
+        out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
+        if old is not None:
+            self._source.read_into(name, old, out[shift(old, region)] if old else out)
+        if name in self._new and old != region:
+            mean = self._new[name]
+            rest = out[extent(old)[0] if old else 0 :]
+            rest.copy_(torch.zeros(()) if mean is None else mean[region[1]])
+
+    def origins(self, name: str, region: Region) -> Iterator[Origin]:
+        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
+        if old is not None:
+            yield from self._source.origins(name, old)
+        if name in self._new and old != region:
+            made_of = ZEROS if self._new[name] is None else "mean of the other rows"
+            yield Origin(None, made_of, None, volume(region) - (volume(old) if old else 0))
+
+    def left_out(self) -> Mapping[str, str]:
+        return self._source.left_out()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def _mean_row(source: LazyTensors, name: str) -> Tensor:
+    """The mean of all rows, float32, without the whole tensor in memory."""
+    total = torch.zeros(source.shape(name)[1:], dtype=torch.float64)
+    for region in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
+        total += source.read(name, region).sum(0, dtype=torch.float64)
+    return (total / source.shape(name)[0]).float()
+
+
+def _lead(count: int) -> Region:
+    return (slice(0, 1),) * count
+
+
+def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> dict[str, str]:
+    """Compare names and shapes of a source with those that a table speaks of.
+
+    Returns:
+        Stored tensors that are not used, each with the reason.
+    """
     names = {one.name for one in expected}
     missing = [one for one in expected if one.name not in source]
     if missing:
@@ -181,13 +374,17 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
             f"{where}: {missing[0].name} {missing[0].shape} is missing{_more(missing)}. Its config and its weights do "
             "not belong together, or the download is incomplete."
         )
-    extra = [name for name in source if name not in names and not name.endswith(IGNORED_SUFFIXES)]
+    left_out = {
+        name: "a buffer that is computed" for name in source if name not in names and name.endswith(IGNORED_SUFFIXES)
+    }
+    extra = [name for name in source if name not in names and name not in left_out]
     if tied is not None and tied[0] in extra:
-        if not torch.equal(source[tied[0]], source[tied[1]]):
+        if not _equal(source, *tied):
             raise CheckpointError(
                 f"{where}: says tie_word_embeddings, but {tied[0]} differs from {tied[1]}. Correct its config.json."
             )
         extra.remove(tied[0])
+        left_out[tied[0]] = f"equal to {tied[1]}, to which it is tied"
     if extra:
         raise CheckpointError(
             f"{where}: holds {extra[0]} {source.shape(extra[0])}{_more(extra)}, which the model in its config has not. "
@@ -198,6 +395,16 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
             raise CheckpointError(
                 f"{where}: {one.name} has shape {source.shape(one.name)}, the config asks for {one.shape}."
             )
+    return left_out
+
+
+def _equal(source: LazyTensors, first: str, second: str) -> bool:
+    """Bit for bit the same values."""
+    shape = source.shape(first)
+    return shape == source.shape(second) and all(
+        torch.equal(source.read(first, region), source.read(second, region))
+        for region in runs(whole(shape), source.dtype(first).itemsize, _BLOCK_BYTES)
+    )
 
 
 def _more(items: Sequence[object]) -> str:

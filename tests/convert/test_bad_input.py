@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vita import checkpoint
-from megatron_vita.convert import cli, exporter
+from megatron_vita.convert import cli
 from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
 
@@ -166,7 +168,10 @@ def test_bad_decoder(name: str, good: Path, tmp_path: Path, capsys: pytest.Captu
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"image_size": [16, 32]}, "image_size must be one side"),
         ({"patch_size": 5}, "patch_size"),
-        ({"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}, "position_embedding.weight (16, 60) is missing"),
+        (
+            {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"},
+            "position_embedding.weight (16, 60) is missing",
+        ),
         ({"model_type": "clip_vision_model"}, "hidden_act='gelu' is not supported ('quick_gelu' only)"),
         ({"model_type": "eva"}, "model_type='eva'"),
     ],
@@ -221,13 +226,41 @@ def test_an_output_is_replaced_as_a_whole_or_left_alone(good: Path, tmp_path: Pa
     assert (notes / "thesis.txt").read_text() == "mine"
 
 
-def test_a_failed_export_publishes_nothing(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> int:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk_publishes_nothing(
+    command: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, write = [60_000], os.pwritev
 
-    monkeypatch.setattr(exporter, "write_safetensors", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        exporter.export(good / "ckpt", tmp_path / "hf", "llm")
+    def filling(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        left[0] -= sum(map(len, buffers))
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "pwritev", filling)
+    arguments = {
+        "import": ["import", "--llm", str(good / "llm")],
+        "export": ["export", "--checkpoint", str(good / "ckpt"), "--format", "llm"],
+    }[command]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "Make room" in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_what_the_disk_cannot_hold_is_not_begun(
+    command: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))  # type: ignore[attr-defined]
+    arguments = {
+        "import": ["import", "--llm", str(good / "llm")],
+        "export": ["export", "--checkpoint", str(good / "ckpt"), "--format", "llm"],
+    }[command]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    assert re.search(r"has 0.00 GB free, .* are needed. Nothing was written. Make room", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,118 @@
+"""The account of a conversion: each stored element used exactly once, each element of the result filled once.
+
+It follows every element of the result back through all views to the box of the stored tensor it is read from, and
+compares the boxes with what the source holds. What is used by nothing must have a reason that a view gives; anything
+else is an error by name. It is worked out from names and shapes alone, before a byte is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, TensorsInMemory, volume, whole
+from megatron_vita.convert.rules import disjoint
+from megatron_vita.errors import CheckpointError
+
+REPORT_FILE = "conversion.json"
+"""Lies beside the weights that a conversion wrote."""
+_VERSION = 1
+INITIALISED = "initialised from the seed"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What became of every tensor of a source."""
+
+    source_tensors: int
+    source_bytes: int
+    target_bytes: int
+    parts: Mapping[str, Sequence[str]]
+    """Stored tensors that each tensor of the result is made of, in order of first use."""
+    made_up: Mapping[str, str]
+    """Tensors of the result with elements that come from no file: how many, and what they are."""
+    left_out: Mapping[str, str]
+    """Stored tensors that are used in part or not at all, and why."""
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = (
+            f"{self.source_tensors} source tensors, {self.source_bytes} bytes: each used exactly once; "
+            f"{len(self.parts)} targets, {self.target_bytes} bytes: each filled once"
+        )
+        if self.left_out:
+            line += f"; left out with a reason: {len(self.left_out)}"
+        if self.made_up:
+            line += f"; made up by rule: {len(self.made_up)}"
+        return line
+
+    def to_json(self) -> str:
+        """The text of conversion.json."""
+        values = {
+            "format_version": _VERSION,
+            "source": {"tensors": self.source_tensors, "bytes": self.source_bytes},
+            "target": {"tensors": len(self.parts), "bytes": self.target_bytes},
+            "left_out": dict(self.left_out),
+            "made_up": dict(self.made_up),
+            "tensors": {name: list(parts) for name, parts in self.parts.items()},
+        }
+        return json.dumps(values, indent=1) + "\n"
+
+
+def account(target: LazyTensors) -> Coverage:
+    """Follow every element of the result to where it is stored.
+
+    Raises:
+        CheckpointError: a stored tensor is used twice, or some of it by nothing and for no reason; or a tensor of the
+            result is not filled. Named.
+    """
+    used: dict[tuple[int, str], list[Region]] = {}
+    leaves: dict[int, LazyTensors] = {}
+    parts: dict[str, list[str]] = {}
+    made_up: dict[str, str] = {}
+    for name in target:
+        shape = target.shape(name)
+        filled, mine = 0, dict[str, None]()
+        for origin in target.origins(name, whole(shape)):
+            filled += origin.elements
+            if origin.leaf is None or isinstance(origin.leaf, TensorsInMemory):
+                made_up[name] = f"{origin.elements} elements: {origin.name if origin.leaf is None else INITIALISED}"
+                continue
+            assert origin.region is not None
+            leaves[id(origin.leaf)] = origin.leaf
+            used.setdefault((id(origin.leaf), origin.name), []).append(origin.region)
+            mine[origin.name] = None
+        if filled != math.prod(shape):
+            raise CheckpointError(
+                f"{name}: {filled} of its {math.prod(shape)} elements are filled. Nothing was written."
+            )
+        parts[name] = list(mine)
+    reasons = target.left_out()
+    left_out: dict[str, str] = {}
+    for number, leaf in leaves.items():
+        for name in leaf:
+            boxes, total = used.get((number, name), []), math.prod(leaf.shape(name))
+            taken = sum(volume(box) for box in boxes)
+            if taken > total or not disjoint(boxes):
+                raise CheckpointError(f"{name}: elements of it are used twice. Nothing was written.")
+            if taken == total:
+                continue
+            if name not in reasons:
+                raise CheckpointError(
+                    f"{name}: {total - taken} of its {total} elements are used by nothing. Nothing was written."
+                )
+            left_out[name] = f"{total - taken} of {total} elements: {reasons[name]}"
+    return Coverage(
+        source_tensors=sum(len(leaf) for leaf in leaves.values()),
+        source_bytes=sum(_bytes(leaf) for leaf in leaves.values()),
+        target_bytes=_bytes(target),
+        parts=parts,
+        made_up=made_up,
+        left_out=left_out,
+    )
+
+
+def _bytes(tensors: LazyTensors) -> int:
+    return sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors)

@@ -1,0 +1,184 @@
+"""Conversions that are killed at chosen moments and started again; and the same bytes from any number of workers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vita.checkpoint import journal, streaming
+from megatron_vita.convert import cli
+from tests.convert import publishers
+
+pytest.importorskip("transformers")
+
+
+def killed(moment: str, count: int, flags: list[str]) -> None:
+    """Run the command in a forked process that is killed when it does something for the `count + 1`th time."""
+    process = multiprocessing.get_context("fork").Process(target=_die_at, args=(moment, count, flags))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _die_at(moment: str, count: int, flags: list[str]) -> None:
+    owner, name = {
+        "write": (os, "pwritev"),
+        "note": (journal.Journal, "add"),
+        "publish": (os, "replace"),
+    }[moment]
+    act, left = getattr(owner, name), [count]
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(*args, **kwargs)
+
+    setattr(owner, name, hooked)
+    torch.set_num_threads(1)  # the teams of threads of the parent are not there
+    os._exit(cli.main(flags))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, hidden ones too."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publishers.write_qwen2(tmp_path_factory.mktemp("source") / "llm")
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "FILE_BYTES", 60_000)
+
+
+def arguments(command: str, source: Path, checkpoint: Path, output: Path) -> list[str]:
+    if command == "import":
+        return ["import", "--llm", str(source), "--output", str(output)]
+    flags = ["--checkpoint", str(checkpoint), "--format", "llm", "--max-shard-gb", "0.00006"]
+    return ["export", *flags, "--output", str(output)]
+
+
+@pytest.fixture
+def checkpoint(source: Path, tmp_path: Path, small_files: None) -> Path:
+    assert cli.main(["import", "--llm", str(source), "--output", str(tmp_path / "ckpt")]) == 0
+    return tmp_path / "ckpt"
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize(("moment", "count"), [("write", 0), ("write", 25), ("note", 0), ("note", 3), ("publish", 0)])
+def test_killed_and_started_again(
+    command: str,
+    moment: str,
+    count: int,
+    source: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    output = tmp_path / "b" / "out"
+    flags = arguments(command, source, checkpoint, output)
+    killed(moment, count, flags)
+    final = output / "iter_0000000" if command == "import" else output
+    assert not final.exists()
+    assert cli.main(flags) == 0
+    kept = capfd.readouterr().err.count("is kept")
+    assert (kept > 0) == (count > 0 or moment == "publish"), kept
+    assert cli.main(arguments(command, source, checkpoint, tmp_path / "a" / "out")) == 0
+    assert tree(tmp_path / "b") == tree(tmp_path / "a")
+
+
+def test_a_changed_source_is_not_continued(
+    source: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = arguments("import", source, checkpoint, tmp_path / "b")
+    killed("note", 3, flags)
+    assert (tmp_path / "b" / ".writing-iter_0000000.journal").is_file()
+    publishers.write_qwen2(tmp_path / "other", seed=8)
+    flags = arguments("import", tmp_path / "other", checkpoint, tmp_path / "b")
+    assert cli.main(flags) == 0
+    assert "is kept" not in capfd.readouterr().err
+    assert cli.main(["verify", str(tmp_path / "other"), str(tmp_path / "b")]) == 0
+    assert not list((tmp_path / "b").glob(".writing-*"))
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_finished_file_that_was_changed_is_written_again(
+    command: str, source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "b" / "out"
+    output.parent.mkdir()
+    flags = arguments(command, source, checkpoint, output)
+    killed("note", 3, flags)
+    staging = next(path for path in (tmp_path / "b").rglob(".writing-*") if path.is_dir())
+    first = min(staging.iterdir())
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    assert cli.main(flags) == 0
+    assert cli.main(["verify", str(source), str(output)]) == 0
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_any_number_of_workers_writes_the_same_bytes(
+    command: str, source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1000)
+    trees = []
+    for workers in ("1", "2", "5"):
+        output = tmp_path / workers / "out"
+        output.parent.mkdir()
+        flags = arguments(command, source, checkpoint, output)
+        assert cli.main([*flags, "--workers", workers]) == 0
+        trees.append(tree(output))
+    assert trees[0] == trees[1] == trees[2]
+    assert len([name for name in trees[0] if name.endswith((".distcp", ".safetensors"))]) > 3
+
+
+def test_two_processes_do_not_write_one_folder(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    (tmp_path / "b").mkdir()
+    with (tmp_path / "b" / ".writing-iter_0000000.journal").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli.main(["import", "--llm", str(source), "--output", str(tmp_path / "b")]) == 2
+    assert "another process is writing it" in capsys.readouterr().err
+
+
+def test_the_report_names_what_became_of_every_tensor(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    report = json.loads((checkpoint / "iter_0000000" / "conversion.json").read_text())
+    stored = publishers.tensors_of(source)
+    assert report["source"] == {"tensors": len(stored), "bytes": sum(one.nbytes for one in stored.values())}
+    parts = [name for names in report["tensors"].values() for name in names]
+    assert sorted(parts) == sorted(stored)
+    assert report["tensors"]["language_model.decoder.layers.0.self_attention.linear_qkv.bias"] == [
+        f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"
+    ]
+    assert report["left_out"] == report["made_up"] == {}
+
+
+def test_digests_of_an_exported_folder_check(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert cli.main(arguments("export", source, checkpoint, output)) == 0
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=output, check=True)
+    listed = {line.split("  ")[1] for line in (output / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.name for path in output.iterdir()} - {"SHA256SUMS"}
