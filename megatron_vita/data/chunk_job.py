@@ -132,7 +132,10 @@ class _ChunkWorker:
             return
         check_example(made.example, self._job.info, f"{file.name}:{line}")
         bodies = [self._body(item) for item in made.example.media]
-        writer.add(line, made.example, bodies, shortened=made.shortened, cleaned=made.cleaned)
+        changes = made.changes
+        writer.add(
+            line, made.example, bodies, shortened=made.shortened, cleaned=changes.cleaned, dropped=changes.dropped
+        )
 
     def _body(self, item: MediaItem) -> Body:
         """Where a medium's bytes are to be taken from when its pack is written."""

@@ -16,7 +16,7 @@ from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.picture import read_image
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Message, Sample, Text
-from megatron_vita.data.sources.convert import record_to_sample
+from megatron_vita.data.sources.convert import Changes, record_to_sample
 from megatron_vita.data.sources.mix import MixFile
 from megatron_vita.data.sources.stores import open_store
 from megatron_vita.data.spec import PreprocessSpec
@@ -47,8 +47,8 @@ class Compiled:
     example: Example
     shortened: bool
     """Text was cut or frames were left out to fit the sequence."""
-    cleaned: int
-    """Answers that lost leading line breaks."""
+    changes: Changes
+    """What the record lost before it was a Sample."""
 
 
 class Compiler:
@@ -67,14 +67,14 @@ class Compiler:
         if isinstance(record, DataError):
             raise record
         store = open_store(file.media, self._work)
-        sample, cleaned = record_to_sample(record, file.row, store=store, source=file.name, line=line)
+        sample, changes = record_to_sample(record, file.row, store=store, source=file.name, line=line)
         if isinstance(sample, Document):
             example = build_document(sample, tokenizer=self._tokenizer)
             cut = len(example.tokens) > self._rules.seq_length
-            return Compiled(self._cut(example) if cut else example, cut, cleaned)
-        return self._sample(sample, cleaned)
+            return Compiled(self._cut(example) if cut else example, cut, changes)
+        return self._sample(sample, changes)
 
-    def _sample(self, sample: Sample, cleaned: int) -> Compiled:
+    def _sample(self, sample: Sample, changes: Changes) -> Compiled:
         if sample.messages[-1].role != "assistant":
             raise refuse("no_answer", "the conversation ends with a question.")
         images = [read_image(file, verify=self._rules.verify_media) for file in sample.images]
@@ -84,7 +84,7 @@ class Compiler:
         if len(example.tokens) > self._rules.seq_length:
             example = self._shorten(sample, images, videos, example)
             shortened = True
-        return Compiled(example, shortened, cleaned)
+        return Compiled(example, shortened, changes)
 
     def _videos(self, sample: Sample, images: Sequence[MediaItem]) -> tuple[list[list[MediaItem]], bool]:
         """Frames of every video, each decoded once: how many fit is known before."""

@@ -14,7 +14,7 @@ from megatron_vita.config import IMAGE_NORMS
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RESAMPLE = "bicubic"
 """The one filter that tiles are resized with (what the published image processors use)."""
 
@@ -52,6 +52,8 @@ class SourceCounts:
     """Tiles of its Examples."""
     cleaned: int = 0
     """Answers of its Examples that lost leading line breaks."""
+    dropped: int = 0
+    """Turns of its Examples that the fixes of its row took out (`drop_bad_role` and its like)."""
     key: str = ""
     """Digest of the data file, its form and all settings that decide its Examples: a set with the same key holds
     Examples that need not be compiled again."""
@@ -93,7 +95,7 @@ class Manifest:
     """`embed`: the bytes are in the set; `reference`: pictures are paths; `none`: no media and tiles files."""
     sources: tuple[SourceCounts, ...]
     totals: Mapping[str, int]
-    """packs, samples, tokens, labels (that carry loss), tiles, media, read, rejected, truncated, cleaned."""
+    """packs, samples, tokens, labels (that carry loss), tiles, media, read, rejected, truncated, cleaned, dropped."""
     files: Mapping[str, Mapping[str, Any]]
     """Suffix behind the prefix (`tokens.bin`) -> bytes, sha256. The prefix itself is not part of the digest."""
     digest: str

@@ -93,7 +93,7 @@ def create_files(plan: Plan, tokens_per_tile: int) -> None:
             records = np.zeros(len(entries), dtype=SAMPLE)
             for name, column in (("length", "tokens"), ("labels", "labelled")):
                 records[name] = entries[column]
-            for name in ("source", "line", "tiles", "shortened", "cleaned"):
+            for name in ("source", "line", "tiles", "shortened", "cleaned", "dropped"):
                 records[name] = entries[name]
             records["cost"] = sample_cost(records["length"], records["tiles"], tokens_per_tile)
             stream.write(records.tobytes())

@@ -41,7 +41,7 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
 
     Args:
         file: a path, a region of a file, or bytes.
-        verify: `structure` proves that header and end are there, `decode` decodes the whole picture.
+        verify: `structure` proves that header and end are there, `decode` that the whole picture can be decoded, too.
 
     Raises:
         DataError: beginning with media_missing, media_broken, media_truncated, media_bomb or media_size.
@@ -50,10 +50,9 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
     try:
         header = parse_header(Window(data, len(data)))
         item = MediaItem(data, header.width, header.height, origin=file if file.data is None else None)
+        _check_end(header.format, data)
         if verify == "decode":
             decode(item)
-        else:
-            _check_end(header.format, data)
     except DataError as error:
         raise _named(error, file.name) from None
     return item

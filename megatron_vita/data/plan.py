@@ -34,6 +34,7 @@ ENTRY = np.dtype(
         ("bytes", "<i8"),
         ("shortened", "<i4"),
         ("cleaned", "<i4"),
+        ("dropped", "<i4"),
     ]
 )
 """One spooled Example: all that this process knows of it."""
@@ -65,7 +66,7 @@ class EntryTable:
     def add(self, number: int, chunk: ChunkFile, source: int | Int64) -> None:
         """All Examples of a chunk; `source` is one number or one for each."""
         rows = np.zeros(len(chunk.examples), dtype=ENTRY)
-        for name in ("line", "tokens", "labelled", "tiles", "media", "bytes", "shortened", "cleaned"):
+        for name in ("line", "tokens", "labelled", "tiles", "media", "bytes", "shortened", "cleaned", "dropped"):
             rows[name] = chunk.examples[name]
         rows["chunk"], rows["source"], rows["index"] = number, source, np.arange(len(rows))
         self.append(rows)
@@ -136,8 +137,8 @@ class Plan:
 
     @cached_property
     def by_source(self) -> dict[int, dict[str, int]]:
-        """Source -> samples, tokens, tiles, shortened, cleaned."""
-        columns = ("tokens", "tiles", "shortened", "cleaned")
+        """Source -> samples, tokens, tiles, shortened, cleaned, dropped."""
+        columns = ("tokens", "tiles", "shortened", "cleaned", "dropped")
         out: dict[int, dict[str, int]] = {}
         for part in blocks(len(self.samples)):
             rows = self.samples[part]

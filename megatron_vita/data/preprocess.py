@@ -386,6 +386,8 @@ def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCount
     for source in manifest.sources:
         if source.cleaned:
             log.info("%s: %d answers lost leading line breaks", source.name, source.cleaned)
+        if source.dropped:
+            log.info("%s: %d turns were dropped by its fixes", source.name, source.dropped)
     return manifest
 
 

@@ -45,6 +45,7 @@ SAMPLE = np.dtype(
             "labels",  # tokens that carry loss
             "shortened",  # 1: text was cut or frames were left out to fit the sequence
             "cleaned",  # answers that lost leading line breaks
+            "dropped",  # turns that the fixes of its dataset took out
         )
     ]
 )

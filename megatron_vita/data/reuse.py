@@ -116,4 +116,5 @@ class _Open:
             bodies,
             shortened=bool(record["shortened"]),
             cleaned=int(record["cleaned"]),
+            dropped=int(record["dropped"]),
         )

@@ -359,6 +359,7 @@ def _counted(
                 rejected=dict(source.rejected),
                 truncated=packed.get("shortened", 0),
                 cleaned=packed.get("cleaned", 0),
+                dropped=packed.get("dropped", 0),
                 tokens=packed.get("tokens", 0),
                 tiles=packed.get("tiles", 0),
             )
@@ -369,6 +370,7 @@ def _counted(
     totals["rejected"] = sum(sum(source.rejected.values()) for source in out)
     totals["truncated"] = sum(source.truncated for source in out)
     totals["cleaned"] = sum(source.cleaned for source in out)
+    totals["dropped"] = sum(source.dropped for source in out)
     return out, totals
 
 

@@ -33,6 +33,7 @@ EXAMPLE = np.dtype(
         ("bytes", "<i8"),  # of all its media
         ("shortened", "<i4"),
         ("cleaned", "<i4"),
+        ("dropped", "<i4"),
     ]
 )
 SLOT = np.dtype([(name, "<i4") for name in ("first_token", "media", "row", "col", "rows", "cols", "thumbnail")])
@@ -49,7 +50,7 @@ MEDIUM = np.dtype(
     ]
 )
 _FOOTER = np.dtype([("magic", "S8"), ("tables", "<i8"), *((name, "<i8") for name in ("examples", "slots", "media"))])
-_MAGIC = b"VITASPL1"
+_MAGIC = b"VITASPL2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,14 @@ class ChunkWriter:
         self._rejects: list[tuple[int, str, str]] = []
 
     def add(
-        self, line: int, example: Example, bodies: Sequence[Body], *, shortened: bool = False, cleaned: int = 0
+        self,
+        line: int,
+        example: Example,
+        bodies: Sequence[Body],
+        *,
+        shortened: bool = False,
+        cleaned: int = 0,
+        dropped: int = 0,
     ) -> int:
         """Spool an Example; `bodies` says where the bytes of its media are. Returns its number in this file."""
         start = place = self._stream.tell()
@@ -106,7 +114,7 @@ class ChunkWriter:
                 total += len(body)
         self._slots += [(s.first_token, s.media, s.row, s.col, s.rows, s.cols, s.thumbnail) for s in example.tiles]
         counts = (len(tokens), int(np.count_nonzero(labels != IGNORE_INDEX)), len(example.tiles), len(bodies))
-        self._examples.append((line, start, *counts, total, int(shortened), cleaned))
+        self._examples.append((line, start, *counts, total, int(shortened), cleaned, dropped))
         return len(self._examples) - 1
 
     def reject(self, line: int, code: str, message: str) -> None:

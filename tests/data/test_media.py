@@ -98,6 +98,8 @@ def test_damaged_files_are_refused() -> None:
     assert refused(bytes(png)) == "media_broken"
     jpeg = picture(80, 60, kind="JPEG")
     assert refused(jpeg[:-2]) == "media_truncated"
+    for cut in (picture(40, 30)[:-20], picture(80, 60, kind="JPEG")[:-2]):  # what decodes need not be whole
+        assert refused(cut, "decode") == "media_truncated"
 
 
 def bomb(width: int, height: int) -> bytes:

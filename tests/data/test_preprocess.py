@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -214,6 +215,29 @@ def test_reference_media_point_to_the_files(world: Path) -> None:
     shards = ShardSet(prefix)
     sizes = {len(shards.media_bytes(item)) for item in range(manifest.totals["media"])}
     assert len(picture(16, 24, seed=0)) in sizes
+
+
+def test_turns_that_fixes_drop_are_counted(world: Path, tmp_path: Path) -> None:
+    odd = {"from": "tool", "value": "noise"}
+    records = [
+        {"conversations": [odd, *turns("q"), odd]},
+        {"conversations": turns("q")},
+        {"conversations": [odd, {"from": "tool", "value": "more"}]},  # nothing is left of it: refused, not counted
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    group = {"source": "sharegpt", "fix": ["drop_bad_role"], "data_paths": [str(tmp_path / "r.jsonl")]}
+    (tmp_path / "mix.yaml").write_text(json.dumps({"dataset": {"talk": group}}))
+    prefix = tmp_path / "out" / "set"
+    small = options(world, prefix, data_config=str(tmp_path / "mix.yaml"))
+    manifest = run(small)
+    (source,) = manifest.sources
+    assert (source.used, source.dropped, dict(source.rejected)) == (2, 2, {"bad_order": 1})
+    assert manifest.totals["dropped"] == 2
+    assert ShardSet(prefix).samples["dropped"].sum() == 2
+    group["num"] = 2  # another mix: the Examples are taken from the set, and their counts with them
+    (tmp_path / "mix.yaml").write_text(json.dumps({"dataset": {"more": group, "talk": group}}))
+    again = run(dataclasses.replace(small, resume=True))
+    assert sum(row["dropped"] for row in ShardSet(prefix).samples) == again.totals["dropped"]
 
 
 # ---------------------------------------------------------------------------------------------- what does not fit

@@ -159,6 +159,11 @@ BAD: list[tuple[str, str | None, Any]] = [
     ("bad_record", "alpaca", {"instruction": "q", "output": "\ud800"}),
     ("bad_record", "alpaca", {"instruction": "q", "output": "a", "system": "x\udfff"}),
     ("bad_record", "text", {"text": "words \ud83d"}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": float("nan")}),
+    ("bad_record", "alpaca", {"instruction": "q", "input": float("nan"), "output": "a"}),
+    ("bad_record", "alpaca", {"instruction": "q", "output": "a", "history": [["q", None]]}),
+    ("bad_record", "long_context_qa", {"context": "c", "questions": ["q"], "answers": [None]}),
+    ("bad_record", None, {"images": [5], "messages": [Q | {"content": "<image>"}, A]}),
 ]  # fmt: skip
 
 

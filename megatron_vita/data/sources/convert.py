@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -21,9 +22,19 @@ _TAG = re.compile(r"<image>|<video>")
 _MEDIA_KEYS = ("image", "images", "video", "videos")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What a record lost on its way to a Sample: counted, so that nothing is dropped in silence."""
+
+    cleaned: int = 0
+    """Answers that lost leading line breaks."""
+    dropped: int = 0
+    """Turns that the fixes of its row took out."""
+
+
 def record_to_sample(
     record: Any, row: Row, *, store: MediaStore, source: str, line: int
-) -> tuple[Sample | Document, int]:
+) -> tuple[Sample | Document, Changes]:
     """Convert one record.
 
     Args:
@@ -34,8 +45,7 @@ def record_to_sample(
         line: record number.
 
     Returns:
-        The Sample (checked; media paths proven to lie under the root) or Document, and how many of its answers lost
-        leading line breaks.
+        The Sample (checked; media paths proven to lie under the root) or Document, and what it lost on the way.
 
     Raises:
         DataError: whose message begins with a reason code.
@@ -45,7 +55,7 @@ def record_to_sample(
     if draft.text is not None:
         _no_undeclared(record, row)
         check_text(draft.text)
-        return Document(draft.text, source, line), 0
+        return Document(draft.text, source, line), Changes()
     if isinstance(record, dict):
         draft.images += _field(record, row.image, "image", draft)
         draft.videos += _field(record, row.video, "video", draft)
@@ -53,6 +63,7 @@ def record_to_sample(
     if row.media and not draft.images and not draft.videos:
         names = ", ".join(f"`{key}`" for key in row.image + row.video)
         raise refuse("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
+    turns = len(draft.turns)
     for fix in row.fix:
         find_fix(fix)(draft)
     if not draft.turns:
@@ -66,7 +77,7 @@ def record_to_sample(
     )
     sample, cleaned = clean_answers(sample)
     sample.check()
-    return sample, cleaned
+    return sample, Changes(cleaned=cleaned, dropped=turns - len(draft.turns))
 
 
 def _field(record: dict[str, Any], names: tuple[str, ...], kind: str, draft: Draft) -> list[Any]:
@@ -149,8 +160,10 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
             reference = reference.get("path") or reference.get("url")
     if isinstance(reference, bytes | bytearray):
         return MediaFile(data=bytes(reference))
-    if not isinstance(reference, str) or not reference:
+    if reference is None or reference == "":
         raise refuse("media_missing", "a medium is null.")
+    if not isinstance(reference, str):
+        raise refuse("bad_record", f"a medium is a path, an address or bytes, this is {type(reference).__name__}.")
     if reference.startswith("data:"):
         return MediaFile(data=_data_url(reference))
     if reference.startswith(("http://", "https://")):

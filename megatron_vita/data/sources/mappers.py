@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -74,10 +75,10 @@ def map_pair(record: Any, fields: Fields) -> Draft:
     names = fields.get("user", ("instruction", "input"))
     names = (names,) if isinstance(names, str) else tuple(names)
     asked = [_text(record, names[0])]
-    asked += [str(record[name]) for name in names[1:] if record.get(name) not in (None, "")]
+    asked += [_text(record, name) for name in names[1:] if record.get(name) not in (None, "")]
     extra = fields.get("user_join_if_absent")
-    if extra and record.get(extra) not in (None, "") and str(record[extra]) not in asked[0]:
-        asked.append(str(record[extra]))
+    if extra and record.get(extra) not in (None, "") and _text(record, extra) not in asked[0]:
+        asked.append(_text(record, extra))
     draft = Draft()
     system = record.get(fields.get("system", "system"))
     if isinstance(system, str) and system.strip():
@@ -86,7 +87,7 @@ def map_pair(record: Any, fields: Fields) -> Draft:
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise refuse("bad_record", "`history` must be a list of [question, answer].")
-        draft.turns += [("user", str(pair[0])), ("assistant", str(pair[1]))]
+        draft.turns += [("user", _written(pair[0], "history")), ("assistant", _written(pair[1], "history"))]
     answer = _text(record, fields.get("assistant", "output"))
     draft.turns += [("user", "\n\n".join(asked)), ("assistant", answer)]
     return draft
@@ -119,8 +120,9 @@ def map_context_qa(record: Any, fields: Fields) -> Draft:
     context = _text(record, fields.get("context", "context"))
     draft = Draft()
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        asked = f"{context}\n\n{question}" if number == 0 else str(question)
-        draft.turns += [("user", asked), ("assistant", str(answer))]
+        asked = _written(question, "questions")
+        asked = f"{context}\n\n{asked}" if number == 0 else asked
+        draft.turns += [("user", asked), ("assistant", _written(answer, "answers"))]
     return draft
 
 
@@ -211,12 +213,14 @@ def _list(record: Any, names: Any) -> list[Any]:
 
 def _text(record: Mapping[str, Any], names: Any) -> str:
     """A text field; numbers and truth values are written out, as some datasets store short answers that way."""
-    value = _first(record, names)
+    return _written(_first(record, names), names if isinstance(names, str) else names[0])
+
+
+def _written(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int):
         return str(value)
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):  # a table's NaN is no text, but the lack of one
         return str(int(value)) if value.is_integer() else str(value)
-    name = names if isinstance(names, str) else names[0]
     raise refuse("bad_record", f"`{name}` must be text, found {'nothing' if value is None else type(value).__name__}.")
