@@ -14,13 +14,15 @@ from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
-from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, siglip_clip
+from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, megatron_layouts, siglip_clip
 from megatron_vita.convert.hf_config import read_json, refuse
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import OurView, Subset
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
 
+MEGATRON = "megatron"
+"""`kind` of Long-VITA's Megatron layouts."""
 PROCESSOR = "preprocessor_config.json"
 SIDECAR = "megatron_vita.json"
 """What an exported folder remembers beyond what stock files can say."""
@@ -33,7 +35,7 @@ class OpenModel:
     path: Path
     """The checkpoint's or the Hugging Face folder."""
     kind: str
-    """`checkpoint`, `internvl`, `long_vita`, or a decoder's model_type."""
+    """`checkpoint`, `internvl`, `long_vita`, `megatron`, or a decoder's model_type."""
     model: ModelConfig
     tensors: LazyTensors
     """Its weights by checkpoint key."""
@@ -46,19 +48,23 @@ class OpenModel:
 
 
 def open_model(path: str | Path) -> OpenModel:
-    """Open a checkpoint, a folder of checkpoints, or a Hugging Face folder. No tensor is read yet.
+    """Open a checkpoint, a folder of checkpoints, a Hugging Face folder, or one of Long-VITA's Megatron layouts. No
+    tensor is read yet.
 
     Raises:
-        ConfigError: no such folder.
-        CheckpointError: nothing of the kind there, or it is damaged, incomplete or not supported.
+        ConfigError: no such folder, or nothing of the kind there.
+        CheckpointError: it is damaged, incomplete or not supported.
     """
     path = Path(path)
     if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and latest(path)):
         return _open_checkpoint(resolve(path))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
+    step = megatron_layouts.find(path)
+    if step is not None:
+        return _open_megatron(step)
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
+        raise ConfigError(f"{path}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
     return _open_hf(path)
 
 
@@ -76,15 +82,14 @@ def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
     checkpoint key. Pixels are normalised as its preprocessor_config.json says, if it has one.
 
     Raises:
-        CheckpointError: not a tower, not one that is supported, or incomplete.
+        ConfigError: a whole model or a decoder.
+        CheckpointError: not a tower that is supported, or incomplete.
     """
     path = Path(path)
     where = path / "config.json"
     config = read_json(where)
     if config.get("model_type") in _FAMILIES:
-        raise CheckpointError(
-            f"{where}: is a whole model ({config['model_type']}). Use import --model, or give a tower."
-        )
+        raise ConfigError(f"{where}: is a whole model ({config['model_type']}). Use import --model, or give a tower.")
     kind = config.get("model_type")
     if kind not in siglip_clip.MODEL_TYPES and kind not in (None, *intern_vit.MODEL_TYPES):
         raise refuse(str(where), "model_type", kind, ", ".join([*intern_vit.MODEL_TYPES, *siglip_clip.MODEL_TYPES]))
@@ -114,6 +119,22 @@ def _open_checkpoint(folder: Path) -> OpenModel:
         preprocess=state.preprocess,
         tokenizer_dir=folder / TOKENIZER_FOLDER,
         state=state,
+    )
+
+
+def _open_megatron(folder: Path) -> OpenModel:
+    opened = megatron_layouts.open_layout(folder)
+    spec = None
+    if opened.model.vision is not None:
+        spec = dataclasses.replace(PreprocessSpec.for_tower(opened.model.vision), layout="long_vita")
+    places = [one for one in (folder, folder.parent) if (one / "tokenizer.json").is_file()]
+    return OpenModel(
+        path=folder,
+        kind=MEGATRON,
+        model=opened.model,
+        tensors=OurView(opened.rules, opened.used(), str(folder)),
+        preprocess=spec,
+        tokenizer_dir=places[0] if places else folder,
     )
 
 

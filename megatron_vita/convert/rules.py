@@ -172,6 +172,33 @@ def joint_qkv(ours: str, theirs: str, *, heads: int, head_dim: int, columns: int
     return Rule(Named(ours, shape), (Named(theirs, shape),), tuple(copies))
 
 
+def split_over_ranks(
+    ours: str, theirs: Sequence[str], shape: Sequence[int], axis: int, *, halves: bool = False
+) -> Rule:
+    """Our tensor, cut into equal parts along one axis; theirs are the parts of tensor rank 0, 1 and so on.
+
+    Args:
+        ours: our name.
+        theirs: names of the parts; their number divides the axis.
+        shape: ours.
+        axis: 0 or 1.
+        halves: each rank has its part of the first half, then its part of the second (gate above up); axis 0.
+    """
+    part = list(shape)
+    part[axis] //= len(theirs)
+    pieces = 2 if halves else 1
+    size = part[axis] // pieces
+    copies = []
+    for index in range(len(theirs)):
+        for piece in range(pieces):
+            there, here = list(whole(part)), list(whole(shape))
+            there[axis] = slice(piece * size, (piece + 1) * size)
+            start = piece * (shape[axis] // pieces) + index * size
+            here[axis] = slice(start, start + size)
+            copies.append(Copy(index, tuple(there), tuple(here)))
+    return Rule(Named(ours, tuple(shape)), tuple(Named(name, tuple(part)) for name in theirs), tuple(copies))
+
+
 def zero_padded(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Rule:
     """Our tensor is the first corner of a larger one of theirs, whose rest is zero."""
     box = whole(shape)

@@ -1,0 +1,424 @@
+"""Long-VITA's published Megatron layouts: `_MG` (Transformer Engine's names) and MindSpeed's (norms beside linears).
+
+DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
+and pipeline rank, with the weights under `model` and the settings of the run under `args`. inert.py reads the files.
+Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on each pipeline rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, shift, volume, whole
+from megatron_vita.checkpoint.streams import raw, read_exactly
+from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.convert import decoders, long_vita
+from megatron_vita.convert.hf_config import integer, number, read_json, require
+from megatron_vita.convert.inert import Record, TensorPlace, TorchFile
+from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
+from megatron_vita.convert.views import Subset
+from megatron_vita.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model_optim_rng.pt"
+LATEST = "latest_checkpointed_iteration.txt"
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_PREFIXES = (
+    ("external_feature_model.vit.", "vision_model."),
+    ("external_feature_model.pre_proj_layernorm.", "vision_projection.pre_proj_layernorm."),
+    ("external_feature_model.vision_projection.", "vision_projection."),
+    ("", "language_model."),
+)
+_NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+"""MindSpeed's names of a layer's norms -> Transformer Engine's."""
+_NOT_WEIGHTS = re.compile(r"(.*\._extra_state|unused|.*rotary_pos_emb\.inv_freq)")
+"""Transformer Engine's fp8 state, a dummy that Long-VITA's model carries, and a table that is computed."""
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_HEAD = "language_model.output_layer.weight"
+_TOWER_HEADS = {"intern_300m": 16}
+"""--vision-model-type -> heads, which no tensor tells."""
+_REPLICA_TOLERANCE = 2.0**-7
+"""Relative difference that copies of one weight on different ranks may have gathered: that of one bfloat16 step."""
+
+
+@dataclass(frozen=True)
+class MegatronModel:
+    """A checkpoint of either layout: the model, and its weights under the names RANK:TENSOR with rules to ours."""
+
+    model: ModelConfig
+    source: RankFiles
+    rules: list[Rule]
+
+    def used(self) -> LazyTensors:
+        """The tensors that the rules speak of."""
+        return Subset(self.source, [named.name for rule in self.rules for named in rule.theirs])
+
+
+class RankFiles(LazyTensors):
+    """The weights in the files of all ranks, as `mp_rank_03:decoder.final_layernorm.weight`."""
+
+    def __init__(self, places: Mapping[str, TensorPlace], left_out: Mapping[str, str]) -> None:
+        """`left_out`: names of `places` that are on purpose not used, and why."""
+        self._places = dict(places)
+        self._left_out = dict(left_out)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name].dtype
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        region = whole(self.shape(name)) if region is None else region
+        out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        place = self._places[name]
+        if not volume(region):
+            return
+        run = (*region[:1], *whole(place.shape[1:]))
+        direct = run == region and out.is_contiguous()
+        target = out if direct else torch.empty(extent(run), dtype=place.dtype)
+        start = place.start
+        if region:
+            start += region[0].start * math.prod(place.shape[1:]) * place.dtype.itemsize
+        descriptor = os.open(place.file, os.O_RDONLY)
+        try:
+            read_exactly(descriptor, raw(target), start, place.file)
+        finally:
+            os.close(descriptor)
+        if not direct:
+            out.copy_(target[shift(region, run)])
+
+    def left_out(self) -> Mapping[str, str]:
+        return self._left_out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def find(path: Path) -> Path | None:
+    """The folder with the ranks' folders: `path` itself, or the newest step below it; none if there is none.
+
+    Raises:
+        CheckpointError: latest_checkpointed_iteration.txt names a step that is not there.
+    """
+    if _ranks(path):
+        return path
+    if (path / LATEST).is_file():
+        text = (path / LATEST).read_bytes()[:40].decode(errors="replace").strip()
+        step = path / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
+        if _ranks(step):
+            return step
+    steps = [step for step in sorted(path.glob("iter_*")) if _ranks(step)]
+    if len(steps) > 1:
+        raise CheckpointError(f"{path}: holds {len(steps)} steps and no {LATEST} that names one. Give one of them.")
+    return steps[0] if steps else None
+
+
+def _ranks(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("mp_rank_*")) if (path / MODEL_FILE).is_file()]
+
+
+def open_layout(folder: Path) -> MegatronModel:
+    """Read the directory of every rank's file and tie their tensors to ours. No weight is read, save copies of one
+    weight on several ranks, which are compared.
+
+    The shape of the model is that of a config.json of Long-VITA's Hugging Face format beside the ranks or one folder
+    above, if there is one; else that of the run's own settings, in which all rows of the embedding are kept.
+
+    Raises:
+        CheckpointError: a rank is missing, a tensor is missing, left over or misshapen, or the model is not supported.
+    """
+    files = _grid(folder)
+    ranks = 1 + max(tensor for _, tensor in files)
+    stages = 1 + max(stage for stage, _ in files)
+    places: dict[str, TensorPlace] = {}
+    found: dict[str, list[str]] = {}  # our name -> names of its parts, by tensor rank
+    left_out: dict[str, str] = {}
+    first_layer = 0
+    settings: Mapping[str, Any] = {}
+    for stage in range(stages):
+        layers = 0
+        for tensor in range(ranks):
+            rank = files[stage, tensor]
+            content = _weights(rank)
+            settings = settings or content.settings
+            for name, place in content.tensors.items():
+                places[f"{rank.name}:{name}"] = place
+                if _NOT_WEIGHTS.fullmatch(name):
+                    left_out[f"{rank.name}:{name}"] = "no weight of the model"
+                    continue
+                ours, layer = _our_name(name, first_layer)
+                layers = max(layers, layer + 1)
+                found.setdefault(ours, []).append(f"{rank.name}:{name}")
+        first_layer += layers
+    model = _model(folder, settings, found, places, ranks)
+    source = RankFiles(places, left_out)
+    if not model.untie_embeddings_and_output_weights and _HEAD in found:
+        for copy, first in zip(found.pop(_HEAD), found[_EMBEDDING], strict=True):
+            _leave_copy(source, copy, first, left_out)
+    for name in (_EMBEDDING, _HEAD):
+        if name in found:
+            found[name] = _cut_vocabulary(found[name], model.vocab_size, places, left_out, folder)
+    source = RankFiles(places, left_out)
+    rules = [_rule(ours, found, source, left_out, folder, ranks) for ours in _expected(model)]
+    extra = sorted(set(found) - {rule.ours.name for rule in rules if rule.ours})
+    if extra:
+        raise CheckpointError(f"{folder}: holds {found[extra[0]][0]} (of {len(extra)}), which the model has not.")
+    return MegatronModel(model, RankFiles(places, left_out), rules)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    tensors: dict[str, TensorPlace]
+    settings: Mapping[str, Any]
+
+
+def _weights(rank: Path) -> _Weights:
+    path = rank / MODEL_FILE
+    content = TorchFile(path).content
+    if isinstance(content, dict) and "model0" in content:
+        raise CheckpointError(
+            f"{path}: holds virtual pipeline stages (model0), which is not supported. Save it anew without them."
+        )
+    weights = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{path}: holds no weights under `model`. Is it a checkpoint of Megatron's?")
+    tensors = {}
+    for name, value in weights.items():
+        if isinstance(name, str) and isinstance(value, TensorPlace):
+            tensors[name] = value
+        elif not isinstance(name, str) or not _NOT_WEIGHTS.fullmatch(name):
+            raise CheckpointError(f"{path}: {str(name)[:80]!r} under `model` is no tensor. Refused.")
+    arguments = content.get("args")
+    state = arguments.state if isinstance(arguments, Record) else None
+    return _Weights(tensors, state if isinstance(state, dict) else {})
+
+
+def _grid(folder: Path) -> dict[tuple[int, int], Path]:
+    """(pipeline rank, tensor rank) -> folder, all there."""
+    files: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _RANK.fullmatch(path.name)
+        if match is None:
+            raise CheckpointError(
+                f"{path}: neither mp_rank_TT nor mp_rank_TT_PPP. Expert parallelism is not supported."
+            )
+        files[int(match[2] or 0), int(match[1])] = path
+    stages, ranks = 1 + max(one[0] for one in files), 1 + max(one[1] for one in files)
+    missing = [(p, t) for p in range(stages) for t in range(ranks) if (p, t) not in files]
+    if missing or len({len(path.name) for path in files.values()}) > 1:
+        what = (
+            f"pipeline rank {missing[0][0]}, tensor rank {missing[0][1]} is missing" if missing else "two layouts mix"
+        )
+        raise CheckpointError(f"{folder}: {what} (of {stages} x {ranks}). The download is incomplete.")
+    return files
+
+
+def _our_name(name: str, first_layer: int) -> tuple[str, int]:
+    """(checkpoint key, number of its decoder layer on its stage or -1)."""
+    theirs, prefix = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
+    ours = prefix + name.removeprefix(theirs)
+    for old, new in _NORMS.items():
+        ours = ours.replace(old, new)
+    layer = re.match(r"language_model\.decoder\.layers\.(\d{1,6})\.", ours)
+    if layer is None:
+        return ours, -1
+    number = int(layer[1])
+    return f"language_model.decoder.layers.{first_layer + number}.{ours[layer.end() :]}", number
+
+
+def _expected(model: ModelConfig) -> list[Named]:
+    """Every tensor of the model, ours."""
+    table = long_vita.rules(model) if model.vision else decoders.rules(model)
+    return [rule.ours for rule in table if rule.ours is not None]
+
+
+def _split(name: str) -> tuple[int, bool] | None:
+    """(axis that tensor ranks split, whether in two halves), or none for what each rank has whole."""
+    if name in (_EMBEDDING, _HEAD) or ".linear_qkv.weight" in name or ".linear_qkv.bias" in name:
+        return 0, False
+    if re.search(r"\.linear_fc1\.(weight|bias)$", name):
+        return 0, name.startswith("language_model.")
+    return (1, False) if re.search(r"\.linear_(proj|fc2)\.weight$", name) else None
+
+
+def _rule(
+    ours: Named, found: dict[str, list[str]], source: RankFiles, left_out: dict[str, str], folder: Path, ranks: int
+) -> Rule:
+    parts = found.get(ours.name, [])
+    split = _split(ours.name)
+    vocabulary = ours.name in (_EMBEDDING, _HEAD)
+    if len(parts) != ranks and not (vocabulary and parts):
+        has = f"stands on {len(parts)} of {ranks} tensor ranks" if parts else "is missing"
+        raise CheckpointError(f"{folder}: {ours.name} {ours.shape} {has}. The config and the weights do not fit.")
+    if vocabulary:
+        return _stacked_rows(ours, parts, source)
+    if split is None:
+        for copy in parts[1:]:
+            _leave_copy(source, copy, parts[0], left_out)
+        shape = source.shape(parts[0])
+        same = math.prod(shape) == math.prod(ours.shape) and shape[-len(ours.shape) :] == ours.shape[-len(shape) :]
+        return rename(ours.name, parts[0], ours.shape, their_shape=shape if same else None)
+    axis, halves = split
+    if ours.shape[axis] % (ranks * (2 if halves else 1)):
+        raise CheckpointError(f"{folder}: {ours.name} {ours.shape} does not split over {ranks} tensor ranks.")
+    return split_over_ranks(ours.name, parts, ours.shape, axis, halves=halves)
+
+
+def _stacked_rows(ours: Named, parts: Sequence[str], source: RankFiles) -> Rule:
+    """Rows of the vocabulary: the last ranks may have fewer, once the padding is cut."""
+    rule = stacked(ours.name, parts, [source.shape(part)[0] for part in parts], ours.shape[1])
+    return replace(rule, ours=ours)
+
+
+def _leave_copy(source: RankFiles, copy: str, first: str, left_out: dict[str, str]) -> None:
+    """Take one of several copies of a weight, if they are copies."""
+    if source.shape(copy) != source.shape(first) or source.dtype(copy) != source.dtype(first):
+        raise CheckpointError(f"{copy} and {first} should be copies, but differ in shape or type.")
+    a, b = source[copy], source[first]
+    left_out[copy] = f"a copy of {first}"
+    if torch.equal(a, b):
+        return
+    gap, scale = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+    if not gap <= _REPLICA_TOLERANCE * scale:
+        raise CheckpointError(f"{copy} and {first} should be copies, but differ by {gap:.3g} (of {scale:.3g}).")
+    log.warning("%s differs from %s by %.3g (of %.3g): the latter is taken", copy, first, gap, scale)
+    left_out[copy] = f"nearly a copy of {first}: differs by {gap:.3g}"
+
+
+def _cut_vocabulary(
+    parts: list[str], rows: int, places: dict[str, TensorPlace], left_out: dict[str, str], folder: Path
+) -> list[str]:
+    """The parts with rows of the vocabulary, cut to it; what lies beyond is Megatron's padding."""
+    kept, left = [], rows
+    for part in parts:
+        have = min(left, places[part].shape[0])
+        left -= have
+        if have == places[part].shape[0]:
+            kept.append(part)
+            continue
+        left_out[part] = f"rows from {have} on pad the vocabulary"
+        if have:
+            kept.append(part)
+            places[part] = replace(places[part], shape=(have, *places[part].shape[1:]))
+    if left:
+        raise CheckpointError(f"{folder}: the embedding has {rows - left} rows, config.json's vocab_size is {rows}.")
+    return kept
+
+
+def _model(
+    folder: Path,
+    settings: Mapping[str, Any],
+    found: Mapping[str, list[str]],
+    places: Mapping[str, TensorPlace],
+    ranks: int,
+) -> ModelConfig:
+    for path in (folder / "config.json", folder.parent / "config.json"):
+        if path.is_file():
+            return long_vita.read_config(read_json(path), str(path))
+    where = f"{folder}: the run's settings (args)"
+    if not settings:
+        raise CheckpointError(
+            f"{folder}: its files hold no settings (args). Put the config.json of the model's Hugging Face repository "
+            "beside them."
+        )
+    for key, wanted in (
+        ("normalization", "RMSNorm"),
+        ("swiglu", True),
+        ("rotary_percent", 1.0),
+        ("position_embedding_type", "rope"),
+        ("rotary_interleaved", False),
+        ("use_rope_scaling", False),
+        ("rotary_seq_len_interpolation_factor", None),
+        ("qk_layernorm", False),
+        ("num_experts", None),
+        ("add_bias_linear", False),
+    ):
+        require(settings, key, wanted, wanted, where)
+
+    def rows(name: str) -> int:
+        return sum(places[part].shape[0] for part in found.get(name, ()))
+
+    heads = integer(settings, "num_attention_heads", where)
+    grouped = settings.get("group_query_attention", True)
+    layer = "language_model.decoder.layers.0.self_attention.linear_qkv.bias"
+    epsilon = number(settings, "norm_epsilon", where)
+    try:
+        model = ModelConfig(
+            num_layers=integer(settings, "num_layers", where),
+            hidden_size=integer(settings, "hidden_size", where),
+            ffn_hidden_size=integer(settings, "ffn_hidden_size", where),
+            num_attention_heads=heads,
+            num_query_groups=integer(settings, "num_query_groups", where) if grouped else heads,
+            vocab_size=rows(_EMBEDDING),
+            untie_embeddings_and_output_weights=bool(settings.get("untie_embeddings_and_output_weights", False)),
+            add_qkv_bias=layer in found,
+            norm_epsilon=epsilon,
+            rotary_base=number(settings, "rotary_base", where),
+            max_position_embeddings=integer(settings, "max_position_embeddings", where),
+        )
+        if "vision_model.conv1.weight" not in found:
+            return model
+        tower = _tower(settings, found, places, ranks, epsilon, where)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    width = rows("vision_projection.encoder.linear_fc1.weight")
+    bias = "vision_projection.encoder.linear_fc1.bias" in found
+    return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=width or None, bias=bias))
+
+
+def _tower(
+    settings: Mapping[str, Any],
+    found: Mapping[str, list[str]],
+    places: Mapping[str, TensorPlace],
+    ranks: int,
+    epsilon: float,
+    where: str,
+) -> VisionConfig:
+    """The tower's sizes are constants of Long-VITA's code: taken from its tensors, which must then fit."""
+    kind = settings.get("vision_model_type")
+    if kind not in _TOWER_HEADS:
+        raise CheckpointError(
+            f"{where}: vision_model_type={kind!r} is not supported ({', '.join(_TOWER_HEADS)} only). If it is an "
+            "InternViT all the same, put a config.json with its `visual` object beside the ranks."
+        )
+
+    def shape(name: str) -> tuple[int, ...]:
+        parts = found.get("vision_model." + name)
+        if not parts:
+            raise CheckpointError(f"{where}: the tower's {name} is missing. The download is incomplete.")
+        return places[parts[0]].shape
+
+    width, _, patch, _ = shape("conv1.weight")
+    layers = {int(m[1]) for m in (re.match(r"vision_model\.decoder\.layers\.(\d{1,6})\.", one) for one in found) if m}
+    side = math.isqrt(shape("position_embeddings.weight")[0] - 1)
+    return VisionConfig(
+        num_layers=1 + max(layers, default=-1),
+        hidden_size=width,
+        ffn_hidden_size=ranks * shape("decoder.layers.0.mlp.linear_fc1.weight")[0],
+        num_attention_heads=_TOWER_HEADS[kind],
+        norm_epsilon=epsilon,  # Long-VITA's towers inherit the decoder's
+        image_size=side * patch,
+        patch_size=patch,
+    )
