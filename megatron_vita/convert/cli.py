@@ -13,7 +13,7 @@ from megatron_vita import log as vita_log
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.opening import OpenModel, open_model
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
-from megatron_vita.convert.tokenizer_files import special_ids
+from megatron_vita.convert.tokenizer_files import special_ids, tokens_that_differ
 from megatron_vita.data.tokenizer import IMG_CONTEXT
 from megatron_vita.errors import ConfigError, VitaError
 
@@ -95,6 +95,9 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
     worst = max((one.max_difference for one in found), key=lambda one: (one != one, one), default=0.0)
     line = f"{len(found)} tensors, {len(different)} differ, max difference {worst:.3g}"
     failed = bool(different) and not worst <= arguments.tolerance
+    for difference in tokens_that_differ(a.tokenizer_dir, b.tokenizer_dir):
+        sys.stdout.write(f"tokenizers differ: {difference}\n")
+        failed = True
     if arguments.logits:
         gap = _logit_gap(a, b)
         line += f"; logits differ by {gap:.3g}"
@@ -105,6 +108,13 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
 def _logit_gap(a: OpenModel, b: OpenModel) -> float:
     from megatron_vita.convert import logits  # loads megatron-core, which the other commands do without
 
+    if (a.model.vision is None) != (b.model.vision is None):
+        raise ConfigError(f"--logits: only one of {a.path} and {b.path} has a vision tower. Compare the tensors alone.")
+    if a.model.vocab_size != b.model.vocab_size:
+        raise ConfigError(
+            f"--logits: the vocabularies have {a.model.vocab_size} and {b.model.vocab_size} rows. Compare models "
+            "of one vocabulary (export pads with --make-vocab-size-divisible-by)."
+        )
     ids = special_ids(a.tokenizer_dir) if a.model.vision else {}
     prompt = logits.make_prompt(a.model, ids.get(IMG_CONTEXT, -1))
     return (logits.run(a, prompt) - logits.run(b, prompt)).abs().max().item()

@@ -19,7 +19,7 @@ from megatron_vita.checkpoint.streams import Workers, default_workers, sha256_of
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig, to_dict
 from megatron_vita.convert import decoders, internvl, long_vita
 from megatron_vita.convert.coverage import REPORT_FILE, account
-from megatron_vita.convert.hf_config import write_json
+from megatron_vita.convert.hf_config import read_json, write_json
 from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import SIDECAR, OpenModel, open_model
 from megatron_vita.convert.publish import check_free, new_folder
@@ -201,8 +201,16 @@ def _card(title: str, opened: OpenModel, format_name: str, size: int) -> str:
                 "cannot write. Prepare its input with megatron_vita.",
                 "",
             ]
+    lines += [
+        "## Files",
+        "",
+        f"`{DIGESTS_FILE}` holds the digests of all files (`sha256sum --check {DIGESTS_FILE}`).",
+        f"`{REPORT_FILE}` says which stored tensors each tensor was made of.",
+        "",
+    ]
     if opened.state is not None:
         lines += _recipe_lines(opened.state)
+        lines += _data_lines(opened.state)
     return "\n".join(lines)
 
 
@@ -224,6 +232,29 @@ def _recipe_lines(state: RunState) -> list[str]:
         "```",
         "",
     ]
+
+
+def _data_lines(state: RunState) -> list[str]:
+    """What it was trained on: the shard set's manifest, if it still lies where the recipe says and is the same."""
+    manifest = Path(f"{state.stage.data.data_path}.json")
+    if not state.manifest_digest or not manifest.is_file():
+        return []
+    values = read_json(manifest)
+    if values.get("digest") != state.manifest_digest:
+        return []
+    lines = [
+        "## Data",
+        "",
+        f"Manifest `{manifest.name}`, digest `{state.manifest_digest}`,",
+        f"sequences of {values.get('seq_length')} tokens.",
+        "",
+        "| source | records read | used | tokens | tiles |",
+        "|---|---|---|---|---|",
+    ]
+    for source in values.get("sources", ()):
+        cells = [str(source.get(name, "")) for name in ("name", "read", "used", "tokens", "tiles")]
+        lines.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
+    return [*lines, ""]
 
 
 def _tower_phrase(model: ModelConfig, format_name: str) -> str:

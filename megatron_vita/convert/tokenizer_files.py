@@ -25,6 +25,26 @@ def special_ids(folder: Path) -> dict[str, int]:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: damaged list of added tokens ({error!r}).") from None
 
 
+def tokens_that_differ(first: Path, second: Path, limit: int = 3) -> list[str]:
+    """What ids two tokenizer folders disagree about, for people; nothing where either has no tokenizer.json.
+
+    Returns:
+        At most `limit` tokens, each with both ids, and then how many more there are.
+    """
+    if not all((folder / "tokenizer.json").is_file() for folder in (first, second)):
+        return []
+    a, b = _ids(first), _ids(second)
+    names = [name for name in [*a, *(name for name in b if name not in a)] if a.get(name) != b.get(name)]
+    found = [f"{name!r} is {a.get(name, 'missing')} and {b.get(name, 'missing')}" for name in names[:limit]]
+    return found + ([f"... and {len(names) - limit} more"] if len(names) > limit else [])
+
+
+def _ids(folder: Path) -> dict[str, int]:
+    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
+    plain = vocabulary if isinstance(vocabulary, dict) else {}  # other kinds of models list pairs
+    return {**plain, **special_ids(folder)}
+
+
 def with_vision_tokens(source: Path, target: Path) -> int:
     """Copy a tokenizer folder and add the special tokens of pictures and videos that it has not, at the end, in the
     published order; name them for stock processors and give it the package's chat template if it knows no pictures.
@@ -98,9 +118,7 @@ def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, in
 
 def _rows(folder: Path) -> int:
     """Rows an embedding needs for every id of a tokenizer folder."""
-    vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
-    plain = vocabulary.values() if isinstance(vocabulary, dict) else ()  # other kinds of models list pairs
-    return max([*plain, *special_ids(folder).values()], default=-1) + 1
+    return max(_ids(folder).values(), default=-1) + 1
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

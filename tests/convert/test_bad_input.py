@@ -97,6 +97,7 @@ def _odd_types(tensors: dict[str, torch.Tensor]) -> None:
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 Q = "model.layers.1.self_attn.q_proj.weight"
+K = "model.layers.1.self_attn.k_proj.weight"
 BAD = {
     "missing tensor": (_tensors(lambda t: t.pop(Q)), f"{Q} \\(72, 72\\) is missing"),
     "extra tensor": (_tensors(lambda t: t.update({"model.surprise": torch.zeros(2)})), r"model.surprise \(2,\)"),
@@ -144,6 +145,97 @@ BAD = {
     "broken JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable JSON"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
 }
+
+
+def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Rewrite a file's header, its data as they are."""
+
+    def apply(folder: Path) -> None:
+        content = (folder / WEIGHTS).read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        changed = change(header)
+        text = changed if isinstance(changed, str) else json.dumps(header)
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode() + content[end:])
+
+    return apply
+
+
+def _swap(header: dict[str, Any], key: str, value: object) -> None:
+    header[Q][key] = value
+
+
+BAD_HEADERS = {
+    "overlap": (lambda h: _swap(h, "data_offsets", h[K]["data_offsets"]), "do not fit its shape|overlaps the tensor"),
+    "same bytes twice": (
+        lambda h: (_swap(h, "data_offsets", h[K]["data_offsets"]), _swap(h, "shape", h[K]["shape"]))[0],
+        "overlaps the tensor before it",
+    ),
+    "out of range": (lambda h: _swap(h, "data_offsets", [10**12, 10**12 + 72 * 72 * 4]), "leaves bytes before it"),
+    "backwards": (lambda h: _swap(h, "data_offsets", h[Q]["data_offsets"][::-1]), "do not fit its shape"),
+    "negative": (lambda h: _swap(h, "data_offsets", [-8, 8]), "damaged header .*-8 is no size"),
+    "huge": (lambda h: _swap(h, "shape", [1 << 62, 1 << 62]), "do not fit its shape"),
+    "beyond 64 bits": (lambda h: _swap(h, "shape", [1 << 70]), "damaged header .*is no size"),
+    "fractions": (lambda h: _swap(h, "shape", [72.0, 72]), "damaged header .*72.0 is no size"),
+    "truth as a size": (lambda h: _swap(h, "shape", [True, 72]), "damaged header .*True is no size"),
+    "three offsets": (lambda h: _swap(h, "data_offsets", [0, 1, 2]), "damaged header"),
+    "no offsets": (lambda h: h[Q].pop("data_offsets"), "damaged header .*data_offsets"),
+    "a list": (lambda h: "[1, 2]", "damaged header"),
+    "a name twice": (lambda h: json.dumps(h)[:-1] + f', "{Q}": {json.dumps(h[Q])}}}', "stands in it twice"),
+    "nested without end": (lambda h: "[" * 200_000, "damaged header"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_bad_header(name: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = BAD_HEADERS[name]
+    shutil.copytree(good / "llm", tmp_path / "llm")
+    _header(change)(tmp_path / "llm")
+    assert cli.main(["import", "--llm", str(tmp_path / "llm"), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert str(tmp_path / "llm" / WEIGHTS) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_absurd_header_length_is_not_read(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good / "llm", tmp_path / "llm")
+    content = (tmp_path / "llm" / WEIGHTS).read_bytes()
+    (tmp_path / "llm" / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + content[8:])
+    assert cli.main(["import", "--llm", str(tmp_path / "llm"), "--output", str(tmp_path / "out")]) == 1
+    assert "truncated, or no safetensors file" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_wrong_kind_is_a_usage_error(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm, out = str(good / "llm"), str(tmp_path / "out")
+    assert cli.main(["import", "--llm", llm, "--vision", llm, "--output", out]) == 2
+    assert "is a whole model (qwen2)" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["verify", llm, str(tmp_path / "empty")]) == 2
+    assert "neither a finished checkpoint nor" in capsys.readouterr().err
+
+
+def test_verify_compares_tokenizers(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good / "llm", tmp_path / "other")
+    assert cli.main(["verify", str(good / "ckpt"), str(tmp_path / "other")]) == 0
+    publishers.write_tokenizer(tmp_path / "other", extra=("<new>",))
+    assert cli.main(["verify", str(good / "ckpt"), str(tmp_path / "other")]) == 1
+    assert "tokenizers differ: '<new>' is missing and 259" in capsys.readouterr().out
+
+
+def test_no_row_of_the_vocabulary_is_padding_unless_asked(good: Path, tmp_path: Path) -> None:
+    export = ["export", "--checkpoint", str(good / "ckpt"), "--format", "llm", "--output"]
+    assert cli.main([*export, str(tmp_path / "plain")]) == 0
+    assert cli.main([*export, str(tmp_path / "padded"), "--make-vocab-size-divisible-by", "64"]) == 0
+    plain, padded = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "padded"))
+    assert plain["lm_head.weight"].shape[0] == publishers.VOCAB
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert padded[name].shape[0] == 320
+        assert torch.equal(padded[name][: publishers.VOCAB], plain[name])
+        assert not padded[name][publishers.VOCAB :].any()
+    assert json.loads((tmp_path / "padded" / "config.json").read_text())["vocab_size"] == 320
 
 
 @pytest.mark.parametrize("name", BAD)
