@@ -29,13 +29,13 @@ from megatron_vita.parallel.loss import vocab_parallel_loss
 from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.tiles import exchange_features
 
-_TOWER_TOKENS = 8192
-"""Patches of one micro-chunk: more tiles go through the tower in turns."""
-
 
 class VitaModel(MegatronModule):
     """One (virtual) pipeline stage of the model; the first holds tower, projector and embedding, the last norm and
     head."""
+
+    tower_tokens = 8192
+    """Patches of one micro-chunk: more tiles go through the tower in turns."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class VitaModel(MegatronModule):
             weight = projector.pre_proj_layernorm.weight
             empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
             return attach_zero_gradients(empty, parameters)
-        turns = make_turns(tiles, counts, max(1, _TOWER_TOKENS // tower.vision.num_positions // len(counts)))
+        turns = make_turns(tiles, counts, max(1, self.tower_tokens // tower.vision.num_positions // len(counts)))
         shape = (tower.vision.tokens_per_tile, self.config.hidden_size)
         return encode_in_turns(self._encode, turns, shape, parameters).flatten(0, 1)
 

@@ -144,7 +144,7 @@ def _check_chunks() -> None:
     (row, *_) = make_rows()
     features, grads = [], []
     for tokens in (10_000, 2 * (VISION.num_patches + 1)):  # all five tiles at once, then two at a time
-        vita._TOWER_TOKENS = tokens
+        vita.VitaModel.tower_tokens = tokens
         groups = build_groups(ParallelConfig())
         (model,) = build_model(stage_of({}), groups, dtype=torch.float64)
         inputs = inputs_of(row, groups)

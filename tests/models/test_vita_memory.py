@@ -36,7 +36,7 @@ def _peak(model: Any, count: int) -> int:
 
 
 def _check_flat(tensor_parallel: bool, train: dict[str, Any]) -> None:
-    vita._TOWER_TOKENS = AT_ONCE * VISION.num_positions
+    vita.VitaModel.tower_tokens = AT_ONCE * VISION.num_positions
     vision = dataclasses.replace(VISION, tensor_parallel=tensor_parallel)
     parallel = SP2 if tensor_parallel else {}
     groups = build_groups(ParallelConfig(**parallel))
@@ -65,7 +65,7 @@ LONG_ROW = (((2201, 1800, 95), tuple(range(3, 3900, 67))), ((3850, 246), tuple(r
 
 
 def _check_shares(layouts: list[dict[str, Any]]) -> None:
-    vita._TOWER_TOKENS = ONE_TILE
+    vita.VitaModel.tower_tokens = ONE_TILE
     for parallel in layouts:
         stage = stage_of(parallel, model=NARROW)
         rows = make_rows(LONG_ROW)
@@ -96,7 +96,7 @@ def _check_splice() -> None:
     parallel = {**SP2, **CP2}
     groups = build_groups(ParallelConfig(**parallel))
     (model,) = build_model(stage_of(parallel, model=NARROW), groups, dtype=torch.float64)
-    vita._TOWER_TOKENS = ONE_TILE
+    vita.VitaModel.tower_tokens = ONE_TILE
     model.language_model.requires_grad_(False)  # the backward of looking words up is megatron-core's as well
     for row in make_rows(LONG_ROW):
         inputs = inputs_of(row, groups)

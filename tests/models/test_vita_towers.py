@@ -34,7 +34,7 @@ TOWERS = {
 
 
 def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], rows: Any, at_once: int) -> None:
-    vita._TOWER_TOKENS = at_once * (VISION.num_patches + 1)
+    vita.VitaModel.tower_tokens = at_once * (VISION.num_patches + 1)
     for parallel in layouts:
         compare_step(reference, parallel, train, rows)
 
