@@ -63,7 +63,7 @@ class Name:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # printed, a hostile one would take for ever
 class Record:
     """An object that the file would have made by a call: of what, with what, and the state given to it."""
 

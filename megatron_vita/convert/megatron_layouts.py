@@ -45,6 +45,7 @@ _NORMS = {
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
 """MindSpeed's names of a layer's norms -> Transformer Engine's."""
+_NAME = re.compile(r"[\w.]{1,200}", re.ASCII)
 _NOT_WEIGHTS = re.compile(r"(.*\._extra_state|unused|.*rotary_pos_emb\.inv_freq)")
 """Transformer Engine's fp8 state, a dummy that Long-VITA's model carries, and a table that is computed."""
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -206,13 +207,22 @@ def _weights(rank: Path) -> _Weights:
         raise CheckpointError(f"{path}: holds no weights under `model`. Is it a checkpoint of Megatron's?")
     tensors = {}
     for name, value in weights.items():
-        if isinstance(name, str) and isinstance(value, TensorPlace):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            shown = repr(name[:80]) if isinstance(name, str) else "what is no text"
+            raise CheckpointError(f"{path}: {shown} under `model` is no tensor's name. Refused.")
+        if isinstance(value, TensorPlace):
             tensors[name] = value
-        elif not isinstance(name, str) or not _NOT_WEIGHTS.fullmatch(name):
-            raise CheckpointError(f"{path}: {str(name)[:80]!r} under `model` is no tensor. Refused.")
+        elif not _NOT_WEIGHTS.fullmatch(name):
+            raise CheckpointError(f"{path}: {name} under `model` is no tensor. Refused.")
     arguments = content.get("args")
     state = arguments.state if isinstance(arguments, Record) else None
-    return _Weights(tensors, state if isinstance(state, dict) else {})
+    return _Weights(tensors, {k: _plain(v) for k, v in state.items()} if isinstance(state, dict) else {})
+
+
+def _plain(value: Any) -> Any:
+    """A setting that can be compared and printed, whatever a hostile file put in its place."""
+    small = value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
+    return value if small or (isinstance(value, str) and len(value) < 100) else "an object"
 
 
 def _grid(folder: Path) -> dict[tuple[int, int], Path]:

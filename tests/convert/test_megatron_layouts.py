@@ -241,6 +241,13 @@ def _poke(name: str, value: float) -> Callable[[list[list[Weights]]], object]:
     return lambda weights: weights[0][1][name].view(-1)[0].add_(value)
 
 
+def _laughs() -> Any:
+    value: Any = ()
+    for _ in range(100):
+        value = (value, value)
+    return value
+
+
 NORM = "decoder.final_layernorm.weight"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "missing on one rank": ({"change": _drop("decoder.layers.1.mlp.linear_fc1.weight")}, "stands on 1 of 2 tensor"),
@@ -254,6 +261,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"args": {"num_experts": 8}}, "num_experts=8"),
     "another norm": ({"args": {"normalization": "LayerNorm"}}, "normalization='LayerNorm'"),
     "another tower": ({"args": {"vision_model_type": "eva"}}, "vision_model_type='eva'"),
+    "a setting that would take for ever to print": ({"args": {"num_experts": _laughs()}}, "num_experts='an object'"),
+    "a name of two lines": (
+        {"change": lambda w: w[0][0].update({"a\nerror: b": torch.zeros(1)})},
+        r"'a\\nerror: b' under `model` is no tensor's name",
+    ),
+    "a tensor that is none": (
+        {"change": lambda w: w[0][0].update({NORM: "text"})},
+        f"{NORM} under `model` is no tensor",
+    ),
     "no rotary base": ({"args": {"rotary_base": None}}, "rotary_base must be a number"),
 }
 
