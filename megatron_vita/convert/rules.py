@@ -9,17 +9,11 @@ file, no device and no process group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megatron_vita.checkpoint.lazy import Region, extent, move, overlap, shift, volume, whole
+from megatron_vita.checkpoint.lazy import Region, move, overlap, shift, volume, whole
 from megatron_vita.errors import CheckpointError
-
-Reader = Callable[[str, Region], Tensor]
-"""(tensor name, region) -> that part of it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,17 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A box of a tensor on the one side, and what it is of a region on the other."""
+
+    name: str
+    box: Region
+    """With as many dimensions as the tensor."""
+    target: Region
+    """In the region's coordinates, without leading dimensions of size 1."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """One tensor of ours and what it is made of; or, with ours none, a tensor of theirs that is all zeros.
 
@@ -52,37 +57,36 @@ class Rule:
     theirs: tuple[Named, ...]
     copies: tuple[Copy, ...]
 
-    def read_ours(self, read: Reader, dtype: torch.dtype, region: Region | None = None) -> Tensor:
-        """A region of our tensor, put together from theirs."""
+    def parts_of_ours(self, region: Region) -> list[Part]:
+        """The boxes of theirs that a region of our tensor is made of."""
         assert self.ours is not None
-        region = whole(self.ours.shape) if region is None else region
-        inner = region[len(self.ours.shape) - self._rank :]
-        out = torch.zeros(extent(inner), dtype=dtype)
+        inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
             shared = overlap(copy.our_box, inner)
             if shared is not None:
                 there = move(shared, copy.our_box, copy.their_box)
-                out[shift(shared, inner)] = _read(read, self.theirs[copy.theirs], there)
-        return out.reshape(extent(region))
+                parts.append(self._part(self.theirs[copy.theirs], there, shift(shared, inner)))
+        return parts
 
-    def read_theirs(self, index: int, read: Reader, dtype: torch.dtype, region: Region | None = None) -> Tensor:
-        """A region of one of their tensors, cut from ours."""
-        named = self.theirs[index]
+    def parts_of_theirs(self, index: int, region: Region) -> list[Part]:
+        """The boxes of ours that a region of one of their tensors is made of; what none of them fills is zero."""
         if self.ours is None:
-            return torch.zeros(named.shape if region is None else extent(region), dtype=dtype)
-        region = whole(named.shape) if region is None else region
-        inner = region[len(named.shape) - self._rank :]
-        out = torch.zeros(extent(inner), dtype=dtype)
+            return []
+        inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
             shared = overlap(copy.their_box, inner) if copy.theirs == index else None
             if shared is not None:
                 here = move(shared, copy.their_box, copy.our_box)
-                out[shift(shared, inner)] = _read(read, self.ours, here)
-        return out.reshape(extent(region))
+                parts.append(self._part(self.ours, here, shift(shared, inner)))
+        return parts
+
+    def _part(self, named: Named, box: Region, target: Region) -> Part:
+        return Part(named.name, (slice(0, 1),) * (len(named.shape) - len(box)) + box, target)
 
     @property
-    def _rank(self) -> int:
-        return len(self.copies[0].our_box)
+    def rank(self) -> int:
+        """Dimensions of the boxes; none where there are no boxes."""
+        return len(self.copies[0].our_box) if self.copies else 0
 
     def uncovered(self, index: int) -> int:
         """Elements of one of their tensors that no copy takes: they must be zero."""
@@ -217,11 +221,6 @@ def _shape(rows: int, columns: int | None) -> tuple[int, ...]:
 def _rows(index: int, their_start: int, our_start: int, size: int, columns: int | None) -> Copy:
     rest = () if columns is None else (slice(0, columns),)
     return Copy(index, (slice(their_start, their_start + size), *rest), (slice(our_start, our_start + size), *rest))
-
-
-def _read(read: Reader, named: Named, box: Region) -> Tensor:
-    lead = len(named.shape) - len(box)
-    return read(named.name, (slice(0, 1),) * lead + box).reshape(extent(box))
 
 
 def disjoint(boxes: Sequence[Region]) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,14 +14,13 @@ from megatron_vita.checkpoint.lazy import (
     Origin,
     Region,
     extent,
-    move,
     overlap,
     runs,
     shift,
     volume,
     whole,
 )
-from megatron_vita.convert.rules import Named, Rule, prove
+from megatron_vita.convert.rules import Named, Part, Rule, prove
 from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -33,24 +32,14 @@ _BLOCK_BYTES = 32 << 20
 """Read at once where values are only looked at."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A box of a source's tensor that is a box of the wanted region."""
-
-    name: str
-    there: Region
-    here: Region
-    """In the coordinates of the wanted region, without leading dimensions of size 1."""
-
-
 class _RuledView(LazyTensors):
     """What both directions share: a region is put together from boxes of the source, the rest being zeros."""
 
     _source: LazyTensors
 
-    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
+    @abstractmethod
+    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         """(dimensions of the boxes, the boxes that make up a region)."""
-        raise NotImplementedError
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         region = whole(self.shape(name)) if region is None else region
@@ -61,11 +50,11 @@ class _RuledView(LazyTensors):
     def read_into(self, name: str, region: Region, out: Tensor) -> None:
         rank, parts = self._parts(name, region)
         inner = out[(0,) * (out.dim() - rank)]
-        if sum(volume(part.here) for part in parts) < volume(region):
-            inner.zero_()
+        if sum(volume(part.target) for part in parts) < volume(region):
+            out.zero_()
         for part in parts:
-            box = inner[part.here] if rank else inner
-            self._fill(part.name, part.there, box[(None,) * (len(part.there) - rank)])
+            box = inner[part.target] if rank else inner
+            self._fill(part.name, part.box, box[(None,) * (len(part.box) - rank)])
 
     def _fill(self, name: str, region: Region, box: Tensor) -> None:
         self._source.read_into(name, region, box)
@@ -73,8 +62,8 @@ class _RuledView(LazyTensors):
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         _, parts = self._parts(name, region)
         for part in parts:
-            yield from self._source.origins(part.name, part.there)
-        made_up = volume(region) - sum(volume(part.here) for part in parts)
+            yield from self._source.origins(part.name, part.box)
+        made_up = volume(region) - sum(volume(part.target) for part in parts)
         if made_up:
             yield Origin(None, ZEROS, None, made_up)
 
@@ -116,7 +105,7 @@ class OurView(_RuledView):
         boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
         lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
         for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
-            rest = self._source.read(named.name, region)
+            rest = self._source.read(named.name, region).clone()  # what is in memory may be handed out as it is
             for box in boxes:
                 shared = overlap((*(slice(0, 1) for _ in range(lead)), *box), region)
                 if shared is not None:
@@ -134,17 +123,9 @@ class OurView(_RuledView):
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._rules[name].theirs[0].name)
 
-    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
+    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         rule = self._rules[name]
-        rank = len(rule.copies[0].our_box)
-        inner, parts = region[len(region) - rank :], []
-        for copy in rule.copies:
-            shared = overlap(copy.our_box, inner)
-            if shared is not None:
-                named = rule.theirs[copy.theirs]
-                there = move(shared, copy.our_box, copy.their_box)
-                parts.append(_Part(named.name, _lead(len(named.shape) - rank) + there, shift(shared, inner)))
-        return rank, parts
+        return rule.rank, rule.parts_of_ours(region)
 
     def left_out(self) -> Mapping[str, str]:
         return {**self._source.left_out(), **self._left_out}
@@ -190,18 +171,9 @@ class TheirView(_RuledView):
             return kinds[0] if kinds else torch.float32
         return self._source.dtype(rule.ours.name)
 
-    def _parts(self, name: str, region: Region) -> tuple[int, list[_Part]]:
+    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         rule, index = self._places[name]
-        if rule.ours is None:
-            return len(region), []
-        rank = len(rule.copies[0].their_box)
-        inner, parts = region[len(region) - rank :], []
-        for copy in rule.copies:
-            shared = overlap(copy.their_box, inner) if copy.theirs == index else None
-            if shared is not None:
-                here = move(shared, copy.their_box, copy.our_box)
-                parts.append(_Part(rule.ours.name, _lead(len(rule.ours.shape) - rank) + here, shift(shared, inner)))
-        return rank, parts
+        return rule.rank, rule.parts_of_theirs(index, region)
 
     def _fill(self, name: str, region: Region, box: Tensor) -> None:
         if box.dtype == self._source.dtype(name):
@@ -355,10 +327,6 @@ def _mean_row(source: LazyTensors, name: str) -> Tensor:
     for region in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
         total += source.read(name, region).sum(0, dtype=torch.float64)
     return (total / source.shape(name)[0]).float()
-
-
-def _lead(count: int) -> Region:
-    return (slice(0, 1),) * count
 
 
 def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> dict[str, str]:

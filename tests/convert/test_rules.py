@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import Region
+from megatron_vita.checkpoint.lazy import TensorsInMemory
 from megatron_vita.convert import rules
 from megatron_vita.convert.rules import Copy, Named, Rule
+from megatron_vita.convert.views import OurView, TheirView
 from megatron_vita.errors import CheckpointError
-
-
-def _reader(tensors: dict[str, Tensor]) -> rules.Reader:
-    def read(name: str, region: Region) -> Tensor:
-        return tensors[name][region]
-
-    return read
 
 
 def _numbers(*shape: int, start: int = 1) -> Tensor:
@@ -27,20 +21,20 @@ def _numbers(*shape: int, start: int = 1) -> Tensor:
 
 def _both_ways(rule: Rule, theirs: dict[str, Tensor], ours: Tensor) -> None:
     """Forward, inverse, and every part of either read alone equal the whole."""
-    rules.prove([rule])
-    forward = _reader(theirs)
-    assert torch.equal(rule.read_ours(forward, ours.dtype), ours)
     assert rule.ours is not None
-    back = _reader({rule.ours.name: ours})
-    for index, named in enumerate(rule.theirs):
-        whole = rule.read_theirs(index, back, ours.dtype)
+    name = rule.ours.name
+    forward = OurView([rule], TensorsInMemory(theirs), "here")
+    assert torch.equal(forward[name], ours)
+    back = TheirView([rule], TensorsInMemory({name: ours}), "here")
+    for named in rule.theirs:
+        whole = back[named.name]
         assert torch.equal(whole, theirs[named.name])
         for start, stop in itertools.combinations(range(0, whole.shape[-2] + 1 if whole.dim() > 1 else 0, 3), 2):
             part = (*(slice(0, n) for n in whole.shape[:-2]), slice(start, stop), slice(0, whole.shape[-1]))
-            assert torch.equal(rule.read_theirs(index, back, ours.dtype, part), whole[part])
+            assert torch.equal(back.read(named.name, part), whole[part])
     for start, stop in itertools.combinations(range(0, len(ours) + 1, 5), 2):
         region = (slice(start, stop), *(slice(0, n) for n in ours.shape[1:]))
-        assert torch.equal(rule.read_ours(forward, ours.dtype, region), ours[region])
+        assert torch.equal(forward.read(name, region), ours[region])
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [(6, 2, 3), (5, 5, 2), (4, 1, 3), (12, 4, 1)])
@@ -85,7 +79,7 @@ def test_zero_padding_is_cut_on_the_way_in_and_filled_on_the_way_out() -> None:
     _both_ways(rule, {"y": large}, small)
     assert rule.uncovered(0) == 14
     zeros = rules.all_zero("b", (3,))
-    assert torch.equal(zeros.read_theirs(0, _reader({}), torch.float32), torch.zeros(3))
+    assert torch.equal(TheirView([zeros], TensorsInMemory({}), "here")["b"], torch.zeros(3))
     assert zeros.uncovered(0) == 3
 
 
