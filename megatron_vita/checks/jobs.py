@@ -68,6 +68,7 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
     if unknown := [one for one in chosen if one not in DTYPES]:
         raise ConfigError(f"--dtype {unknown[0]}: choose of {', '.join(DTYPES)}.")
     parallel, model = stage.parallel, stage.model
+    stage.check_layout(parallel.replica_size)  # of the real widths: the small ones are chosen to fit
     data = parallel.data_parallel_size(world_size)
     heads = math.lcm(4, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     parallel, layers = _shrunk(parallel, model.num_layers)

@@ -28,7 +28,28 @@ class StageConfig:
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, world_size: int) -> None:
-        """Refuse, before any process group exists, a layout that cannot work.
+        """Refuse, before any process group exists, settings that cannot work together.
+
+        Raises:
+            ConfigError: naming the rule that is broken and the nearest values that keep it.
+        """
+        self.check_layout(world_size)
+        where, model = f"stage {self.name!r}: ", self.model
+        if model.vocab_size < 1:
+            raise ConfigError(where + "model.vocab_size is not set. Copy it from the decoder's config.json.")
+        if self.data.seq_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"{where}data.seq_length={self.data.seq_length} exceeds model.max_position_embeddings="
+                f"{model.max_position_embeddings}. Raise the latter."
+            )
+        if model.vision is None and self.train.freeze_language_model:
+            raise ConfigError(where + "a text-only model with train.freeze_language_model has nothing to train.")
+        for name, value in (("data.data_path", self.data.data_path), ("checkpoint.save", self.checkpoint.save)):
+            if not value:
+                raise ConfigError(f"{where}{name} is not set. Give it in the recipe or on the command line.")
+
+    def check_layout(self, world_size: int) -> None:
+        """Refuse a model, rows or a global batch that this many ranks cannot share out as `parallel` says.
 
         Raises:
             ConfigError: naming the rule that is broken and the nearest values that keep it.
@@ -61,18 +82,6 @@ class StageConfig:
             micro_batches = self.train.global_batch_size // per_step
             rule = "micro-batches of a data rank (global_batch_size / micro_batch_size / data ranks)"
             _divides(where, rule, micro_batches, "parallel.pipeline_model_parallel_size", pp)
-        if model.vocab_size < 1:
-            raise ConfigError(where + "model.vocab_size is not set. Copy it from the decoder's config.json.")
-        if self.data.seq_length > model.max_position_embeddings:
-            raise ConfigError(
-                f"{where}data.seq_length={self.data.seq_length} exceeds model.max_position_embeddings="
-                f"{model.max_position_embeddings}. Raise the latter."
-            )
-        if model.vision is None and self.train.freeze_language_model:
-            raise ConfigError(where + "a text-only model with train.freeze_language_model has nothing to train.")
-        for name, value in (("data.data_path", self.data.data_path), ("checkpoint.save", self.checkpoint.save)):
-            if not value:
-                raise ConfigError(f"{where}{name} is not set. Give it in the recipe or on the command line.")
 
     def _check_tensor_parallel(self, where: str, tp: int) -> None:
         """Heads and inner widths are dealt evenly."""

@@ -148,12 +148,17 @@ def test_a_recipe_lends_its_layout_to_a_small_model() -> None:
         recompute_granularity="selective",
     )
     model = ModelConfig(num_layers=6, hidden_size=640, num_attention_heads=10, vision=VisionConfig(), vocab_size=1000)
-    stage = StageConfig(name="two", model=model, parallel=parallel, train=TrainConfig(freeze_vision_model=True))
+    stage = StageConfig(
+        name="two", model=model, parallel=parallel, train=TrainConfig(freeze_vision_model=True, global_batch_size=8)
+    )
     assert recipe_world(stage) == 8
     jobs = list(recipe_jobs(stage, 8, None))
     assert {job.images for job in jobs} == set(IMAGES)
     assert all(job.stage.parallel == parallel and job.stage.model.num_layers == 4 for job in jobs)
     assert all(job.stage.train.freeze_vision_model and job.stage.model.hidden_size <= 64 for job in jobs)
+    heads = dataclasses.replace(parallel, context_parallel_size=4, cp_comm_type="a2a")
+    with pytest.raises(ConfigError, match=r"num_query_groups=2 .*Use context_parallel_size=1"):
+        next(recipe_jobs(dataclasses.replace(stage, parallel=heads), 16, None))
     other = dataclasses.replace(model, add_qkv_bias=False, qk_layernorm=True, rope_scaling_factor=8.0)
     lent = next(recipe_jobs(dataclasses.replace(stage, model=other), 4, None)).stage.model
     assert (lent.add_qkv_bias, lent.qk_layernorm, lent.rope_scaling_factor) == (False, True, 8.0)
