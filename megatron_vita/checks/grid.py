@@ -69,6 +69,8 @@ def parse_spec(text: str, worlds: Sequence[int], dtypes: str | None = None) -> S
             close = difflib.get_close_matches(name, [*options, *_STRENGTH], n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]}?" if close else f"Options: {', '.join(options)}."
             raise ConfigError(f"--grid: {word!r} is neither small, full, nor OPTION=VALUE. {hint}")
+        if name in chosen:
+            raise ConfigError(f"--grid: {name} is given twice. Write {name}=A,B for several values.")
         known = {shown(value): value for value in options[name]}
         for value in values.split(","):
             if value not in known:

@@ -83,6 +83,7 @@ def test_a_cluster_gets_cases_of_its_own_size() -> None:
         ("tq=2", "Did you mean tp?"),
         ("smal", "Did you mean small?"),
         ("cp=3", "choose of 1, 2, 4"),
+        ("tp=2 tp=4", "tp is given twice. Write tp=A,B"),
         ("tp=4 cp=2", "1 or 2 or 4 ranks"),
         ("sp=on tp=1", "tensor_model_parallel_size above 1"),
     ],
