@@ -29,8 +29,8 @@ class ProjectorConfig:
 class ModelConfig:
     """A decoder of the Qwen2, Qwen3 or Llama kind and, if `vision` is given, what feeds it pictures.
 
-    Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, kv_channels as its config.json's head_dim. Llama:
-    add_qkv_bias false; Llama 3.1 and later also rope_scaling_factor.
+    Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, and its config.json's head_dim as kv_channels.
+    Llama: add_qkv_bias false; Llama 3.1 and later also rope_scaling_factor.
     """
 
     num_layers: int = 4

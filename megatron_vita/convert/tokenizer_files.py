@@ -8,7 +8,15 @@ from typing import Any
 
 from megatron_vita.checkpoint.folder import TOKENIZER_FILES
 from megatron_vita.convert.hf_config import read_json, write_json
-from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, NAMED_TOKENS, VITA_TOKENS
+from megatron_vita.data.tokenizer import (
+    DEFAULT_TEMPLATE,
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMG_CONTEXT,
+    NAMED_TOKENS,
+    VITA_TOKENS,
+)
 from megatron_vita.errors import CheckpointError
 
 
@@ -48,6 +56,7 @@ def _ids(folder: Path) -> dict[str, int]:
 def with_vision_tokens(source: Path, target: Path) -> int:
     """Copy a tokenizer folder and add the special tokens of pictures and videos that it has not, at the end, in the
     published order; name them for stock processors and give it the package's chat template if it knows no pictures.
+    A tokenizer without ChatML's tokens (Llama's), in which that template is written, gets these first.
 
     Returns:
         Rows an embedding needs to hold every id.
@@ -59,7 +68,7 @@ def with_vision_tokens(source: Path, target: Path) -> int:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     present = special_ids(source)
-    missing = [token for token in VITA_TOKENS if token not in present]
+    missing = [token for token in (END_OF_TEXT, IM_START, IM_END, *VITA_TOKENS) if token not in present]
     if missing:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
@@ -74,6 +83,8 @@ def with_vision_tokens(source: Path, target: Path) -> int:
     config["extra_special_tokens"] = NAMED_TOKENS
     config.pop("chat_template", None)
     config.pop("added_tokens_decoder", None)
+    if IM_END not in present:
+        config.update(eos_token=IM_END, pad_token=END_OF_TEXT)
     write_json(target / "tokenizer_config.json", config)
     return _rows(target)
 
@@ -82,7 +93,7 @@ def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, in
     """Copy a checkpoint's tokenizer into a Hugging Face folder.
 
     Returns:
-        Ids of its special tokens.
+        Ids of its special tokens. Where it has no ChatML (a Llama alone), `<|im_end|>` stands for what ends its texts.
 
     Raises:
         CheckpointError: the checkpoint holds no tokenizer, or one without the tokens of pictures.
@@ -101,14 +112,20 @@ def copy_for_export(source: Path, target: Path, *, vision: bool) -> dict[str, in
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if not (target / "chat_template.jinja").is_file():
-        shutil.copyfile(DEFAULT_TEMPLATE, target / "chat_template.jinja")
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "eos_token": IM_END,
-        "pad_token": END_OF_TEXT,
-        **_tokenizer_config(target),
-    }
+    config = _tokenizer_config(target)
+    if IM_END in ids:
+        config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": IM_END, "pad_token": END_OF_TEXT, **config}
+        if not (target / "chat_template.jinja").is_file():
+            shutil.copyfile(DEFAULT_TEMPLATE, target / "chat_template.jinja")
+    else:
+        end = config.get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        if end not in ids:
+            raise CheckpointError(
+                f"{source}: has neither {IM_END} nor an eos_token in its tokenizer_config.json: nothing would end an "
+                "answer. Add the publisher's tokenizer_config.json."
+            )
+        ids = {**ids, IM_END: ids[end]}
     if vision:
         config["extra_special_tokens"] = NAMED_TOKENS
         config["processor_class"] = "InternVLProcessor"

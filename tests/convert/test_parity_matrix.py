@@ -237,3 +237,72 @@ def _with_long_vitas_projector(root: Path) -> Path:
         tensors[f"vision_projection.encoder.linear_fc{number}.weight"] = 0.1 * torch.randn(shape, generator=generator)
     state = dataclasses.replace(state, stage=dataclasses.replace(state.stage, model=model))
     return checkpoint.write_tensors(root / "long", 0, tensors, state, root / "ckpt/iter_0000000/tokenizer")
+
+
+def test_a_llama_keeps_its_own_tokenizer_alone_and_gets_chatml_with_a_tower(published: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    shutil.copytree(published / "llama", tmp_path / "llama")
+    values = json.loads((tmp_path / "llama" / "tokenizer.json").read_text())
+    for entry, name in zip(values["added_tokens"], ("<s>", "</s>", "<unk>"), strict=True):
+        entry["content"] = name
+    (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(values))
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(own))
+    convert("import", "--llm", tmp_path / "llama", "--output", tmp_path / "alone")
+    convert("export", "--checkpoint", tmp_path / "alone", "--output", tmp_path / "back", "--format", "llm")
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == [257]
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 257
+    assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == own
+    assert not (tmp_path / "back" / "chat_template.jinja").exists()
+    tower = published / "InternViT-300M"
+    convert("import", "--llm", tmp_path / "llama", "--vision", tower, "--output", tmp_path / "ckpt")
+    convert("export", "--checkpoint", tmp_path / "ckpt", "--output", tmp_path / "hf", "--format", "internvl")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    added = [tokenizer.token_to_id(one) for one in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "<video>")]
+    assert added == [259, 260, 261, 262, 278]
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [261, 259]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_id"] == 264
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_a_tower_inside_a_model_of_pictures_and_texts(published: Path, tmp_path: Path, family: str) -> None:
+    """As published: a text half beside it, a prefix, no defaults in the config, pixels as the processor says."""
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    small = {"hidden_size": 60, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 3}
+    text = {**small, "vocab_size": 99, "projection_size": 60}
+    vision = {**small, "image_size": 16, "patch_size": 4}
+    kind, config = (SiglipModel, SiglipConfig) if family == "siglip" else (CLIPModel, CLIPConfig)
+    network = kind(config(text_config=text, vision_config=vision))
+    publishers.randomise(network, 9)
+    network.save_pretrained(tmp_path / "both")
+    values = json.loads((tmp_path / "both" / "config.json").read_text())
+    values["vision_config"] = {**vision, "model_type": f"{family}_vision_model"}
+    (tmp_path / "both" / "config.json").write_text(json.dumps(values))
+    flags = ["--llm", published / "qwen2", "--vision", tmp_path / "both"]
+    convert("import", *flags, "--output", tmp_path / "ckpt")
+    tower = checkpoint.read_state(tmp_path / "ckpt").stage.model.vision
+    assert tower is not None
+    assert (tower.image_norm, tower.norm_epsilon) == (family, 1e-6 if family == "siglip" else 1e-5)
+    tensors, stock = checkpoint.read_tensors(tmp_path / "ckpt"), publishers.tensors_of(tmp_path / "both")
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    assert torch.equal(tensors["vision_model.decoder.layers.1.mlp.linear_fc1.weight"], stock[name])
+    blocks = {one.split(".")[3] for one in tensors if one.startswith("vision_model.decoder.layers.")}
+    assert len(blocks) == (3 if family == "siglip" else 2)
+    processor = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (tmp_path / "both" / "preprocessor_config.json").write_text(json.dumps(processor))
+    convert("import", *flags, "--output", tmp_path / "other")
+    state = checkpoint.read_state(tmp_path / "other")
+    assert state.stage.model.vision == dataclasses.replace(tower, image_norm="imagenet")
+    assert state.preprocess is not None
+    assert state.preprocess.image_norm == "imagenet"
+
+
+def test_native_internvl_is_normalised_as_its_processor_says(published: Path, tmp_path: Path) -> None:
+    publishers.write_internvl(tmp_path / "hf")
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(processor))
+    convert("import", "--model", tmp_path / "hf", "--output", tmp_path / "ckpt")
+    prompt, wanted = _stock(tmp_path / "hf")
+    run_ranks(1, _all_layouts, str(tmp_path / "ckpt"), prompt, wanted, [{}])
