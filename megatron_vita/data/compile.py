@@ -13,6 +13,7 @@ import numpy as np
 from megatron_vita.data.chat import build_document, build_example, shift_labels
 from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
+from megatron_vita.data.long_text import beginnings
 from megatron_vita.data.picture import read_image
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Message, Sample, Text
@@ -68,6 +69,7 @@ class Compiler:
             raise record
         store = open_store(file.media, self._work)
         sample, changes = record_to_sample(record, file.row, store=store, source=file.name, line=line)
+        sample = beginnings(sample, self._rules.seq_length, self._tokenizer)
         if isinstance(sample, Document):
             example = build_document(sample, tokenizer=self._tokenizer)
             cut = len(example.tokens) > self._rules.seq_length
@@ -112,7 +114,7 @@ class Compiler:
         """Cut the longest question so that the answers stay; if that is not enough, cut the end."""
         rules = self._rules
         if rules.overlong != "truncate":
-            raise refuse("overlong", f"{len(example.tokens)} tokens. {_too_long(rules)}.")
+            raise refuse("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
         place = _longest_question(sample)
         excess = len(example.tokens) - rules.seq_length
         if place is not None:
@@ -135,7 +137,7 @@ class Compiler:
         rules = self._rules
         size = rules.seq_length
         if rules.overlong != "truncate":
-            raise refuse("overlong", f"{len(example.tokens)} tokens. {_too_long(rules)}.")
+            raise refuse("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
         if any(slot.first_token + self._spec.tokens_per_tile > size for slot in example.tiles):
             raise refuse("overlong", f"its pictures alone are more than {size} tokens.")
         tokens = example.tokens[:size]
