@@ -75,8 +75,8 @@ def llava_recap(root: Path) -> Iterator[Promise]:
         (row(1, "<image>\nAnd a <video> tag?", "No."), qa("[i0]\nAnd a <video> tag?", "No.", images=[dot(1)])),
         (row(2, "", "A cup."), qa(f"[i0]\n{PROMPT}", "A cup.", images=[dot(2)])),
         (row(3, "<image><image>", "a"), "media_count"),
-        (row(None, "<image>", "a"), "media_count"),
-        (row(None, "Two plus two?", "Four."), qa("Two plus two?", "Four.")),
+        (row(None, "<image>", "a"), "media_missing"),
+        (row(None, "Two plus two?", "Four."), "media_missing"),
         (row(4, "<image>", "a", "and?"), "no_answer"),
         (row(5, "a", "<image>", first="gpt"), "bad_order"),
     ]

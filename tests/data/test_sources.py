@@ -152,6 +152,9 @@ BAD: list[tuple[str, str | None, Any]] = [
     ("undeclared_media", "metamath", {"query": "q", "response": "a", "image": "a.png"}),
     ("media_broken", "openai", {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}]}, A]}),
+    *(("media_missing", row, {"conversations": human(question)})  # every record of these has a picture
+      for row in ("llava_recap", "ov_mid") for question in ("<image>\nq", "q")),
+    ("media_missing", "docmatix", {"texts": [{"user": "q", "assistant": "a"}], "images": []}),
     ("media_missing", None, {"image": "file://[x", "conversations": human("<image>")}),
     ("bad_record", "openai", {"messages": [{"role": "user", "content": [{"type": {}, "text": "q"}]}, A]}),
     ("bad_record", "alpaca", {"instruction": "q", "output": "a", "history": 1.5}),
