@@ -1,6 +1,6 @@
 """Conversion against the two things it must be compared with: copying the same bytes, and load-split-save.
 
-    python benchmarks/convert.py [--gigabytes 2] [--repeats 5] [--scratch DIR] [--workers N]
+    PYTHONPATH=. python benchmarks/convert.py [--gigabytes 2] [--repeats 5] [--scratch DIR] [--workers N]
 
 One synthetic Qwen2 decoder (bfloat16, random bytes, wide and few layers) is imported and exported, side by side with
 
@@ -127,7 +127,6 @@ def run(scratch: Path, gigabytes: float, repeats: int, workers: int) -> None:
     for _ in range(repeats):
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
-            os.sync()
             _warm(source if "checkpoint" not in name and name != "export" else step)
             measure(command, results[name])
     _print(results, size, workers)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.journal import Entry, Journal, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, runs, volume, whole
-from megatron_vita.checkpoint.streaming import PIECE_BYTES
-from megatron_vita.checkpoint.streams import Workers, raw, sha256_of, shaped, write_exactly
+from megatron_vita.checkpoint.streams import BLOCK_BYTES, Workers, raw, sha256_of, shaped, write_exactly
 from megatron_vita.convert.safetensors_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError
 
@@ -138,11 +137,10 @@ def _write_file(path: Path, tensors: LazyTensors, planned: PlannedFile, workers:
 
 
 def _blocks(tensors: LazyTensors, planned: PlannedFile) -> Iterator[_Block]:
-    """As large as the pieces of a checkpoint, so that a piece is mostly read for one block."""
     position = len(planned.header)
     for name in planned.tensors:
         item = tensors.dtype(name).itemsize
-        for region in runs(whole(tensors.shape(name)), item, PIECE_BYTES):
+        for region in runs(whole(tensors.shape(name)), item, BLOCK_BYTES):
             size = volume(region) * item
             yield _Block(name, region, position, size)
             position += size
