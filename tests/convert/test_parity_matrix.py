@@ -107,6 +107,14 @@ def _stock(folder: Path, tiles: tuple[int, ...] = (1, 5, 2)) -> tuple[Prompt, to
     return dataclasses.replace(prompt, tokens=prompt.tokens[:, :length]), wanted[:length]
 
 
+def _check_tower_norms(tower: Path, ckpt: Path) -> None:
+    """Exchanged, they would move no logit (their weights only ever meet as products) and come back exchanged again."""
+    theirs, ours = publishers.tensors_of(tower), checkpoint.read_tensors(ckpt)
+    for part in "qk":
+        mine = ours[f"vision_model.decoder.layers.1.self_attention.{part}_layernorm.weight"]
+        assert torch.equal(mine, theirs[f"encoder.layer.1.attention.{part}_norm.weight"])
+
+
 INTERN = ("InternViT-300M", "InternViT-6B")
 OTHER = ("SigLIP", "CLIP")
 
@@ -122,6 +130,8 @@ def test_parts_joined_and_exported_equal_stock(published: Path, tmp_path: Path, 
     for prefix, part in (("language_model.", decoder), ("vision_tower.", tower)):
         for name, one in publishers.tensors_of(published / part).items():
             assert torch.equal(left.pop(prefix + name), one), name
+    if tower == "InternViT-6B":
+        _check_tower_norms(published / tower, tmp_path / "ckpt")
     projector = ("layer_norm", "linear_1", "linear_2")
     assert set(left) == {f"multi_modal_projector.{one}.{kind}" for one in projector for kind in ("weight", "bias")}
     prompt, wanted = _stock(tmp_path / "hf")
