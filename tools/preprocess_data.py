@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over proce
 from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
 from megatron_vita.data.engines import ENGINES
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.options import Options
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.video import VideoLimits

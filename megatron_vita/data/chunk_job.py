@@ -15,7 +15,7 @@ from megatron_vita.data.example import MediaItem
 from megatron_vita.data.plan import chunk_path
 from megatron_vita.data.rejects import code_of
 from megatron_vita.data.reuse import EarlierSet
-from megatron_vita.data.shard_writer import SetInfo, check_example, reference_record
+from megatron_vita.data.set_info import SetInfo, check_example, reference_record
 from megatron_vita.data.sources.mix import MixFile
 from megatron_vita.data.sources.readers import Places
 from megatron_vita.data.spool import Body, ChunkWriter, Region

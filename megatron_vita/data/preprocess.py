@@ -26,17 +26,19 @@ from tqdm import tqdm
 
 from megatron_vita import __version__
 from megatron_vita.data.chunk_job import ChunkJob, ChunkTask
-from megatron_vita.data.compile import OVERLONG, Rules
+from megatron_vita.data.compile import Rules
 from megatron_vita.data.disk import no_room
-from megatron_vita.data.engines import ENGINES, Engine, LocalEngine, open_engine
+from megatron_vita.data.engines import Engine, LocalEngine, open_engine
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
+from megatron_vita.data.options import Options
 from megatron_vita.data.plan import EntryTable, Plan, chunk_path
+from megatron_vita.data.publishing import is_ready, publish, work_folder
 from megatron_vita.data.records import file_info
 from megatron_vita.data.reuse import EarlierSet, source_key
-from megatron_vita.data.shard_writer import SetInfo, is_ready, publish, work_folder, write_set
+from megatron_vita.data.set_info import SetInfo
+from megatron_vita.data.set_writer import write_set
 from megatron_vita.data.sources import stores
 from megatron_vita.data.sources.mix import MixFile, load_mix
-from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.spool import ChunkFile
 from megatron_vita.data.tokenizer import (
     IM_END,
@@ -48,60 +50,12 @@ from megatron_vita.data.tokenizer import (
     VID_END,
     VitaTokenizer,
 )
-from megatron_vita.data.video import VideoLimits
 from megatron_vita.errors import ConfigError, DataError, VitaError
 
 CHUNK = 128
 """Records that a process takes at once."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """The settings of one run; field names are the command line's flags."""
-
-    data_config: str
-    tokenizer: str
-    output: str
-    seq_length: int
-    spec: PreprocessSpec = PreprocessSpec()
-    overlong: str = "reduce-frames"
-    seed: int = 0
-    media: str = "embed"
-    verify_media: str = "structure"
-    video_limits: VideoLimits = VideoLimits()
-    """What decoding one video may cost."""
-    workers: int = 1
-    resume: bool = False
-    engine: str = "local"
-    max_rejected: float = 1.0
-    """Largest share of the records, 0..1, that may be refused; with more nothing is published."""
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("overlong", OVERLONG),
-            ("media", ("embed", "reference")),
-            ("verify_media", ("structure", "decode")),
-            ("engine", ENGINES),
-        ):
-            if getattr(self, name) not in known:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)}: choose one of {', '.join(known)}.")
-        if not 0 <= self.max_rejected <= 1:
-            raise ConfigError(f"--max-rejected {self.max_rejected}: a share of the records, 0 to 1.")
-        if self.seq_length < 2:
-            raise ConfigError(f"--seq-length {self.seq_length}: a pack needs at least 2 tokens.")
-        if self.workers < 1:
-            raise ConfigError(f"--workers {self.workers}: at least one process must do the work.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed} must not be negative.")
-        name = Path(self.output).name
-        if not name or self.output.endswith("/") or Path(self.output).is_dir():
-            raise ConfigError(
-                f"--output {self.output} must be DIR/PREFIX, not a folder. For instance {self.output}/train"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

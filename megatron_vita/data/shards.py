@@ -1,4 +1,4 @@
-"""The packed format, and its reader. (Its writer is shard_writer.py.)
+"""The packed format, and its reader. (Its writer is set_writer.py.)
 
 Files behind a prefix, all offsets 64-bit:
 

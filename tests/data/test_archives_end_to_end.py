@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_vita.data.manifest import Manifest
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.options import Options
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.spec import PreprocessSpec
 from tests.data.fixtures_kit import clip

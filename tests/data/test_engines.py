@@ -18,8 +18,9 @@ from megatron_vita.data import preprocess
 from megatron_vita.data.chunk_job import ChunkJob, ChunkTask
 from megatron_vita.data.compile import Compiler
 from megatron_vita.data.engines import Engine, InProcess, LocalEngine, RayEngine, open_engine
+from megatron_vita.data.options import Options
 from megatron_vita.data.pack_writer import PackJob
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.kit import picture, tokenizer_folder
@@ -236,7 +237,7 @@ def test_a_crash_while_packs_are_written_is_made_good(
     world: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
 ) -> None:
     job = lambda work, tokens: Fragile(work, tokens, always)  # noqa: E731
-    monkeypatch.setattr("megatron_vita.data.shard_writer.PackJob", job)
+    monkeypatch.setattr("megatron_vita.data.set_writer.PackJob", job)
     if always:
         with pytest.raises(DataError, match="killed 3 times at range 0"):
             run(options(world, tmp_path / "set", workers=2))

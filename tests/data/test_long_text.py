@@ -96,7 +96,8 @@ def test_what_may_fit_is_left_as_it_is(tokenizer: VitaTokenizer, monkeypatch: py
 _CHILD = """
 import re, sys
 from pathlib import Path
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.options import Options
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.spec import PreprocessSpec
 where = Path(sys.argv[1])
 run(Options(data_config=str(where / "mix.yaml"), tokenizer=str(where / "tok"), output=str(where / "out/set"),

@@ -24,7 +24,8 @@ from megatron_vita.data.compile import Compiler, Rules
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.manifest import Manifest
 from megatron_vita.data.media import read_items
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.options import Options
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.sources import load_mix, read_samples

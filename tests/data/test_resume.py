@@ -16,7 +16,8 @@ import pytest
 
 from megatron_vita.data import plan, preprocess
 from megatron_vita.data.compile import Compiler
-from megatron_vita.data.preprocess import Options, run
+from megatron_vita.data.options import Options
+from megatron_vita.data.preprocess import run
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
@@ -141,11 +142,11 @@ PLACES = [
     (f"{DATA}.pack_writer:IndexFile.create", 2, "before"),
     (f"{DATA}.pack_writer:PackWriter._tiles", 1, "before"),
     (f"{DATA}.pack_writer:PackWriter.write", 3, "after"),
-    (f"{DATA}.shard_writer:_counted", 1, "after"),
-    (f"{DATA}.shard_writer:publish", 1, "before"),
-    (f"{DATA}.shard_writer:_place", 1, "before"),
-    (f"{DATA}.shard_writer:_place", 6, "after"),
-    (f"{DATA}.shard_writer:shutil.copyfile", 1, "before"),
+    (f"{DATA}.set_writer:_counted", 1, "after"),
+    (f"{DATA}.set_writer:publish", 1, "before"),
+    (f"{DATA}.publishing:_place", 1, "before"),
+    (f"{DATA}.publishing:_place", 6, "after"),
+    (f"{DATA}.publishing:shutil.copyfile", 1, "before"),
 ]
 
 
@@ -290,7 +291,7 @@ def test_the_old_set_stays_whole_until_the_new_one_is_there(
         kill(world, prefix, place, 2, "after", resume=True)
         assert content(prefix) == before
         ShardSet(prefix).verify()
-    kill(world, prefix, f"{DATA}.shard_writer:_place", 3, "after", resume=True)
+    kill(world, prefix, f"{DATA}.publishing:_place", 3, "after", resume=True)
     compiled.clear()
     run(options(world, prefix, resume=True))
     assert not compiled

@@ -15,7 +15,8 @@ from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.manifest import Reject, SourceCounts, load_manifest
 from megatron_vita.data.records import SMALL_SUFFIXES, SUFFIXES, sample_cost
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.shard_writer import ShardWriter, reference_record
+from megatron_vita.data.set_info import reference_record
+from megatron_vita.data.shard_writer import ShardWriter
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.errors import ConfigError, DataError
 from tests.data import packed
