@@ -8,16 +8,13 @@ did the work and however often it was cut short: what is finished stays in the w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from megatron_vita.data.engines import Engine, LocalEngine, open_engine
 from megatron_vita.data.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.options import Options
 from megatron_vita.data.plan import EntryTable, Plan, chunk_path
-from megatron_vita.data.publishing import is_ready, publish, work_folder
+from megatron_vita.data.publishing import work_folder
 from megatron_vita.data.records import file_info
 from megatron_vita.data.reuse import EarlierSet, source_key
 from megatron_vita.data.set_info import SetInfo
@@ -50,6 +47,7 @@ from megatron_vita.data.tokenizer import (
     VID_END,
     VitaTokenizer,
 )
+from megatron_vita.data.work_folder import hold_work_folder
 from megatron_vita.errors import ConfigError, DataError, VitaError
 
 CHUNK = 128
@@ -109,7 +107,10 @@ def run(options: Options) -> Manifest:
 
 def _run(job: _Run) -> Manifest:
     options = job.options
-    with _work_folder(job) as ready, open_engine(options.engine, options.workers) as engine:
+    # the same chunks have the same numbers: said by whoever cuts them
+    described = f"{job.inputs} {CHUNK} {__version__}"
+    held = hold_work_folder(job.prefix, described, resume=options.resume)
+    with held as ready, open_engine(options.engine, options.workers) as engine:
         if ready is not None:
             return ready
         if options.resume:
@@ -157,48 +158,6 @@ def _prepare(options: Options) -> _Run:
         packing={"seed": options.seed, "inputs": inputs},
     )
     return _Run(options=options, files=files, info=info, keys=keys)
-
-
-@contextmanager
-def _work_folder(job: _Run) -> Iterator[Manifest | None]:
-    """The work folder, for this run alone. Left where it is when the run is cut short.
-
-    Gives the set's manifest if nothing was left to do but to publish it.
-    """
-    work, note = job.work, job.work / "inputs"
-    # the same chunks have the same numbers: said by whoever cuts them
-    described = f"{job.inputs} {CHUNK} {__version__}"
-    try:
-        job.prefix.parent.mkdir(parents=True, exist_ok=True)
-        lock = Path(f"{work}.lock").open("w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ConfigError(f"--output {job.prefix}: cannot be written ({error}). Choose another.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino != os.stat(lock.name).st_ino:
-                raise BlockingIOError  # it was another run's, which has just ended
-        except (BlockingIOError, FileNotFoundError):
-            raise ConfigError(f"--output {job.prefix}: another run is writing it. Wait, or choose another.") from None
-        try:
-            left = note.read_text() if note.exists() else None
-            if is_ready(work):  # cut short between the old set and the new one
-                manifest = publish(work, job.prefix)
-                if left == described and job.options.resume:
-                    yield manifest
-                    return
-            if left != described or not work.exists() or not job.options.resume:
-                if work.exists():
-                    log.info(
-                        "%s is of %s: started over", work, "other inputs" if job.options.resume else "an earlier run"
-                    )
-                shutil.rmtree(work, ignore_errors=True)
-                for folder in ("active", "sources"):
-                    (work / folder).mkdir(parents=True)
-                note.write_text(described)
-            yield None
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
 
 
 def _chunks(job: _Run) -> list[ChunkTask]:
