@@ -127,9 +127,7 @@ def import_model(
                     "Give the tokenizer that it was trained with (Qwen2.5's)."
                 )
             source = Path(scratch)
-        return _write(
-            output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable
-        )
+        return _write(output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable)
 
 
 def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
