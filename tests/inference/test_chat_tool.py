@@ -101,6 +101,6 @@ def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "fake.png").write_text("no picture")
     fails(1, "fake.png", "--image", str(tmp_path / "fake.png"), "What?")
     (tmp_path / "empty").mkdir()
-    fails(1, "neither a finished checkpoint nor a Hugging Face folder", "What?", model=tmp_path / "empty")
+    fails(2, "neither a finished checkpoint nor a Hugging Face folder", "What?", model=tmp_path / "empty")
     text = save_checkpoint(tmp_path, vision=False, name="text")
     fails(2, "text-only", "--image", str(here / "wide.jpg"), "What?", model=text)

@@ -257,7 +257,7 @@ def test_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*command[2:], "--model", str(tmp_path / "none")]) == 2
     assert main([*command, "--data", str(tmp_path / "none.jsonl")]) == 2
     (tmp_path / "empty").mkdir()
-    assert main([*command[2:], "--model", str(tmp_path / "empty")]) == 1
+    assert main([*command[2:], "--model", str(tmp_path / "empty")]) == 2
     assert "neither a finished checkpoint nor a Hugging Face folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         main([*command, "--workers", "0"])
