@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_vita.convert.placed import TensorPlace
 from megatron_vita.errors import CheckpointError
 
 MAX_PICKLE = 64 << 20
@@ -79,17 +80,6 @@ class Storage:
     key: str
     dtype: torch.dtype
     elements: int
-
-
-@dataclass(frozen=True, eq=False)
-class TensorPlace:
-    """Where one tensor's elements lie, row-major and without gaps."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """Bytes from the file's beginning."""
 
 
 @dataclass

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, shift, volume, whole
-from megatron_vita.checkpoint.streams import raw, read_exactly
+from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, long_vita
 from megatron_vita.convert.hf_config import integer, number, read_json, require
-from megatron_vita.convert.inert import Record, TensorPlace, TorchFile
+from megatron_vita.convert.inert import Record, TorchFile
+from megatron_vita.convert.placed import PlacedTensors, TensorPlace
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
 from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -69,52 +67,16 @@ class MegatronModel:
         return Subset(self.source, [named.name for rule in self.rules for named in rule.theirs])
 
 
-class RankFiles(LazyTensors):
+class RankFiles(PlacedTensors):
     """The weights in the files of all ranks, as `mp_rank_03:decoder.final_layernorm.weight`."""
 
     def __init__(self, places: Mapping[str, TensorPlace], left_out: Mapping[str, str]) -> None:
         """`left_out`: names of `places` that are on purpose not used, and why."""
-        self._places = dict(places)
+        super().__init__(places)
         self._left_out = dict(left_out)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._places[name].dtype
-
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        region = whole(self.shape(name)) if region is None else region
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
-        place = self._places[name]
-        if not volume(region):
-            return
-        run = (*region[:1], *whole(place.shape[1:]))
-        direct = run == region and out.is_contiguous()
-        target = out if direct else torch.empty(extent(run), dtype=place.dtype)
-        start = place.start
-        if region:
-            start += region[0].start * math.prod(place.shape[1:]) * place.dtype.itemsize
-        descriptor = os.open(place.file, os.O_RDONLY)
-        try:
-            read_exactly(descriptor, raw(target), start, place.file)
-        finally:
-            os.close(descriptor)
-        if not direct:
-            out.copy_(target[shift(region, run)])
 
     def left_out(self) -> Mapping[str, str]:
         return self._left_out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def find(path: Path) -> Path | None:

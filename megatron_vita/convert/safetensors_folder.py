@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, shift, volume, whole
-from megatron_vita.checkpoint.streams import raw, read_exactly
+from megatron_vita.convert.placed import PlacedTensors, TensorPlace
 from megatron_vita.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -36,24 +33,14 @@ DTYPES = {
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one tensor's bytes lie."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-
-class SafetensorsFolder(LazyTensors):
+class SafetensorsFolder(PlacedTensors):
     """The tensors of one Hugging Face folder. Opening checks names, shapes, sizes and offsets of all files."""
 
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError for what no publisher would write: no weights or only pickled ones, an index that
         leaves the folder or disagrees with its files, truncated files, overlapping or unnamed bytes."""
+        super().__init__({})
         self.folder = folder
-        self._places: dict[str, _Place] = {}
         if (folder / INDEX_FILE).is_file():
             self._open_index(folder / INDEX_FILE)
         elif (folder / SINGLE_FILE).is_file():
@@ -91,41 +78,8 @@ class SafetensorsFolder(LazyTensors):
         if missing:
             raise CheckpointError(f"{path}: names {missing[0]}, which {weight_map[missing[0]]} does not hold.")
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._places[name].dtype
-
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        region = whole(self.shape(name)) if region is None else region
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
-        place = self._places[name]
-        if not volume(region):
-            return
-        start, run = _run_of(place.shape, region)
-        direct = run == region and out.is_contiguous()
-        target = out if direct else torch.empty(extent(run), dtype=place.dtype)
-        descriptor = os.open(place.file, os.O_RDONLY)
-        try:
-            read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
-        finally:
-            os.close(descriptor)
-        if not direct:
-            out.copy_(target[shift(region, run)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _read_header(path: Path) -> dict[str, _Place]:
+def _read_header(path: Path) -> dict[str, TensorPlace]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -152,7 +106,7 @@ def _read_header(path: Path) -> dict[str, _Place]:
         if one.start != end:
             what = "overlaps the tensor before it" if one.start < end else "leaves bytes before it that belong to none"
             raise CheckpointError(f"{path}: {one.name} at {one.start}..{one.stop} {what}. Download it again.")
-        places[one.name] = _Place(path, dtype, one.shape, 8 + length + one.start)
+        places[one.name] = TensorPlace(path, dtype, one.shape, 8 + length + one.start)
         end = one.stop
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: has {size} bytes, its header describes {8 + length + end}. Download it again.")
@@ -199,16 +153,3 @@ def _no_weights(folder: Path) -> str:
             "Download the safetensors revision, or convert it in a sandbox with transformers' save_pretrained."
         )
     return f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}. Is the download complete?"
-
-
-def _run_of(shape: Sequence[int], region: Region) -> tuple[int, Region]:
-    """(first element, box): the shortest contiguous run of rows of a tensor that holds a region.
-
-    Dimensions in which the region is one element wide come first; of the next one it takes a range, of all others all.
-    """
-    axis = 0
-    while axis < len(shape) - 1 and region[axis].stop - region[axis].start == 1:
-        axis += 1
-    box = (*region[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
-    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(region[: axis + 1]))
-    return first, box

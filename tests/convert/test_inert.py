@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.convert import inert
-from megatron_vita.convert.inert import Name, Record, TensorPlace, TorchFile
+from megatron_vita.convert.inert import Name, Record, TorchFile
+from megatron_vita.convert.placed import TensorPlace
 from megatron_vita.errors import CheckpointError
 
 EVENTS: list[str] = []

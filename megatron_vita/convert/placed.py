@@ -1,0 +1,79 @@
+"""Tensors that lie in files without gaps, read by byte range: what every format comes to once its header is known."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, shift, volume, whole
+from megatron_vita.checkpoint.streams import raw, read_exactly
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where one tensor's elements lie, row-major and without gaps."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Bytes from the file's beginning."""
+
+
+class PlacedTensors(LazyTensors):
+    """Named tensors at known places of files."""
+
+    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
+        self._places = dict(places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name].dtype
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        region = whole(self.shape(name)) if region is None else region
+        out = torch.empty(extent(region), dtype=self.dtype(name))
+        self.read_into(name, region, out)
+        return out
+
+    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+        place = self._places[name]
+        if not volume(region):
+            return
+        start, run = _run_of(place.shape, region)
+        direct = run == region and out.is_contiguous()
+        target = out if direct else torch.empty(extent(run), dtype=place.dtype)
+        descriptor = os.open(place.file, os.O_RDONLY)
+        try:
+            read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
+        finally:
+            os.close(descriptor)
+        if not direct:
+            out.copy_(target[shift(region, run)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _run_of(shape: Sequence[int], region: Region) -> tuple[int, Region]:
+    """(first element, box): the shortest contiguous run of rows of a tensor that holds a region.
+
+    Dimensions in which the region is one element wide come first; of the next one it takes a range, of all others all.
+    """
+    axis = 0
+    while axis < len(shape) - 1 and region[axis].stop - region[axis].start == 1:
+        axis += 1
+    box = (*region[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
+    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(region[: axis + 1]))
+    return first, box
