@@ -35,6 +35,8 @@ setup(
         "tokenizers>=0.20",
         "sentencepiece",
         "safetensors",
+        "blake3",
+        "xxhash",
         "tensorboard",
         "zstandard",
     ],

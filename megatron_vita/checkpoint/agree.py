@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from megatron_vita import device
 from megatron_vita.errors import CheckpointError, VitaError
 
 T = TypeVar("T")
@@ -18,6 +15,10 @@ def on_rank_zero(act: Callable[[], T]) -> T:
 
     Questions about files are asked so, too: other ranks may see a shared folder late, and must come to one answer.
     """
+    import torch.distributed as dist
+
+    from megatron_vita import device
+
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -34,6 +35,8 @@ def on_rank_zero(act: Callable[[], T]) -> T:
 
 def everywhere(act: Callable[[], T], where: str) -> T:
     """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
+    import torch.distributed as dist
+
     result: Any = None
     error = ""
     try:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vita.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Bits = NDArray[Any]
 """The elements of a tensor as unsigned integers of their size."""
-_UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+_UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ def by_storage(storage: str) -> DType | None:
 
 
 def dtype_of(tensor: Tensor) -> DType:
-    """The type of a tensor's elements. Raises KeyError for one that is not supported."""
-    return _BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+    """The type of a tensor's elements. Raises CheckpointError for one that is not supported."""
+    found = by_name(str(tensor.dtype).removeprefix("torch."))
+    if found is None:
+        raise CheckpointError(f"a tensor of type {tensor.dtype} cannot be saved or converted. Convert it first.")
+    return found
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -91,6 +96,11 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
     found: torch.dtype = getattr(torch, dtype.name)
     return found
+
+
+def all_zero(bits: Bits, dtype: DType) -> bool:
+    """Whether every element is zero; a negative zero is one, too."""
+    return not np.any(bits << 1 if dtype.name.startswith(("float", "bfloat")) else bits)
 
 
 def bits_of(tensor: Tensor) -> Bits:

@@ -1,13 +1,14 @@
 """integrity.json: what a finished checkpoint consists of, to the byte. Written last; without it there is no checkpoint.
 
-    {"format_version": 1,
-     "files": {"run.json": {"bytes": n, "sha256": hex},
+    {"format_version": 2,
+     "files": {"run.json": {"bytes": n, "xxh3_128": hex},
                "__0_0.distcp": {"bytes": n, "pieces": [[length, hex], ...]}, ...},
-     "digest": sha256 of the canonical JSON of "files"}
+     "digest": XXH3 (128 bits) of the canonical JSON of "files"}
 
 A tensor file is a row of pieces, each a part of one tensor with a digest of its own, that together are exactly the
 file. So whoever reads one piece can verify it, and no rank has to hash what it does not read. Digests find damage; they
-are no signature, so the pickled parts are read with an allow-list besides (storage.py).
+are no signature, so the pickled parts are read by a reader that runs nothing besides (metadata.py). Version 1 had
+SHA-256 in all these places and is still read.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.streams import sha256_of
+from megatron_vita.checkpoint.streams import ALGORITHM, digest_of, new_digest
 from megatron_vita.errors import CheckpointError
 
 INTEGRITY_FILE = "integrity.json"
-_VERSION = 1
-_BLOCK = 1 << 22
+_VERSION = 2
+_ALGORITHM_OF = {1: "sha256", _VERSION: ALGORITHM}
+"""Digests by format version."""
 _REMEDY = "Use an older step: without this folder a run goes on from the one before."
 
 PieceDigests = Sequence[tuple[int, str]]
-"""(length in bytes, SHA-256) of each piece, in file order."""
+"""(length in bytes, digest) of each piece, in file order."""
 
 
 class Integrity:
     """The parsed integrity.json of one folder."""
 
-    def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, Any], algorithm: str) -> None:
         self.folder = folder
+        self.algorithm = algorithm
+        """Name of the digests, one of streams.ALGORITHMS."""
         self.files = files
         self._pieces: dict[tuple[str, int], tuple[int, str]] = {}
         for name, entry in files.items():
@@ -60,7 +64,10 @@ class Integrity:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged ({error}). {_REMEDY}") from None
-        if version != _VERSION or _canonical(files) != digest:
+        algorithm = _ALGORITHM_OF.get(version)
+        if algorithm is None:
+            raise CheckpointError(f"{path}: format version {version!r} is not known. Update megatron_vita.")
+        if _canonical(files, algorithm) != digest:
             raise CheckpointError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
         for name, entry in files.items():
             file = folder / name
@@ -70,7 +77,7 @@ class Integrity:
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CheckpointError(f"{file}: {found}, {entry['bytes']} were written. {_REMEDY}")
-        return cls(folder, files)
+        return cls(folder, files, algorithm)
 
     def read_file(self, name: str) -> bytes:
         """Content of a small file, verified.
@@ -80,22 +87,22 @@ class Integrity:
         """
         path = self.folder / name
         entry = self.files.get(name)
-        if entry is None or "sha256" not in entry:
+        if entry is None or self.algorithm not in entry:
             raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        if _digest(content, self.algorithm) != entry[self.algorithm]:
             raise CheckpointError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
 
-    def check_piece(self, file: str, offset: int, length: int, sha256: str | None, what: str) -> None:
+    def check_piece(self, file: str, offset: int, length: int, digest: str | None, what: str) -> None:
         """Verify one piece: its length before it is read, its digest too once it has been hashed.
 
         Args:
-            sha256: of what was read, or none before.
+            digest: of what was read, or none before.
             what: names the piece's tensor in the error.
         """
         known = self._pieces.get((file, offset), (-1, ""))
-        if known != (length, known[1] if sha256 is None else sha256):
+        if known != (length, known[1] if digest is None else digest):
             raise CheckpointError(
                 f"{self.folder / file}: the part that holds {what} has changed since it was written. {_REMEDY}"
             )
@@ -103,16 +110,11 @@ class Integrity:
     def check_all(self) -> None:
         """Hash every byte of the folder. Raises CheckpointError naming the first file and offset that differ."""
         for name, entry in self.files.items():
-            pieces = entry.get("pieces") or [[entry["bytes"], entry["sha256"]]]
-            with (self.folder / name).open("rb") as file:
-                for length, expected in pieces:
-                    offset, digest = file.tell(), hashlib.sha256()
-                    left = length
-                    while left and (block := file.read(min(left, _BLOCK))):
-                        digest.update(block)
-                        left -= len(block)
-                    if digest.hexdigest() != expected:
-                        raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
+            offset = 0
+            for length, expected in entry.get("pieces") or [[entry["bytes"], entry[self.algorithm]]]:
+                if digest_of(self.folder / name, offset, length, self.algorithm) != expected:
+                    raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
+                offset += length
 
 
 def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
@@ -132,13 +134,19 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
             assert size == sum(length for length, _ in pieces[name]), f"{name}: its pieces do not make up the file"
             files[name] = {"bytes": size, "pieces": [list(piece) for piece in pieces[name]]}
         else:
-            files[name] = {"bytes": size, "sha256": sha256_of(path, 0, size)}
-    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files)}
+            files[name] = {"bytes": size, ALGORITHM: digest_of(path, 0, size)}
+    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, ALGORITHM)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-def _canonical(files: Any) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _canonical(files: Any, algorithm: str) -> str:
+    return _digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode(), algorithm)
+
+
+def _digest(content: bytes, algorithm: str) -> str:
+    digest = new_digest(algorithm)
+    digest.update(content)
+    return digest.hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

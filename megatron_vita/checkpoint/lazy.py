@@ -1,14 +1,22 @@
-"""Tensors that are read when asked for, whole or in part: what checkpoints and Hugging Face folders have in common."""
+"""Tensors that are read when asked for, whole or in part: what checkpoints and Hugging Face folders have in common.
+
+Regions are moved as bits (dtypes.py); who wants values calls `read`, which imports torch.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from megatron_vita.checkpoint.dtypes import Bits, DType, as_tensor, bits_of, dtype_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Region = tuple[slice, ...]
 """One slice with explicit start and stop for each dimension."""
@@ -56,6 +64,13 @@ def move(part: Region, source: Region, target: Region) -> Region:
     )
 
 
+def part(bits: Bits, region: Region) -> Bits:
+    """A region of an array as a view of it, also where the array has no dimensions."""
+    index: tuple[Any, ...] = (*region, ...)
+    out: Bits = bits[index]
+    return out
+
+
 def runs(region: Region, item_size: int, limit: int) -> Iterator[Region]:
     """A region cut along its first dimension that is not 1, into parts of about `limit` bytes and at least one row."""
     sizes = extent(region)
@@ -81,25 +96,51 @@ class Origin:
     elements: int
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Named tensors of known shape and dtype, whose values are read on demand and not kept."""
+@dataclass(frozen=True)
+class Loan:
+    """A region of a tensor in somebody else's memory, to be looked at and given back."""
+
+    bits: Bits
+    """Contiguous, of the region's extent."""
+    release: Callable[[], object]
+    """To be called once, by any thread; the bits are not to be looked at afterwards."""
+
+
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Named tensors of known shape and type, whose values are read on demand and not kept."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; KeyError if there is none of that name."""
 
     @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Element type of one tensor, without reading it."""
+    def dtype(self, name: str) -> DType:
+        """Type of one tensor's elements, without reading it."""
 
     @abstractmethod
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        """A contiguous CPU tensor of the region's extent (all of it by default)."""
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
+        """Read a region into an array of its extent, with no copy in between where that can be. Several threads may
+        read at once.
 
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
-        """Read a region into a CPU tensor of its extent and the tensor's dtype, with no copy in between where that can
-        be. Several threads may read at once."""
-        out.copy_(self.read(name, region))
+        Args:
+            region: as many slices as the tensor has dimensions.
+            out: unsigned integers of the elements' size, in any layout.
+        """
+
+    def lend(self, name: str, region: Region) -> Loan:
+        """A region to look at: where it lies in memory already, not copied. Several threads may ask at once."""
+        return Loan(self.bits(name, region), lambda: None)
+
+    def bits(self, name: str, region: Region | None = None) -> Bits:
+        """A region (all by default) as a new array of the region's extent."""
+        region = whole(self.shape(name)) if region is None else region
+        out: Bits = np.empty(extent(region), self.dtype(name).bits)
+        self.read_into(name, region, out)
+        return out
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A region (all by default) as a contiguous CPU tensor of the region's extent."""
+        return as_tensor(self.bits(name, region), self.dtype(name))
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         """The stored boxes that a region consists of. What stores tensors itself is its own origin."""
@@ -130,16 +171,11 @@ class TensorsInMemory(LazyTensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+    def dtype(self, name: str) -> DType:
+        return dtype_of(self._tensors[name])
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        tensor = self._tensors[name].detach()
-        return (tensor if region is None else tensor[region]).cpu().contiguous()
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
-        tensor = self._tensors[name].detach()
-        out.copy_(tensor[region] if region else tensor)
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
+        out[...] = part(bits_of(self._tensors[name].detach().cpu()), region)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

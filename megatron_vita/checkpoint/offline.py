@@ -6,22 +6,24 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_vita.checkpoint import folder as folders
+from megatron_vita.checkpoint.archive import empty_dict
+from megatron_vita.checkpoint.dtypes import bits_of
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.journal import Entry, Journal, check_room, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece, write_metadata
 from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_pieces
-from megatron_vita.checkpoint.streams import Workers, default_workers, sha256_of
+from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw
 from megatron_vita.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def tensor_digests(path: str | Path) -> dict[str, str]:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's elements in row-major order."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw(bits_of(tensor.detach().cpu().contiguous()))).hexdigest()
 
 
 def write_tensors(
@@ -61,6 +63,7 @@ def write_tensors(
     source: Mapping[str, Any] | None = None,
     workers: int | None = None,
     durable: bool = True,
+    progress: bool = False,
 ) -> Path:
     """Write a weights-only checkpoint that any layout can load. The bytes do not depend on the number of workers.
 
@@ -73,6 +76,7 @@ def write_tensors(
             is kept and the rest is added; without it, everything is written anew.
         workers: threads, by default as many as there are cores.
         durable: wait until the disk has everything, so that a power cut cannot leave a name without its content.
+        progress: show a bar on standard error.
 
     Returns:
         The published folder. If writing fails, nothing of it is left.
@@ -84,28 +88,33 @@ def write_tensors(
     root, lazy = Path(root), as_lazy(tensors)
     files = plan_files(lazy)
     staging, final = folders.staging_folder(root, iteration), folders.step_folder(root, iteration)
-    check_room(root, sum(pieces[-1].position + pieces[-1].length for pieces in files.values()), staging)
+    total = sum(pieces[-1].position + pieces[-1].length for pieces in files.values())
+    check_room(root, total, staging)
     plan = [[one.key, list(one.global_shape), str(one.dtype), one.position] for two in files.values() for one in two]
     identity = {
         "source": os.urandom(16).hex() if source is None else source,
         "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest(),
     }
     try:
-        with Journal(staging, identity, final) as journal, Workers(workers or default_workers()) as pool:
+        with (
+            Journal(staging, identity, final) as journal,
+            Workers(workers or default_workers()) as pool,
+            byte_bar(total, show=progress) as bar,
+        ):
             written: list[WrittenPiece] = []
             for name, pieces in files.items():
-                written += _write_file(journal, name, lazy, pieces, pool)
+                written += _write_file(journal, name, lazy, pieces, pool, bar.update)
                 if durable:
                     sync(staging / name)
             write_metadata(staging, written)
-            torch.save({}, staging / COMMON_FILE)
+            (staging / COMMON_FILE).write_bytes(empty_dict())
             (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
             for name, text in (notes or {}).items():
                 (staging / name).write_text(text, encoding="utf-8")
             folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)
             digests: dict[str, list[tuple[int, str]]] = {name: [] for name in files}
             for one in written:
-                digests[one.file].append((one.length, one.sha256))
+                digests[one.file].append((one.length, one.digest))
             write_integrity(staging, digests)
             return folders.publish(root, iteration)
     except OSError as error:
@@ -115,23 +124,29 @@ def write_tensors(
 
 
 def _write_file(
-    journal: Journal, name: str, tensors: LazyTensors, pieces: Sequence[PlannedPiece], pool: Workers
+    journal: Journal,
+    name: str,
+    tensors: LazyTensors,
+    pieces: Sequence[PlannedPiece],
+    pool: Workers,
+    advance: Callable[[int], object],
 ) -> list[WrittenPiece]:
     """One tensor file, unless a killed process has finished it."""
 
     def intact(path: Path, entry: Entry) -> bool:
-        digests = entry.get("sha256")
+        digests = entry.get(ALGORITHM)
         if not isinstance(digests, list) or len(digests) != len(pieces):
             return False
         return path.stat().st_size == pieces[-1].position + pieces[-1].length and digests == list(
-            pool.map(lambda piece: sha256_of(path, piece.position, piece.length), pieces)
+            pool.map(lambda piece: digest_of(path, piece.position, piece.length), pieces)
         )
 
     kept = journal.kept(name, intact)
     if kept is None:
-        digests = stream_pieces(journal.staging / name, tensors, pieces, pool)
-        journal.add(name, {"sha256": digests})
+        digests = stream_pieces(journal.staging / name, tensors, pieces, pool, advance)
+        journal.add(name, {ALGORITHM: digests})
     else:
         log.info("%s was finished by an earlier run and is kept", name)
-        digests = list(kept["sha256"])
+        digests = list(kept[ALGORITHM])
+        advance(pieces[-1].position + pieces[-1].length)
     return [piece.written(name, digest) for piece, digest in zip(pieces, digests, strict=True)]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vita.checkpoint.dtypes import DType
+import numpy as np
+
+from megatron_vita.checkpoint.dtypes import Bits, DType
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, part, shift, volume
+from megatron_vita.checkpoint.streams import raw, read_exactly
 
 
 @dataclass(frozen=True)
@@ -17,3 +24,50 @@ class TensorPlace:
     shape: tuple[int, ...]
     start: int
     """Bytes from the file's beginning."""
+
+
+class PlacedTensors(LazyTensors):
+    """Named tensors at known places of files."""
+
+    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
+        self._places = dict(places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> DType:
+        return self._places[name].dtype
+
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
+        place = self._places[name]
+        if not volume(region):
+            return
+        start, run = _run_of(place.shape, region)
+        direct = run == region and out.flags.c_contiguous
+        target = out if direct else np.empty(extent(run), place.dtype.bits)
+        descriptor = os.open(place.file, os.O_RDONLY)
+        try:
+            read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
+        finally:
+            os.close(descriptor)
+        if not direct:
+            out[...] = part(target, shift(region, run))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _run_of(shape: Sequence[int], region: Region) -> tuple[int, Region]:
+    """(first element, box): the shortest contiguous run of rows of a tensor that holds a region.
+
+    Dimensions in which the region is one element wide come first; of the next one it takes a range, of all others all.
+    """
+    axis = 0
+    while axis < len(shape) - 1 and region[axis].stop - region[axis].start == 1:
+        axis += 1
+    box = (*region[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
+    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(region[: axis + 1]))
+    return first, box

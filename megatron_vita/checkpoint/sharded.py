@@ -4,20 +4,15 @@ megatron-core says which rank holds which part of which tensor (`sharded_state_d
 where it lets one plug them in, write and read the bytes (storage.py). Reading needs no plan and no exchange: a rank
 reads the parts that overlap what it holds. All functions here are called by every rank of the world.
 
-megatron-core is imported where it is used: conversion and inspection do without it and its seconds of imports.
+megatron-core and torch are imported where they are used: conversion does without them and their seconds of imports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from megatron_vita import device
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.checkpoint.integrity import Integrity, write_integrity
@@ -26,6 +21,10 @@ from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece
 from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CONTENT: dict[str, Any] = {
     # The one optimizer format of 0.16.1 that every layout can read (the default one is dead code).
@@ -66,6 +65,7 @@ def save(
     Raises:
         CheckpointError: on every rank, if any rank could not write its part.
     """
+    import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
     from megatron_vita.checkpoint.strategies import WritePieces
@@ -108,6 +108,8 @@ def load_training(
     Raises:
         CheckpointError: as load_weights; or the checkpoint was saved without its optimizer.
     """
+    from megatron_vita import device
+
     folder = folders.resolve(folder)
     state = RunState.read(folder)
     device.prepare_optimizer_for_load(optimizer)
@@ -149,6 +151,8 @@ def _content(
     """megatron-core's sharded state dict of all that is saved or loaded."""
     from megatron.core import parallel_state
 
+    from megatron_vita import device
+
     if groups is not None:
         data_ranks = groups.collection.dp_cp
     else:
@@ -175,7 +179,7 @@ def _finish(
     folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)
     pieces: dict[str, list[tuple[int, str]]] = {}
     for one in written:
-        pieces.setdefault(one.file, []).append((one.length, one.sha256))
+        pieces.setdefault(one.file, []).append((one.length, one.digest))
     write_integrity(staging, pieces)
     return folders.publish(root, state.iteration)
 

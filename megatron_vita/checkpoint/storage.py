@@ -4,45 +4,60 @@ A rank writes the parts of tensors it is answerable for into `__RANK_0.distcp`, 
 `.metadata` says which part of which tensor lies where. This is what megatron-core's `torch_dist` format is, and its own
 loader reads it. megatron-core's writer is not used, because it starts a helper process (2 to 5 s a rank, and it
 outlives a killed rank) to write asynchronously; ours writes in the calling thread and hashes each piece as it passes.
+torch's formats are spoken without torch (archive.py, metadata.py), which takes longer to import than to convert with.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import functools
 import json
+import math
 import os
-import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from megatron_vita.checkpoint.inert import elements, parse_metadata
+from megatron_vita.checkpoint.archive import frame, tensor_in
+from megatron_vita.checkpoint.dtypes import Bits, DType, bits_of, dtype_of
 from megatron_vita.checkpoint.integrity import Integrity
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, box, extent, overlap, shift, volume, whole
-from megatron_vita.checkpoint.streams import BLOCK_BYTES, raw, read_exactly
+from megatron_vita.checkpoint.lazy import (
+    LazyTensors,
+    Loan,
+    Region,
+    box,
+    extent,
+    overlap,
+    part,
+    runs,
+    shift,
+    volume,
+    whole,
+)
+from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor, metadata_bytes, parse_metadata
+from megatron_vita.checkpoint.streams import (
+    BLOCK_BYTES,
+    Buffers,
+    Bytes,
+    new_digest,
+    raw,
+    read_exactly,
+    shaped,
+    write_exactly,
+)
 from megatron_vita.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 """megatron-core's marker of a distributed checkpoint."""
+PIECE_BYTES = 16 << 20
+"""Large tensors are written in runs of rows of about this size, so that a reader of a part need not read it all."""
 _CACHE_BYTES = 128 << 20
 """Verified pieces that are kept for the next reads: interleaved heads are cut from one piece many times in a row."""
 _FORMAT = {
@@ -61,13 +76,14 @@ class WrittenPiece:
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     file: str
     position: int
     """First byte in the file."""
     length: int
     """Bytes in the file."""
-    sha256: str
+    digest: str
+    """Digest of these bytes (streams.ALGORITHM)."""
 
 
 @dataclass(frozen=True)
@@ -80,63 +96,47 @@ class Piece:
     data: Tensor
 
 
-class _Hashing(io.RawIOBase):
-    """A stream that passes bytes on and hashes them."""
-
-    def __init__(self, target: Any) -> None:
-        super().__init__()
-        self._target = target
-        self.sha256 = hashlib.sha256()
-        self.length = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, block: Any) -> int:
-        view = memoryview(block).cast("B")
-        self.sha256.update(view)
-        self.length += len(view)
-        self._target.write(view)
-        return len(view)
-
-
 def write_pieces(folder: Path, file_name: str, pieces: Iterable[Piece]) -> list[WrittenPiece]:
-    """Write pieces one after the other into one file, each read from the iterable only when its turn comes.
+    """Write pieces one after the other into one file, each read from the iterable only when its turn comes, and cut
+    into smaller ones where it is large.
 
     Returns:
         What was written, in file order; empty, and no file, if there was nothing to write.
     """
     written: list[WrittenPiece] = []
-    file = None
+    descriptor = -1
     try:
+        position = 0
         for piece in pieces:
-            if file is None:
-                file = (folder / file_name).open("wb")
-            position = file.tell()
-            stream: Any = _Hashing(file)
-            data = piece.data.detach().cpu()
-            if data.untyped_storage().nbytes() != data.nbytes:  # a view would be saved with everything it looks into
-                data = data.clone(memory_format=torch.contiguous_format)
-            torch.save(data, stream)
-            written.append(
-                WrittenPiece(
-                    key=piece.key,
-                    global_shape=tuple(piece.global_shape),
-                    offsets=tuple(piece.offsets),
-                    sizes=tuple(data.shape),
-                    dtype=data.dtype,
-                    file=file_name,
-                    position=position,
-                    length=stream.length,
-                    sha256=stream.sha256.hexdigest(),
+            if descriptor < 0:
+                descriptor = os.open(folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            data, dtype = piece.data.detach().cpu().contiguous(), dtype_of(piece.data)
+            for region in runs(whole(data.shape), dtype.itemsize, PIECE_BYTES):
+                head, tail = frame(extent(region), dtype)
+                parts: list[bytes | memoryview] = [head, raw(part(bits_of(data), region)), tail]
+                digest = new_digest()
+                for one in parts:
+                    digest.update(one)
+                write_exactly(descriptor, parts, position)
+                written.append(
+                    WrittenPiece(
+                        key=piece.key,
+                        global_shape=tuple(piece.global_shape),
+                        offsets=tuple(first + one.start for first, one in zip(piece.offsets, region, strict=True)),
+                        sizes=extent(region),
+                        dtype=dtype,
+                        file=file_name,
+                        position=position,
+                        length=sum(map(len, parts)),
+                        digest=digest.hexdigest(),
+                    )
                 )
-            )
-        if file is not None:
-            file.flush()
-            os.fsync(file.fileno())
+                position += written[-1].length
+        if descriptor >= 0:
+            os.fsync(descriptor)
     finally:
-        if file is not None:
-            file.close()
+        if descriptor >= 0:
+            os.close(descriptor)
     return written
 
 
@@ -149,8 +149,7 @@ def write_metadata(folder: Path, pieces: Sequence[WrittenPiece]) -> None:
     by_key: dict[str, list[WrittenPiece]] = {}
     for piece in pieces:
         by_key.setdefault(piece.key, []).append(piece)
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    tensors: dict[str, StoredTensor] = {}
     for key, parts in by_key.items():
         first = parts[0]
         if any(one.global_shape != first.global_shape or one.dtype != first.dtype for one in parts):
@@ -160,16 +159,21 @@ def write_metadata(folder: Path, pieces: Sequence[WrittenPiece]) -> None:
         held = sum(volume(box(one.offsets, one.sizes)) for one in parts)
         if len(starts) != len(parts) or held != volume(whole(first.global_shape)):
             raise CheckpointError(f"{key}: its parts hold {held} elements, its shape is {first.global_shape}.")
-        tensors[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=first.dtype),
-            size=torch.Size(first.global_shape),
-            chunks=[ChunkStorageMetadata(torch.Size(one.offsets), torch.Size(one.sizes)) for one in parts],
-        )
-        for index, one in enumerate(parts):
-            places[MetadataIndex(key, one.offsets, index)] = _StorageInfo(one.file, one.position, one.length)
-    metadata = Metadata(state_dict_metadata=tensors, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+        stored = tuple(StoredPiece(one.offsets, one.sizes, one.file, one.position, one.length) for one in parts)
+        tensors[key] = StoredTensor(first.global_shape, first.dtype, stored)
+    (folder / METADATA_FILE).write_bytes(metadata_bytes(tensors))
     (folder / FORMAT_FILE).write_text(json.dumps(_FORMAT) + "\n", encoding="utf-8")
+
+
+@dataclass(eq=False)
+class _Cached:
+    """A piece in memory, or being read."""
+
+    content: Future[tuple[Bytes, Bits]] = field(default_factory=Future)
+    users: int = 0
+    """Threads that look into it, or will."""
+    kept: bool = True
+    """Whether it is still there for the next who asks."""
 
 
 class CheckpointTensors(LazyTensors):
@@ -182,88 +186,121 @@ class CheckpointTensors(LazyTensors):
         """Raises CheckpointError if the folder is no finished checkpoint or its metadata cannot be trusted."""
         self.folder = folder
         self.integrity = Integrity.read(folder)
-        metadata = parse_metadata(self.integrity.read_file(METADATA_FILE), folder / METADATA_FILE)
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)
-        }
-        self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._tensors = parse_metadata(self.integrity.read_file(METADATA_FILE), folder / METADATA_FILE)
         self._lock = threading.Lock()
-        self._pieces: OrderedDict[MetadataIndex, Future[Tensor]] = OrderedDict()
+        self._cache: OrderedDict[StoredPiece, _Cached] = OrderedDict()
+        self._buffers = Buffers(_CACHE_BYTES)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].size)
+        return self._tensors[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].properties.dtype
+    def dtype(self, name: str) -> DType:
+        return self._tensors[name].dtype
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        region = whole(self.shape(name)) if region is None else region
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
-        for chunk in self._tensors[name].chunks:
-            held = box(chunk.offsets, chunk.sizes)
-            shared = overlap(held, region) if region else ()
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
+        for stored in self._tensors[name].pieces:
+            held = box(stored.offsets, stored.sizes)
+            shared = overlap(held, region)
             if shared is None:
                 continue
-            part = self._piece(name, chunk)
-            out[shift(shared, region)] = part[shift(shared, held)]
+            cached = self._take(name, stored)
+            try:
+                _, bits = cached.content.result()
+                part(out, shift(shared, region))[...] = part(bits, shift(shared, held))
+            finally:
+                self._give(cached)
 
-    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """A verified piece; who asks for one that another thread is reading waits for it."""
-        index = MetadataIndex(name, chunk.offsets)
+    def lend(self, name: str, region: Region) -> Loan:
+        for stored in self._tensors[name].pieces:
+            held = box(stored.offsets, stored.sizes)
+            if overlap(held, region) != region:
+                continue
+            cached = self._take(name, stored)
+            try:
+                bits = part(cached.content.result()[1], shift(region, held))
+            except BaseException:
+                self._give(cached)
+                raise
+            if bits.flags.c_contiguous:
+                return Loan(bits, functools.partial(self._give, cached))
+            self._give(cached)
+        return super().lend(name, region)
+
+    def _take(self, name: str, stored: StoredPiece) -> _Cached:
+        """A verified piece, to be given back; who asks for one that another thread is reading waits for its result."""
         with self._lock:
-            wanted = self._pieces.get(index)
-            if wanted is not None:
-                self._pieces.move_to_end(index)
-            else:
-                mine: Future[Tensor] = Future()
-                self._pieces[index] = mine
-                self._forget()
-        if wanted is not None:
-            return wanted.result()
-        try:
-            mine.set_result(self._read_piece(name, chunk, self._places[index]))
-        except BaseException as error:
-            with self._lock:
-                self._pieces.pop(index, None)
-            mine.set_exception(error)
-            raise
-        return mine.result()
+            cached = self._cache.get(stored)
+            mine = cached is None
+            if cached is None:
+                cached = self._cache[stored] = _Cached()
+            cached.users += 1
+            self._cache.move_to_end(stored)
+            self._forget()
+        if mine:
+            try:
+                cached.content.set_result(self._read_piece(name, stored))
+            except BaseException as error:
+                with self._lock:
+                    self._cache.pop(stored, None)
+                cached.content.set_exception(error)
+        return cached
+
+    def _give(self, cached: _Cached) -> None:
+        with self._lock:
+            cached.users -= 1
+            self._reuse(cached)
 
     def _forget(self) -> None:
         """Let go of the oldest pieces, so that all that are kept or being read are within the limit, or are one."""
-        sizes = {index: self._places[index].length for index in self._pieces}
-        total = sum(sizes.values())
-        while len(sizes) > 1 and total > _CACHE_BYTES:
-            index = next(iter(sizes))
-            total -= sizes.pop(index)
-            del self._pieces[index]
+        total = sum(stored.length for stored in self._cache)
+        while len(self._cache) > 1 and total > _CACHE_BYTES:
+            stored, cached = self._cache.popitem(last=False)
+            total -= stored.length
+            cached.kept = False
+            self._reuse(cached)
 
-    def _read_piece(self, name: str, chunk: ChunkStorageMetadata, place: _StorageInfo) -> Tensor:
-        path = self.folder / place.relative_path
-        if place.relative_path not in self.integrity.files:
-            raise CheckpointError(f"{self.folder}: {name} is said to lie in {place.relative_path!r}, no part of it.")
-        self.integrity.check_piece(place.relative_path, place.offset, place.length, None, name)
-        content = torch.empty(place.length, dtype=torch.uint8)
-        view, digest = raw(content), hashlib.sha256()
+    def _reuse(self, cached: _Cached) -> None:
+        """Give the memory of a piece that nobody keeps or looks into to the next one."""
+        if not cached.kept and not cached.users and cached.content.exception() is None:
+            self._buffers.give(cached.content.result()[0])
+
+    def _read_piece(self, name: str, stored: StoredPiece) -> tuple[Bytes, Bits]:
+        """(the memory it lies in, its elements)."""
+        path = self.folder / stored.file
+        if stored.file not in self.integrity.files:
+            raise CheckpointError(f"{self.folder}: {name} is said to lie in {stored.file!r}, no part of it.")
+        self.integrity.check_piece(stored.file, stored.position, stored.length, None, name)
+        content, digest = self._buffers.take(stored.length), new_digest(self.integrity.algorithm)
+        view = raw(content[: stored.length])
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            for start in range(0, place.length, BLOCK_BYTES):
+            for start in range(0, stored.length, BLOCK_BYTES):
                 block = view[start : start + BLOCK_BYTES]
-                read_exactly(descriptor, block, place.offset + start, path)
+                read_exactly(descriptor, block, stored.position + start, path)
                 digest.update(block)
         finally:
             os.close(descriptor)
-        self.integrity.check_piece(place.relative_path, place.offset, place.length, digest.hexdigest(), name)
-        part = elements(content, path)
-        if not isinstance(part, Tensor) or part.shape != chunk.sizes or part.dtype != self.dtype(name):
+        self.integrity.check_piece(stored.file, stored.position, stored.length, digest.hexdigest(), name)
+        return content, shaped(content[self._elements_at(name, stored, view) :], stored.sizes, self.dtype(name))
+
+    def _elements_at(self, name: str, stored: StoredPiece, view: memoryview) -> int:
+        """Where the elements lie in a piece: behind our frame, or wherever torch.save has put them."""
+        dtype = self.dtype(name)
+        head, tail = frame(stored.sizes, dtype)
+        size = len(view) - len(head) - len(tail)
+        if (
+            size == math.prod(stored.sizes) * dtype.itemsize
+            and view[: len(head)] == head
+            and view[-len(tail) :] == tail
+        ):
+            return len(head)
+        path = self.folder / stored.file
+        start, shape, found = tensor_in(view, path)
+        if shape != stored.sizes or found != dtype:
             raise CheckpointError(
                 f"{path}: the part for {name} has another shape or type than promised. Do not use this checkpoint."
             )
-        return part
+        return start
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

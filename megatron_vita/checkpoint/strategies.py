@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.base import (
 from torch import Tensor
 
 from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
+from megatron_vita.checkpoint.dtypes import torch_dtype
 from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, box
@@ -143,7 +144,7 @@ class ReadParts(LoadShardedStrategy):
         saved = self._tensors.shape(one.key)
         if not one.allow_shape_mismatch:
             return self._tensors.read(one.key, region)
-        out = torch.zeros(one.local_shape, dtype=self._tensors.dtype(one.key))
+        out = torch.zeros(one.local_shape, dtype=torch_dtype(self._tensors.dtype(one.key)))
         first = region[0]
         rows = slice(min(first.start, saved[0]), min(first.stop, saved[0]))
         if rows.start < rows.stop:
@@ -153,7 +154,7 @@ class ReadParts(LoadShardedStrategy):
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
         return {
             key: ShardedTensor.from_rank_offsets(
-                key, torch.empty(self._tensors.shape(key), dtype=self._tensors.dtype(key), device="meta")
+                key, torch.empty(self._tensors.shape(key), dtype=torch_dtype(self._tensors.dtype(key)), device="meta")
             ).without_data()
             for key in self._tensors
         }

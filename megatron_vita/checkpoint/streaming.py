@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from megatron_vita.checkpoint.archive import frame
+from megatron_vita.checkpoint.dtypes import DType
 from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, runs, volume, whole
-from megatron_vita.checkpoint.storage import WrittenPiece
-from megatron_vita.checkpoint.streams import BLOCK_BYTES, Workers, raw, shaped, write_exactly
+from megatron_vita.checkpoint.storage import PIECE_BYTES, WrittenPiece
+from megatron_vita.checkpoint.streams import (
+    BLOCK_BYTES,
+    MAX_WORKERS,
+    Buffers,
+    Workers,
+    new_digest,
+    raw,
+    shaped,
+    write_exactly,
+)
 
-PIECE_BYTES = 16 << 20
-"""Large tensors are written in runs of rows of about this size, so that a reader of a part need not read it all. The
-memory of one this small is reused after it was freed; a larger one is new to the system, and costs its page faults."""
 FILE_BYTES = 2 << 30
 """A conversion that was killed repeats at most the file it was in."""
-
-
-@functools.lru_cache(maxsize=4096)
-def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the elements of a contiguous tensor: the same for all values.
-
-    The archive's CRC-32 is left out, as torch.serialization.skip_data leaves it: torch does not read it, and our pieces
-    have SHA-256.
-    """
-    data = torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "archive"  # its name is in the bytes; a stream's is the same
-        with torch.serialization.skip_data():
-            torch.save(data, path)
-        start = torch._C.PyTorchFileReader(str(path)).get_record_offset("data/0")  # type: ignore[attr-defined]
-        with path.open("rb") as file:
-            head = file.read(start)
-            file.seek(start + data.nbytes)
-            return head, file.read()
 
 
 @dataclass(frozen=True)
@@ -49,7 +33,7 @@ class PlannedPiece:
     key: str
     global_shape: tuple[int, ...]
     region: Region
-    dtype: torch.dtype
+    dtype: DType
     position: int
 
     @property
@@ -58,7 +42,7 @@ class PlannedPiece:
         head, tail = frame(extent(self.region), self.dtype)
         return len(head) + volume(self.region) * self.dtype.itemsize + len(tail)
 
-    def written(self, file: str, sha256: str) -> WrittenPiece:
+    def written(self, file: str, digest: str) -> WrittenPiece:
         """The same, once it has been written."""
         return WrittenPiece(
             key=self.key,
@@ -69,41 +53,56 @@ class PlannedPiece:
             file=file,
             position=self.position,
             length=self.length,
-            sha256=sha256,
+            digest=digest,
         )
 
 
-def stream_pieces(path: Path, tensors: LazyTensors, pieces: Sequence[PlannedPiece], workers: Workers) -> list[str]:
+def stream_pieces(
+    path: Path,
+    tensors: LazyTensors,
+    pieces: Sequence[PlannedPiece],
+    workers: Workers,
+    advance: Callable[[int], object],
+) -> list[str]:
     """Write one file, block by block, in any order of its pieces. The bytes do not depend on the number of workers.
 
+    Args:
+        advance: is told the bytes of each piece once it is written.
+
     Returns:
-        SHA-256 of each piece, in the order given.
+        Digest of each piece, in the order given.
 
     Raises:
         OSError: no space.
     """
+    buffers = Buffers(most=MAX_WORKERS * BLOCK_BYTES)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
 
         def write(piece: PlannedPiece) -> str:
             head, tail = frame(extent(piece.region), piece.dtype)
-            digest = hashlib.sha256(head)
+            digest = new_digest()
+            digest.update(head)
             write_exactly(descriptor, [head], piece.position)
             position = piece.position + len(head)
             for region in runs(piece.region, piece.dtype.itemsize, BLOCK_BYTES):
                 size = volume(region) * piece.dtype.itemsize
-                buffer = workers.take(size)
+                buffer = buffers.take(size)
                 block = shaped(buffer, extent(region), piece.dtype)
                 tensors.read_into(piece.key, region, block)
                 digest.update(raw(block))
                 write_exactly(descriptor, [raw(block)], position)
                 position += size
-                workers.give(buffer)
+                buffers.give(buffer)
             digest.update(tail)
             write_exactly(descriptor, [tail], position)
             return digest.hexdigest()
 
-        return list(workers.map(write, pieces))
+        digests = []
+        for piece, one in zip(pieces, workers.map(write, pieces), strict=True):
+            digests.append(one)
+            advance(piece.length)
+        return digests
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,9 @@ from megatron_vita.config.bounds import at_least, positive
 from megatron_vita.config.vision import VisionConfig
 from megatron_vita.errors import ConfigError
 
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192
+"""low_freq_factor, high_freq_factor and original_max_position_embeddings of every published Llama 3.1, 3.2 and 3.3."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorConfig:

@@ -7,9 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from megatron_vita import log as vita_log
+from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.opening import OpenModel, open_model
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
@@ -20,7 +19,7 @@ from megatron_vita.errors import ConfigError, VitaError
 log = logging.getLogger(__name__)
 
 LOGIT_TOLERANCE = 1e-4
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {one.name: one for one in (FLOAT32, BFLOAT16, FLOAT16)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +48,7 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             durable=arguments.fsync,
+            progress=True,
         )
     else:
         folder = importer.import_parts(
@@ -60,6 +60,7 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
             overwrite=arguments.overwrite,
             workers=arguments.workers,
             durable=arguments.fsync,
+            progress=True,
         )
     return 0, f"wrote {folder}"
 
@@ -78,6 +79,7 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
         overwrite=arguments.overwrite,
         workers=arguments.workers,
         durable=arguments.fsync,
+        progress=True,
     )
     return 0, f"wrote {folder}"
 

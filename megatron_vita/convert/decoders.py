@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_vita.config import ModelConfig
+from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
 from megatron_vita.convert.hf_config import integer, number, refuse, require
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename, stacked
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.parallel.rotary import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """model_type -> transformers' class."""

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from megatron_vita.checkpoint.dtypes import DType
 from megatron_vita.checkpoint.journal import check_room
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.checkpoint.streams import Workers, default_workers, sha256_of
+from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig, to_dict
 from megatron_vita.convert import decoders, internvl, long_vita
 from megatron_vita.convert.coverage import REPORT_FILE, account
@@ -23,7 +23,7 @@ from megatron_vita.convert.hf_config import read_json, write_json
 from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import SIDECAR, OpenModel, open_model
 from megatron_vita.convert.publish import check_free, new_folder
-from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
+from megatron_vita.convert.safetensors_writer import DIGEST, MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.tokenizer_files import copy_for_export
 from megatron_vita.convert.views import MoreRows, Subset, TheirView
 from megatron_vita.data.spec import PreprocessSpec
@@ -31,8 +31,8 @@ from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END
 
 log = logging.getLogger(__name__)
 
-DIGESTS_FILE = "SHA256SUMS"
-"""Digests of all files of an exported folder, as `sha256sum --check` reads them."""
+DIGESTS_FILE = "B3SUMS"
+"""BLAKE3 of all files of an exported folder, as `b3sum --check` reads them."""
 VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 FORMATS = ("internvl", "long_vita", "llm")
 _FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": decoders}
@@ -52,12 +52,13 @@ def export(
     format_name: str,
     *,
     tokenizer: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     vocabulary_multiple: int = 1,
     overwrite: bool = False,
     workers: int | None = None,
     durable: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint (or of any model that open_model opens) as a Hugging Face folder.
 
@@ -69,6 +70,7 @@ def export(
         vocabulary_multiple: pad the vocabulary with rows of zeros to a multiple of this; by default no row is padding.
         workers: threads, by default as many as there are cores.
         durable: wait until the disk has everything.
+        progress: show a bar on standard error.
 
     Returns:
         `output`.
@@ -102,7 +104,7 @@ def export(
         folder = journal.staging
         tokenizer_dir = Path(tokenizer) if tokenizer else opened.tokenizer_dir
         ids = copy_for_export(tokenizer_dir, folder, vision=vision is not None)
-        stored = str(tensors.dtype(next(iter(tensors)))).removeprefix("torch.")
+        stored = tensors.dtype(next(iter(tensors))).name
         write_json(folder / "config.json", family.write_config(model, stored, ids))
         write_json(folder / "generation_config.json", _generation(ids))
         if vision is not None:
@@ -112,18 +114,19 @@ def export(
         card = _card(output.name, opened, format_name, coverage.target_bytes)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / REPORT_FILE).write_text(coverage.to_json(), encoding="utf-8")
-        with Workers(workers or default_workers()) as pool:
-            digests = write_safetensors(journal, tensors, files, pool, durable=durable)
+        total = sum(one.data_bytes for one in files)
+        with Workers(workers or default_workers()) as pool, byte_bar(total, show=progress) as bar:
+            digests = write_safetensors(journal, tensors, files, pool, bar.update, durable=durable)
         write_digests(folder, digests)
     log.info("coverage: %s", coverage.summary())
     return output
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:
-    """Write SHA256SUMS over all files of a folder, hashing those whose digest is not known yet."""
+    """Write B3SUMS over all files of a folder, hashing those whose digest is not known yet."""
     lines = []
     for path in sorted(one for one in folder.iterdir() if one.is_file() and one.name != DIGESTS_FILE):
-        digest = known.get(path.name) or sha256_of(path, 0, path.stat().st_size)
+        digest = known.get(path.name) or digest_of(path, 0, path.stat().st_size, DIGEST)
         lines.append(f"{digest}  {path.name}\n")
     (folder / DIGESTS_FILE).write_text("".join(lines), encoding="utf-8")
 
@@ -204,7 +207,7 @@ def _card(title: str, opened: OpenModel, format_name: str, size: int) -> str:
     lines += [
         "## Files",
         "",
-        f"`{DIGESTS_FILE}` holds the digests of all files (`sha256sum --check {DIGESTS_FILE}`).",
+        f"`{DIGESTS_FILE}` holds the digests of all files (`b3sum --check {DIGESTS_FILE}`).",
         f"`{REPORT_FILE}` says which stored tensors each tensor was made of.",
         "",
     ]

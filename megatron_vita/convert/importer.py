@@ -6,10 +6,9 @@ import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from megatron_vita.checkpoint.dtypes import DType, torch_dtype
 from megatron_vita.checkpoint.folder import step_folder
 from megatron_vita.checkpoint.lazy import LazyTensors, TensorsInMemory
 from megatron_vita.checkpoint.offline import write_tensors
@@ -22,6 +21,9 @@ from megatron_vita.convert.tokenizer_files import with_vision_tokens
 from megatron_vita.convert.views import Joined, MoreRows
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def import_parts(
     overwrite: bool = False,
     workers: int | None = None,
     durable: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Join a decoder and a tower into a fresh model with a new projector; or take the decoder alone.
 
@@ -53,6 +56,7 @@ def import_parts(
         seed: of the projector's initial weights.
         workers: threads, by default as many as there are cores.
         durable: wait until the disk has everything.
+        progress: show a bar on standard error.
 
     Returns:
         The checkpoint.
@@ -67,7 +71,9 @@ def import_parts(
         raise ConfigError(f"{llm}: is a whole model ({decoder.kind}), not a decoder. Use import --model {llm}.")
     source = Path(tokenizer) if tokenizer else decoder.tokenizer_dir
     if vision is None:
-        return _write(output, decoder.model, decoder.tensors, None, source, {"llm": str(llm)}, seed, workers, durable)
+        return _write(
+            output, decoder.model, decoder.tensors, None, source, {"llm": str(llm)}, seed, workers, durable, progress
+        )
     tower, tower_tensors = open_tower(vision)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -83,7 +89,7 @@ def import_parts(
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
         origin = {"llm": str(llm), "vision": str(vision)}
-        return _write(output, model, parts, spec, folder, origin, seed, workers, durable)
+        return _write(output, model, parts, spec, folder, origin, seed, workers, durable, progress)
 
 
 def import_model(
@@ -94,6 +100,7 @@ def import_model(
     overwrite: bool = False,
     workers: int | None = None,
     durable: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder), found out by itself.
 
@@ -104,6 +111,7 @@ def import_model(
             Qwen2.5's, which gets the special tokens that it lacks.
         workers: threads, by default as many as there are cores.
         durable: wait until the disk has everything.
+        progress: show a bar on standard error.
 
     Returns:
         The checkpoint, iteration 0 below `output`.
@@ -127,28 +135,33 @@ def import_model(
                     "Give the tokenizer that it was trained with (Qwen2.5's)."
                 )
             source = Path(scratch)
-        return _write(output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable)
+        return _write(
+            output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable, progress
+        )
 
 
-def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def fresh_projector(model: ModelConfig, seed: int, dtype: DType) -> dict[str, Tensor]:
     """Initial weights of a projector: normal linears with the decoder's spread, zero biases, the identity norm."""
+    import torch
+
     assert isinstance(model.vision, VisionConfig)
+    kind = torch_dtype(dtype)
     shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * model.init_method_std).to(dtype)
+        return (torch.randn(rows, columns, generator=generator) * model.init_method_std).to(kind)
 
     prefix = "vision_projection."
     tensors = {
-        prefix + "pre_proj_layernorm.weight": torch.ones(shuffled, dtype=dtype),
-        prefix + "pre_proj_layernorm.bias": torch.zeros(shuffled, dtype=dtype),
+        prefix + "pre_proj_layernorm.weight": torch.ones(shuffled, dtype=kind),
+        prefix + "pre_proj_layernorm.bias": torch.zeros(shuffled, dtype=kind),
         prefix + "encoder.linear_fc1.weight": normal(inner, shuffled),
         prefix + "encoder.linear_fc2.weight": normal(width, inner),
     }
     if model.projector.bias:
-        tensors[prefix + "encoder.linear_fc1.bias"] = torch.zeros(inner, dtype=dtype)
-        tensors[prefix + "encoder.linear_fc2.bias"] = torch.zeros(width, dtype=dtype)
+        tensors[prefix + "encoder.linear_fc1.bias"] = torch.zeros(inner, dtype=kind)
+        tensors[prefix + "encoder.linear_fc2.bias"] = torch.zeros(width, dtype=kind)
     return tensors
 
 
@@ -162,6 +175,7 @@ def _write(
     seed: int,
     workers: int | None,
     durable: bool,
+    progress: bool,
 ) -> Path:
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer}: holds no tokenizer.json. Name a tokenizer folder with --tokenizer.")
@@ -179,6 +193,7 @@ def _write(
         source={"seed": seed, **{key: identity_of(value) for key, value in origin.items()}},
         workers=workers,
         durable=durable,
+        progress=progress,
     )
     log.info("coverage: %s", coverage.summary())
     return folder

@@ -1,8 +1,8 @@
 """Long-VITA's published Megatron layouts: `_MG` (Transformer Engine's names) and MindSpeed's (norms beside linears).
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
-and pipeline rank, with the weights under `model` and the settings of the run under `args`. inert.py reads the files.
-Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on each pipeline rank.
+and pipeline rank, with the weights under `model` and the settings of the run under `args`, read by
+checkpoint/archive.py. Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on each pipeline rank.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from megatron_vita.checkpoint.archive import TorchFile
 from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.checkpoint.pickles import Record
+from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, long_vita
 from megatron_vita.convert.hf_config import integer, number, read_json, require
-from megatron_vita.convert.inert import Record, TorchFile
-from megatron_vita.convert.placed import PlacedTensors, TensorPlace
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
 from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -268,10 +269,10 @@ def _leave_copy(source: RankFiles, copy: str, first: str, left_out: dict[str, st
     """Take one of several copies of a weight, if they are copies."""
     if source.shape(copy) != source.shape(first) or source.dtype(copy) != source.dtype(first):
         raise CheckpointError(f"{copy} and {first} should be copies, but differ in shape or type.")
-    a, b = source[copy], source[first]
     left_out[copy] = f"a copy of {first}"
-    if torch.equal(a, b):
+    if np.array_equal(source.bits(copy), source.bits(first)):
         return
+    a, b = source[copy], source[first]
     gap, scale = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
     if not gap <= _REPLICA_TOLERANCE * scale:
         raise CheckpointError(f"{copy} and {first} should be copies, but differ by {gap:.3g} (of {scale:.3g}).")

@@ -13,23 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_vita.convert.placed import PlacedTensors, TensorPlace
+from megatron_vita.checkpoint.dtypes import DTYPES
+from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
 from megatron_vita.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
+CODES = {one.code: one for one in DTYPES if one.code not in ("I8", "I16", "BOOL")}
+"""Types of published weights; those left out stand for something else that was packed into them."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -93,12 +85,12 @@ def _read_header(path: Path) -> dict[str, TensorPlace]:
         raise CheckpointError(f"{path}: damaged header ({error!r}). Download it again.") from None
     places, end = {}, 0
     for one in sorted(entries, key=lambda one: (one.start, one.stop)):
-        if one.code not in DTYPES:
+        if one.code not in CODES:
             raise CheckpointError(
                 f"{path}: {one.name} has type {one.code}, which is not supported (quantised weights must be "
-                f"dequantised first). Supported: {', '.join(DTYPES)}."
+                f"dequantised first). Supported: {', '.join(CODES)}."
             )
-        dtype = DTYPES[one.code]
+        dtype = CODES[one.code]
         if one.stop - one.start != math.prod(one.shape) * dtype.itemsize:
             raise CheckpointError(
                 f"{path}: {one.name} has offsets {one.start}..{one.stop} that do not fit its shape {one.shape}."

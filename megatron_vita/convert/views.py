@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, DType, all_zero, as_tensor
 from megatron_vita.checkpoint.lazy import (
     LazyTensors,
+    Loan,
     Origin,
     Region,
     extent,
     overlap,
+    part,
     runs,
     shift,
     volume,
@@ -22,6 +25,9 @@ from megatron_vita.checkpoint.lazy import (
 )
 from megatron_vita.convert.rules import Named, Part, Rule, prove
 from megatron_vita.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +47,36 @@ class _RuledView(LazyTensors):
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         """(dimensions of the boxes, the boxes that make up a region)."""
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        region = whole(self.shape(name)) if region is None else region
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
         rank, parts = self._parts(name, region)
-        inner = out[(0,) * (out.dim() - rank)]
-        if sum(volume(part.target) for part in parts) < volume(region):
-            out.zero_()
-        for part in parts:
-            box = inner[part.target] if rank else inner
-            self._fill(part.name, part.box, box[(None,) * (len(part.box) - rank)])
+        if sum(volume(one.target) for one in parts) < volume(region):
+            out[...] = 0
+        if not parts:
+            return
+        inner = np.squeeze(out, tuple(range(out.ndim - rank)))
+        for one in parts:
+            lead = tuple(range(len(one.box) - rank))
+            self._fill(one.name, one.box, np.expand_dims(part(inner, one.target), lead))
 
-    def _fill(self, name: str, region: Region, box: Tensor) -> None:
+    def lend(self, name: str, region: Region) -> Loan:
+        _, parts = self._parts(name, region)
+        if (
+            len(parts) != 1
+            or volume(parts[0].box) != volume(region)
+            or self.dtype(name) != self._source.dtype(parts[0].name)
+        ):
+            return super().lend(name, region)
+        loan = self._source.lend(parts[0].name, parts[0].box)
+        return Loan(loan.bits.reshape(extent(region)), loan.release)
+
+    def _fill(self, name: str, region: Region, box: Bits) -> None:
         self._source.read_into(name, region, box)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         _, parts = self._parts(name, region)
-        for part in parts:
-            yield from self._source.origins(part.name, part.box)
-        made_up = volume(region) - sum(volume(part.target) for part in parts)
+        for one in parts:
+            yield from self._source.origins(one.name, one.box)
+        made_up = volume(region) - sum(volume(one.target) for one in parts)
         if made_up:
             yield Origin(None, ZEROS, None, made_up)
 
@@ -99,18 +112,19 @@ class OurView(_RuledView):
         kinds = {self._source.dtype(one.name) for one in rule.theirs}
         if len(kinds) > 1:
             parts = ", ".join(one.name for one in rule.theirs)
-            raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types {kinds}.")
+            names = ", ".join(sorted(str(one) for one in kinds))
+            raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types ({names}).")
 
     def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
         boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
         lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
         for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
-            rest = self._source.read(named.name, region).clone()  # what is in memory may be handed out as it is
+            rest = self._source.bits(named.name, region)
             for box in boxes:
                 shared = overlap((*(slice(0, 1) for _ in range(lead)), *box), region)
                 if shared is not None:
-                    rest[shift(shared, region)] = 0
-            if torch.count_nonzero(rest):
+                    part(rest, shift(shared, region))[...] = 0
+            if not all_zero(rest, self._source.dtype(named.name)):
                 raise CheckpointError(
                     f"{self._where}: {named.name} holds values where this model has none and they must be zero."
                 )
@@ -120,7 +134,7 @@ class OurView(_RuledView):
         assert named is not None
         return named.shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> DType:
         return self._source.dtype(self._rules[name].theirs[0].name)
 
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
@@ -140,9 +154,7 @@ class OurView(_RuledView):
 class TheirView(_RuledView):
     """Our tensors under their names."""
 
-    def __init__(
-        self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: DType | None = None) -> None:
         """Check that the source holds exactly what the table speaks of.
 
         Args:
@@ -161,25 +173,25 @@ class TheirView(_RuledView):
         rule, index = self._places[name]
         return rule.theirs[index].shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> DType:
         return self._dtype or self._own_dtype(name)
 
-    def _own_dtype(self, name: str) -> torch.dtype:
+    def _own_dtype(self, name: str) -> DType:
         rule = self._places[name][0]
         if rule.ours is None:  # zeros of theirs take the type of their neighbours
             kinds = [self._source.dtype(one) for one in self._source if one.startswith("vision_projection.")]
-            return kinds[0] if kinds else torch.float32
+            return kinds[0] if kinds else FLOAT32
         return self._source.dtype(rule.ours.name)
 
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         rule, index = self._places[name]
         return rule.rank, rule.parts_of_theirs(index, region)
 
-    def _fill(self, name: str, region: Region, box: Tensor) -> None:
-        if box.dtype == self._source.dtype(name):
+    def _fill(self, name: str, region: Region, box: Bits) -> None:
+        if self._dtype in (None, self._source.dtype(name)):
             self._source.read_into(name, region, box)
         else:
-            box.copy_(self._source.read(name, region))
+            as_tensor(box, self._dtype).copy_(self._source.read(name, region))
 
     def left_out(self) -> Mapping[str, str]:
         return self._source.left_out()
@@ -203,14 +215,14 @@ class Subset(LazyTensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> DType:
         return self._source.dtype(name)
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        return self._source.read(name, region)
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
         self._source.read_into(name, region, out)
+
+    def lend(self, name: str, region: Region) -> Loan:
+        return self._source.lend(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         return self._source.origins(name, region)
@@ -250,14 +262,14 @@ class Joined(LazyTensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._home[name].shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> DType:
         return self._home[name].dtype(name)
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        return self._home[name].read(name, region)
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
         self._home[name].read_into(name, region, out)
+
+    def lend(self, name: str, region: Region) -> Loan:
+        return self._home[name].lend(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         return self._home[name].origins(name, region)
@@ -285,23 +297,25 @@ class MoreRows(LazyTensors):
         shape = self._source.shape(name)
         return (self._rows, *shape[1:]) if name in self._new else shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> DType:
         return self._source.dtype(name)
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        region = whole(self.shape(name)) if region is None else region
-        out = torch.empty(extent(region), dtype=self.dtype(name))
-        self.read_into(name, region, out)
-        return out
-
-    def read_into(self, name: str, region: Region, out: Tensor) -> None:
+    def read_into(self, name: str, region: Region, out: Bits) -> None:
         old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
         if old is not None:
-            self._source.read_into(name, old, out[shift(old, region)] if old else out)
+            self._source.read_into(name, old, part(out, shift(old, region)))
         if name in self._new and old != region:
             mean = self._new[name]
             rest = out[extent(old)[0] if old else 0 :]
-            rest.copy_(torch.zeros(()) if mean is None else mean[region[1]])
+            if mean is None:
+                rest[...] = 0
+            else:
+                as_tensor(rest, self.dtype(name)).copy_(mean[region[1]])
+
+    def lend(self, name: str, region: Region) -> Loan:
+        if name in self._new and overlap(whole(self._source.shape(name)), region) != region:
+            return super().lend(name, region)
+        return self._source.lend(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
@@ -323,6 +337,8 @@ class MoreRows(LazyTensors):
 
 def _mean_row(source: LazyTensors, name: str) -> Tensor:
     """The mean of all rows, float32, without the whole tensor in memory."""
+    import torch
+
     total = torch.zeros(source.shape(name)[1:], dtype=torch.float64)
     for region in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
         total += source.read(name, region).sum(0, dtype=torch.float64)
@@ -369,8 +385,8 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
 def _equal(source: LazyTensors, first: str, second: str) -> bool:
     """Bit for bit the same values."""
     shape = source.shape(first)
-    return shape == source.shape(second) and all(
-        torch.equal(source.read(first, region), source.read(second, region))
+    return (shape, source.dtype(first)) == (source.shape(second), source.dtype(second)) and all(
+        np.array_equal(source.bits(first, region), source.bits(second, region))
         for region in runs(whole(shape), source.dtype(first).itemsize, _BLOCK_BYTES)
     )
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192
-"""low_freq_factor, high_freq_factor and original_max_position_embeddings of every published Llama 3.1, 3.2 and 3.3."""
+from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
 
 
 def llama3_scaling(frequencies: Tensor, factor: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint import streaming
+from megatron_vita.checkpoint.dtypes import torch_dtype
 from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
 from megatron_vita.checkpoint.lazy import Region, TensorsInMemory
@@ -39,7 +40,7 @@ def test_round_trip(folder: Path) -> None:
     tensors = checkpoint.read_tensors(folder.parent)
     assert set(tensors) == set(TENSORS)
     for name, one in TENSORS.items():
-        assert tensors.dtype(name) == one.dtype
+        assert torch_dtype(tensors.dtype(name)) == one.dtype
         assert torch.equal(tensors[name], one)
     state_back = checkpoint.read_state(folder)
     assert (state_back.iteration, state_back.consumed_packs) == (4, 3)
