@@ -172,6 +172,8 @@ class _Index(MetadataIndex):
 
 
 _HALF = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((1, 2)))
+_FULL = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 2)))
+vars(_FULL).update({f"field {one}": one for one in range(50)})  # shared by many parts, they would be copied for each
 _HUGE = ChunkStorageMetadata(torch.Size((0, 0)), (1 << 62, 1 << 62))  # type: ignore[arg-type]
 _INFO = _StorageInfo("f", 0, 10)
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -205,6 +207,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "part of another shape": (_with(shape=torch.Size((4,))), "a part of a leaves it"),
     "parts that are none": (_with(chunks={}), "has no parts"),
     "part that is none": (_with(chunks=[3]), "in the place of ChunkStorageMetadata"),
+    "part of many fields": (_with(chunks=[_FULL]), "fields of ChunkStorageMetadata are not its own"),
     "huge part": (_with(chunks=[_HUGE]), "leaves it"),
     "file elsewhere": (_with(places=_place("../f", 0, 10)), r"a is said to lie in '\.\./f'"),
     "absolute file": (_with(places=_place("/f", 0, 10)), "a is said to lie in '/f'"),
