@@ -54,8 +54,9 @@ _KNOWN = {
     Name(_MODULE, "_MEM_FORMAT_ENCODING"),
     Name("torch.serialization", "_get_layout"),
     Name("collections", "OrderedDict"),
+    *(Name(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
 }
-"""What the file may name: the classes that describe tensors."""
+"""What the file may name: the classes that describe tensors, and those of the path in StorageMeta."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
 from megatron_vita.convert.hf_config import integer, number, refuse, require
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename, stacked
 from megatron_vita.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """model_type -> transformers' class."""
@@ -33,6 +36,10 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     check_features(config, where)
     heads = integer(config, "num_attention_heads", where)
     hidden = integer(config, "hidden_size", where)
+    if kind != "llama" and "num_key_value_heads" not in config:
+        raise CheckpointError(  # Qwen2Config and Qwen3Config would take 32, whatever the heads
+            f"{where}: names no num_key_value_heads. Copy it from the model's publisher; there is no safe default."
+        )
     head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)  # Qwen3Config's own default
     base, factor = _read_rope(config, where)
     try:
@@ -75,6 +82,7 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
         if config.get(key):
             raise refuse(where, key, "...", "dequantise the weights first")
     require(config, "hidden_act", "silu", "silu", where)
+    require(config, "is_causal", True, True, where)  # embedding models made of decoders look both ways
     if config.get("model_type") in ("qwen3", "llama"):  # Qwen2 has biases where we have them, whatever it says
         require(config, "attention_bias", False, False, where)
         require(config, "mlp_bias", False, False, where)
@@ -82,27 +90,56 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
 
 def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     """(base, factor of Llama 3.1's scaling or none), from the one spelling or the other."""
-    factor = None
-    base = config.get("rope_theta")
+    bases = {"rope_theta": config.get("rope_theta")}
+    factors: dict[str, float | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
+        rope = config.get(key)
+        if not rope:
+            continue
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}.")
-        base = rope.get("rope_theta") if base is None else base
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "llama3":
-            for name, published in _LLAMA3.items():
-                require(rope, name, published, None, f"{where}: {key}")
-            factor = number(rope, "factor", f"{where}: {key}")
-        elif kind != "default":
-            raise refuse(where, key, kind, "rope_type default or llama3")
+        bases[f"{key}.rope_theta"] = rope.get("rope_theta")
+        factors[key] = _read_scaling(rope, key, config, where)
         require(rope, "partial_rotary_factor", 1.0, 1.0, f"{where}: {key}")
     require(config, "partial_rotary_factor", 1.0, 1.0, where)
-    if base is None:
+    _agree("rotary scaling", factors, where)
+    given = {key: base for key, base in bases.items() if base is not None}
+    if not given:
         raise CheckpointError(
             f"{where}: names no rope_theta. Copy it from the model's publisher; there is no safe default."
         )
-    return number({"rope_theta": base}, "rope_theta", where), factor
+    _agree("rotary base", given, where)
+    base = number(given, next(iter(given)), where)
+    return base, next(iter(factors.values()), None)
+
+
+def _read_scaling(rope: Mapping[str, Any], key: str, config: Mapping[str, Any], where: str) -> float | None:
+    """Factor of Llama 3.1's scaling, or none where nothing is scaled."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "llama3":
+        for name, published in _LLAMA3.items():
+            require(rope, name, published, None, f"{where}: {key}")
+        return number(rope, "factor", f"{where}: {key}")
+    if kind == "dynamic":  # InternVL3's; transformers' formula is the identity up to max_position_embeddings
+        log.warning(
+            "%s: %s 'dynamic' scales nothing up to max_position_embeddings=%s tokens, and is taken for none: beyond "
+            "them, this model turns as it does up to there",
+            where,
+            key,
+            config.get("max_position_embeddings"),
+        )
+    elif kind != "default":
+        raise refuse(
+            where, key, kind, "default, llama3 or dynamic; remove it if the weights were trained without it, as Qwen2.5"
+        )
+    return None
+
+
+def _agree(what: str, values: Mapping[str, Any], where: str) -> None:
+    """Refuse what is said twice and differently: each release of transformers believes another."""
+    if len(set(values.values())) > 1:
+        said = ", ".join(f"{key} {value}" for key, value in values.items())
+        raise CheckpointError(f"{where}: says its {what} differently ({said}). Keep the one it was trained with.")
 
 
 def kind_of(model: ModelConfig) -> str:

@@ -37,14 +37,31 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     require(config, "projector_hidden_act", "gelu", "gelu", where)
     require(config, "vision_feature_layer", -1, -1, where)
     require(config, "vision_feature_select_strategy", "default", "default", where)
-    # Stock code ties by the outer value, whose default is true; the inner one is a copy.
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    tied = config.get("tie_word_embeddings", True)
     model = decoders.read_config({**text, "tie_word_embeddings": tied}, f"{where}: text_config")
     tower, _ = intern_vit.read_config({"model_type": "internvl_vision", **vision}, f"{where}: vision_config")
     wanted = integer({"image_seq_length": 256, **config}, "image_seq_length", where)
     if wanted != tower.tokens_per_tile:
         raise CheckpointError(f"{where}: image_seq_length={wanted}, the tower gives {tower.tokens_per_tile} a tile.")
     return replace(model, vision=tower, projector=ProjectorConfig())
+
+
+def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
+    """A model that its config.json ties, with the head that its folder has nevertheless.
+
+    Stock code ties by the outer tie_word_embeddings, whose default is true, unless it finds a head of other values.
+    InternVL3's folders count on that: they hold a head, and say nothing. Where text_config says true, the head is taken
+    for a copy of the embedding, and must be one.
+
+    Args:
+        model: what read_config made of the config.json.
+        config: the config.json.
+        names: tensor names of the folder.
+    """
+    text = config.get("text_config") or {}
+    if text.get("tie_word_embeddings") or not any(name.endswith(decoders.HEAD) for name in names):
+        return model
+    return replace(model, untie_embeddings_and_output_weights=True)
 
 
 def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:

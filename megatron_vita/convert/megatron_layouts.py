@@ -2,7 +2,8 @@
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
 and pipeline rank, with the weights under `model` and the settings of the run under `args`, read by
-checkpoint/archive.py. Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on each pipeline rank.
+checkpoint/archive.py. Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on
+each pipeline rank.
 """
 
 from __future__ import annotations

@@ -151,6 +151,7 @@ def _open_hf(folder: Path) -> OpenModel:
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
     if kind == internvl.MODEL_TYPE:
+        model = internvl.with_head_of(model, config, source)
         rules = internvl.rules(model, list(source))
     elif kind == long_vita.MODEL_TYPE:
         rules = long_vita.rules(model)

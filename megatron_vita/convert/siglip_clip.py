@@ -58,7 +58,9 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
     if kind not in MODEL_TYPES:
         raise refuse(where, "model_type", kind, ", ".join(MODEL_TYPES))
     family = MODEL_TYPES[kind]
-    inner = config.get("vision_config", config)
+    # CLIP's oldest files say it twice; transformers believes the second and fills it up with its own defaults.
+    inner = config.get("vision_config_dict") if family == "clip" else None
+    inner = config.get("vision_config", config) if inner is None else inner
     if not isinstance(inner, Mapping):
         raise CheckpointError(f"{where}: vision_config must be an object, got {inner!r}.")
     full = {**DEFAULTS[family], **inner}
