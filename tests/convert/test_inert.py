@@ -21,9 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.convert import inert
-from megatron_vita.convert.inert import Name, Record, TorchFile
-from megatron_vita.convert.placed import TensorPlace
+from megatron_vita.checkpoint import archive, pickles
+from megatron_vita.checkpoint.archive import TorchFile
+from megatron_vita.checkpoint.dtypes import torch_dtype
+from megatron_vita.checkpoint.pickles import Name, Record
+from megatron_vita.checkpoint.placed import TensorPlace
 from megatron_vita.errors import CheckpointError
 
 EVENTS: list[str] = []
@@ -90,7 +92,7 @@ def test_what_torch_saves_is_found(tmp_path: Path) -> None:
     torch.save({"model": tensors, **other}, tmp_path / "x.pt")
     content = read(tmp_path / "x.pt")
     for name, tensor in tensors.items():
-        assert content["model"][name].dtype == tensor.dtype
+        assert torch_dtype(content["model"][name].dtype) == tensor.dtype
         assert torch.equal(place(content["model"][name]), tensor.detach()), name
     assert content["list"] == [1, (2.5, None)]
     assert content["ordered"] == {"k": 1}
@@ -143,7 +145,7 @@ def _programs(trace: Path) -> dict[str, bytes]:
 def test_nothing_runs(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     file = write(tmp_path / "x.pt", _programs(trace)[name])
-    before = {module: dict(vars(module)) for module in (inert, torch._utils)}
+    before = {module: dict(vars(module)) for module in (archive, pickles, torch._utils)}
     if name in ("instance", "extension"):
         with pytest.raises(CheckpointError, match="uses the instruction"):
             read(file)
@@ -190,7 +192,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "key of laughs": (b"\x80\x02})" + b"2\x86" * 200 + b"Ns.", ""),
     "open tuples": (b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".", ""),
     "not a pickle": (b"hello", "damaged"),
-    "many instructions": (b"\x80\x02" + b"N0" * (inert.MAX_STEPS // 2) + b"N.", "more than 2000000 instructions"),
+    "many instructions": (b"\x80\x02" + b"N0" * (pickles.MAX_STEPS // 2) + b"N.", "more than 2000000 instructions"),
 }
 
 

@@ -8,13 +8,12 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blake3 import blake3
 import torch
+from blake3 import blake3
 
 from megatron_vita.checkpoint import journal, streaming
 from megatron_vita.convert import cli
