@@ -9,12 +9,7 @@ nothing of it: see pickles.py. torch's own description: https://docs.pytorch.org
 from __future__ import annotations
 
 import functools
-import io
 import math
-import os
-import struct
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,12 +18,11 @@ from megatron_vita.checkpoint.dtypes import DType, by_storage
 from megatron_vita.checkpoint.pickle_writer import dumps
 from megatron_vita.checkpoint.pickles import Name, Persistent, Record, refused, run
 from megatron_vita.checkpoint.placed import TensorPlace
+from megatron_vita.checkpoint.zips import NAMES_OF_NO_TENSOR, NAMES_OF_TENSOR, Member, View, Zip, read_directory
 from megatron_vita.errors import CheckpointError
 
 MAX_PICKLE = 64 << 20
 """Bytes of data.pkl: those of a 72B model's ranks have less than 1 MiB."""
-MAX_MEMBERS = 1_000_000
-"""Files in one zip."""
 MAX_DIMENSIONS = 64
 """Of a tensor, as torch's own limit is."""
 _TENSOR_CALLS = {
@@ -78,7 +72,7 @@ def tensor_in(view: memoryview, where: Path) -> tuple[int, tuple[int, ...], DTyp
     Raises:
         CheckpointError: anything else was saved, or the bytes are damaged.
     """
-    content = _Archive(cast(IO[bytes], _View(view)), where).content()
+    content = _Archive(cast(IO[bytes], View(view)), where).content()
     if not isinstance(content, TensorPlace):
         raise refused(where, "it holds something else than one tensor")
     return content.start, content.shape, content.dtype
@@ -93,21 +87,13 @@ class _Storage:
     elements: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """Where a member's bytes lie."""
-
-    start: int
-    size: int
-
-
 class _Archive:
     """One zip of torch.save, in a stream that can be sought."""
 
     def __init__(self, stream: IO[bytes], where: Path) -> None:
         self._stream = stream
         self._where = where
-        self._members = _read_directory(stream, where)
+        self._members = read_directory(stream, where)
 
     def content(self) -> Any:
         """What was saved, with places in the stream for tensors."""
@@ -120,7 +106,7 @@ class _Archive:
             raise CheckpointError(f"{self._where}: was saved on a big-endian machine, which is not supported.")
         return run(self._read(pickle), self._where, persistent=self._storage, calls=self._called)
 
-    def _read(self, member: _Member) -> bytes:
+    def _read(self, member: Member) -> bytes:
         self._stream.seek(member.start)
         return self._stream.read(member.size)
 
@@ -167,65 +153,6 @@ class _Archive:
         return TensorPlace(self._where, storage.dtype, tuple(size), start)
 
 
-def _read_directory(stream: IO[bytes], where: Path) -> dict[str, _Member]:
-    """Members of the zip by name below its one folder: each uncompressed, and inside the file."""
-    try:
-        total = stream.seek(0, os.SEEK_END)
-        members = {}
-        entries = zipfile.ZipFile(stream).infolist()
-        if len(entries) > MAX_MEMBERS:
-            raise CheckpointError(f"{where}: a zip of {len(entries)} files, not one of torch.save.")
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise CheckpointError(f"{where}: {entry.filename[:80]} is compressed or encrypted. Refused.")
-            stream.seek(entry.header_offset)
-            head = struct.unpack("<4s5H3I2H", stream.read(30))
-            start = entry.header_offset + 30 + head[9] + head[10]
-            if head[0] != b"PK\x03\x04" or start + entry.file_size > total:
-                raise CheckpointError(f"{where}: {entry.filename[:80]} leaves the file. Download it again.")
-            name = entry.filename.partition("/")[2]
-            if name in members:
-                raise CheckpointError(f"{where}: {name[:80]} stands in it twice. Download it again.")
-            members[name] = _Member(start, entry.file_size)
-        return members
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
-        raise CheckpointError(
-            f"{where}: not a zip as torch.save writes since torch 1.6 ({error}). Download it again; a file of an older "
-            "torch must be saved anew in a sandbox."
-        ) from None
-
-
-class _View(io.RawIOBase):
-    """A stream over bytes that are in memory, without the copy that BytesIO makes."""
-
-    def __init__(self, view: memoryview) -> None:
-        super().__init__()
-        self._view = view
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._view)}[whence]
-        if base + offset < 0:
-            raise OSError("before the beginning")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, target: Any) -> int:
-        part = self._view[self._at : self._at + len(target)]
-        target[: len(part)] = part
-        self._at += len(part)
-        return len(part)
-
-
 @functools.lru_cache(maxsize=4096)
 def frame(shape: tuple[int, ...], dtype: DType) -> tuple[bytes, bytes]:
     """What torch.save writes before and after the elements of one contiguous tensor: the same for all values.
@@ -237,22 +164,22 @@ def frame(shape: tuple[int, ...], dtype: DType) -> tuple[bytes, bytes]:
     storage = Persistent(("storage", Name("torch", dtype.storage), "0", "cpu", count))
     hooks = Record(Name("collections", "OrderedDict"), ())
     tensor = Record(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, hooks))
-    zipped, size = _Zip(), count * dtype.itemsize
+    zipped, size = Zip(), count * dtype.itemsize
     zipped.add("data.pkl", dumps(tensor))
     zipped.add_settings()
     start = zipped.begin("data/0", size)
     head = zipped.take()
     zipped.end("data/0", start, size, 0)
-    return head, zipped.finish(_NAMES_OF_TENSOR)
+    return head, zipped.finish(NAMES_OF_TENSOR)
 
 
 @functools.lru_cache(maxsize=1)
 def empty_dict() -> bytes:
     """What torch.save writes for {}."""
-    zipped = _Zip()
+    zipped = Zip()
     zipped.add("data.pkl", dumps({}))
     zipped.add_settings()
-    return zipped.finish(_NAMES_OF_NO_TENSOR)
+    return zipped.finish(NAMES_OF_NO_TENSOR)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -262,96 +189,3 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(extent, 1)
     return tuple(reversed(strides))
-
-
-_NAMES_OF_TENSOR = 15728199511854643026
-_NAMES_OF_NO_TENSOR = 2908468677762923104
-"""torch's hash of the names in the archive, one half of its serialization id. The id only tells archives apart."""
-_ALIGNMENT = 64
-_LARGE = (1 << 32) - 1
-"""From here on a number has no room in a zip's usual fields."""
-_UTF8, _DESCRIPTOR = 0x0800, 0x0008
-"""Flags of a member: its name is UTF-8; its CRC-32 and sizes stand behind it, as torch has it unless it is empty."""
-
-
-class _Zip:
-    """A zip as torch's writer lays it out: each content aligned, its CRC-32 and sizes behind it."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._at = 0
-        self._directory: list[bytes] = []
-        self._checksums = 0
-
-    def add(self, name: str, content: bytes) -> None:
-        """A whole member."""
-        start = self.begin(name, len(content))
-        self._parts.append(content)
-        self.end(name, start, len(content), zlib.crc32(content))
-
-    def add_settings(self) -> None:
-        """The members that say how the others are written."""
-        self.add(".format_version", b"1")
-        self.add(".storage_alignment", b"%d" % _ALIGNMENT)
-        self.add("byteorder", b"little")
-
-    def begin(self, name: str, size: int) -> int:
-        """The header of a member, padded so that its content is aligned. Returns where the header begins."""
-        start, path = self._at, _path(name)
-        wide = _wide(size, 0, start)
-        padding = -(start + 30 + len(path) + len(wide) + 4) % _ALIGNMENT
-        extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        self._append(struct.pack("<4s5H3I2H", b"PK\3\4", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(path), len(extra)))
-        self._append(path + extra)
-        return start
-
-    def end(self, name: str, start: int, size: int, checksum: int) -> None:
-        """What stands behind the content of a member, and its line in the directory."""
-        self._at += size
-        path, wide = _path(name), _wide(size, size, start)
-        if size:
-            self._append(struct.pack("<4sI2Q" if wide else "<4s3I", b"PK\7\x08", checksum, size, size))
-            self._checksums = _combined(self._checksums, checksum)
-        numbers = (checksum, min(size, _LARGE), min(size, _LARGE), len(path), len(wide), 0, 0, 0, 0, min(start, _LARGE))
-        self._directory += (struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, _flags(size), 0, 0, 0, *numbers), path, wide)
-
-    def take(self) -> bytes:
-        """What was written since the last time, without contents that were not given."""
-        written = b"".join(self._parts)
-        self._parts = []
-        return written
-
-    def finish(self, names: int) -> bytes:
-        """The last members and the directory. `names` is torch's hash of the others' names."""
-        self.add("version", b"3\n")
-        self.add(".data/serialization_id", b"%020d%020d" % (names, self._checksums))
-        start, size, count = self._at, sum(map(len, self._directory)), len(self._directory) // 3
-        self._parts += self._directory
-        numbers = (44, 0x031E, 45, 0, 0, count, count, size, start)
-        self._parts.append(struct.pack("<4sQ2H2I4Q", b"PK\6\6", *numbers))
-        self._parts.append(struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1))
-        self._parts.append(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, min(start, _LARGE), 0))
-        return self.take()
-
-    def _append(self, content: bytes) -> None:
-        self._parts.append(content)
-        self._at += len(content)
-
-
-def _path(name: str) -> bytes:
-    return b"archive/" + name.encode()
-
-
-def _flags(size: int) -> int:
-    return _UTF8 | _DESCRIPTOR if size else _UTF8
-
-
-def _wide(size: int, compressed: int, start: int) -> bytes:
-    """The extra field for numbers that have no room in a zip's usual fields."""
-    numbers = [*((size, compressed) if size >= _LARGE else ()), *((start,) if start >= _LARGE else ())]
-    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
-
-
-def _combined(seed: int, value: int) -> int:
-    """torch's c10::hash_combine, of 64 bits."""
-    return (seed ^ (value + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & ((1 << 64) - 1)

@@ -54,9 +54,14 @@ _KNOWN = {
     Name(_MODULE, "_MEM_FORMAT_ENCODING"),
     Name("torch.serialization", "_get_layout"),
     Name("collections", "OrderedDict"),
+    *(
+        Name("torch.distributed.checkpoint.planner", name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    ),
     *(Name(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
 }
-"""What the file may name: the classes that describe tensors, and those of the path in StorageMeta."""
+"""What the file may name: the classes that describe tensors, those of the ranks' plans, which megatron-core's writer
+adds to Metadata, and those of the path in StorageMeta."""
 
 
 @dataclass(frozen=True)

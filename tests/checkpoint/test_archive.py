@@ -349,3 +349,27 @@ def _written(path: Path, content: bytes, dtype: DType, shape: tuple[int, ...], s
 def test_what_is_no_tensor_in_memory_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"piece 7: .*({message})"):
         archive.tensor_in(memoryview(content), Path("piece 7"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(spoil=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 255)), min_size=1, max_size=8), cut=st.booleans())
+@example(spoil=[(98 - at, 255) for at in range(8)], cut=False)
+def test_a_damaged_zip_gives_a_tensor_or_one_line(spoil: list[tuple[int, int]], cut: bool) -> None:
+    """Changed from the end, where the directory is, with numbers of 64 bits among it."""
+    content = bytearray(_stock(torch.zeros(2, 3)))
+    for at, value in spoil:
+        content[-1 - at] = value
+    with contextlib.suppress(CheckpointError):
+        archive.tensor_in(memoryview(content)[cut:], Path("x"))
+
+
+def test_a_member_beyond_what_a_file_can_hold_is_refused(tmp_path: Path) -> None:
+    path, name = tmp_path / "x.pt", b"a/data.pkl"
+    wide = struct.pack("<2HQ", 1, 8, (1 << 64) - 1)
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, 0, 0, 0, 0, 0, 0, 0, len(name), 12, 0, 0, 0, 0, (1 << 32) - 1)
+    entry += name + wide
+    path.write_bytes(entry + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(entry), 0, 0))
+    with pytest.raises(CheckpointError, match="not a zip"):
+        read(path)
+    with pytest.raises(CheckpointError, match=r"not a zip|leaves"):
+        archive.tensor_in(memoryview(path.read_bytes()), path)

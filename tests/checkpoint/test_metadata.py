@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_vita.checkpoint import archive
 from megatron_vita.checkpoint import metadata as module
@@ -130,6 +131,15 @@ def test_what_is_no_tensor_is_left_out() -> None:
     metadata.storage_data[MetadataIndex("rng")] = _StorageInfo("__0_0.distcp", 3, 4)
     metadata.planner_data = {"rng": ("rng", 0)}
     metadata.storage_meta = StorageMeta(checkpoint_id=Path("/some/where"), save_id="7", modules=["m"])
+    assert parse_metadata(pickle.dumps(metadata), WHERE) == TENSORS
+
+
+def test_the_plans_that_megatron_core_adds_are_left_out() -> None:
+    metadata, index = stock(TENSORS), MetadataIndex("scalar", ())
+    chunk = ChunkStorageMetadata(torch.Size(()), torch.Size(()))
+    data = TensorWriteData(chunk, TensorProperties(dtype=torch.float32), torch.Size(()))
+    item = WriteItem(index, WriteItemType.TENSOR, BytesIOWriteData(3), data)
+    metadata.all_local_plans = [SavePlan([item])]  # type: ignore[attr-defined]
     assert parse_metadata(pickle.dumps(metadata), WHERE) == TENSORS
 
 
