@@ -73,7 +73,8 @@ def place(tensor: TensorPlace) -> torch.Tensor:
     """A tensor's elements, read by its place."""
     content = bytearray(tensor.file.read_bytes()[tensor.start :])
     count = torch.Size(tensor.shape).numel()
-    return torch.frombuffer(content, dtype=tensor.dtype, count=count).reshape(tensor.shape) if count else torch.empty(0)
+    kind = torch_dtype(tensor.dtype)
+    return torch.frombuffer(content, dtype=kind, count=count).reshape(tensor.shape) if count else torch.empty(0)
 
 
 def test_what_torch_saves_is_found(tmp_path: Path) -> None:
