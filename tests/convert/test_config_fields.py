@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ def test_what_is_refused_says_what_and_what_to_do(name: str, change: dict[str, A
     config = {key: value for key, value in {**published.decoder(name), **change}.items() if value is not ...}
     with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
         decoders.read_config(config, "config.json")
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-8B", "Llama-3.1-8B"])
+def test_releases_read_one_rotary_embedding_and_one_head_size(name: str) -> None:
+    """Releases before 5 know rope_theta and rope_scaling alone; no size of a head follows from the others."""
+    model = replace(decoders.read_config(published.decoder(name), name), kv_channels=96)
+    written = decoders.write_config(model, "bfloat16", {})
+    older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
+    newer = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    for values in (older, newer):
+        assert decoders.read_config(values, name) == model
+        stock = published.stock_config(values)
+        fields.same_computation(stock, published.stock_config(written))
+        assert (stock.head_dim, stock.dtype) == (96, torch.bfloat16)
 
 
 def test_llama_2_has_as_many_groups_as_heads() -> None:
