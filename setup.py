@@ -35,7 +35,6 @@ setup(
         "tokenizers>=0.20",
         "sentencepiece",
         "safetensors",
-        "blake3",
         "xxhash",
         "tensorboard",
         "zstandard",

@@ -23,7 +23,7 @@ from megatron_vita.convert.hf_config import read_json, write_json
 from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import SIDECAR, OpenModel, open_model
 from megatron_vita.convert.publish import check_free, new_folder
-from megatron_vita.convert.safetensors_writer import DIGEST, MAX_SHARD_BYTES, plan_shards, write_safetensors
+from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.tokenizer_files import copy_for_export
 from megatron_vita.convert.views import MoreRows, Subset, TheirView
 from megatron_vita.data.spec import PreprocessSpec
@@ -31,8 +31,8 @@ from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END
 
 log = logging.getLogger(__name__)
 
-DIGESTS_FILE = "B3SUMS"
-"""BLAKE3 of all files of an exported folder, as `b3sum --check` reads them."""
+DIGESTS_FILE = "XXH128SUMS"
+"""XXH3 (128 bits) of all files of an exported folder, as `xxh128sum --check` reads them."""
 VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 FORMATS = ("internvl", "long_vita", "llm")
 _FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": decoders}
@@ -123,10 +123,10 @@ def export(
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:
-    """Write B3SUMS over all files of a folder, hashing those whose digest is not known yet."""
+    """Write XXH128SUMS over all files of a folder, hashing those whose digest is not known yet."""
     lines = []
     for path in sorted(one for one in folder.iterdir() if one.is_file() and one.name != DIGESTS_FILE):
-        digest = known.get(path.name) or digest_of(path, 0, path.stat().st_size, DIGEST)
+        digest = known.get(path.name) or digest_of(path, 0, path.stat().st_size)
         lines.append(f"{digest}  {path.name}\n")
     (folder / DIGESTS_FILE).write_text("".join(lines), encoding="utf-8")
 
@@ -207,7 +207,7 @@ def _card(title: str, opened: OpenModel, format_name: str, size: int) -> str:
     lines += [
         "## Files",
         "",
-        f"`{DIGESTS_FILE}` holds the digests of all files (`b3sum --check {DIGESTS_FILE}`).",
+        f"`{DIGESTS_FILE}` holds the digests of all files (`xxh128sum --check {DIGESTS_FILE}`).",
         f"`{REPORT_FILE}` says which stored tensors each tensor was made of.",
         "",
     ]

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_vita.checkpoint.journal import Entry, Journal, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, runs, volume, whole
 from megatron_vita.checkpoint.streams import (
+    ALGORITHM,
     BLOCK_BYTES,
     Workers,
     digest_of,
@@ -30,9 +31,6 @@ from megatron_vita.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9
-DIGEST = "blake3"
-"""Of files that people pass on. A core does 7.6 GB/s of it (AVX-512), and 2.0 GB/s of SHA-256 (SHA instructions), with
-which an export could not keep up with half of a plain copy."""
 _RUN_BYTES = 16 << 20
 """What one thread reads and writes before another hashes it: one piece of a checkpoint, which is read whole."""
 
@@ -101,15 +99,15 @@ def write_safetensors(
     for one in files:
 
         def intact(path: Path, entry: Entry, size: int = one.size) -> bool:
-            return path.stat().st_size == size and entry.get(DIGEST) == digest_of(path, 0, size, DIGEST)
+            return path.stat().st_size == size and entry.get(ALGORITHM) == digest_of(path, 0, size)
 
         kept = journal.kept(one.name, intact)
         if kept is None:
             digests[one.name] = _write_file(journal.staging / one.name, tensors, one, workers, advance)
-            journal.add(one.name, {DIGEST: digests[one.name]})
+            journal.add(one.name, {ALGORITHM: digests[one.name]})
         else:
             log.info("%s was finished by an earlier run and is kept", one.name)
-            digests[one.name] = str(kept[DIGEST])
+            digests[one.name] = str(kept[ALGORITHM])
             advance(one.data_bytes)
         if durable:
             sync(journal.staging / one.name)
@@ -135,7 +133,7 @@ def _write_file(
     path: Path, tensors: LazyTensors, planned: PlannedFile, workers: Workers, advance: Callable[[int], object]
 ) -> str:
     """Threads read and write; this one hashes what they have written, in order. Returns the file's digest."""
-    digest = new_digest(DIGEST)
+    digest = new_digest()
     digest.update(planned.header)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

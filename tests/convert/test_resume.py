@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from blake3 import blake3
+from xxhash import xxh3_128
 
 from megatron_vita.checkpoint import journal, streaming
 from megatron_vita.convert import cli
@@ -179,6 +179,6 @@ def test_the_report_names_what_became_of_every_tensor(source: Path, checkpoint: 
 def test_digests_of_an_exported_folder_check(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert cli.main(arguments("export", source, checkpoint, output)) == 0
-    listed = dict(line.split("  ")[::-1] for line in (output / "B3SUMS").read_text().splitlines())
-    others = [path for path in output.iterdir() if path.name != "B3SUMS"]
-    assert listed == {path.name: blake3(path.read_bytes()).hexdigest() for path in others}
+    listed = dict(line.split("  ")[::-1] for line in (output / "XXH128SUMS").read_text().splitlines())
+    others = [path for path in output.iterdir() if path.name != "XXH128SUMS"]
+    assert listed == {path.name: xxh3_128(path.read_bytes()).hexdigest() for path in others}
