@@ -28,6 +28,8 @@ class Coverage:
 
     source_tensors: int
     source_bytes: int
+    used_bytes: int
+    """Of source_bytes."""
     target_bytes: int
     parts: Mapping[str, Sequence[str]]
     """Stored tensors that each tensor of the result is made of, in order of first use."""
@@ -38,21 +40,24 @@ class Coverage:
 
     def summary(self) -> str:
         """One line for people."""
+        partly = len(self.left_out.keys() & {name for names in self.parts.values() for name in names})
+        used = self.source_tensors - len(self.left_out) + partly
         line = (
-            f"{self.source_tensors} source tensors, {self.source_bytes} bytes: each used exactly once; "
-            f"{len(self.parts)} targets, {self.target_bytes} bytes: each filled once"
+            f"{self.source_tensors} source tensors, {self.source_bytes} bytes: {used} used, {self.used_bytes} bytes, "
+            "each element once"
         )
         if self.left_out:
-            line += f"; left out with a reason: {len(self.left_out)}"
+            line += f"; left out with a reason: {len(self.left_out) - partly}, and of {partly} a part"
+        line += f". {len(self.parts)} targets, {self.target_bytes} bytes: each element filled once"
         if self.made_up:
-            line += f"; made up by rule: {len(self.made_up)}"
+            line += f"; made up by rule, in whole or in part: {len(self.made_up)}"
         return line
 
     def to_json(self) -> str:
         """The text of conversion.json."""
         values = {
             "format_version": _VERSION,
-            "source": {"tensors": self.source_tensors, "bytes": self.source_bytes},
+            "source": {"tensors": self.source_tensors, "bytes": self.source_bytes, "used_bytes": self.used_bytes},
             "target": {"tensors": len(self.parts), "bytes": self.target_bytes},
             "left_out": dict(self.left_out),
             "made_up": dict(self.made_up),
@@ -91,12 +96,14 @@ def account(target: LazyTensors) -> Coverage:
         parts[name] = list(mine)
     reasons = target.left_out()
     left_out: dict[str, str] = {}
+    used_bytes = 0
     for number, leaf in leaves.items():
         for name in leaf:
             boxes, total = used.get((number, name), []), math.prod(leaf.shape(name))
             taken = sum(volume(box) for box in boxes)
             if taken > total or not disjoint(boxes):
                 raise CheckpointError(f"{name}: elements of it are used twice. Nothing was written.")
+            used_bytes += taken * leaf.dtype(name).itemsize
             if taken == total:
                 continue
             if name not in reasons:
@@ -107,6 +114,7 @@ def account(target: LazyTensors) -> Coverage:
     return Coverage(
         source_tensors=sum(len(leaf) for leaf in leaves.values()),
         source_bytes=sum(_bytes(leaf) for leaf in leaves.values()),
+        used_bytes=used_bytes,
         target_bytes=_bytes(target),
         parts=parts,
         made_up=made_up,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_vita.checkpoint.dtypes import DType
+from megatron_vita.checkpoint.dtypes import FLOAT32, DType
 from megatron_vita.checkpoint.journal import check_room
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.state import RunState
@@ -104,7 +104,7 @@ def export(
         folder = journal.staging
         tokenizer_dir = Path(tokenizer) if tokenizer else opened.tokenizer_dir
         ids = copy_for_export(tokenizer_dir, folder, vision=vision is not None)
-        stored = tensors.dtype(next(iter(tensors))).name
+        stored = holds_all({tensors.dtype(name) for name in tensors}).name
         write_json(folder / "config.json", family.write_config(model, stored, ids))
         write_json(folder / "generation_config.json", _generation(ids))
         if vision is not None:
@@ -120,6 +120,17 @@ def export(
         write_digests(folder, digests)
     log.info("coverage: %s", coverage.summary())
     return output
+
+
+def holds_all(kinds: Collection[DType]) -> DType:
+    """The type in which stock code loads weights without loss: it casts all of them to the one that config.json names.
+
+    Returns:
+        The only type there is, or the smallest one that has every value of all of them.
+    """
+    wide = max(kinds, key=lambda one: one.itemsize)
+    same_size = {one for one in kinds if one.itemsize == wide.itemsize}
+    return wide if len(same_size) == 1 else FLOAT32  # bfloat16 and float16 hold neither each other's values
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MATRIX = "language_model.decoder.layers.0.mlp.linear_fc1.weight"
+"""Whose type a fresh projector takes. Not a norm's: some publishers keep those in float32."""
 _GROWING = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 
 
@@ -85,7 +87,7 @@ def import_parts(
                 "the tokenizer needs %d rows, the embedding has %d: mean rows added", rows, decoder.model.vocab_size
             )
             language = MoreRows(language, _GROWING, rows, mean=True)
-        dtype = language.dtype("language_model.decoder.final_layernorm.weight")
+        dtype = language.dtype(_MATRIX)
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
         origin = {"llm": str(llm), "vision": str(vision)}

@@ -158,13 +158,15 @@ class TheirView(_RuledView):
         """Check that the source holds exactly what the table speaks of.
 
         Args:
-            dtype: convert every tensor to this type; by default each keeps its own.
+            dtype: convert every tensor to this type; by default each keeps its own. Reading a finite value that has
+                no finite counterpart there raises CheckpointError.
 
         Raises:
             CheckpointError: a tensor is missing, extra or misshapen; named.
         """
         prove(rules)
         self._source = source
+        self._where = where
         self._dtype = dtype
         self._places = {named.name: (rule, index) for rule in rules for index, named in enumerate(rule.theirs)}
         _match([rule.ours for rule in rules if rule.ours is not None], source, where, None)
@@ -191,7 +193,14 @@ class TheirView(_RuledView):
         if self._dtype in (None, self._source.dtype(name)):
             self._source.read_into(name, region, box)
         else:
-            as_tensor(box, self._dtype).copy_(self._source.read(name, region))
+            values, converted = self._source.read(name, region), as_tensor(box, self._dtype)
+            converted.copy_(values)
+            lost = converted.isinf() & values.isfinite()
+            if lost.any():
+                raise CheckpointError(
+                    f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {self._dtype} and would become "
+                    "infinite. Choose another --dtype, or keep the type."
+                )
 
     def left_out(self) -> Mapping[str, str]:
         return self._source.left_out()

@@ -167,7 +167,8 @@ def test_two_processes_do_not_write_one_folder(
 def test_the_report_names_what_became_of_every_tensor(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     report = json.loads((checkpoint / "iter_0000000" / "conversion.json").read_text())
     stored = publishers.tensors_of(source)
-    assert report["source"] == {"tensors": len(stored), "bytes": sum(one.nbytes for one in stored.values())}
+    total = sum(one.nbytes for one in stored.values())
+    assert report["source"] == {"tensors": len(stored), "bytes": total, "used_bytes": total}
     parts = [name for names in report["tensors"].values() for name in names]
     assert sorted(parts) == sorted(stored)
     assert report["tensors"]["language_model.decoder.layers.0.self_attention.linear_qkv.bias"] == [
