@@ -86,7 +86,7 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
     a, b = open_model(arguments.a), open_model(arguments.b)
-    found = list(verify.compare_tensors(a.tensors, b.tensors))
+    found = list(verify.compare_tensors(a.tensors, b.tensors, workers=arguments.workers, progress=True))
     different = [one for one in found if not one.equal]
     for one in different[: arguments.show]:
         note = f"  ({one.note})" if one.note else ""
@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=float, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=int, default=20, help="different tensors to list")
+    command.add_argument("--workers", type=_count, help="threads (default: one a core)")
     command.set_defaults(act=_verify)
     return parser
 
