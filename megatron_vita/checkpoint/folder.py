@@ -39,14 +39,15 @@ def step_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def finished(root: Path) -> list[Path]:
+    """The steps below `root` that have been written to their end, newest first. Whether they are intact is not read."""
+    return [path for path in _steps(root) if (path / INTEGRITY_FILE).is_file()]
+
+
 def latest(root: Path) -> Path | None:
-    """The newest finished checkpoint below `root`, if any. Damaged ones are passed over with a warning."""
-    steps = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _STEP.fullmatch(path.name)
-        if match:
-            steps.append((int(match[1]), path))
-    for _, path in sorted(steps, reverse=True):
+    """The newest intact checkpoint below `root`, if any: where a run goes on, which then makes anew what was lost.
+    Damaged ones are passed over with a warning. Whoever only reads wants `resolve`."""
+    for path in _steps(root):
         try:
             Integrity.read(path)
         except CheckpointError as error:
@@ -57,25 +58,51 @@ def latest(root: Path) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one below it.
+    """The checkpoint that a path means: itself, or the newest finished one below it.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: neither, or that one is damaged: weights of an older step are taken only when it is named.
     """
     path = Path(path)
     if _STEP.fullmatch(path.name) or (path / INTEGRITY_FILE).is_file():
         Integrity.read(path)
         return path
-    found = latest(path)
-    if found is None:
+    steps = finished(path)
+    if not steps:
         raise CheckpointError(f"{path}: holds no finished checkpoint (no iter_* folder with a valid {INTEGRITY_FILE}).")
-    return found
+    try:
+        Integrity.read(steps[0])
+    except CheckpointError as error:
+        older = next(filter(_intact, steps[1:]), None)
+        remedy = f" The newest intact one is {older}; name it to use it." if older else ""
+        raise CheckpointError(f"{error}{remedy}") from None
+    return steps[0]
+
+
+def _steps(root: Path) -> list[Path]:
+    """Folders named like steps, newest first."""
+    named = [(int(match[1]), path) for path in _entries(root) if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def _entries(root: Path) -> list[Path]:
+    return list(root.iterdir()) if root.is_dir() else []
+
+
+def _intact(step: Path) -> bool:
+    try:
+        Integrity.read(step)
+    except CheckpointError:
+        return False
+    return True
 
 
 def start_staging(root: Path, iteration: int) -> Path:
     """An empty folder to write a checkpoint in. What a killed save left behind is deleted first. Call on one rank."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        for replaced in root.glob(_REPLACED + "iter_*"):
+            restore(root / replaced.name.removeprefix(_REPLACED))
         for old in root.iterdir():
             if old.name.startswith((_STAGING, _REPLACED)):
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
@@ -95,18 +122,49 @@ def publish(root: Path, iteration: int) -> Path:
     """Give a completely written staging folder its name, and point the hint at it. Call on one rank."""
     staging, final = staging_folder(root, iteration), step_folder(root, iteration)
     _sync(staging)
-    if final.exists():
-        replaced = root / (_REPLACED + final.name)
-        os.replace(final, replaced)
-        os.replace(staging, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(staging, final)
+    take_place(staging, final)
+    point_at(root, iteration)
+    return final
+
+
+def point_at(root: Path, iteration: int) -> None:
+    """Let the hint name a published step."""
     hint = root / (HINT_FILE + ".new")
     hint.write_text(f"{iteration}\n", encoding="utf-8")
     os.replace(hint, root / HINT_FILE)
     _sync(root)
-    return final
+
+
+def replaced_folder(final: Path) -> Path:
+    """Where a folder lies while another one takes its place."""
+    return final.parent / (_REPLACED + final.name)
+
+
+def take_place(staging: Path, final: Path) -> None:
+    """Give a complete folder its name. What has the name is moved away, and deleted when the new one is there: at no
+    moment is there neither. A process killed between the two renames leaves the old one for `restore`.
+
+    Raises:
+        OSError: a rename failed; then the old folder has its name again.
+    """
+    replaced = replaced_folder(final)
+    if _entries(final):
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.replace(final, replaced)
+    try:
+        os.replace(staging, final)
+    except OSError:
+        restore(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore(final: Path) -> None:
+    """Give a folder its name back that a killed `take_place` has moved away."""
+    replaced = replaced_folder(final)
+    if replaced.is_dir() and not final.exists():
+        os.replace(replaced, final)
 
 
 def discard_staging(root: Path, iteration: int) -> None:

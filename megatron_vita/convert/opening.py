@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.folder import TOKENIZER_FOLDER, latest, resolve
+from megatron_vita.checkpoint.folder import TOKENIZER_FOLDER, finished, resolve
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
@@ -56,7 +56,7 @@ def open_model(path: str | Path) -> OpenModel:
         CheckpointError: it is damaged, incomplete or not supported.
     """
     path = Path(path)
-    if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and latest(path)):
+    if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and finished(path)):
         return _open_checkpoint(resolve(path))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
