@@ -9,6 +9,7 @@ torch's formats are spoken without torch (archive.py, metadata.py), which takes 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -42,11 +43,11 @@ from megatron_vita.checkpoint.streams import (
     BLOCK_BYTES,
     Buffers,
     Bytes,
+    OutputFile,
     new_digest,
     raw,
     read_exactly,
     shaped,
-    write_exactly,
 )
 from megatron_vita.errors import CheckpointError
 
@@ -104,12 +105,11 @@ def write_pieces(folder: Path, file_name: str, pieces: Iterable[Piece]) -> list[
         What was written, in file order; empty, and no file, if there was nothing to write.
     """
     written: list[WrittenPiece] = []
-    descriptor = -1
-    try:
-        position = 0
+    with contextlib.ExitStack() as stack:
+        file, position = None, 0
         for piece in pieces:
-            if descriptor < 0:
-                descriptor = os.open(folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            if file is None:
+                file = stack.enter_context(OutputFile(folder / file_name))
             data, dtype = piece.data.detach().cpu().contiguous(), dtype_of(piece.data)
             for region in runs(whole(data.shape), dtype.itemsize, PIECE_BYTES):
                 head, tail = frame(extent(region), dtype)
@@ -117,7 +117,7 @@ def write_pieces(folder: Path, file_name: str, pieces: Iterable[Piece]) -> list[
                 digest = new_digest()
                 for one in parts:
                     digest.update(one)
-                write_exactly(descriptor, parts, position)
+                file.write(parts, position)
                 written.append(
                     WrittenPiece(
                         key=piece.key,
@@ -132,11 +132,8 @@ def write_pieces(folder: Path, file_name: str, pieces: Iterable[Piece]) -> list[
                     )
                 )
                 position += written[-1].length
-        if descriptor >= 0:
-            os.fsync(descriptor)
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        if file is not None:
+            file.sync()
     return written
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from megatron_vita.checkpoint.streams import (
     BLOCK_BYTES,
     MAX_WORKERS,
     Buffers,
+    OutputFile,
     Workers,
     new_digest,
     raw,
     shaped,
-    write_exactly,
 )
 
 FILE_BYTES = 2 << 30
@@ -76,14 +75,13 @@ def stream_pieces(
         OSError: no space.
     """
     buffers = Buffers(most=MAX_WORKERS * BLOCK_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
+    with OutputFile(path) as file:
 
         def write(piece: PlannedPiece) -> str:
             head, tail = frame(extent(piece.region), piece.dtype)
             digest = new_digest()
             digest.update(head)
-            write_exactly(descriptor, [head], piece.position)
+            file.write([head], piece.position)
             position = piece.position + len(head)
             for region in runs(piece.region, piece.dtype.itemsize, BLOCK_BYTES):
                 size = volume(region) * piece.dtype.itemsize
@@ -91,11 +89,11 @@ def stream_pieces(
                 block = shaped(buffer, extent(region), piece.dtype)
                 tensors.read_into(piece.key, region, block)
                 digest.update(raw(block))
-                write_exactly(descriptor, [raw(block)], position)
+                file.write([raw(block)], position)
                 position += size
                 buffers.give(buffer)
             digest.update(tail)
-            write_exactly(descriptor, [tail], position)
+            file.write([tail], position)
             return digest.hexdigest()
 
         digests = []
@@ -103,8 +101,6 @@ def stream_pieces(
             digests.append(one)
             advance(piece.length)
         return digests
-    finally:
-        os.close(descriptor)
 
 
 def plan_files(tensors: LazyTensors) -> dict[str, list[PlannedPiece]]:

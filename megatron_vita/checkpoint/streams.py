@@ -26,8 +26,8 @@ from megatron_vita.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
 """One-dimensional memory."""
-BLOCK_BYTES = 1 << 20
-"""Bytes that are read, hashed and written at once: little enough to stay in a core's own cache between the three."""
+BLOCK_BYTES = 4 << 20
+"""Bytes that are read, hashed and written at once: little enough to stay in a processor's caches between the three."""
 MAX_WORKERS = 8
 """More threads than this wait for memory rather than work."""
 
@@ -122,16 +122,41 @@ def read_exactly(descriptor: int, view: memoryview, position: int, where: Path) 
         view, position = view[got:], position + got
 
 
-def write_exactly(descriptor: int, parts: Sequence[bytes | memoryview], position: int) -> None:
-    """Write parts one after the other at a place in a file. Raises OSError (no space) if not all could be written."""
-    left = [memoryview(part).cast("B") for part in parts if len(part)]
-    while left:
-        done = os.pwritev(descriptor, left, position)
-        position += done
-        while left and done >= len(left[0]):
-            done -= len(left.pop(0))
-        if left and done:
-            left[0] = left[0][done:]
+class OutputFile:
+    """A new file that several threads write, each at its place.
+
+    The system lets one thread at a time write into a file, and those who wait keep their cores busy with asking. Here
+    they sleep, and the other threads read and hash meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._turn = threading.Lock()
+
+    def write(self, parts: Sequence[bytes | memoryview], position: int) -> None:
+        """Write parts one after the other. Raises OSError (no space) if not all could be written."""
+        left = [memoryview(part).cast("B") for part in parts if len(part)]
+        with self._turn:
+            while left:
+                done = os.pwritev(self._descriptor, left, position)
+                position += done
+                while left and done >= len(left[0]):
+                    done -= len(left.pop(0))
+                if left and done:
+                    left[0] = left[0][done:]
+
+    def sync(self) -> None:
+        """Wait until the content is on the disk."""
+        os.fsync(self._descriptor)
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
 
 
 class Digest(Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, runs, volum
 from megatron_vita.checkpoint.streams import (
     ALGORITHM,
     BLOCK_BYTES,
+    OutputFile,
     Workers,
     digest_of,
     new_digest,
     raw,
-    write_exactly,
 )
 from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError
@@ -135,15 +134,14 @@ def _write_file(
     """Threads read and write; this one hashes what they have written, in order. Returns the file's digest."""
     digest = new_digest()
     digest.update(planned.header)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        write_exactly(descriptor, [planned.header], 0)
+    with OutputFile(path) as file:
+        file.write([planned.header], 0)
 
         def write(run: _Run) -> list[Loan]:
             loans, position = [], run.position
             for region in runs(run.region, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
                 loans.append(tensors.lend(run.name, region))
-                write_exactly(descriptor, [raw(loans[-1].bits)], position)
+                file.write([raw(loans[-1].bits)], position)
                 position += loans[-1].bits.nbytes
             return loans
 
@@ -152,8 +150,6 @@ def _write_file(
                 digest.update(raw(loan.bits))
                 advance(loan.bits.nbytes)
                 loan.release()
-    finally:
-        os.close(descriptor)
     return digest.hexdigest()
 
 
