@@ -108,8 +108,9 @@ def open_layout(folder: Path) -> MegatronModel:
     """Read the directory of every rank's file and tie their tensors to ours. No weight is read, save copies of one
     weight on several ranks, which are compared.
 
-    The shape of the model is that of a config.json of Long-VITA's Hugging Face format beside the ranks or one folder
-    above, if there is one; else that of the run's own settings, in which all rows of the embedding are kept.
+    The shape of the model is that of a config.json of Long-VITA's Hugging Face format, or of a decoder's for a run
+    without a tower, beside the ranks or one folder above, if there is one; else that of the run's own settings, in
+    which all rows of the embedding are kept.
 
     Raises:
         CheckpointError: a rank is missing, a tensor is missing, left over or misshapen, or the model is not supported.
@@ -310,7 +311,9 @@ def _model(
 ) -> ModelConfig:
     for path in (folder / "config.json", folder.parent / "config.json"):
         if path.is_file():
-            return long_vita.read_config(read_json(path), str(path))
+            config = read_json(path)
+            family = decoders if config.get("model_type") in tuple(decoders.ARCHITECTURES) else long_vita
+            return family.read_config(config, str(path))
     where = f"{folder}: the run's settings (args)"
     if not settings:
         raise CheckpointError(
