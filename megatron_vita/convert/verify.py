@@ -167,6 +167,8 @@ def _computed(a: NDArray[np.float64], b: NDArray[np.float64]) -> _Sums:
 
 
 def _values(bits: Bits, dtype: DType) -> NDArray[np.float64]:
+    """One-dimensional, also of a tensor without dimensions."""
+    bits = bits.reshape(-1)
     if dtype == BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return bits.view(dtype.name).astype(np.float64)
