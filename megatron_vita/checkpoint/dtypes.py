@@ -41,6 +41,11 @@ class DType:
         """numpy's unsigned integer of the same size."""
         return _UNSIGNED[self.itemsize]
 
+    @property
+    def floating(self) -> bool:
+        """Whether elements are numbers that weights can be, and not packed codes or places."""
+        return self.name.startswith(("float", "bfloat"))
+
     def __str__(self) -> str:
         return self.name
 
@@ -100,7 +105,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 def all_zero(bits: Bits, dtype: DType) -> bool:
     """Whether every element is zero; a negative zero is one, too."""
-    return not np.any(bits << 1 if dtype.name.startswith(("float", "bfloat")) else bits)
+    return not np.any(bits << 1 if dtype.floating else bits)
 
 
 def bits_of(tensor: Tensor) -> Bits:

@@ -8,7 +8,19 @@ from typing import Any
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
-from megatron_vita.convert.hf_config import integer, number, refuse, require
+from megatron_vita.convert.hf_config import (
+    MOST_HEADS,
+    check_not_quantised,
+    flag,
+    integer,
+    number,
+    optional_integer,
+    refuse,
+    require,
+    section,
+    string,
+    strings,
+)
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename, stacked
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -32,15 +44,15 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: a setting is missing, or asks for what the decoder cannot do.
     """
-    kind = config.get("model_type", "qwen2")
+    kind = string(config, "model_type", "qwen2", where)
     check_features(config, where)
-    heads = integer(config, "num_attention_heads", where)
+    heads = integer(config, "num_attention_heads", where, most=MOST_HEADS)
     hidden = integer(config, "hidden_size", where)
     if kind != "llama" and "num_key_value_heads" not in config:
         raise CheckpointError(  # Qwen2Config and Qwen3Config would take 32, whatever the heads
             f"{where}: names no num_key_value_heads. Copy it from the model's publisher; there is no safe default."
         )
-    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)  # Qwen3Config's own default
+    head_dim = optional_integer(config, "head_dim", where) or (128 if kind == "qwen3" else None)  # Qwen3Config's own
     base, factor = _read_rope(config, where)
     try:
         return ModelConfig(
@@ -48,10 +60,10 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             hidden_size=hidden,
             ffn_hidden_size=integer(config, "intermediate_size", where),
             num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            kv_channels=int(head_dim) if head_dim and int(head_dim) * heads != hidden else None,
+            num_query_groups=optional_integer(config, "num_key_value_heads", where, most=MOST_HEADS) or heads,
+            kv_channels=head_dim if head_dim and head_dim * heads != hidden else None,
             vocab_size=integer(config, "vocab_size", where),
-            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+            untie_embeddings_and_output_weights=not flag(config, "tie_word_embeddings", False, where),
             add_qkv_bias=kind not in ("qwen3", "llama"),
             qk_layernorm=kind == "qwen3",
             norm_epsilon=number(config, "rms_norm_eps", where),
@@ -59,7 +71,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             rope_scaling_factor=factor,
             max_position_embeddings=integer(config, "max_position_embeddings", where),
         )
-    except (ConfigError, TypeError, ValueError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
@@ -70,17 +82,15 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
         CheckpointError: naming the setting.
     """
     window = "full attention only; set it to false if the weights allow it"
-    if config.get("use_sliding_window"):
+    if flag(config, "use_sliding_window", False, where):
         raise refuse(where, "use_sliding_window", True, window)
-    other = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    other = [kind for kind in strings(config, "layer_types", where) if kind != "full_attention"]
     if other:
         raise refuse(where, "layer_types", other[0], "full_attention in every layer")
     for key in _EXPERTS:
         if config.get(key):
             raise refuse(where, key, config[key], "dense decoders only, no mixture of experts")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise refuse(where, key, "...", "dequantise the weights first")
+    check_not_quantised(config, where)
     require(config, "hidden_act", "silu", "silu", where)
     require(config, "is_causal", True, True, where)  # embedding models made of decoders look both ways
     if config.get("model_type") in ("qwen3", "llama"):  # Qwen2 has biases where we have them, whatever it says
@@ -90,32 +100,32 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
 
 def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
     """(base, factor of Llama 3.1's scaling or none), from the one spelling or the other."""
-    bases = {"rope_theta": config.get("rope_theta")}
+    bases = {} if config.get("rope_theta") is None else {"rope_theta": number(config, "rope_theta", where)}
     factors: dict[str, float | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key)
+        rope = section(config, key, where)
         if not rope:
             continue
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}.")
-        bases[f"{key}.rope_theta"] = rope.get("rope_theta")
+        for name, inner in rope.items():
+            if isinstance(inner, Mapping):
+                raise refuse(where, f"{key}.{name}", inner, "one rotary embedding for all layers")
+        if rope.get("rope_theta") is not None:
+            bases[f"{key}.rope_theta"] = number(rope, "rope_theta", f"{where}: {key}")
         factors[key] = _read_scaling(rope, key, config, where)
         require(rope, "partial_rotary_factor", 1.0, 1.0, f"{where}: {key}")
     require(config, "partial_rotary_factor", 1.0, 1.0, where)
     _agree("rotary scaling", factors, where)
-    given = {key: base for key, base in bases.items() if base is not None}
-    if not given:
+    if not bases:
         raise CheckpointError(
             f"{where}: names no rope_theta. Copy it from the model's publisher; there is no safe default."
         )
-    _agree("rotary base", given, where)
-    base = number(given, next(iter(given)), where)
-    return base, next(iter(factors.values()), None)
+    _agree("rotary base", bases, where)
+    return next(iter(bases.values())), next(iter(factors.values()), None)
 
 
 def _read_scaling(rope: Mapping[str, Any], key: str, config: Mapping[str, Any], where: str) -> float | None:
     """Factor of Llama 3.1's scaling, or none where nothing is scaled."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = string(rope, "rope_type", string(rope, "type", "default", f"{where}: {key}"), f"{where}: {key}")
     if kind == "llama3":
         for name, published in _LLAMA3.items():
             require(rope, name, published, None, f"{where}: {key}")

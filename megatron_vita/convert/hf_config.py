@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.errors import CheckpointError
+
+_MAX_BYTES = 100 << 20
+"""Of one JSON file. The largest published ones, of tokenizers, have a third of it."""
+_LARGEST = (1 << 31) - 1
+"""Of a size. None that is published comes near."""
+MOST_HEADS = 1 << 10
+"""Of a layer. The largest published models have 128; a table of names has three boxes for each."""
+_short = reprlib.Repr()
+_short.maxstring, _short.maxlong, _short.maxother = 100, 40, 40
+
+
+def parse_json(text: str) -> Any:
+    """JSON whose objects have no key twice: of two values, another reader may take the other one.
+
+    Raises:
+        ValueError: it is none, has a key twice, or is nested deeper than any reader goes.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,7 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which is no settings file.")
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Give a complete Hugging Face folder.") from None
     except (OSError, ValueError) as error:
@@ -32,38 +58,127 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def integer(config: Mapping[str, Any], key: str, where: str) -> int:
-    """A whole number that must be there."""
+def integer(config: Mapping[str, Any], key: str, where: str, *, most: int = _LARGEST) -> int:
+    """A size that must be there: a whole number from 1 to `most`."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} must be a whole number, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise mistyped(where, key, f"a whole number from 1 to {most}", value)
     return value
 
 
+def optional_integer(config: Mapping[str, Any], key: str, where: str, *, most: int = _LARGEST) -> int | None:
+    """A size, or none where there is nothing or null."""
+    return None if config.get(key) is None else integer(config, key, where, most=most)
+
+
 def number(config: Mapping[str, Any], key: str, where: str) -> float:
-    """A number that must be there."""
+    """A finite number above 0 that must be there."""
     value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} must be a number, got {value!r}.")
-    return float(value)
+    try:
+        # a whole number may be larger than any float
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf:
+            return float(value)
+    except OverflowError:
+        pass
+    raise mistyped(where, key, "a number above 0", value)
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    """True or false; the default where there is nothing."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise mistyped(where, key, "true or false", value)
+    return value
+
+
+def string(config: Mapping[str, Any], key: str, default: str | None, where: str) -> str | None:
+    """A string; the default where there is nothing."""
+    value = config.get(key, default)
+    if value is not default and not isinstance(value, str):
+        raise mistyped(where, key, "a string", value)
+    return value
+
+
+def strings(config: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of strings, empty where there is nothing or null."""
+    value = config.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise mistyped(where, key, "a list of strings", value)
+    return value
+
+
+def choice(config: Mapping[str, Any], key: str, options: Collection[str], default: str | None, where: str) -> str:
+    """One of the strings that are supported."""
+    value = string(config, key, default, where)
+    if value is None or value not in options:
+        raise refuse(where, key, value, ", ".join(options))
+    return value
+
+
+def section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any] | None:
+    """An object inside, or none where there is nothing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise mistyped(where, key, "an object", value)
+    return value
 
 
 def square(config: Mapping[str, Any], key: str, where: str) -> int:
     """A side length, given once or as two equal numbers."""
     value = config.get(key)
-    sides = value if isinstance(value, list) else [value]
-    if not sides or not isinstance(sides[0], int) or any(one != sides[0] for one in sides):
-        raise CheckpointError(f"{where}: {key} must be one side of a square, got {value!r}.")
-    return sides[0]
+    sides: list[Any] = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    if not all(type(one) is int and 1 <= one <= _LARGEST for one in sides) or sides[0] != sides[1]:
+        raise mistyped(where, key, "one side of a square", value)
+    return int(sides[0])
 
 
 def require(config: Mapping[str, Any], key: str, wanted: Any, default: Any, where: str) -> None:
-    """Refuse a setting that has any value but the one that is supported."""
+    """Refuse a setting that has any value but the one that is supported. True is not 1 here."""
     value = config.get(key, default)
-    if value != wanted:
+    if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
         raise refuse(where, key, value, f"{wanted!r} only")
+
+
+def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config.json, or a part of one, that says that its weights are quantised."""
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise refuse(where, key, "...", "dequantise the weights first")
+
+
+def check_layers(layers: int, tensors: int, where: str) -> None:
+    """Refuse more layers than a folder has tensors, before a table of them all is made.
+
+    Raises:
+        CheckpointError: no such folder can be complete.
+    """
+    if layers > tensors:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers={layers}, but the folder holds {tensors} tensors. Its config and its weights "
+            "do not belong together, or the download is incomplete."
+        )
 
 
 def refuse(where: str, key: str, value: Any, supported: str) -> CheckpointError:
     """The error for a feature that cannot be converted."""
-    return CheckpointError(f"{where}: {key}={value!r} is not supported ({supported}).")
+    return CheckpointError(f"{where}: {key}={shown(value)} is not supported ({supported}).")
+
+
+def mistyped(where: str, key: str, wanted: str, value: Any) -> CheckpointError:
+    """The error for a value that is none of its kind."""
+    return CheckpointError(f"{where}: {key} must be {wanted}, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """A value for a message; of a long one, its ends."""
+    return _short.repr(value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shown(twice)} stands in it twice")
+    return out

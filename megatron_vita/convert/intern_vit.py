@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vita.config import VisionConfig
-from megatron_vita.convert.hf_config import integer, number, refuse, require, square
+from megatron_vita.convert.hf_config import (
+    MOST_HEADS,
+    check_not_quantised,
+    choice,
+    flag,
+    integer,
+    number,
+    require,
+    square,
+)
 from megatron_vita.convert.rules import Rule, grouped_qkv, joint_qkv, rename
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -73,39 +82,41 @@ _NATIVE_QK_EPSILON = 1e-6
 """transformers' native classes have it written in the code of the query and key norms."""
 
 
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """model_type; remote code's may be left out, and its own settings tell it. None for what is no tower of ours."""
+    kind = config.get("model_type", "intern_vit_6b" if "qkv_bias" in config else None)
+    return kind if isinstance(kind, str) and kind in MODEL_TYPES else None
+
+
 def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Names]:
     """A tower's config.json (or vision_config, or Long-VITA's `visual`) as ours, and how its tensors are named.
 
     Raises:
         CheckpointError: an unknown kind, or a feature that the tower cannot do.
     """
-    kind = config.get("model_type", "intern_vit_6b" if "qkv_bias" in config else None)
-    if kind not in MODEL_TYPES:
-        raise refuse(where, "model_type", kind, f"an InternViT: {' or '.join(MODEL_TYPES)}")
-    names = MODEL_TYPES[kind]
-    norm = config.get("norm_type", "layer_norm" if names is NATIVE else "rms_norm")
-    if norm not in _NORMS:
-        raise refuse(where, "norm_type", norm, " or ".join(_NORMS))
+    names = MODEL_TYPES[choice(config, "model_type", MODEL_TYPES, kind_of(config), where)]
+    check_not_quantised(config, where)
+    norm = choice(config, "norm_type", _NORMS, "layer_norm" if names is NATIVE else "rms_norm", where)
     require(config, "hidden_act", "gelu", "gelu", where)
     require(config, "num_channels", 3, 3, where)
     if names is NATIVE:
-        bias, qk_norm = config.get("attention_bias", False), config.get("use_qk_norm", False)
+        bias, qk_norm = flag(config, "attention_bias", False, where), flag(config, "use_qk_norm", False, where)
         require(config, "use_mean_pooling", True, True, where)
         require(config, "use_mask_token", False, False, where)
         require(config, "use_absolute_position_embeddings", True, True, where)
         if qk_norm:
             require(config, "layer_norm_eps", _NATIVE_QK_EPSILON, None, where)
     else:
-        bias, qk_norm = config.get("qkv_bias", False), config.get("qk_normalization", True)
+        bias, qk_norm = flag(config, "qkv_bias", False, where), flag(config, "qk_normalization", True, where)
     try:
         vision = VisionConfig(
             normalization=_NORMS[norm],
-            add_qkv_bias=bool(bias),
-            qk_layernorm=bool(qk_norm),
+            add_qkv_bias=bias,
+            qk_layernorm=qk_norm,
             num_layers=integer(config, "num_hidden_layers", where),
             hidden_size=integer(config, "hidden_size", where),
             ffn_hidden_size=integer(config, "intermediate_size", where),
-            num_attention_heads=integer(config, "num_attention_heads", where),
+            num_attention_heads=integer(config, "num_attention_heads", where, most=MOST_HEADS),
             norm_epsilon=number(config, "layer_norm_eps", where),
             image_size=square(config, "image_size", where),
             patch_size=square(config, "patch_size", where),

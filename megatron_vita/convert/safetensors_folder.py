@@ -6,7 +6,6 @@ A folder holds `model.safetensors`, or shards and `model.safetensors.index.json`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +14,14 @@ from typing import Any
 
 from megatron_vita.checkpoint.dtypes import DTYPES
 from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
+from megatron_vita.convert.hf_config import parse_json, read_json, section, shown, string
 from megatron_vita.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
+_MAX_RANK = 32
+"""Dimensions of a tensor. Published weights have at most 5."""
 CODES = {one.code: one for one in DTYPES if one.code not in ("I8", "I16", "BOOL")}
 """Types of published weights; those left out stand for something else that was packed into them."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,17 +43,18 @@ class SafetensorsFolder(PlacedTensors):
             raise CheckpointError(_no_weights(folder))
 
     def _open_index(self, path: Path) -> None:
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a readable index ({error!r}). Download it again.") from None
+        weight_map = section(read_json(path), "weight_map", str(path))
+        if weight_map is None:
+            raise CheckpointError(f"{path}: has no weight_map. Download it again.")
+        for tensor in weight_map:
+            string(weight_map, tensor, "", f"{path}: weight_map")
+        files = sorted(set(weight_map.values()))
         if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in files:
             raise CheckpointError(
                 f"{self.folder}: holds both {SINGLE_FILE} and an index of other files. Delete the set that is stale."
             )
         for name in files:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{path}: points to {name!r}, not a safetensors file inside the folder. Refused.")
             file = self.folder / name
             if not file.is_file():
@@ -78,11 +81,11 @@ def _read_header(path: Path) -> dict[str, TensorPlace]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{path}: truncated, or no safetensors file. Download it again.")
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = parse_json(file.read(length).decode("utf-8"))
         header.pop("__metadata__", None)
         entries = [_entry(name, values) for name, values in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({error!r}). Download it again.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged header ({type(error).__name__}: {error}). Download it again.") from None
     places, end = {}, 0
     for one in sorted(entries, key=lambda one: (one.start, one.stop)):
         if one.code not in CODES:
@@ -118,21 +121,16 @@ class _Entry:
 
 def _entry(name: str, values: Mapping[str, Any]) -> _Entry:
     """Raises ValueError, KeyError or TypeError for what is no description of a tensor."""
-    start, stop = values["data_offsets"]
-    shape = tuple(values["shape"])
+    offsets, shape, code = values["data_offsets"], values["shape"], values["dtype"]
+    if not (isinstance(offsets, list) and isinstance(shape, list) and isinstance(code, str)):
+        raise TypeError(f"{shown(name)}: dtype must be a string, shape and data_offsets lists")
+    start, stop = offsets
+    if len(shape) > _MAX_RANK:
+        raise ValueError(f"{shown(name)}: {len(shape)} dimensions")
     for number in (start, stop, *shape):
         if type(number) is not int or not 0 <= number < 1 << 63:
-            raise ValueError(f"{name}: {number!r} is no size")
-    return _Entry(name, str(values["dtype"]), shape, start, stop)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ; another reader would take another one of two that do not."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
-    return out
+            raise ValueError(f"{shown(name)}: {shown(number)} is no size")
+    return _Entry(name, code, tuple(shape), start, stop)
 
 
 def _no_weights(folder: Path) -> str:

@@ -13,7 +13,16 @@ from typing import Any
 
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import VisionConfig
-from megatron_vita.convert.hf_config import integer, number, refuse, require, square
+from megatron_vita.convert.hf_config import (
+    MOST_HEADS,
+    check_not_quantised,
+    choice,
+    integer,
+    number,
+    require,
+    section,
+    square,
+)
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename
 from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -54,15 +63,13 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
     Raises:
         CheckpointError: an unknown kind, or a feature that the tower cannot do.
     """
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise refuse(where, "model_type", kind, ", ".join(MODEL_TYPES))
-    family = MODEL_TYPES[kind]
+    family = MODEL_TYPES[choice(config, "model_type", MODEL_TYPES, None, where)]
     # CLIP's oldest files say it twice; transformers believes the second and fills it up with its own defaults.
-    inner = config.get("vision_config_dict") if family == "clip" else None
-    inner = config.get("vision_config", config) if inner is None else inner
-    if not isinstance(inner, Mapping):
-        raise CheckpointError(f"{where}: vision_config must be an object, got {inner!r}.")
+    inner = section(config, "vision_config_dict", where) if family == "clip" else None
+    inner = section({"vision_config": config, **config}, "vision_config", where) if inner is None else inner
+    inner = {} if inner is None else inner  # null, as stock code has it, is all defaults
+    for part in (config, inner):
+        check_not_quantised(part, where)
     full = {**DEFAULTS[family], **inner}
     require(full, "hidden_act", DEFAULTS[family]["hidden_act"], None, where)
     require(full, "num_channels", 3, None, where)
@@ -72,7 +79,7 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
             num_layers=integer(full, "num_hidden_layers", where),
             hidden_size=integer(full, "hidden_size", where),
             ffn_hidden_size=integer(full, "intermediate_size", where),
-            num_attention_heads=integer(full, "num_attention_heads", where),
+            num_attention_heads=integer(full, "num_attention_heads", where, most=MOST_HEADS),
             norm_epsilon=number(full, "layer_norm_eps", where),
             image_size=square(full, "image_size", where),
             patch_size=square(full, "patch_size", where),
@@ -95,7 +102,7 @@ def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
         if _OTHER_HALF.match(name):
             return True
         inner = name.removeprefix(start) if name.startswith(start) else ""
-        block = re.match(r"encoder\.layers\.(\d+)\.", inner)
+        block = re.match(r"encoder\.layers\.(\d{1,6})\.", inner)
         if block:
             return vision.built_layers <= int(block[1]) < vision.num_layers
         return inner.startswith("post_layernorm.") and not vision.post_norm

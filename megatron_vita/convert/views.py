@@ -109,6 +109,12 @@ class OurView(_RuledView):
                     self._left_out[named.name] = "zeros, as the model asks, beyond what it has"
 
     def _check_types(self, rule: Rule) -> None:
+        for one in rule.theirs:
+            if not self._source.dtype(one.name).floating:
+                raise CheckpointError(
+                    f"{self._where}: {one.name} has type {self._source.dtype(one.name)}, but weights are of floating "
+                    "types. Quantised ones must be dequantised first."
+                )
         kinds = {self._source.dtype(one.name) for one in rule.theirs}
         if len(kinds) > 1:
             parts = ", ".join(one.name for one in rule.theirs)

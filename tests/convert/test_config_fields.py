@@ -103,7 +103,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         (
             "Qwen3-8B",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
-            r"says its rotary base differently \(rope_theta 1000000, rope_parameters.rope_theta 5000000.0\)",
+            r"says its rotary base differently \(rope_theta 1000000.0, rope_parameters.rope_theta 5000000.0\)",
         ),
         ("Qwen3-8B", {"rope_theta": ...}, "names no rope_theta"),
         ("Qwen3-8B", {"num_key_value_heads": ...}, "names no num_key_value_heads"),
