@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 
 from megatron_vita import log as vita_log
 from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from megatron_vita.convert import exporter, importer, verify
-from megatron_vita.convert.opening import OpenModel, open_model
+from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.tokenizer_files import special_ids, tokens_that_differ
 from megatron_vita.data.tokenizer import IMG_CONTEXT
@@ -66,8 +67,8 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
 
 
 def _export(arguments: argparse.Namespace) -> tuple[int, str]:
-    if not arguments.max_shard_gb > 0:
-        raise ConfigError(f"export: --max-shard-gb {arguments.max_shard_gb:g} must be above 0.")
+    if not 0 < arguments.max_shard_gb < math.inf:
+        raise ConfigError(f"export: --max-shard-gb {arguments.max_shard_gb:g} must be a number above 0.")
     folder = exporter.export(
         arguments.checkpoint,
         arguments.output,
@@ -85,7 +86,9 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
-    a, b = open_model(arguments.a), open_model(arguments.b)
+    a, b = open_any(arguments.a), open_any(arguments.b)
+    if arguments.logits and (isinstance(a, OpenTower) or isinstance(b, OpenTower)):
+        raise ConfigError(f"--logits: {(a if isinstance(a, OpenTower) else b).path} is a vision tower, which has none.")
     found = list(verify.compare_tensors(a.tensors, b.tensors, workers=arguments.workers, progress=True))
     different = [one for one in found if not one.equal]
     for one in different[: arguments.show]:
@@ -97,13 +100,14 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
     worst = max((one.max_difference for one in found), key=lambda one: (one != one, one), default=0.0)
     line = f"{len(found)} tensors, {len(different)} differ, max difference {worst:.3g}"
     failed = bool(different) and not worst <= arguments.tolerance
-    for difference in tokens_that_differ(a.tokenizer_dir, b.tokenizer_dir):
-        sys.stdout.write(f"tokenizers differ: {difference}\n")
-        failed = True
-    if arguments.logits:
-        gap = _logit_gap(a, b)
-        line += f"; logits differ by {gap:.3g}"
-        failed = failed or not gap <= LOGIT_TOLERANCE
+    if isinstance(a, OpenModel) and isinstance(b, OpenModel):
+        for difference in tokens_that_differ(a.tokenizer_dir, b.tokenizer_dir):
+            sys.stdout.write(f"tokenizers differ: {difference}\n")
+            failed = True
+        if arguments.logits:
+            gap = _logit_gap(a, b)
+            line += f"; logits differ by {gap:.3g}"
+            failed = failed or not gap <= LOGIT_TOLERANCE
     return int(failed), ("different: " if failed else "equal: ") + line
 
 
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", metavar="DIR", help="whole model: native InternVL, Long-VITA in any of its formats")
     command.add_argument("--output", metavar="CKPT", required=True, help="folder of checkpoints to write")
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the model's or decoder's own)")
-    command.add_argument("--seed", type=int, default=1234, help="of the projector's initial weights")
+    command.add_argument("--seed", type=_seed, default=1234, help="of the projector's initial weights")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
     _add_writing(command)
     command.set_defaults(act=_import)
@@ -161,8 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A", help="checkpoint or Hugging Face folder")
     command.add_argument("b", metavar="B", help="checkpoint or Hugging Face folder")
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
-    command.add_argument("--tolerance", type=float, default=0.0, help="largest difference that counts as equal")
-    command.add_argument("--show", type=int, default=20, help="different tensors to list")
+    command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
+    command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")
     command.add_argument("--workers", type=_count, help="threads (default: one a core)")
     command.set_defaults(act=_verify)
     return parser
@@ -171,6 +175,24 @@ def _parser() -> argparse.ArgumentParser:
 def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=_count, help="threads (default: one a core); the bytes do not depend on it")
     command.add_argument("--fsync", action="store_true", help="wait until the disk has everything, which cp does not")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {(1 << 63) - 1}")
+    return int(text)
+
+
+def _number_of(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return float(text)
 
 
 def _count(text: str) -> int:

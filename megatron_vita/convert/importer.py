@@ -69,6 +69,8 @@ def import_parts(
     output = Path(output)
     _refuse_existing(output, overwrite)
     decoder = open_model(llm)
+    if decoder.state is not None:
+        raise ConfigError(f"{llm}: is a checkpoint already. Give a Hugging Face folder.")
     if decoder.model.vision is not None:
         raise ConfigError(f"{llm}: is a whole model ({decoder.kind}), not a decoder. Use import --model {llm}.")
     source = Path(tokenizer) if tokenizer else decoder.tokenizer_dir

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
 from megatron_vita.convert import decoders, intern_vit
-from megatron_vita.convert.hf_config import integer, refuse, require
+from megatron_vita.convert.hf_config import check_not_quantised, choice, flag, integer, require, section
 from megatron_vita.convert.rules import Rule, all_zero, rename, zero_padded
 from megatron_vita.errors import CheckpointError
 
@@ -28,16 +28,16 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: a part is of an unknown kind, or asks for what we cannot do.
     """
-    text, vision = config.get("text_config"), config.get("vision_config")
-    if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
+    text, vision = section(config, "text_config", where), section(config, "vision_config", where)
+    if text is None or vision is None:
         raise CheckpointError(f"{where}: has no text_config or no vision_config. Is it an InternVL of transformers?")
-    if text.get("model_type", "qwen2") not in decoders.ARCHITECTURES:
-        raise refuse(where, "text_config.model_type", text["model_type"], ", ".join(decoders.ARCHITECTURES))
+    choice(text, "model_type", decoders.ARCHITECTURES, "qwen2", f"{where}: text_config")
+    check_not_quantised(config, where)
     require(config, "downsample_ratio", 0.5, 0.5, where)
     require(config, "projector_hidden_act", "gelu", "gelu", where)
     require(config, "vision_feature_layer", -1, -1, where)
     require(config, "vision_feature_select_strategy", "default", "default", where)
-    tied = config.get("tie_word_embeddings", True)
+    tied = flag(config, "tie_word_embeddings", True, where)
     model = decoders.read_config({**text, "tie_word_embeddings": tied}, f"{where}: text_config")
     tower, _ = intern_vit.read_config({"model_type": "internvl_vision", **vision}, f"{where}: vision_config")
     wanted = integer({"image_seq_length": 256, **config}, "image_seq_length", where)

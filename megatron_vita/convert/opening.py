@@ -15,7 +15,7 @@ from megatron_vita.checkpoint.offline import model_keys, read_tensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
 from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, megatron_layouts, siglip_clip
-from megatron_vita.convert.hf_config import read_json, refuse
+from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import OurView, Subset
 from megatron_vita.data.spec import PreprocessSpec
@@ -47,25 +47,50 @@ class OpenModel:
     """run.json of a checkpoint."""
 
 
+@dataclass(frozen=True)
+class OpenTower:
+    """A vision tower alone."""
+
+    path: Path
+    """Its Hugging Face folder."""
+    kind: str
+    """Its model_type."""
+    vision: VisionConfig
+    tensors: LazyTensors
+    """Its weights by checkpoint key, all below `vision_model.`."""
+
+
 def open_model(path: str | Path) -> OpenModel:
     """Open a checkpoint, a folder of checkpoints, a Hugging Face folder, or one of Long-VITA's Megatron layouts. No
     tensor is read yet.
+
+    Raises:
+        ConfigError: no such folder, nothing of the kind there, or a vision tower alone.
+        CheckpointError: it is damaged, incomplete or not supported.
+    """
+    opened = open_any(path)
+    if isinstance(opened, OpenTower):
+        raise ConfigError(f"{path}: is a vision tower ({opened.kind}) alone. Give it as --vision, beside an --llm.")
+    return opened
+
+
+def open_any(path: str | Path) -> OpenModel | OpenTower:
+    """Open what open_model opens, or the Hugging Face folder of a tower: whatever has weights to compare.
 
     Raises:
         ConfigError: no such folder, or nothing of the kind there.
         CheckpointError: it is damaged, incomplete or not supported.
     """
     path = Path(path)
-    if (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and finished(path)):
+    if _is_checkpoint(path):
         return _open_checkpoint(resolve(path))
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
-    step = megatron_layouts.find(path)
+    step = megatron_layouts.find(path) if path.is_dir() else None
     if step is not None:
         return _open_megatron(step)
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
-    return _open_hf(path)
+    config = _read_config(path)
+    if (kind := _tower_kind(config)) is not None:
+        return OpenTower(path, kind, *_open_tower(path, config, kind))
+    return _open_hf(path, config)
 
 
 def load_hf_for_inference(path: str | Path) -> tuple[ModelConfig, PreprocessSpec | None, LazyTensors]:
@@ -86,21 +111,56 @@ def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
         CheckpointError: not a tower that is supported, or incomplete.
     """
     path = Path(path)
-    where = path / "config.json"
-    config = read_json(where)
-    if config.get("model_type") in _FAMILIES:
-        raise ConfigError(f"{where}: is a whole model ({config['model_type']}). Use import --model, or give a tower.")
+    if _is_checkpoint(path):
+        raise ConfigError(f"{path}: is a checkpoint. Give the Hugging Face folder of a vision tower.")
+    config, where = _read_config(path), str(path / "config.json")
+    kind = string(config, "model_type", _tower_kind(config), where)
+    if kind in decoders.ARCHITECTURES:
+        raise ConfigError(f"{path}: is a decoder ({kind}). Give it as --llm, and a vision tower as --vision.")
+    if kind in _FAMILIES:
+        raise ConfigError(f"{path}: is a whole model ({kind}). Give it as --model, or a vision tower as --vision.")
+    known = [*intern_vit.MODEL_TYPES, *siglip_clip.MODEL_TYPES]
+    return _open_tower(path, config, choice(config, "model_type", known, kind, where))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint, or a folder of them."""
+    return (path / INTEGRITY_FILE).is_file() or (not (path / "config.json").is_file() and bool(finished(path)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
+    if not (folder / "config.json").is_file():
+        downloads = sorted((folder / "snapshots").glob("*/"))
+        if downloads:
+            raise ConfigError(f"{folder}: is a cache of downloads. Give {downloads[-1]}.")
+        raise ConfigError(f"{folder}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
+    return read_json(folder / "config.json")
+
+
+def _tower_kind(config: Mapping[str, Any]) -> str | None:
+    """model_type of a tower, or none for anything else."""
     kind = config.get("model_type")
-    if kind not in siglip_clip.MODEL_TYPES and kind not in (None, *intern_vit.MODEL_TYPES):
-        raise refuse(str(where), "model_type", kind, ", ".join([*intern_vit.MODEL_TYPES, *siglip_clip.MODEL_TYPES]))
+    nested = isinstance(kind, str) and kind in siglip_clip.MODEL_TYPES
+    return str(kind) if nested else intern_vit.kind_of(config)
+
+
+def _open_tower(path: Path, config: Mapping[str, Any], kind: str) -> tuple[VisionConfig, LazyTensors]:
+    where = str(path / "config.json")
     source: LazyTensors
     if kind in siglip_clip.MODEL_TYPES:
-        vision = siglip_clip.read_config(config, str(where))
-        source = siglip_clip.without_unused(vision, SafetensorsFolder(path))
+        vision = siglip_clip.read_config(config, where)
+        source = SafetensorsFolder(path)
+        check_layers(vision.num_layers, len(source), where)
+        source = siglip_clip.without_unused(vision, source)
         rules = siglip_clip.rules(vision, siglip_clip.prefix_of(list(source)))
     else:
-        vision, names = intern_vit.read_config(config, str(where))
-        source, rules = SafetensorsFolder(path), intern_vit.rules(vision, names)
+        vision, names = intern_vit.read_config(config, where)
+        source = SafetensorsFolder(path)
+        check_layers(vision.num_layers, len(source), where)
+        rules = intern_vit.rules(vision, names)
     if (path / PROCESSOR).is_file():
         vision = dataclasses.replace(
             vision, image_norm=_norm_name(read_json(path / PROCESSOR), path, vision.image_norm)
@@ -138,18 +198,21 @@ def _open_megatron(folder: Path) -> OpenModel:
     )
 
 
-def _open_hf(folder: Path) -> OpenModel:
-    where = folder / "config.json"
-    config = read_json(where)
-    kind = config.get("model_type")
-    if kind not in _FAMILIES:
-        decoders.check_features(config, str(where))  # a reason says more than a name
-        raise refuse(str(where), "model_type", kind, ", ".join(_FAMILIES))
-    model = _FAMILIES[kind].read_config(config, str(where))
-    preprocess = _preprocess(folder, model, str(kind)) if model.vision else None
+def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
+    where = str(folder / "config.json")
+    kind = string(config, "model_type", None, where)
+    if kind is None or kind not in _FAMILIES:
+        decoders.check_features(config, where)  # a reason says more than a name
+        raise refuse(where, "model_type", kind, ", ".join(_FAMILIES))
+    check_not_quantised(config, where)
+    model = _FAMILIES[kind].read_config(config, where)
+    preprocess = _preprocess(folder, model, kind) if model.vision else None
     if model.vision is not None and preprocess is not None:
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
+    for part in (model, model.vision):
+        if part is not None:
+            check_layers(part.num_layers, len(source), where)
     if kind == internvl.MODEL_TYPE:
         model = internvl.with_head_of(model, config, source)
         rules = internvl.rules(model, list(source))
@@ -162,7 +225,7 @@ def _open_hf(folder: Path) -> OpenModel:
     tied = (heads[0], embedding) if heads and not model.untie_embeddings_and_output_weights else None
     return OpenModel(
         path=folder,
-        kind=str(kind),
+        kind=kind,
         model=model,
         tensors=OurView(rules, source, str(folder), tied=tied),
         preprocess=preprocess,

@@ -142,6 +142,53 @@ BAD = {
     "indivisible heads": (_config(num_key_value_heads=4), "num_query_groups=4"),
     "unknown family": (_config(model_type="mamba"), "model_type='mamba'"),
     "tied in the config only": (_config(tie_word_embeddings=True), "lm_head.weight differs"),
+    "a kind that is a list": (_config(model_type=[]), r"config.json: model_type must be a string, got \[\]"),
+    "a kind that is an object": (_config(model_type={}), r"config.json: model_type must be a string, got \{\}"),
+    "layers that are a number": (_config(layer_types=5), "config.json: layer_types must be a list of strings, got 5"),
+    "a base that is a list": (_config(rope_theta=[5]), r"config.json: rope_theta must be a number .*, got \[5\]"),
+    "a base for each kind of layer": (
+        _config(rope_theta=1e6, rope_parameters={"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}),
+        "rope_parameters.full_attention=.*one rotary embedding for all layers",
+    ),
+    "no number as epsilon": (_config(rms_norm_eps=float("nan")), "rms_norm_eps must be a number above 0, got nan"),
+    "an epsilon without end": (_config(rms_norm_eps=10**400), "rms_norm_eps must be a number above 0, got 1000"),
+    "a word for a truth": (_config(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, got 'fal"),
+    "no layers": (_config(num_hidden_layers=-1), "num_hidden_layers must be a whole number from 1 to"),
+    "layers without end": (
+        _config(num_hidden_layers=2_000_000, layer_types=...),
+        "num_hidden_layers=2000000, but the folder holds 27 tensors",
+    ),
+    "heads without end": (_config(num_attention_heads=1 << 30), "num_attention_heads must be a whole number from 1 to"),
+    "integers as weights": (_tensors(lambda t: t.update({Q: t[Q].long()})), f"{Q} has type int64, .* floating"),
+    "bytes as weights": (_tensors(lambda t: t.update({Q: t[Q].byte()})), f"{Q} has type uint8, .*dequantised first"),
+    "nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 200_000),
+        "config.json: not readable JSON .*nested",
+    ),
+    "a setting twice": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace("{", '{"hidden_size": 144,', 1)
+        ),
+        "config.json: not readable JSON .*'hidden_size' stands in it twice",
+    ),
+    "an index nested without end": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 200_000),
+        "index.json: not readable JSON .*nested",
+    ),
+    "an index that names a tensor twice": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            f'{{"weight_map": {{"{Q}": "{WEIGHTS}", "{Q}": "{WEIGHTS}"}}}}'
+        ),
+        f"index.json: not readable JSON .*'{Q}' stands in it twice",
+    ),
+    "an index of objects": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": {}}}'),
+        r"index.json: weight_map: a must be a string, got \{\}",
+    ),
+    "an index of nothing": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}'),
+        "index.json: weight_map must be an object, got 5",
+    ),
     "broken JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable JSON"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
 }
@@ -209,12 +256,63 @@ def test_an_absurd_header_length_is_not_read(good: Path, tmp_path: Path, capsys:
 def test_a_folder_of_the_wrong_kind_is_a_usage_error(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llm, out = str(good / "llm"), str(tmp_path / "out")
-    assert cli.main(["import", "--llm", llm, "--vision", llm, "--output", out]) == 2
-    assert "is a whole model (qwen2)" in capsys.readouterr().err
+    llm, vit, ckpt = (str(good / name) for name in ("llm", "vit", "ckpt"))
+    publishers.write_tower(tmp_path / "clip", "CLIP")
     (tmp_path / "empty").mkdir()
-    assert cli.main(["verify", llm, str(tmp_path / "empty")]) == 2
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "snapshots/0123abc").symlink_to(good / "llm")
+    empty, nothing = str(tmp_path / "empty"), str(tmp_path / "nothing")
+    tower = "is a vision tower .*Give it as --vision"
+    for arguments, message in (
+        (["import", "--llm", llm, "--vision", llm], r"is a decoder \(qwen2\).*Give it as --llm"),
+        (["import", "--llm", vit], rf"vit: {tower}"),
+        (["import", "--model", vit], rf"vit: {tower}"),
+        (["import", "--llm", str(tmp_path / "clip")], rf"clip: {tower}"),
+        (["import", "--llm", ckpt], "is a checkpoint already. Give a Hugging Face folder"),
+        (["import", "--llm", llm, "--vision", ckpt], "ckpt: is a checkpoint"),
+        (["import", "--llm", llm, "--vision", nothing], "nothing: no such folder"),
+        (["import", "--llm", llm, "--vision", empty], "empty: .*no config.json"),
+        (["import", "--llm", nothing, "--vision", vit], "nothing: no such folder"),
+        (["import", "--llm", str(cache)], "is a cache of downloads. Give .*models--a--b/snapshots/0123abc"),
+        (["import", "--llm", llm, "--vision", str(cache)], "is a cache of downloads. Give .*snapshots/0123abc"),
+    ):
+        assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 2, arguments
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+    assert cli.main(["verify", llm, empty]) == 2
     assert "neither a finished checkpoint nor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_a_quantised_model_is_refused_wherever_it_says_so(
+    part: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publishers.write_internvl(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (config if part is None else config[part])["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    assert cli.main(["import", "--model", str(tmp_path / "hf"), "--output", str(tmp_path / "out")]) == 1
+    assert re.search(f"{part or ''}: quantization_config=.*dequantise", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["InternViT, remote names", *publishers.TOWERS])
+def test_towers_are_compared_with_each_other(
+    name: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = tmp_path / "tower"
+    if name in publishers.TOWERS:
+        publishers.write_tower(tower, name)
+    else:
+        shutil.copytree(good / "vit", tower)
+    assert cli.main(["verify", str(tower), str(tower)]) == 0
+    assert re.match(r"equal: [1-9]\d* tensors, 0 differ", capsys.readouterr().out)
+    shutil.copytree(tower, tmp_path / "other")
+    _tensors(lambda t: t[next(one for one in t if "fc1.weight" in one)].add_(1.0))(tmp_path / "other")
+    assert cli.main(["verify", str(tower), str(tmp_path / "other")]) == 1
+    assert "vision_model.decoder.layers.0.mlp.linear_fc1.weight: max difference 1" in capsys.readouterr().out
+    assert cli.main(["verify", str(tower), str(tower), "--logits"]) == 2
+    assert "is a vision tower" in capsys.readouterr().err
 
 
 def test_verify_compares_tokenizers(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +364,12 @@ def test_bad_decoder(name: str, good: Path, tmp_path: Path, capsys: pytest.Captu
         ),
         ({"model_type": "clip_vision_model"}, "hidden_act='gelu' is not supported ('quick_gelu' only)"),
         ({"model_type": "eva"}, "model_type='eva'"),
+        ({"model_type": []}, "model_type must be a string, got []"),
+        ({"norm_type": []}, "norm_type must be a string, got []"),
+        ({"qkv_bias": "yes"}, "qkv_bias must be true or false, got 'yes'"),
+        ({"image_size": [16, 16, 16]}, "image_size must be one side of a square, got [16, 16, 16]"),
+        ({"num_hidden_layers": 2_000_000}, "num_hidden_layers=2000000, but the folder holds"),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config='...' is not supported"),
     ],
 )
 def test_bad_tower(
@@ -292,13 +396,23 @@ def test_usage_errors_are_status_2(good: Path, tmp_path: Path, capsys: pytest.Ca
         ["export", "--checkpoint", out, "--output", out, "--format", "llm"],
         ["export", "--checkpoint", str(good / "ckpt"), "--output", "/dev/null/x", "--format", "llm"],
         ["export", "--checkpoint", str(good / "ckpt"), "--output", out, "--format", "llm", "--max-shard-gb", "0"],
+        ["export", "--checkpoint", str(good / "ckpt"), "--output", out, "--format", "llm", "--max-shard-gb", "inf"],
+        ["export", "--checkpoint", str(good / "ckpt"), "--output", out, "--format", "llm", "--max-shard-gb", "nan"],
         ["verify", llm, out],
     ):
         assert cli.main(arguments) == 2, arguments
         assert capsys.readouterr().err.startswith("error: ")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["export", "--checkpoint", llm, "--output", out, "--format", "gguf"])
-    assert stop.value.code == 2
+    for arguments in (
+        ["export", "--checkpoint", llm, "--output", out, "--format", "gguf"],
+        ["import", "--llm", llm, "--output", out, "--seed", "99999999999999999999"],
+        ["import", "--llm", llm, "--output", out, "--seed", "-1"],
+        ["verify", llm, llm, "--tolerance", "nan"],
+        ["verify", llm, llm, "--tolerance", "-1"],
+        ["verify", llm, llm, "--show", "-1"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2, arguments
     assert not (tmp_path / "out").exists()
 
 
