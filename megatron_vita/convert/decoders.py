@@ -176,13 +176,13 @@ def kind_of(model: ModelConfig) -> str:
     return "llama"
 
 
-def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Our decoder as a config.json of the kind that holds it.
 
     Args:
         model: the decoder.
         dtype: torch's name of the weights' type, e.g. `bfloat16`.
-        special_ids: ids of `<|im_end|>` and `<|endoftext|>`.
+        token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they are known.
     """
     kind = kind_of(model)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
@@ -213,8 +213,7 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
-        "bos_token_id": special_ids.get("<|endoftext|>"),
-        "eos_token_id": special_ids.get("<|im_end|>"),
+        **{key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -25,7 +25,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=tower.hidden_size, bias=False))
 
 
-def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Our model as their config.json.
 
     Raises:
@@ -34,7 +34,7 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
     check_exportable(model)
     assert model.vision is not None
     return {
-        **decoders.write_config(model, dtype, special_ids),
+        **decoders.write_config(model, dtype, token_ids),
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "visual": intern_vit.write_config(model.vision, intern_vit.REMOTE, dtype),

@@ -26,7 +26,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-SPECIAL_IDS = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<IMG_CONTEXT>": 151667}
+TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 151667}
 
 
 def _theirs(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def test_decoder(name: str) -> None:
     counts = {_elements(rules), count_parameters(model).total, network.num_parameters()}
     assert counts == {published.DECODERS[name]["parameters"]}
 
-    written = decoders.write_config(model, "bfloat16", SPECIAL_IDS)
+    written = decoders.write_config(model, "bfloat16", TOKEN_IDS)
     assert decoders.read_config(written, name) == model
     again = published.stock_config(written)
     fields.same_computation(again, stock)
@@ -192,7 +192,7 @@ def _with_tie(stock: Any, *, tied: bool) -> Any:
 
 def _check_internvl_export(model: ModelConfig, theirs: dict[str, Any] | None = None) -> None:
     """Stock code builds from the config.json that we write exactly the tensors that we write."""
-    written = internvl.write_config(model, "bfloat16", SPECIAL_IDS)
+    written = internvl.write_config(model, "bfloat16", TOKEN_IDS)
     again = published.stock_config(written)
     network = published.on_meta(AutoModelForImageTextToText, again)
     assert written["architectures"] == [type(network).__name__]
@@ -229,7 +229,7 @@ def test_long_vita(name: str) -> None:
     counted = count_parameters(model)
     assert (counted.decoder, counted.tower, counted.projector) == (14770033664, 304012288, 9445376)
     assert _elements(rules) == counted.total
-    written = long_vita.write_config(model, "bfloat16", SPECIAL_IDS)
+    written = long_vita.write_config(model, "bfloat16", TOKEN_IDS)
     assert long_vita.read_config(written, name) == model
     assert set(theirs) - set(written) == {"max_window_layers"}  # says nothing where no layer has a window
     # Their initial layer scale is not ours, and with no layer that has a window its size says nothing.

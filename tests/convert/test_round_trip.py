@@ -233,6 +233,12 @@ def test_long_vita_names_round_trip_and_stock_code_runs_it_exactly(parts: Path, 
     prompt = logits.make_prompt(model, 261, tiles=(2, 1))
     stock = logits.stock_logits(open_model(tmp_path / "internvl"), prompt)
     run_ranks(1, _compare_ours, folder, prompt, stock)
+    # and the folder remembers the projector without them
+    convert("verify", folder, tmp_path / "internvl")
+    convert("import", "--model", tmp_path / "internvl", "--output", tmp_path / "narrow")
+    assert checkpoint.read_state(tmp_path / "narrow").stage.model == model
+    convert("export", "--checkpoint", tmp_path / "narrow", "--output", tmp_path / "back", "--format", "long_vita")
+    publishers.same_bytes(names, publishers.tensors_of(tmp_path / "back"))
 
 
 def _compare_ours(folder: Path, prompt: Prompt, wanted: torch.Tensor) -> None:
