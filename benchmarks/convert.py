@@ -1,17 +1,18 @@
 """Conversion against the two things it must be compared with: copying the same bytes, and load-split-save.
 
-    PYTHONPATH=. python benchmarks/convert.py [--gigabytes 2] [--repeats 5] [--scratch DIR] [--workers N]
+    PYTHONPATH=. python benchmarks/convert.py [--gigabytes 4] [--repeats 5] [--scratch DIR] [--workers N]
 
 One synthetic Qwen2 decoder (bfloat16, random bytes, wide and few layers) is imported and exported, side by side with
 
 * `cp` of the same files, and the same with `sync -d`, which is what --fsync does;
 * load-split-save: what converters do that keep a whole state dict: load every tensor, fuse q, k, v, cut the
-  result (gate and up alike) into two tensor-parallel ranks, torch.save each.
+  result (gate and up alike) into two tensor-parallel ranks, torch.save each;
+* `cmp` of the two copies of the decoder's files, for `verify` of the checkpoint against its source.
 
 All are repeated in turn, with the sources in the page cache; the best time of each counts. Output files are deleted
 before each run, outside the time. CPU time includes child processes. Every run is a process of its own, as a user
-starts it, and its start-up (interpreter and imports) is measured by itself and printed: with a model of 2 GB it is a
-large part, with one of 150 GB it is none. Ratios are given with it and without it.
+starts it, and its start-up (interpreter and imports) is measured by itself and printed: it weighs most with a small
+model. Ratios are given with it and without it.
 """
 
 from __future__ import annotations
@@ -92,23 +93,24 @@ def measure(command: Sequence[str], result: Result) -> None:
 def main() -> None:
     """Parse, measure in turn, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="weights of the synthetic model")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="weights of the synthetic model")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
     parser.add_argument("--scratch", type=Path, help="folder for about five times the weights")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads of the conversion")
+    parser.add_argument("--workers", type=int, help="threads of the conversion (default: its own)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         run(Path(scratch), arguments.gigabytes, arguments.repeats, arguments.workers)
 
 
-def run(scratch: Path, gigabytes: float, repeats: int, workers: int) -> None:
+def run(scratch: Path, gigabytes: float, repeats: int, workers: int | None) -> None:
     """Measure everything in one folder."""
     source, out = scratch / "hf", scratch / "out"
     size = write_wide_qwen2(source, gigabytes)
     config = json.loads((source / "config.json").read_text())
     tool = [sys.executable, "tools/convert_ckpt.py"]
-    more = ["--workers", str(workers)]
+    more = ["--workers", str(workers)] if workers else []
     subprocess.run([*tool, "import", "--llm", str(source), "--output", str(scratch / "ckpt")], cwd=ROOT, check=True)
+    shutil.copytree(source, scratch / "copy")
     step = scratch / "ckpt/iter_0000000"
     heads = [str(config["num_attention_heads"]), str(config["num_key_value_heads"])]
     importing = [*tool, "import", "--llm", str(source), "--output", str(out), *more]
@@ -121,15 +123,18 @@ def run(scratch: Path, gigabytes: float, repeats: int, workers: int) -> None:
         "import --fsync": [*importing, "--fsync"],
         "cp (checkpoint)": ["cp", "-r", str(step), str(out)],
         "export": exporting,
+        "cmp": ["sh", "-c", f"for file in {source}/*.safetensors; do cmp $file {scratch}/copy/$(basename $file); done"],
+        "verify": [*tool, "verify", str(step), str(source)],
         "load-split-save": [sys.executable, "-c", _NAIVE, str(source), str(out), *heads],
     }
     results = {name: Result() for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
-            _warm(source if "checkpoint" not in name and name != "export" else step)
+            for folder in {"cp (checkpoint)": [step], "export": [step], "verify": [step, source]}.get(name, [source]):
+                _warm(folder)
             measure(command, results[name])
-    _print(results, size, workers)
+    _print(results, size)
 
 
 def _warm(folder: Path) -> None:
@@ -141,8 +146,8 @@ def _warm(folder: Path) -> None:
                     pass
 
 
-def _print(results: dict[str, Result], size: int, workers: int) -> None:
-    print(f"{size / 1e9:.2f} GB of weights, {workers} workers, {len(os.sched_getaffinity(0))} cores, best of each")
+def _print(results: dict[str, Result], size: int) -> None:
+    print(f"{size / 1e9:.2f} GB of weights, {len(os.sched_getaffinity(0))} cores, best of each")
     for name, one in results.items():
         print(f"  {name:18s} {one.wall:7.2f} s   CPU {one.cpu:7.2f} s   peak {one.peak / 2**20:7.0f} MiB")
     idle = results["start-up alone"]
@@ -154,11 +159,12 @@ def _print(results: dict[str, Result], size: int, workers: int) -> None:
         ("import", "cp (HF folder)", 0.7),
         ("import --fsync", "cp + sync", 0.7),
         ("export", "cp (checkpoint)", 0.7),
+        ("verify", "cmp", None),
         ("import", "load-split-save", 4.0),
         ("export", "load-split-save", 4.0),
     ):
         wall, cpu = (lambda one: one.wall), (lambda one: one.cpu)
-        line = f"{name} / {against}: {speed(name, against, wall, 0):.2f} of its speed (bar {bar})"
+        line = f"{name} / {against}: {speed(name, against, wall, 0):.2f} of its speed{f' (bar {bar})' if bar else ''}"
         line += f", by CPU time {speed(name, against, cpu, 0):.2f}"
         if against != "load-split-save":  # which has a start-up of its own
             line += f"; without start-up {speed(name, against, wall, idle.wall):.2f}"

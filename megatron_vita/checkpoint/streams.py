@@ -26,7 +26,7 @@ from megatron_vita.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
 """One-dimensional memory."""
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes that are read, hashed and written at once: little enough to stay in a processor's caches between the three."""
 MAX_WORKERS = 8
 """More threads than this wait for memory rather than work."""
@@ -36,8 +36,9 @@ _Result = TypeVar("_Result")
 
 
 def default_workers() -> int:
-    """As many threads as this process may use cores, up to MAX_WORKERS."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    """One thread more than this process may use cores, since one mostly waits for its turn to write; at most
+    MAX_WORKERS."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1)
 
 
 class Workers:
