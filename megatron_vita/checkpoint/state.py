@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vita.checkpoint.history import DataSummary, StageRecord
 from megatron_vita.config import StageConfig, to_dict
 from megatron_vita.config.load import stage_from_dict
 from megatron_vita.data.spec import PreprocessSpec
@@ -33,6 +35,12 @@ class RunState:
     """How pictures and videos became tokens; none for a text-only model."""
     manifest_digest: str | None = None
     """Digest of the shard set that the consumed packs belong to."""
+    data: DataSummary | None = None
+    """What that set was made of."""
+    base_models: Mapping[str, str] = field(default_factory=dict)
+    """What the first weights were imported from: name by part (`llm`, `vision`, or `model` for a whole)."""
+    earlier: tuple[StageRecord, ...] = ()
+    """The stages before this one that led to these weights, oldest first."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Anything else in JSON values that its writer wants back."""
 
@@ -43,11 +51,28 @@ class RunState:
             "iteration": self.iteration,
             "consumed_packs": self.consumed_packs,
             "manifest_digest": self.manifest_digest,
+            "data": None if self.data is None else dataclasses.asdict(self.data),
+            "base_models": dict(self.base_models),
+            "earlier": [dataclasses.asdict(one) for one in self.earlier],
             "preprocess": self.preprocess.to_dict() if self.preprocess else None,
             "stage": to_dict(self.stage),
             "extra": dict(self.extra),
         }
         return json.dumps(values, indent=1) + "\n"
+
+    @property
+    def history(self) -> tuple[StageRecord, ...]:
+        """Every stage that led to these weights, oldest first, this one included once it has taken a step."""
+        if not self.iteration:
+            return self.earlier
+        this = StageRecord(
+            recipe=to_dict(self.stage),
+            iteration=self.iteration,
+            consumed_packs=self.consumed_packs,
+            manifest_digest=self.manifest_digest,
+            data=self.data,
+        )
+        return (*self.earlier, this)
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
@@ -74,6 +99,9 @@ class RunState:
                 consumed_packs=int(values["consumed_packs"]),
                 preprocess=None if preprocess is None else PreprocessSpec.from_dict(preprocess),
                 manifest_digest=values["manifest_digest"],
+                data=DataSummary.from_dict(values["data"]) if values.get("data") else None,
+                base_models={str(part): str(name) for part, name in dict(values.get("base_models", {})).items()},
+                earlier=tuple(StageRecord.from_dict(one) for one in values.get("earlier", ())),
                 extra=values.get("extra", {}),
             )
         except (KeyError, TypeError, ValueError, ConfigError) as error:

@@ -1,7 +1,7 @@
 """Settings: one frozen dataclass per concern, each validating itself. No torch here."""
 
 from megatron_vita.config.data import LAYOUTS, DataConfig
-from megatron_vita.config.load import check_keys, load_run, read_yaml, to_dict
+from megatron_vita.config.load import check_keys, load_model, load_run, read_yaml, to_dict
 from megatron_vita.config.model import ModelConfig, ProjectorConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.run import RunConfig, StageConfig
@@ -23,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "VisionConfig",
     "check_keys",
+    "load_model",
     "load_run",
     "read_yaml",
     "to_dict",

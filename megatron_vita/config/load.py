@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_vita.config.model import ModelConfig
 from megatron_vita.config.run import RunConfig, StageConfig
 from megatron_vita.errors import ConfigError
 
@@ -55,6 +56,25 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return RunConfig(stages=tuple(merged))
 
 
+def load_model(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
+    """The model that a recipe's first stage trains, read before there is anything to train it from: variables of its
+    other sections need not be set.
+
+    Args:
+        path: YAML as for load_run.
+        overrides: flags as for load_run.
+
+    Raises:
+        ConfigError: as load_run, for what concerns the model.
+    """
+    recipe = _parsed(Path(path))
+    stages = recipe.get("stages")
+    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
+    sections = [{key: one[key] for key in ("model",) if key in one} for one in (recipe, first)]
+    settings = _merge(_expand(_merge(*sections), str(path)), _parse_flags(overrides))
+    return stage_from_dict({"model": settings.get("model", {})}, str(path)).model
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain nested dictionaries, for YAML or JSON."""
     return dataclasses.asdict(config)
@@ -79,6 +99,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, no YAML, no mapping, or names a variable that is not set.
     """
+    expanded: dict[str, Any] = _expand(_parsed(path), str(path))
+    return expanded
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Give an existing YAML file.")
     try:
@@ -87,8 +112,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections.")
-    expanded: dict[str, Any] = _expand(content, str(path))
-    return expanded
+    return content
 
 
 def _expand(node: Any, where: str) -> Any:

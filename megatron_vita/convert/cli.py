@@ -1,17 +1,22 @@
-"""The command line of tools/convert_ckpt.py. Exit status 0: done; 2: usage or settings; 1: everything else."""
+"""The command line of tools/convert_ckpt.py. Exit status 0: done; 2: usage or settings; 130: interrupted; 1: everything
+else."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 
 from megatron_vita import log as vita_log
 from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from megatron_vita.config import ProjectorConfig
 from megatron_vita.convert import exporter, importer, verify
+from megatron_vita.convert.effort import Effort
 from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
+from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.tokenizer_files import special_ids, tokens_that_differ
 from megatron_vita.data.tokenizer import IMG_CONTEXT
@@ -19,6 +24,8 @@ from megatron_vita.errors import ConfigError, VitaError
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED = 130
+"""What shells report for Ctrl-C."""
 LOGIT_TOLERANCE = 1e-4
 _DTYPES = {one.name: one for one in (FLOAT32, BFLOAT16, FLOAT16)}
 
@@ -29,41 +36,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     vita_log.configure()
     try:
         status, last_line = arguments.act(arguments)
+        sys.stdout.write(last_line + "\n")
+        sys.stdout.flush()
     except VitaError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status
-    sys.stdout.write(last_line + "\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted. An import or export goes on where it was: give the same command again.\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # `verify ... | head`: who read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     return int(status)
 
 
 def _import(arguments: argparse.Namespace) -> tuple[int, str]:
     if (arguments.llm is None) == (arguments.model is None):
         raise ConfigError("import: give either --llm (with --vision or without) or --model.")
+    flags = _projector_flags(arguments)
+    recipe = Recipe.read(arguments.config, flags) if arguments.config else None
     if arguments.model is not None:
         if arguments.vision:
             raise ConfigError("import --model takes a whole model: --vision belongs to --llm.")
+        if flags:
+            raise ConfigError(f"import --model takes a whole model with its projector: {flags[0]} belongs to --vision.")
         folder = importer.import_model(
             arguments.model,
             arguments.output,
             tokenizer=arguments.tokenizer,
+            vocab_size=arguments.vocab_size,
+            recipe=recipe,
             overwrite=arguments.overwrite,
-            workers=arguments.workers,
-            durable=arguments.fsync,
-            progress=True,
+            effort=_effort(arguments),
         )
     else:
+        if arguments.vocab_size is not None:
+            raise ConfigError("import --vocab-size belongs to --model and Long-VITA's Megatron layouts.")
+        if flags and not arguments.vision:
+            raise ConfigError(f"import {flags[0]} belongs to --vision: a decoder alone has no projector.")
         folder = importer.import_parts(
             arguments.llm,
             arguments.vision,
             arguments.output,
             tokenizer=arguments.tokenizer,
+            projector=ProjectorConfig(
+                ffn_hidden_size=arguments.projector_ffn_hidden_size, bias=arguments.projector_bias != "false"
+            ),
+            recipe=recipe,
             seed=arguments.seed,
             overwrite=arguments.overwrite,
-            workers=arguments.workers,
-            durable=arguments.fsync,
-            progress=True,
+            effort=_effort(arguments),
         )
     return 0, f"wrote {folder}"
+
+
+def _projector_flags(arguments: argparse.Namespace) -> list[str]:
+    """The given ones among the projector's settings, as a recipe takes them."""
+    given = {
+        "--projector-ffn-hidden-size": arguments.projector_ffn_hidden_size,
+        "--projector-bias": arguments.projector_bias,
+    }
+    return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+
+
+def _effort(arguments: argparse.Namespace) -> Effort:
+    return Effort(workers=arguments.workers, durable=arguments.fsync, progress=True)
 
 
 def _export(arguments: argparse.Namespace) -> tuple[int, str]:
@@ -78,9 +118,7 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         vocabulary_multiple=arguments.make_vocab_size_divisible_by,
         overwrite=arguments.overwrite,
-        workers=arguments.workers,
-        durable=arguments.fsync,
-        progress=True,
+        effort=_effort(arguments),
     )
     return 0, f"wrote {folder}"
 
@@ -138,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", metavar="DIR", help="whole model: native InternVL, Long-VITA in any of its formats")
     command.add_argument("--output", metavar="CKPT", required=True, help="folder of checkpoints to write")
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the model's or decoder's own)")
+    command.add_argument(
+        "--config", metavar="RUN.yaml", help="recipe to train with: its projector is made, its model section must fit"
+    )
+    command.add_argument("--projector-ffn-hidden-size", type=_count, metavar="N", help="default: the decoder's width")
+    command.add_argument("--projector-bias", choices=("true", "false"), help="default: true; both lie over --config")
+    command.add_argument(
+        "--vocab-size", type=_count, metavar="N", help="rows that are no padding, where a Megatron layout has no config"
+    )
     command.add_argument("--seed", type=_seed, default=1234, help="of the projector's initial weights")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
     _add_writing(command)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vita.checkpoint.dtypes import DType, torch_dtype
-from megatron_vita.checkpoint.folder import step_folder
 from megatron_vita.checkpoint.lazy import LazyTensors, TensorsInMemory
 from megatron_vita.checkpoint.offline import write_tensors
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.config import ModelConfig, StageConfig, TrainConfig, VisionConfig
+from megatron_vita.config import ModelConfig, ProjectorConfig, StageConfig, TrainConfig, VisionConfig, to_dict
+from megatron_vita.convert.card import public_name
 from megatron_vita.convert.coverage import REPORT_FILE, account
-from megatron_vita.convert.identity import identity_of
-from megatron_vita.convert.opening import MEGATRON, OpenModel, open_model, open_tower
-from megatron_vita.convert.tokenizer_files import with_vision_tokens
+from megatron_vita.convert.effort import USUAL, Effort
+from megatron_vita.convert.identity import identity_of, identity_of_tokenizer
+from megatron_vita.convert.opening import OpenModel, open_model, open_tower
+from megatron_vita.convert.outputs import check_import
+from megatron_vita.convert.recipe import Recipe
+from megatron_vita.convert.text_files import into_checkpoint
 from megatron_vita.convert.views import Joined, MoreRows
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PROJECTOR = ProjectorConfig()
 _MATRIX = "language_model.decoder.layers.0.mlp.linear_fc1.weight"
 """Whose type a fresh projector takes. Not a norm's: some publishers keep those in float32."""
 _GROWING = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
@@ -38,11 +43,11 @@ def import_parts(
     output: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    projector: ProjectorConfig = _PROJECTOR,
+    recipe: Recipe | None = None,
     seed: int = 1234,
     overwrite: bool = False,
-    workers: int | None = None,
-    durable: bool = False,
-    progress: bool = False,
+    effort: Effort = USUAL,
 ) -> Path:
     """Join a decoder and a tower into a fresh model with a new projector; or take the decoder alone.
 
@@ -55,10 +60,10 @@ def import_parts(
         vision: Hugging Face folder of an InternViT; none imports the decoder alone, tokenizer unchanged.
         output: folder of checkpoints; iteration 0 is written there.
         tokenizer: tokenizer folder, by default the decoder's.
+        projector: its shape; by default InternVL's.
+        recipe: the model that a training recipe wants: its projector is the one that is made, and the rest must be what
+            the folders hold.
         seed: of the projector's initial weights.
-        workers: threads, by default as many as there are cores.
-        durable: wait until the disk has everything.
-        progress: show a bar on standard error.
 
     Returns:
         The checkpoint.
@@ -67,22 +72,26 @@ def import_parts(
         CheckpointError, ConfigError: a folder is not what it should be; nothing has been written then.
     """
     output = Path(output)
-    _refuse_existing(output, overwrite)
+    check_import(output, (llm, vision, tokenizer), overwrite=overwrite)
     decoder = open_model(llm)
     if decoder.state is not None:
         raise ConfigError(f"{llm}: is a checkpoint already. Give a Hugging Face folder.")
     if decoder.model.vision is not None:
         raise ConfigError(f"{llm}: is a whole model ({decoder.kind}), not a decoder. Use import --model {llm}.")
-    source = Path(tokenizer) if tokenizer else decoder.tokenizer_dir
-    if vision is None:
-        return _write(
-            output, decoder.model, decoder.tensors, None, source, {"llm": str(llm)}, seed, workers, durable, progress
-        )
-    tower, tower_tensors = open_tower(vision)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        rows = with_vision_tokens(source, folder)
-        model = replace(decoder.model, vision=tower, vocab_size=max(rows, decoder.model.vocab_size))
+        rows = into_checkpoint(decoder, Path(tokenizer) if tokenizer else None, folder, joined=vision is not None)
+        if vision is None:
+            model = recipe.fit(decoder.model) if recipe else decoder.model
+            return _write(output, _Content(model, decoder.tensors, None, folder, {"llm": llm}, seed), overwrite, effort)
+        tower, tower_tensors = open_tower(vision)
+        model = replace(
+            decoder.model,
+            vision=tower,
+            vocab_size=max(rows, decoder.model.vocab_size),
+            projector=recipe.model.projector if recipe else projector,
+        )
+        model = recipe.fit(model) if recipe else model
         language: LazyTensors = decoder.tensors
         if rows > decoder.model.vocab_size:
             log.info(
@@ -92,8 +101,8 @@ def import_parts(
         dtype = language.dtype(_MATRIX)
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
-        origin = {"llm": str(llm), "vision": str(vision)}
-        return _write(output, model, parts, spec, folder, origin, seed, workers, durable, progress)
+        content = _Content(model, parts, spec, folder, {"llm": llm, "vision": vision}, seed)
+        return _write(output, content, overwrite, effort)
 
 
 def import_model(
@@ -101,10 +110,10 @@ def import_model(
     output: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    recipe: Recipe | None = None,
     overwrite: bool = False,
-    workers: int | None = None,
-    durable: bool = False,
-    progress: bool = False,
+    effort: Effort = USUAL,
 ) -> Path:
     """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder), found out by itself.
 
@@ -113,9 +122,8 @@ def import_model(
         output: folder of checkpoints; iteration 0 is written there.
         tokenizer: tokenizer folder, by default the model's own. Long-VITA's Megatron layouts have none; theirs is
             Qwen2.5's, which gets the special tokens that it lacks.
-        workers: threads, by default as many as there are cores.
-        durable: wait until the disk has everything.
-        progress: show a bar on standard error.
+        vocab_size: rows of the embedding that are no padding, which such a layout does not always say.
+        recipe: the model that a training recipe wants, which must be this one.
 
     Returns:
         The checkpoint, iteration 0 below `output`.
@@ -124,24 +132,21 @@ def import_model(
         CheckpointError, ConfigError: the folder is not what it should be; nothing has been written then.
     """
     output = Path(output)
-    _refuse_existing(output, overwrite)
-    opened: OpenModel = open_model(folder)
+    check_import(output, (folder, tokenizer), overwrite=overwrite)
+    opened: OpenModel = open_model(folder, vocab_size=vocab_size)
     if opened.state is not None:
         raise ConfigError(f"{folder}: is a checkpoint already. Give a Hugging Face folder.")
-    origin = {"model": str(folder)}
-    source = Path(tokenizer) if tokenizer else opened.tokenizer_dir
     with tempfile.TemporaryDirectory() as scratch:
-        if opened.kind == MEGATRON and opened.model.vision is not None and (source / "tokenizer.json").is_file():
-            rows = with_vision_tokens(source, Path(scratch))
-            if rows > opened.model.vocab_size:
-                raise CheckpointError(
-                    f"{source}: needs {rows} rows with its special tokens, the model has {opened.model.vocab_size}. "
-                    "Give the tokenizer that it was trained with (Qwen2.5's)."
-                )
-            source = Path(scratch)
-        return _write(
-            output, opened.model, opened.tensors, opened.preprocess, source, origin, 0, workers, durable, progress
-        )
+        files = Path(scratch)
+        rows = into_checkpoint(opened, Path(tokenizer) if tokenizer else None, files)
+        if rows > opened.model.vocab_size:
+            raise CheckpointError(
+                f"{tokenizer or opened.tokenizer_dir}: needs {rows} rows with its special tokens, the model has "
+                f"{opened.model.vocab_size}. Give the tokenizer that it was trained with (Qwen2.5's)."
+            )
+        model = recipe.fit(opened.model) if recipe else opened.model
+        content = _Content(model, opened.tensors, opened.preprocess, files, {"model": folder}, 0)
+        return _write(output, content, overwrite, effort)
 
 
 def fresh_projector(model: ModelConfig, seed: int, dtype: DType) -> dict[str, Tensor]:
@@ -169,40 +174,45 @@ def fresh_projector(model: ModelConfig, seed: int, dtype: DType) -> dict[str, Te
     return tensors
 
 
-def _write(
-    output: Path,
-    model: ModelConfig,
-    tensors: LazyTensors,
-    spec: PreprocessSpec | None,
-    tokenizer: Path,
-    origin: dict[str, str],
-    seed: int,
-    workers: int | None,
-    durable: bool,
-    progress: bool,
-) -> Path:
-    if not (tokenizer / "tokenizer.json").is_file():
-        raise CheckpointError(f"{tokenizer}: holds no tokenizer.json. Name a tokenizer folder with --tokenizer.")
-    stage = StageConfig(name="import", model=model, train=TrainConfig(seed=seed))
-    names = {key: Path(value).name for key, value in origin.items()}
-    state = RunState(stage=stage, iteration=0, preprocess=spec, extra={"imported_from": names})
-    coverage = account(tensors)
+@dataclass(frozen=True)
+class _Content:
+    """What an import writes."""
+
+    model: ModelConfig
+    tensors: LazyTensors
+    preprocess: PreprocessSpec | None
+    tokenizer: Path
+    """Its folder."""
+    origin: Mapping[str, str | Path]
+    """Folders that were read, by part."""
+    seed: int
+
+
+def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> Path:
+    state = RunState(
+        stage=StageConfig(name="import", model=content.model, train=TrainConfig(seed=content.seed)),
+        iteration=0,
+        preprocess=content.preprocess,
+        base_models={part: public_name(folder) for part, folder in content.origin.items()},
+    )
+    coverage = account(content.tensors)
     folder = write_tensors(
         output,
         0,
-        tensors,
+        content.tensors,
         state,
-        tokenizer,
+        content.tokenizer,
         notes={REPORT_FILE: coverage.to_json()},
-        source={"seed": seed, **{key: identity_of(value) for key, value in origin.items()}},
-        workers=workers,
-        durable=durable,
-        progress=progress,
+        source={
+            "seed": content.seed,
+            "settings": to_dict(content.model),
+            "tokenizer": identity_of_tokenizer(content.tokenizer),
+            **{part: identity_of(folder) for part, folder in content.origin.items()},
+        },
+        replace=overwrite,
+        workers=effort.workers,
+        durable=effort.durable,
+        progress=effort.progress,
     )
     log.info("coverage: %s", coverage.summary())
     return folder
-
-
-def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if not overwrite and step_folder(output, 0).exists():
-        raise ConfigError(f"{step_folder(output, 0)}: exists. Choose another --output, or replace it with --overwrite.")

@@ -46,6 +46,18 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     return replace(model, vision=tower, projector=ProjectorConfig())
 
 
+def image_token_id(config: Mapping[str, Any], where: str) -> int:
+    """Id of the token that stands for a picture; transformers' default where the config does not say it.
+
+    Raises:
+        CheckpointError: it is no id.
+    """
+    value = config.get("image_token_id", 151667)
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{where}: image_token_id={value!r} is no id of a token. Download it again.")
+    return value
+
+
 def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
     """A model that its config.json ties, with the head that its folder has nevertheless.
 
@@ -64,7 +76,7 @@ def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collectio
     return replace(model, untie_embeddings_and_output_weights=True)
 
 
-def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
+def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Our model as their config.json.
 
     Raises:
@@ -76,17 +88,17 @@ def write_config(model: ModelConfig, dtype: str, special_ids: Mapping[str, int])
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "text_config": decoders.write_config(model, dtype, special_ids),
+        "text_config": decoders.write_config(model, dtype, token_ids),
         "vision_config": intern_vit.write_config(model.vision, intern_vit.NATIVE, dtype),
-        "image_token_id": special_ids["<IMG_CONTEXT>"],
+        "image_token_id": token_ids["image_token_id"],
         "image_seq_length": model.vision.tokens_per_tile,
         "downsample_ratio": 0.5,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": tied,
-        "bos_token_id": special_ids.get("<|endoftext|>"),
-        "eos_token_id": special_ids.get("<|im_end|>"),
+        "bos_token_id": token_ids.get("bos_token_id"),
+        "eos_token_id": token_ids.get("eos_token_id"),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

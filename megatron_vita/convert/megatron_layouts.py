@@ -104,7 +104,7 @@ def _ranks(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("mp_rank_*")) if (path / MODEL_FILE).is_file()]
 
 
-def open_layout(folder: Path) -> MegatronModel:
+def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     """Read the directory of every rank's file and tie their tensors to ours. No weight is read, save copies of one
     weight on several ranks, which are compared.
 
@@ -138,7 +138,7 @@ def open_layout(folder: Path) -> MegatronModel:
                 layers = max(layers, layer + 1)
                 found.setdefault(ours, []).append(f"{rank.name}:{name}")
         first_layer += layers
-    model = _model(folder, settings, found, places, ranks)
+    model = _model(folder, settings, found, places, ranks, vocab_size)
     source = RankFiles(places, left_out)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
         for copy, first in zip(found.pop(_HEAD), found[_EMBEDDING], strict=True):
@@ -293,10 +293,15 @@ def _cut_vocabulary(
         if have == places[part].shape[0]:
             kept.append(part)
             continue
-        left_out[part] = f"rows from {have} on pad the vocabulary"
-        if have:
-            kept.append(part)
-            places[part] = replace(places[part], shape=(have, *places[part].shape[1:]))
+        if not have:
+            left_out[part] = "pads the vocabulary"
+            continue
+        kept.append(part)
+        whole, rest = places[part], f"{part}[{have}:]"
+        skipped = have * math.prod(whole.shape[1:]) * whole.dtype.itemsize
+        places[part] = replace(whole, shape=(have, *whole.shape[1:]))
+        places[rest] = replace(whole, shape=(whole.shape[0] - have, *whole.shape[1:]), start=whole.start + skipped)
+        left_out[rest] = "pads the vocabulary"
     if left:
         raise CheckpointError(f"{folder}: the embedding has {rows - left} rows, config.json's vocab_size is {rows}.")
     return kept
@@ -308,12 +313,16 @@ def _model(
     found: Mapping[str, list[str]],
     places: Mapping[str, TensorPlace],
     ranks: int,
+    vocab_size: int | None,
 ) -> ModelConfig:
     for path in (folder / "config.json", folder.parent / "config.json"):
         if path.is_file():
             config = read_json(path)
             family = decoders if config.get("model_type") in tuple(decoders.ARCHITECTURES) else long_vita
-            return family.read_config(config, str(path))
+            told: ModelConfig = family.read_config(config, str(path))
+            if vocab_size not in (None, told.vocab_size):
+                raise ConfigError(f"--vocab-size {vocab_size}: {path} says {told.vocab_size}. Leave the flag out.")
+            return told
     where = f"{folder}: the run's settings (args)"
     if not settings:
         raise CheckpointError(
@@ -341,6 +350,7 @@ def _model(
     grouped = settings.get("group_query_attention", True)
     layer = "language_model.decoder.layers.0.self_attention.linear_qkv.bias"
     epsilon = number(settings, "norm_epsilon", where)
+    vocabulary = _vocabulary(rows(_EMBEDDING), settings.get("vocab_size"), vocab_size, folder)
     try:
         model = ModelConfig(
             num_layers=integer(settings, "num_layers", where),
@@ -348,7 +358,7 @@ def _model(
             ffn_hidden_size=integer(settings, "ffn_hidden_size", where),
             num_attention_heads=heads,
             num_query_groups=integer(settings, "num_query_groups", where) if grouped else heads,
-            vocab_size=rows(_EMBEDDING),
+            vocab_size=vocabulary,
             untie_embeddings_and_output_weights=bool(settings.get("untie_embeddings_and_output_weights", False)),
             add_qkv_bias=layer in found,
             norm_epsilon=epsilon,
@@ -363,6 +373,21 @@ def _model(
     width = rows("vision_projection.encoder.linear_fc1.weight")
     bias = "vision_projection.encoder.linear_fc1.bias" in found
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=width or None, bias=bias))
+
+
+def _vocabulary(rows: int, told: Any, asked: int | None, folder: Path) -> int:
+    """Rows of an embedding that are not Megatron's padding, which may hold anything: as asked for, else as the run's
+    own --vocab-size told it. A run that counted them from its tokenizer has not written them down."""
+    known = asked if asked is not None else told
+    if isinstance(known, bool) or not isinstance(known, int) or known < 1:
+        raise ConfigError(
+            f"{folder}: its embedding has {rows} rows, and nothing says how many of them are Megatron's padding. Put "
+            "the config.json of the model's Hugging Face repository beside the ranks, or import with --vocab-size N "
+            "(that file's vocab_size; 152064 for Long-VITA-14B)."
+        )
+    if known > rows:
+        raise ConfigError(f"{folder}: a vocabulary of {known} was asked for, but its embedding has {rows} rows.")
+    return known
 
 
 def _tower(

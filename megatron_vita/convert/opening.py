@@ -13,19 +13,24 @@ from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
-from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, megatron_layouts, siglip_clip
+from megatron_vita.config import ModelConfig, VisionConfig
+from megatron_vita.convert import (
+    decoders,
+    intern_vit,
+    internvl,
+    long_vita,
+    megatron_layouts,
+    processor_files,
+    siglip_clip,
+)
 from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import OurView, Subset
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.errors import ConfigError
 
 MEGATRON = "megatron"
 """`kind` of Long-VITA's Megatron layouts."""
-PROCESSOR = "preprocessor_config.json"
-SIDECAR = "megatron_vita.json"
-"""What an exported folder remembers beyond what stock files can say."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class OpenModel:
     """Where its tokenizer lies."""
     state: RunState | None = None
     """run.json of a checkpoint."""
+    image_token_id: int | None = None
+    """What stands for a picture, where the config says it (InternVL's)."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,24 @@ class OpenTower:
     """Its weights by checkpoint key, all below `vision_model.`."""
 
 
-def open_model(path: str | Path) -> OpenModel:
+def open_model(path: str | Path, *, vocab_size: int | None = None) -> OpenModel:
     """Open a checkpoint, a folder of checkpoints, a Hugging Face folder, or one of Long-VITA's Megatron layouts. No
     tensor is read yet.
+
+    Args:
+        vocab_size: rows of the embedding that are no padding, for a Megatron layout that does not say.
 
     Raises:
         ConfigError: no such folder, nothing of the kind there, or a vision tower alone.
         CheckpointError: it is damaged, incomplete or not supported.
     """
-    opened = open_any(path)
+    opened = open_any(path, vocab_size=vocab_size)
     if isinstance(opened, OpenTower):
         raise ConfigError(f"{path}: is a vision tower ({opened.kind}) alone. Give it as --vision, beside an --llm.")
     return opened
 
 
-def open_any(path: str | Path) -> OpenModel | OpenTower:
+def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | OpenTower:
     """Open what open_model opens, or the Hugging Face folder of a tower: whatever has weights to compare.
 
     Raises:
@@ -86,7 +96,9 @@ def open_any(path: str | Path) -> OpenModel | OpenTower:
         return _open_checkpoint(resolve(path))
     step = megatron_layouts.find(path) if path.is_dir() else None
     if step is not None:
-        return _open_megatron(step)
+        return _open_megatron(step, vocab_size)
+    if vocab_size is not None:
+        raise ConfigError(f"--vocab-size is for Megatron layouts: {path} says its own. Leave the flag out.")
     config = _read_config(path)
     if (kind := _tower_kind(config)) is not None:
         return OpenTower(path, kind, *_open_tower(path, config, kind))
@@ -104,7 +116,7 @@ def load_hf_for_inference(path: str | Path) -> tuple[ModelConfig, PreprocessSpec
 
 def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
     """The Hugging Face folder of a tower (or of a SigLIP or CLIP with its text half): its shape, its weights by
-    checkpoint key. Pixels are normalised as its preprocessor_config.json says, if it has one.
+    checkpoint key. Pixels are normalised as its processor settings say, if it has any.
 
     Raises:
         ConfigError: a whole model or a decoder.
@@ -161,11 +173,7 @@ def _open_tower(path: Path, config: Mapping[str, Any], kind: str) -> tuple[Visio
         source = SafetensorsFolder(path)
         check_layers(vision.num_layers, len(source), where)
         rules = intern_vit.rules(vision, names)
-    if (path / PROCESSOR).is_file():
-        vision = dataclasses.replace(
-            vision, image_norm=_norm_name(read_json(path / PROCESSOR), path, vision.image_norm)
-        )
-    return vision, OurView(rules, source, str(path))
+    return processor_files.with_norm(path, vision), OurView(rules, source, str(path))
 
 
 def _open_checkpoint(folder: Path) -> OpenModel:
@@ -182,8 +190,8 @@ def _open_checkpoint(folder: Path) -> OpenModel:
     )
 
 
-def _open_megatron(folder: Path) -> OpenModel:
-    opened = megatron_layouts.open_layout(folder)
+def _open_megatron(folder: Path, vocab_size: int | None) -> OpenModel:
+    opened = megatron_layouts.open_layout(folder, vocab_size)
     spec = None
     if opened.model.vision is not None:
         spec = dataclasses.replace(PreprocessSpec.for_tower(opened.model.vision), layout="long_vita")
@@ -206,15 +214,17 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
         raise refuse(where, "model_type", kind, ", ".join(_FAMILIES))
     check_not_quantised(config, where)
     model = _FAMILIES[kind].read_config(config, where)
-    preprocess = _preprocess(folder, model, kind) if model.vision else None
-    if model.vision is not None and preprocess is not None:
+    preprocess = None
+    if model.vision is not None:  # Long-VITA's published models were trained in its own token layout
+        layout = "long_vita" if kind == long_vita.MODEL_TYPE else "internvl"
+        preprocess = processor_files.read_spec(folder, model.vision, layout=layout)
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
     for part in (model, model.vision):
         if part is not None:
             check_layers(part.num_layers, len(source), where)
     if kind == internvl.MODEL_TYPE:
-        model = internvl.with_head_of(model, config, source)
+        model = processor_files.with_own_projector(folder, internvl.with_head_of(model, config, source))
         rules = internvl.rules(model, list(source))
     elif kind == long_vita.MODEL_TYPE:
         rules = long_vita.rules(model)
@@ -230,6 +240,7 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
         tensors=OurView(rules, source, str(folder), tied=tied),
         preprocess=preprocess,
         tokenizer_dir=folder,
+        image_token_id=internvl.image_token_id(config, where) if kind == internvl.MODEL_TYPE else None,
     )
 
 
@@ -238,36 +249,3 @@ _FAMILIES: dict[str, Any] = {
     long_vita.MODEL_TYPE: long_vita,
     **dict.fromkeys(decoders.ARCHITECTURES, decoders),
 }
-
-
-def _preprocess(folder: Path, model: ModelConfig, kind: str) -> PreprocessSpec:
-    """From our own side file where we wrote the folder, else from the stock processor settings; Long-VITA's published
-    models were trained in its own token layout."""
-    assert model.vision is not None
-    try:
-        if (folder / SIDECAR).is_file():
-            return PreprocessSpec.from_dict(read_json(folder / SIDECAR)["preprocess"])
-        default = PreprocessSpec.for_tower(model.vision)
-        if kind == long_vita.MODEL_TYPE:
-            default = dataclasses.replace(default, layout="long_vita")
-        if not (folder / PROCESSOR).is_file():
-            return default
-        values = read_json(folder / PROCESSOR)
-        return dataclasses.replace(
-            default,
-            image_norm=_norm_name(values, folder, default.image_norm),
-            min_tiles=int(values.get("min_patches", default.min_tiles)),
-            max_tiles=int(values.get("max_patches", default.max_tiles)) if values.get("crop_to_patches", True) else 1,
-        )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its processor settings are not usable: {error}") from None
-
-
-def _norm_name(values: Mapping[str, Any], folder: Path, default: str) -> str:
-    pair = (values.get("image_mean"), values.get("image_std"))
-    if pair == (None, None):
-        return default
-    for name, (mean, std) in IMAGE_NORMS.items():
-        if list(mean) == pair[0] and list(std) == pair[1]:
-            return name
-    raise CheckpointError(f"{folder / PROCESSOR}: unknown image_mean and image_std {pair}.")

@@ -204,8 +204,8 @@ class TheirView(_RuledView):
             lost = converted.isinf() & values.isfinite()
             if lost.any():
                 raise CheckpointError(
-                    f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {self._dtype} and would become "
-                    "infinite. Choose another --dtype, or keep the type."
+                    f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {self._dtype} and would "
+                    "become infinite. Choose another --dtype, or keep the type."
                 )
 
     def left_out(self) -> Mapping[str, str]:

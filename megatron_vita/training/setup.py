@@ -13,9 +13,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_vita import checkpoint
+from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.checkpoint.integrity import fingerprint
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loader import PackLoader, RankCoords
+from megatron_vita.data.manifest import Manifest
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
@@ -134,13 +136,38 @@ def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[Distributed
 
 
 def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunState:
-    """The state of a stage before its first step; it remembers which weights the stage started from."""
+    """The state of a stage before its first step; it remembers which weights it started from, and what made them."""
     manifest = ShardSet(stage.data.data_path).manifest
+    before = checkpoint.read_state(weights) if weights else None
     return checkpoint.RunState(
         stage=stage,
         iteration=0,
         consumed_packs=0,
         preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
+        data=data_summary(stage.data.data_path, manifest),
+        base_models=before.base_models if before else {},
+        earlier=before.history if before else (),
         extra={STARTED_FROM: fingerprint(weights)} if weights else {},
+    )
+
+
+def data_summary(prefix: str, manifest: Manifest) -> DataSummary:
+    """What a checkpoint remembers of the shard set at `prefix`."""
+    return DataSummary(
+        name=Path(prefix).name,
+        seq_length=manifest.seq_length,
+        layout=manifest.layout,
+        sources=tuple(
+            SourceSummary(
+                name=one.name,
+                read=one.read,
+                used=one.used,
+                rejected=sum(one.rejected.values()),
+                truncated=one.truncated,
+                tokens=one.tokens,
+                tiles=one.tiles,
+            )
+            for one in manifest.sources
+        ),
     )

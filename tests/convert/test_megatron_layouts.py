@@ -57,21 +57,46 @@ def test_both_layouts_are_the_published_model(
     convert("verify", tmp_path / "mg", published / "hf")
 
 
-def test_without_a_config_the_runs_settings_tell_the_shape(published: Path, tmp_path: Path) -> None:
-    """All rows of the embedding are kept then: nothing says which are padding."""
+@pytest.mark.parametrize("told_by", ["settings", "flag"])
+def test_without_a_config_the_runs_settings_tell_the_shape(published: Path, tmp_path: Path, told_by: str) -> None:
+    """Nothing of Megatron's padding is left: 512 rows in the files, 307 in the model. The account counts the rest."""
+    write_layout(tmp_path / "mg", published / "hf", args={"vocab_size": 307 if told_by == "settings" else None})
+    flags = ["--vocab-size", 307] if told_by == "flag" else []
+    tokenizer = ["--tokenizer", published / "tokenizer"]
+    convert("import", "--model", tmp_path / "mg", "--output", tmp_path / "ckpt", *tokenizer, *flags)
+    state, wanted = (checkpoint.read_state(one).stage.model for one in (tmp_path / "ckpt", published / "ckpt"))
+    assert state.vision is not None
+    assert (state.vocab_size, state.norm_epsilon) == (307, wanted.norm_epsilon)
+    assert state.vision.norm_epsilon == 1e-5  # Long-VITA's towers inherit it
+    assert checkpoint.tensor_digests(tmp_path / "ckpt") == checkpoint.tensor_digests(published / "ckpt")
+    report = json.loads((tmp_path / "ckpt/iter_0000000/conversion.json").read_text())
+    padding = [name for name, why in report["left_out"].items() if why.endswith("pads the vocabulary")]
+    assert padding == [
+        f"mp_rank_01:{name}[51:]" for name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    ]
+    stored = sum(path.stat().st_size for path in (tmp_path / "mg").rglob("*.pt"))
+    assert 0.8 * stored < report["source"]["bytes"] <= stored
+    assert report["source"]["used_bytes"] == report["target"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        ([], False, "its embedding has 512 rows, and nothing says how many of them are Megatron's padding"),
+        (["--vocab-size", 513], False, "a vocabulary of 513 was asked for, but its embedding has 512 rows"),
+        (["--vocab-size", 306], True, "config.json says 307. Leave the flag out"),
+    ],
+)
+def test_a_vocabulary_of_unknown_size_is_refused(
+    flags: list[object], config: bool, message: str, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_layout(tmp_path / "mg", published / "hf")
-    opened = open_model(tmp_path / "mg")
-    wanted = checkpoint.read_state(published / "ckpt").stage.model
-    assert opened.model.vision is not None
-    assert wanted.vision is not None
-    assert opened.model.vocab_size == 512
-    assert opened.model.norm_epsilon == wanted.norm_epsilon
-    assert opened.model.vision.norm_epsilon == 1e-5  # Long-VITA's towers inherit it
-    tensors = checkpoint.read_tensors(published / "ckpt")
-    for name in opened.tensors:
-        rows = tensors.shape(name)[0]
-        assert torch.equal(opened.tensors[name][:rows], tensors[name]), name
-    convert("import", "--model", tmp_path / "mg", "--output", tmp_path / "ckpt", expect=1)  # no tokenizer
+    if config:
+        _beside(tmp_path / "mg", published / "hf")
+    tokenizer = ["--tokenizer", published / "tokenizer"]
+    convert("import", "--model", tmp_path / "mg", "--output", tmp_path / "ckpt", *tokenizer, *flags, expect=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "ckpt").exists()
 
 
 @pytest.mark.parametrize("config", [True, False], ids=["config", "settings"])
@@ -87,11 +112,10 @@ def test_a_decoder_alone_and_a_tied_head(
         _beside(tmp_path / "mg", llm)
         convert("verify", tmp_path / "mg", llm)
     else:
-        opened, wanted = open_model(tmp_path / "mg"), open_model(llm)
-        assert (opened.model.vision, list(opened.tensors)) == (None, list(wanted.tensors))
-        assert opened.model.vocab_size == 128 * ranks
+        opened, wanted = open_model(tmp_path / "mg", vocab_size=307), open_model(llm)
+        assert (opened.model, list(opened.tensors)) == (wanted.model, list(wanted.tensors))
         for name in opened.tensors:
-            assert torch.equal(opened.tensors[name][: wanted.tensors.shape(name)[0]], wanted.tensors[name]), name
+            assert torch.equal(opened.tensors[name], wanted.tensors[name]), name
 
 
 def _drop(name: str) -> Callable[[list[list[Weights]]], object]:
@@ -140,6 +164,7 @@ def test_what_does_not_fit_is_refused_by_name(
     name: str, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, message = BAD[name]
+    settings = {**settings, "args": {"vocab_size": 307, **settings.get("args", {})}}
     write_layout(tmp_path / "mg", published / "hf", **settings)
     flags = ["--output", tmp_path / "out", "--tokenizer", published / "tokenizer"]
     convert("import", "--model", tmp_path / "mg", *flags, expect=1)
@@ -164,7 +189,7 @@ def test_copies_that_differ_by_rounding_are_told_and_the_first_is_taken(
     published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_layout(tmp_path / "mg", published / "hf", change=_poke(NORM, 1e-3))
-    opened = open_model(tmp_path / "mg")
+    opened = open_model(tmp_path / "mg", vocab_size=307)
     assert f"mp_rank_01:{NORM} differs from mp_rank_00:{NORM}" in caplog.text
     assert torch.equal(
         opened.tensors["language_model." + NORM], load_file(published / "hf/model.safetensors")["model.norm.weight"]
