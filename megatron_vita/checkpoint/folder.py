@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -28,6 +29,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 """Copied into a checkpoint. A named list, because tokenizer_model may be a whole model's folder with its weights."""
+GENERATION_FILES = ("generation_config.json", "token_ids.json")
+"""Copied with them: what ends a text and how words are drawn (convert/generation.py)."""
+CHAT_TEMPLATES = "chat_templates"
+"""Folder of a tokenizer's further chat templates, each a file."""
 
 _STEP = re.compile(r"iter_(\d{7,})")
 _STAGING = ".writing-"
@@ -41,13 +46,13 @@ def step_folder(root: Path, iteration: int) -> Path:
 
 def finished(root: Path) -> list[Path]:
     """The steps below `root` that have been written to their end, newest first. Whether they are intact is not read."""
-    return [path for path in _steps(root) if (path / INTEGRITY_FILE).is_file()]
+    return [path for path in steps(root) if (path / INTEGRITY_FILE).is_file()]
 
 
 def latest(root: Path) -> Path | None:
     """The newest intact checkpoint below `root`, if any: where a run goes on, which then makes anew what was lost.
     Damaged ones are passed over with a warning. Whoever only reads wants `resolve`."""
-    for path in _steps(root):
+    for path in steps(root):
         try:
             Integrity.read(path)
         except CheckpointError as error:
@@ -67,19 +72,19 @@ def resolve(path: str | Path) -> Path:
     if _STEP.fullmatch(path.name) or (path / INTEGRITY_FILE).is_file():
         Integrity.read(path)
         return path
-    steps = finished(path)
-    if not steps:
+    found = finished(path)
+    if not found:
         raise CheckpointError(f"{path}: holds no finished checkpoint (no iter_* folder with a valid {INTEGRITY_FILE}).")
     try:
-        Integrity.read(steps[0])
+        Integrity.read(found[0])
     except CheckpointError as error:
-        older = next(filter(_intact, steps[1:]), None)
+        older = next(filter(_intact, found[1:]), None)
         remedy = f" The newest intact one is {older}; name it to use it." if older else ""
         raise CheckpointError(f"{error}{remedy}") from None
-    return steps[0]
+    return found[0]
 
 
-def _steps(root: Path) -> list[Path]:
+def steps(root: Path) -> list[Path]:
     """Folders named like steps, newest first."""
     named = [(int(match[1]), path) for path in _entries(root) if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
@@ -123,16 +128,18 @@ def publish(root: Path, iteration: int) -> Path:
     staging, final = staging_folder(root, iteration), step_folder(root, iteration)
     _sync(staging)
     take_place(staging, final)
-    point_at(root, iteration)
-    return final
+    return finish_publishing(root, iteration)
 
 
-def point_at(root: Path, iteration: int) -> None:
-    """Let the hint name a published step."""
+def finish_publishing(root: Path, iteration: int) -> Path:
+    """What is left to do once a step has its name: point the hint at it, and tidy."""
+    final = step_folder(root, iteration)
+    forget_replaced(final)
     hint = root / (HINT_FILE + ".new")
     hint.write_text(f"{iteration}\n", encoding="utf-8")
     os.replace(hint, root / HINT_FILE)
     _sync(root)
+    return final
 
 
 def replaced_folder(final: Path) -> Path:
@@ -157,13 +164,20 @@ def take_place(staging: Path, final: Path) -> None:
     except OSError:
         restore(final)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    forget_replaced(final)
+
+
+def forget_replaced(final: Path) -> None:
+    """Delete what a published folder has replaced."""
+    replaced = replaced_folder(final)
+    if replaced.is_dir():
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def restore(final: Path) -> None:
     """Give a folder its name back that a killed `take_place` has moved away."""
     replaced = replaced_folder(final)
-    if replaced.is_dir() and not final.exists():
+    if replaced.is_dir() and not _entries(final):
         os.replace(replaced, final)
 
 
@@ -176,11 +190,24 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     """Copy the tokenizer's files into a checkpoint, so that it can be used without the folder it was trained with."""
     if source is None or not source.is_dir():
         return
-    target = folder / TOKENIZER_FOLDER
-    target.mkdir()
-    for name in TOKENIZER_FILES:
+    copy_tokenizer_files(source, folder / TOKENIZER_FOLDER)
+
+
+def copy_tokenizer_files(source: Path, target: Path, *, generation: bool = True) -> None:
+    """Copy what belongs to a tokenizer out of a folder that may hold a whole model.
+
+    Args:
+        source: the folder.
+        target: where to; made if it does not exist.
+        generation: copy GENERATION_FILES too.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*TOKENIZER_FILES, *(GENERATION_FILES if generation else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
+        (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / CHAT_TEMPLATES / path.name)
 
 
 def _sync(folder: Path) -> None:

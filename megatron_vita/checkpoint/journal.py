@@ -2,21 +2,28 @@
 
 A conversion writes into a folder `.writing-NAME` and notes each finished file in `.writing-NAME.journal` beside it, one
 JSON object a line; the first line says what is being written, from what. The same command, started again, keeps the
-files whose digests still match and writes the others. Another command, or another source, starts anew.
+files whose digests still match and writes the others. Another command, or another source, starts anew. Just before the
+folder gets its name the journal is sealed with the digest of the file that was written last: so whoever finds the
+journal of a process that was killed then knows whether the folder under the name is the new one.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.checkpoint.streams import ALGORITHM, digest_of
+from megatron_vita.errors import CheckpointError, ConfigError, VitaError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Entry = Mapping[str, Any]
 """What a writer wants to know of a finished file; JSON values."""
@@ -25,35 +32,72 @@ Entry = Mapping[str, Any]
 class Journal:
     """The journal of one staging folder. While it is open no second process can write the same folder."""
 
-    def __init__(self, staging: Path, identity: Mapping[str, Any], where: Path) -> None:
+    def __init__(self, staging: Path, identity: Mapping[str, Any], final: Path) -> None:
         """Open the journal, or begin one. Everything in the folder that it does not name is deleted.
 
         Args:
             staging: folder that is written; made if it is not there.
             identity: JSON values that say what is written, from what; another identity starts anew.
-            where: the final folder, for messages.
+            final: the folder's name when it is complete.
 
         Raises:
             ConfigError: another process is writing the same folder, or nothing can be written there.
+            CheckpointError: the disk is full.
         """
         self.staging = staging
-        self.path = staging.parent / f"{staging.name}.journal"
+        self.path = journal_file(staging)
+        self._final = final
         head = json.dumps(dict(identity), sort_keys=True)
+        self._made: list[Path] = []
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+", encoding="utf-8")
+            self._made = [folder for folder in staging.parents if not folder.exists()]
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
-            raise ConfigError(f"{where}: cannot be written here ({error}). Choose another --output.") from None
+            self._leave_no_parents()
+            raise self._unwritable(error) from None
+        try:
+            self._lock()
+            self._finished = self._read(head)
+            self.published = bool(self._finished) and not staging.exists() and is_sealed(staging, final)
+            """Whether an earlier process has given the folder its name, and was killed before it could say so."""
+            if not self.published:
+                staging.mkdir(exist_ok=True)
+                for path in staging.iterdir():
+                    if path.name not in self._finished:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._rewrite(head)
+        except OSError as error:
+            self.__exit__(OSError, error, None)
+            raise self._unwritable(error) from None
+        except VitaError:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        """Raises ConfigError if another process has the journal, or has just finished and deleted it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except OSError:
-            self._file.close()
-            raise ConfigError(f"{where}: another process is writing it. Wait for it, or choose another.") from None
-        self._finished = self._read(head)
-        for path in staging.iterdir():
-            if path.name not in self._finished:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._rewrite(head)
+            held = False
+        if not held:
+            raise ConfigError(f"{self._final}: another process is writing it. Wait for it, or choose another.")
+
+    def _unwritable(self, error: OSError) -> VitaError:
+        if error.errno in _FULL:
+            return CheckpointError(
+                f"{self._final}: cannot be written ({error}). Make room, or choose another --output."
+            )
+        return ConfigError(f"{self._final}: cannot be written here ({error}). Choose another --output.")
+
+    def _leave_no_parents(self) -> None:
+        """Remove the folders above that this process has made, as far as nobody has put anything there."""
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
 
     def _read(self, head: str) -> dict[str, Entry]:
         self._file.seek(0)
@@ -66,7 +110,7 @@ class Journal:
                 entry = json.loads(line)
                 finished[str(entry.pop("file"))] = entry
             except (ValueError, KeyError, AttributeError):
-                break  # the line that was being written when the process was killed
+                break  # the seal, or the line that was being written when the process was killed
         return finished
 
     def _rewrite(self, head: str) -> None:
@@ -89,6 +133,13 @@ class Journal:
         self._file.write(json.dumps({"file": name, **entry}) + "\n")
         self._file.flush()
 
+    def seal(self, name: str) -> None:
+        """Note the file that was written last, and whose content tells this folder from every other: all is there, and
+        the folder gets its name next."""
+        path = self.staging / name
+        self._file.write(json.dumps({"sealed": name, ALGORITHM: digest_of(path, 0, path.stat().st_size)}) + "\n")
+        self._file.flush()
+
     def __enter__(self) -> Journal:
         return self
 
@@ -101,7 +152,24 @@ class Journal:
             self.path.unlink(missing_ok=True)
             if error is not None:
                 shutil.rmtree(self.staging, ignore_errors=True)
-        self._file.close()
+                self._leave_no_parents()
+        with suppress(OSError):  # what a full disk did not take is no longer wanted
+            self._file.close()
+
+
+def journal_file(staging: Path) -> Path:
+    """The journal of a staging folder, beside it."""
+    return staging.parent / f"{staging.name}.journal"
+
+
+def is_sealed(staging: Path, final: Path) -> bool:
+    """Whether a killed process has left a journal by which the folder `final` is the one that it wrote."""
+    try:
+        entry = json.loads(journal_file(staging).read_text(encoding="utf-8", errors="replace").splitlines()[-1])
+        path = final / entry["sealed"]
+        return bool(digest_of(path, 0, path.stat().st_size) == entry[ALGORITHM])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def check_room(folder: Path, needed: int, staging: Path) -> None:
@@ -117,13 +185,21 @@ def check_room(folder: Path, needed: int, staging: Path) -> None:
     """
     while not folder.exists():
         folder = folder.parent
+    # bytes that were written need no room again, whether they are kept or deleted
     there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
     free = shutil.disk_usage(folder).free
     if needed - there > free:
         raise CheckpointError(
-            f"{folder}: has {free / 1e9:.2f} GB free, {(needed - there) / 1e9:.2f} GB are needed. Nothing was written. "
+            f"{folder}: has {_size(free)} free, {_size(needed - there)} are needed. Nothing was written. "
             "Make room, or choose another --output."
         )
+
+
+def _size(count: int) -> str:
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
 
 
 def sync(path: Path) -> None:

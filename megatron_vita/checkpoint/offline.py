@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.archive import empty_dict
 from megatron_vita.checkpoint.dtypes import bits_of
-from megatron_vita.checkpoint.integrity import write_integrity
-from megatron_vita.checkpoint.journal import Entry, Journal, check_room, sync
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, write_integrity
+from megatron_vita.checkpoint.journal import Entry, Journal, check_room, is_sealed, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece, write_metadata
 from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_pieces
 from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,7 @@ def write_tensors(
     *,
     notes: Mapping[str, str] | None = None,
     source: Mapping[str, Any] | None = None,
+    replace: bool = True,
     workers: int | None = None,
     durable: bool = True,
     progress: bool = False,
@@ -74,6 +75,7 @@ def write_tensors(
         notes: further text files, by name.
         source: JSON values that change whenever a value of the tensors may. With it, what a killed process has written
             is kept and the rest is added; without it, everything is written anew.
+        replace: take the place of a checkpoint of the same iteration.
         workers: threads, by default as many as there are cores.
         durable: wait until the disk has everything, so that a power cut cannot leave a name without its content.
         progress: show a bar on standard error.
@@ -83,13 +85,15 @@ def write_tensors(
 
     Raises:
         CheckpointError: no space, or the tensors cannot be read.
-        ConfigError: nothing can be written there, or another process is just doing so.
+        ConfigError: nothing can be written there, another process is just doing so, or something is there and not to be
+            replaced.
     """
     root, lazy = Path(root), as_lazy(tensors)
     files = plan_files(lazy)
     staging, final = folders.staging_folder(root, iteration), folders.step_folder(root, iteration)
     total = sum(pieces[-1].position + pieces[-1].length for pieces in files.values())
-    check_room(root, total, staging)
+    if not is_sealed(staging, final):
+        check_room(root, total, staging)
     plan = [[one.key, list(one.global_shape), str(one.dtype), one.position] for two in files.values() for one in two]
     identity = {
         "source": os.urandom(16).hex() if source is None else source,
@@ -101,6 +105,12 @@ def write_tensors(
             Workers(workers or default_workers()) as pool,
             byte_bar(total, show=progress) as bar,
         ):
+            if journal.published:
+                return folders.finish_publishing(root, iteration)
+            folders.restore(final)
+            if final.exists() and not replace:
+                folders.finish_publishing(root, iteration)  # in the place of whoever wrote it, and was killed then
+                raise ConfigError(f"{final}: exists, and is not to be replaced. Choose another folder.")
             written: list[WrittenPiece] = []
             for name, pieces in files.items():
                 written += _write_file(journal, name, lazy, pieces, pool, bar.update)
@@ -116,6 +126,7 @@ def write_tensors(
             for one in written:
                 digests[one.file].append((one.length, one.digest))
             write_integrity(staging, digests)
+            journal.seal(INTEGRITY_FILE)
             return folders.publish(root, iteration)
     except OSError as error:
         raise CheckpointError(

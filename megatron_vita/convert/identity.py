@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, fingerprint
+from megatron_vita.checkpoint.streams import digest_of
+
+_SMALL = 64 * 1024**2
+"""Bytes: no file of a tokenizer is larger, and hardly a file of weights smaller."""
 
 
 def identity_of(folder: str | Path) -> list[list[str | int]]:
@@ -19,4 +23,16 @@ def identity_of(folder: str | Path) -> list[list[str | int]]:
         [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+    ]
+
+
+def identity_of_tokenizer(folder: str | Path) -> list[list[str]]:
+    """Name and digest of a tokenizer's files: it may have been made just now, so that its times say nothing. Files of
+    weights beside it are left out by their size."""
+    folder = Path(folder).resolve()
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return [
+        [path.relative_to(folder).as_posix(), digest_of(path, 0, size)]
+        for path, size in sizes.items()
+        if size <= _SMALL
     ]

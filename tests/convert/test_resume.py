@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def _die_at(moment: str, count: int, flags: list[str]) -> None:
         "write": (os, "pwritev"),
         "note": (journal.Journal, "add"),
         "publish": (os, "replace"),
+        "tidy": (shutil, "rmtree"),
+        "end": (journal.Journal, "__exit__"),
     }[moment]
     act, left = getattr(owner, name), [count]
 
@@ -68,10 +71,11 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "FILE_BYTES", 60_000)
 
 
-def arguments(command: str, source: Path, checkpoint: Path, output: Path) -> list[str]:
+def arguments(command: str, source: Path, checkpoint: Path, output: Path, model: Path | None = None) -> list[str]:
+    """`model`: what is exported, instead of the checkpoint."""
     if command == "import":
         return ["import", "--llm", str(source), "--output", str(output)]
-    flags = ["--checkpoint", str(checkpoint), "--format", "llm", "--max-shard-gb", "0.00006"]
+    flags = ["--checkpoint", str(model or checkpoint), "--format", "llm", "--max-shard-gb", "0.00006"]
     return ["export", *flags, "--output", str(output)]
 
 
@@ -104,6 +108,69 @@ def test_killed_and_started_again(
     assert (kept > 0) == (count > 0 or moment == "publish"), kept
     assert cli.main(arguments(command, source, checkpoint, tmp_path / "a" / "out")) == 0
     assert tree(tmp_path / "b") == tree(tmp_path / "a")
+
+
+REPLACING = {
+    "import": [("publish", 0), ("publish", 1), ("tidy", 0), ("publish", 2), ("end", 0)],
+    "export": [("publish", 0), ("publish", 1), ("tidy", 0), ("end", 0)],
+}
+"""The old folder moves away, the new one takes its name, the old one is deleted, (the hint follows,) the journal too.
+"""
+
+
+@pytest.mark.parametrize(("command", "moment", "count"), [(one, *two) for one in REPLACING for two in REPLACING[one]])
+def test_killed_while_it_replaces(
+    command: str, moment: str, count: int, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (publishers.write_qwen2(tmp_path / name, seed=seed) for name, seed in (("old", 21), ("new", 22)))
+    places = [tmp_path / name / "out" for name in "ab"]
+    for place in places:
+        assert cli.main(arguments(command, old, checkpoint, place, model=old)) == 0
+    flags = [arguments(command, new, checkpoint, place, model=new) for place in places]
+    killed(moment, count, [*flags[1], "--overwrite"])
+    final = places[1] / ("iter_0000000" if command == "import" else "")
+    moved = final.parent / f".replaced-{final.name}"
+    assert final.is_dir() or moved.is_dir()
+    assert cli.main([*flags[1], "--overwrite"]) == 0
+    done = (moment, count) not in (("publish", 0), ("publish", 1))
+    assert (capfd.readouterr().err.count("is kept") == 0) == done  # nothing is written that has its name already
+    assert cli.main([*flags[0], "--overwrite"]) == 0
+    assert tree(places[1].parent) == tree(places[0].parent)
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_folder_that_a_killed_process_has_moved_away_is_not_replaced_unasked(
+    command: str, source: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "b" / "out"
+    flags = arguments(command, source, checkpoint, output)
+    assert cli.main(flags) == 0
+    before = tree(output)
+    killed("publish", 1, [*flags, "--overwrite"])
+    assert cli.main(flags) == 2
+    assert "moved away" in capsys.readouterr().err
+    assert cli.main([*flags, "--overwrite"]) == 0
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize(
+    ("command", "moment", "count"), [("import", "publish", 1), *[(one, "end", 0) for one in REPLACING]]
+)
+def test_killed_when_the_folder_has_its_name(
+    command: str, moment: str, count: int, other: bool, source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / name / "out" for name in "ab"]
+    flags = [arguments(command, source, checkpoint, place) for place in places]
+    killed(moment, count, flags[1])
+    if other:  # another command tidies, too, but does not take the folder for its own
+        model = publishers.write_qwen2(tmp_path / "other", seed=9)
+        assert cli.main(arguments(command, model, checkpoint, places[1], model=model)) == 2
+    else:
+        assert cli.main(flags[1]) == 0
+    assert cli.main(flags[1]) == 2
+    assert cli.main(flags[0]) == 0
+    assert tree(places[1].parent) == tree(places[0].parent)
 
 
 def test_a_changed_source_is_not_continued(
