@@ -103,7 +103,7 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
         [
             [
                 convert("export", "--checkpoint", f"{run}/parts/lm/text", "--output", llm, "--format", "llm"),
-                convert("import", "--llm", llm, "--vision", vision, "--output", start),
+                convert("import", "--config", f"{HERE}/run.yaml", "--llm", llm, "--vision", vision, "--output", start),
             ]
         ],
     )

@@ -106,7 +106,7 @@ def test_the_import_makes_what_a_shipped_recipe_trains(
 
 
 def test_the_import_in_the_readme_takes_the_recipe_that_its_training_takes() -> None:
-    readme = (EXAMPLES.parent / "README.md").read_text()
+    readme = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", "")
     for command in ("convert_ckpt.py import", "pretrain_vita.py", "plan.py"):
         found = re.search(rf"{command}[^\n]*--config (\S+)", readme)
         assert found, command

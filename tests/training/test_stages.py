@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_vita import checkpoint
 from megatron_vita.data.loader import PackLoader, StepBatches
+from megatron_vita.data.manifest import load_manifest
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.training import ledger as ledgers
 from megatron_vita.training import loop
@@ -46,6 +47,20 @@ def test_four_layouts_learn_what_one_rank_learns(folder: Path) -> None:
     assert any(name.startswith("vision_model") for name in changed)
     frozen = _changed(folder / "spread/learn", folder / "spread/longer")
     assert not any(name.startswith("vision_model") for name in frozen), "the tower was frozen in the last two stages"
+    _check_history(folder, "spread")
+
+
+def _check_history(folder: Path, save: str) -> None:
+    """The last checkpoint alone tells of every stage and of its data, as a model card must."""
+    state = checkpoint.read_state(folder / save / STAGES[-1]["name"])
+    manifest = load_manifest(folder / "shards/train")
+    assert [(one.recipe["name"], one.iteration) for one in state.history] == [(one["name"], 3) for one in STAGES]
+    for record in state.history:
+        assert record.manifest_digest == manifest.digest
+        assert record.data is not None
+        assert (record.data.name, record.data.seq_length) == ("train", manifest.seq_length)
+        told = [(one.name, one.read, one.used, one.rejected, one.tokens) for one in record.data.sources]
+        assert told == [(one.name, one.read, one.used, one.read - one.used, one.tokens) for one in manifest.sources]
 
 
 def _train_alone(folder: Path, save: str) -> None:
