@@ -19,7 +19,7 @@ _LARGEST = (1 << 31) - 1
 MOST_HEADS = 1 << 10
 """Of a layer. The largest published models have 128; a table of names has three boxes for each."""
 _short = reprlib.Repr()
-_short.maxstring, _short.maxlong, _short.maxother = 100, 40, 40
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 2, 100, 40, 40
 
 
 def parse_json(text: str) -> Any:
@@ -148,7 +148,7 @@ def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
             raise refuse(where, key, "...", "dequantise the weights first")
 
 
-def check_layers(layers: int, tensors: int, where: str) -> None:
+def check_layers(layers: int, tensors: int, where: str, *, key: str = "num_hidden_layers") -> None:
     """Refuse more layers than a folder has tensors, before a table of them all is made.
 
     Raises:
@@ -156,7 +156,7 @@ def check_layers(layers: int, tensors: int, where: str) -> None:
     """
     if layers > tensors:
         raise CheckpointError(
-            f"{where}: num_hidden_layers={layers}, but the folder holds {tensors} tensors. Its config and its weights "
+            f"{where}: {key}={layers}, but the folder holds {tensors} tensors. Its config and its weights "
             "do not belong together, or the download is incomplete."
         )
 

@@ -24,7 +24,7 @@ from megatron_vita.checkpoint.pickles import Record
 from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, long_vita
-from megatron_vita.convert.hf_config import integer, number, read_json, require
+from megatron_vita.convert.hf_config import check_layers, integer, number, read_json, require
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
 from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -139,6 +139,9 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
                 found.setdefault(ours, []).append(f"{rank.name}:{name}")
         first_layer += layers
     model = _model(folder, settings, found, places, ranks, vocab_size)
+    for part in (model, model.vision):
+        if part is not None:
+            check_layers(part.num_layers, len(places), str(folder), key="num_layers")
     source = RankFiles(places, left_out)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
         for copy, first in zip(found.pop(_HEAD), found[_EMBEDDING], strict=True):

@@ -145,9 +145,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Give a checkpoint or a downloaded Hugging Face folder.")
     if not (folder / "config.json").is_file():
-        downloads = sorted((folder / "snapshots").glob("*/"))
-        if downloads:
-            raise ConfigError(f"{folder}: is a cache of downloads. Give {downloads[-1]}.")
+        if (folder / "snapshots").is_dir():  # huggingface_hub's; refs/main names the newest one
+            ref = folder / "refs/main"
+            commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else "HASH"
+            raise ConfigError(f"{folder}: is a cache of downloads. Give {folder}/snapshots/{commit}.")
         raise ConfigError(f"{folder}: neither a finished checkpoint nor a Hugging Face folder (no config.json).")
     return read_json(folder / "config.json")
 

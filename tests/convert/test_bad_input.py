@@ -145,6 +145,10 @@ BAD = {
     "a kind that is a list": (_config(model_type=[]), r"config.json: model_type must be a string, got \[\]"),
     "a kind that is an object": (_config(model_type={}), r"config.json: model_type must be a string, got \{\}"),
     "layers that are a number": (_config(layer_types=5), "config.json: layer_types must be a list of strings, got 5"),
+    "a value that would fill the screen": (
+        _config(hidden_act=[[[["x" * 1000] * 99] * 99]]),
+        r"config.json: hidden_act=.{,200} is not supported \('silu' only\)",
+    ),
     "a base that is a list": (_config(rope_theta=[5]), r"config.json: rope_theta must be a number .*, got \[5\]"),
     "a base for each kind of layer": (
         _config(rope_theta=1e6, rope_parameters={"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}),
@@ -260,8 +264,11 @@ def test_a_folder_of_the_wrong_kind_is_a_usage_error(
     publishers.write_tower(tmp_path / "clip", "CLIP")
     (tmp_path / "empty").mkdir()
     cache = tmp_path / "models--a--b"
-    (cache / "snapshots").mkdir(parents=True)
-    (cache / "snapshots/0123abc").symlink_to(good / "llm")
+    for name in ("snapshots", "refs"):
+        (cache / name).mkdir(parents=True)
+    (cache / "refs/main").write_text("0123abc")
+    for name in ("0123abc", "ffff"):
+        (cache / "snapshots" / name).symlink_to(good / "llm")
     empty, nothing = str(tmp_path / "empty"), str(tmp_path / "nothing")
     tower = "is a vision tower .*Give it as --vision"
     for arguments, message in (

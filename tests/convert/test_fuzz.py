@@ -39,12 +39,7 @@ _KEYS = [
 ]
 _SIZES = [0, -1, 1, 2, 12, 96, 1024, 5000, 2_000_000, 1 << 31, 1 << 63, 10**30, 10**400]
 _LEAF = (
-    st.none()
-    | st.booleans()
-    | st.sampled_from(_SIZES)
-    | st.floats()
-    | st.sampled_from(_WORDS)
-    | st.text(max_size=5)
+    st.none() | st.booleans() | st.sampled_from(_SIZES) | st.floats() | st.sampled_from(_WORDS) | st.text(max_size=5)
 )
 JSON = st.recursive(
     _LEAF,

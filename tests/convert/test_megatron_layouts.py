@@ -155,6 +155,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"change": lambda w: w[0][0].update({NORM: "text"})},
         f"{NORM} under `model` is no tensor",
     ),
+    "layers without end": (
+        {"args": {"num_layers": 2_000_000}},
+        r"num_layers=2000000, but the folder holds \d+ tensors",
+    ),
     "no rotary base": ({"args": {"rotary_base": None}}, "rotary_base must be a number"),
 }
 
