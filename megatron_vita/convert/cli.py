@@ -4,6 +4,7 @@ else."""
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        sys.stderr.write(f"error: {error}\n")
+        remedy = " Make room; TMPDIR names the folder of scratch files." if error.errno == errno.ENOSPC else ""
+        sys.stderr.write(f"error: {error}.{remedy}\n")
         return 1
     return int(status)
 

@@ -254,6 +254,7 @@ def test_a_full_scratch_disk(
     monkeypatch.setattr(shutil, "copyfile", failing)
     error = refused(importing(place / "llm", place / "out", "--vision", str(place / "vit")), capsys, 1)
     assert "No space left on device" in error
+    assert "TMPDIR" in error
     assert str(tmp_path / "scratch") in error
     assert not (place / "out").exists()
     assert not os.listdir(tmp_path / "scratch")
