@@ -45,8 +45,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ```""",
     "long_vita": """\
 **Stock transformers has no class for `long_vita`**, and no code lies in this folder. Long-VITA's own code loads it, and
-so does megatron_vita: `python tools/chat.py --model FOLDER --image photo.jpg "What is on the table?"`. The format
-`internvl` needs neither.""",
+so does megatron_vita: `python tools/chat.py --model FOLDER --image photo.jpg "What is on the table?"`. For stock
+transformers export with `--format internvl`.""",
 }
 
 

@@ -47,10 +47,11 @@ class Coverage:
             "each element once"
         )
         if self.left_out:
-            line += f"; left out with a reason: {len(self.left_out) - partly}, and of {partly} a part"
+            line += f"; {len(self.left_out) - partly} left out, each for a reason"
+            line += f", and a part of {partly} of the used ones" if partly else ""
         line += f". {len(self.parts)} targets, {self.target_bytes} bytes: each element filled once"
         if self.made_up:
-            line += f"; made up by rule, in whole or in part: {len(self.made_up)}"
+            line += f"; {len(self.made_up)} of them made up by rule, in whole or in part"
         return line
 
     def to_json(self) -> str:

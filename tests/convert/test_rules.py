@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.lazy import TensorsInMemory
 from megatron_vita.convert import rules
+from megatron_vita.convert.coverage import Coverage
 from megatron_vita.convert.rules import Copy, Named, Rule
 from megatron_vita.convert.views import OurView, TheirView
 from megatron_vita.errors import CheckpointError
@@ -92,3 +93,30 @@ def test_a_table_that_does_not_use_everything_once_is_refused() -> None:
     twice = (Copy(0, box, box), Copy(0, box, (slice(2, 4),)))
     with pytest.raises(CheckpointError, match=r"a: .*twice"):
         rules.prove([Rule(Named("x", (4,)), (Named("a", (2,)),), twice)])
+
+
+@pytest.mark.parametrize(
+    ("left_out", "made_up", "wanted"),
+    [
+        ({}, {}, "3 source tensors, 24 bytes: 3 used, 8 bytes, each element once. 1 targets, 8 bytes"),
+        ({"copy": "a copy"}, {}, "2 used, 8 bytes, each element once; 1 left out, each for a reason. 1 targets"),
+        (
+            {"copy": "a copy", "a": "zeros"},
+            {"x": "zeros"},
+            "1 left out, each for a reason, and a part of 1 of the used ones. 1 targets, 8 bytes: each element filled once; 1 of them",
+        ),
+    ],
+)
+def test_the_summary_says_what_is_used_and_what_is_not(
+    left_out: dict[str, str], made_up: dict[str, str], wanted: str
+) -> None:
+    account = Coverage(
+        source_tensors=3,
+        source_bytes=24,
+        used_bytes=8,
+        target_bytes=8,
+        parts={"x": ["a", "b"]},
+        made_up=made_up,
+        left_out=left_out,
+    )
+    assert wanted in account.summary()
