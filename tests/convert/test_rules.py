@@ -103,7 +103,7 @@ def test_a_table_that_does_not_use_everything_once_is_refused() -> None:
         (
             {"copy": "a copy", "a": "zeros"},
             {"x": "zeros"},
-            "1 left out, each for a reason, and a part of 1 of the used ones. 1 targets, 8 bytes: each element filled once; 1 of them",
+            "and a part of 1 of the used ones. 1 targets, 8 bytes: each element filled once; 1 of them made up by rule",
         ),
     ],
 )
