@@ -259,9 +259,12 @@ def test_a_llama_keeps_its_own_tokenizer_alone_and_gets_chatml_with_a_tower(publ
     (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(values))
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": "{{ messages }}"}
     (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(own))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "llama" / name).read_text())
+        (tmp_path / "llama" / name).write_text(json.dumps({**values, "bos_token_id": 256, "eos_token_id": 257}))
     convert("import", "--llm", tmp_path / "llama", "--output", tmp_path / "alone")
     convert("export", "--checkpoint", tmp_path / "alone", "--output", tmp_path / "back", "--format", "llm")
-    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == [257]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == 257
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 257
     assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == own
     assert not (tmp_path / "back" / "chat_template.jinja").exists()
@@ -271,7 +274,7 @@ def test_a_llama_keeps_its_own_tokenizer_alone_and_gets_chatml_with_a_tower(publ
     tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     added = [tokenizer.token_to_id(one) for one in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "<video>")]
     assert added == [259, 260, 261, 262, 278]
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [261, 259]
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [261, 257]
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_id"] == 264
 
 
