@@ -50,8 +50,8 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
             "Choose another --output."
         )
     held = _held(final)
-    if held is None or is_sealed(staging_folder(target, 0), final):
-        return
+    if held is None or (not overwrite and is_sealed(staging_folder(target, 0), final)):
+        return  # perhaps by this very command, which then only has to finish: its journal will tell
     if not overwrite:
         raise ConfigError(_exists(held, final))
     _refuse_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
@@ -77,8 +77,8 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
         raise ConfigError(f"{output}: is the current directory, or holds it. Choose a folder in it as --output.")
     _refuse_overlap(output, target, target, sources)
     held = _held(target)
-    if held is None or is_sealed(staging, target):
-        return
+    if held is None or (not overwrite and is_sealed(staging, target)):
+        return  # perhaps by this very command, which then only has to finish: its journal will tell
     if not overwrite:
         raise ConfigError(_exists(held, target))
     _refuse_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")

@@ -173,6 +173,31 @@ def test_killed_when_the_folder_has_its_name(
     assert tree(places[1].parent) == tree(places[0].parent)
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_to_finish_takes_no_room(
+    command: str, source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = arguments(command, source, checkpoint, tmp_path / "b" / "out")
+    killed("end", 0, flags)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 0))  # type: ignore[attr-defined]
+    assert cli.main(flags) == 0
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_folder_with_another_tokenizer_is_another_one(
+    command: str, source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = arguments(command, source, checkpoint, tmp_path / "b" / "out")
+    killed("end", 0, flags)
+    tokenizer = publishers.write_qwen2(tmp_path / "tokenizer")
+    content = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**content, "model_max_length": 77}))
+    assert cli.main([*flags, "--tokenizer", str(tokenizer)]) == 2
+    killed("end", 0, [*flags, "--overwrite"])
+    assert cli.main([*flags, "--overwrite", "--tokenizer", str(tokenizer)]) == 0
+    assert "77" in next((tmp_path / "b").rglob("tokenizer_config.json")).read_text()
+
+
 def test_a_changed_source_is_not_continued(
     source: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +253,20 @@ def test_two_processes_do_not_write_one_folder(
     with (tmp_path / "b" / ".writing-iter_0000000.journal").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert cli.main(["import", "--llm", str(source), "--output", str(tmp_path / "b")]) == 2
+    assert "another process is writing it" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_journal_that_was_just_deleted_is_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock, path = fcntl.flock, tmp_path / "b" / ".writing-iter_0000000.journal"
+
+    def late(file: Any, how: int) -> None:
+        path.unlink()  # the other process ends between our open and our lock
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert cli.main(["import", "--llm", str(source), "--output", str(tmp_path / "b")]) == 2
     assert "another process is writing it" in capsys.readouterr().err
 
 
