@@ -15,7 +15,7 @@ import json
 import math
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -60,7 +60,8 @@ FORMAT_FILE = "metadata.json"
 PIECE_BYTES = 16 << 20
 """Large tensors are written in runs of rows of about this size, so that a reader of a part need not read it all."""
 _CACHE_BYTES = 128 << 20
-"""Verified pieces that are kept for the next reads: interleaved heads are cut from one piece many times in a row."""
+"""Verified pieces that are kept for the next reads: interleaved heads are cut from one piece many times in a row. More
+are kept where one row of a tensor lies in more: see CheckpointTensors._make_room."""
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -186,6 +187,9 @@ class CheckpointTensors(LazyTensors):
         self._tensors = parse_metadata(self.integrity.read_file(METADATA_FILE), folder / METADATA_FILE)
         self._lock = threading.Lock()
         self._cache: OrderedDict[StoredPiece, _Cached] = OrderedDict()
+        self._limit = _CACHE_BYTES
+        self._roomy: set[str] = set()
+        """Tensors that the limit allows for."""
         self._buffers = Buffers(_CACHE_BYTES)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -226,6 +230,7 @@ class CheckpointTensors(LazyTensors):
     def _take(self, name: str, stored: StoredPiece) -> _Cached:
         """A verified piece, to be given back; who asks for one that another thread is reading waits for its result."""
         with self._lock:
+            self._make_room(name)
             cached = self._cache.get(stored)
             mine = cached is None
             if cached is None:
@@ -247,10 +252,22 @@ class CheckpointTensors(LazyTensors):
             cached.users -= 1
             self._reuse(cached)
 
+    def _make_room(self, name: str) -> None:
+        """Allow for two rows of pieces of a tensor, of which one thread may read the end of the first and another the
+        begin of the second. A row is as many as ranks have cut its columns, and if they pushed each other out of
+        memory, each would be read again for every block. Two rows are less than two tensors, whatever wrote them."""
+        if name in self._roomy:
+            return
+        rows: Counter[tuple[int, ...]] = Counter()
+        for stored in self._tensors[name].pieces:
+            rows[stored.offsets[:1]] += stored.length
+        self._limit = max(self._limit, 2 * max(rows.values()))
+        self._roomy.add(name)
+
     def _forget(self) -> None:
         """Let go of the oldest pieces, so that all that are kept or being read are within the limit, or are one."""
         total = sum(stored.length for stored in self._cache)
-        while len(self._cache) > 1 and total > _CACHE_BYTES:
+        while len(self._cache) > 1 and total > self._limit:
             stored, cached = self._cache.popitem(last=False)
             total -= stored.length
             cached.kept = False

@@ -45,6 +45,8 @@ class Workers:
     """A pool of threads that hands results back in order."""
 
     def __init__(self, count: int) -> None:
+        """Args: count: of threads. Beyond MAX_WORKERS it is not followed: each holds memory."""
+        count = min(count, MAX_WORKERS)
         self._window = 2 * count
         self._pool = ThreadPoolExecutor(count)
 
