@@ -19,8 +19,8 @@ from megatron_vita.convert.effort import Effort
 from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
-from megatron_vita.convert.tokenizer_files import special_ids, tokens_that_differ
-from megatron_vita.data.tokenizer import IMG_CONTEXT
+from megatron_vita.convert.text_files import image_token
+from megatron_vita.convert.tokenizer_files import tokens_that_differ
 from megatron_vita.errors import ConfigError, VitaError
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,7 @@ def _logit_gap(a: OpenModel, b: OpenModel) -> float:
             f"--logits: the vocabularies have {a.model.vocab_size} and {b.model.vocab_size} rows. Compare models "
             "of one vocabulary (export pads with --make-vocab-size-divisible-by)."
         )
-    ids = special_ids(a.tokenizer_dir) if a.model.vision else {}
-    prompt = logits.make_prompt(a.model, ids.get(IMG_CONTEXT, -1))
+    prompt = logits.make_prompt(a.model, image_token(a, b) if a.model.vision else -1)
     return (logits.run(a, prompt) - logits.run(b, prompt)).abs().max().item()
 
 

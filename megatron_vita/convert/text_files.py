@@ -13,6 +13,7 @@ from megatron_vita.convert import generation
 from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.opening import MEGATRON, OpenModel
 from megatron_vita.convert.tokenizer_files import (
+    TOKENIZER_FILE,
     Tokens,
     as_published,
     check_exportable,
@@ -109,3 +110,21 @@ def out_of_checkpoint(opened: OpenModel, tokens: Tokens, target: Path, *, vision
     write_json(target / generation.GENERATION_FILE, said.settings)
     image = tokens.special.get(IMG_CONTEXT)
     return {**said.token_ids, **({} if image is None else {"image_token_id": image})}
+
+
+def image_token(*models: OpenModel) -> int:
+    """Id of what stands for a picture in models of one vocabulary: as a config says it, else as a tokenizer does.
+
+    Raises:
+        CheckpointError: none says it.
+    """
+    for opened in models:
+        if opened.image_token_id is not None:
+            return opened.image_token_id
+    for opened in models:
+        if (opened.tokenizer_dir / TOKENIZER_FILE).is_file():
+            found = read_tokens(opened.tokenizer_dir).special.get(IMG_CONTEXT)
+            if found is not None:
+                return found
+    names = " and ".join(str(opened.path) for opened in models)
+    raise CheckpointError(f"{names}: no tokenizer there has {IMG_CONTEXT}, in whose place a picture stands.")

@@ -80,15 +80,6 @@ def read_tokens(folder: Path) -> Tokens:
     return Tokens(folder, vocabulary, special)
 
 
-def special_ids(folder: Path) -> dict[str, int]:
-    """Id of every added token of a tokenizer folder.
-
-    Raises:
-        CheckpointError: no readable tokenizer.json.
-    """
-    return read_tokens(folder).special
-
-
 def tokens_that_differ(first: Path, second: Path, limit: int = 3) -> list[str]:
     """What ids two tokenizer folders disagree about, for people; nothing where either has no tokenizer.json.
 

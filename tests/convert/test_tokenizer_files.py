@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_vita import checkpoint
-from megatron_vita.convert import cli
+from megatron_vita.convert import cli, open_model
+from megatron_vita.convert.text_files import image_token
 from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE
+from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
 
 pytest.importorskip("transformers")
@@ -137,6 +140,33 @@ def test_a_decoder_that_gets_a_tower_ends_its_turns(
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == DEFAULT_TEMPLATE.read_text()
     assert "chat_template" not in read(tmp_path / "hf" / "tokenizer_config.json")
     assert read(tmp_path / "hf" / "generation_config.json") == {**SAMPLING, "eos_token_id": [258, 256]}
+
+
+def test_a_trained_decoder_ends_its_turns(good: Path, tmp_path: Path) -> None:
+    """A base model ends texts only; what was trained on turns must stop after one."""
+    shutil.copytree(good / "llm", tmp_path / "llm")
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps({"eos_token_id": 256}))
+    convert("import", "--llm", tmp_path / "llm", "--output", tmp_path / "ckpt")
+    state, tensors = checkpoint.read_state(tmp_path / "ckpt"), checkpoint.read_tensors(tmp_path / "ckpt")
+    weights = {name: tensors[name] for name in tensors}
+    for step, ends in ((0, 256), (7, [258, 256])):
+        root, folder = tmp_path / f"step{step}", tmp_path / f"hf{step}"
+        state = dataclasses.replace(state, iteration=step)
+        checkpoint.write_tensors(root, step, weights, state, tmp_path / "ckpt/iter_0000000/tokenizer")
+        convert("export", "--checkpoint", root, "--output", folder, "--format", "llm")
+        assert read(folder / "generation_config.json")["eos_token_id"] == ends
+        assert read(folder / "config.json")["eos_token_id"] == ends
+
+
+def test_pictures_stand_where_the_config_says(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "ivl", tmp_path / "ivl")
+    publishers.write_tokenizer(tmp_path / "ivl")
+    without, ours = open_model(tmp_path / "ivl"), open_model(good / "ivl_ckpt")
+    assert image_token(without, ours) == image_token(ours) == 261
+    blind = dataclasses.replace(without, image_token_id=None)
+    assert image_token(blind, ours) == 261
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'ivl'}: no tokenizer there has <IMG_CONTEXT>"):
+        image_token(blind)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "chat_template.json"])
