@@ -113,8 +113,10 @@ def write_card(subject: Subject) -> str:
     ]
     history = subject.state.history if subject.state else ()
     if history:
-        lines += ["## Recipe", "", *(line for one in history for line in _recipe_lines(one))]
         lines += ["## Data", "", *(line for one in history for line in _data_lines(one))]
+        lines += ["## Recipe", ""]
+        for one, before in zip(history, (None, *history), strict=False):
+            lines += _recipe_lines(one, before)
     return "\n".join(lines)
 
 
@@ -163,22 +165,44 @@ def _origin_lines(bases: Mapping[str, str], state: RunState | None) -> list[str]
     return lines
 
 
-def _recipe_lines(record: StageRecord) -> list[str]:
-    """A stage's recipe without the folders of the machine it was trained on."""
-    recipe = {key: dict(one) if isinstance(one, Mapping) else one for key, one in record.recipe.items()}
-    for section, names in _PATHS.items():
-        for name in names:
-            path = recipe[section].get(name) if isinstance(recipe.get(section), dict) else None
-            if path:
-                recipe[section][name] = Path(str(path)).name
+def _recipe_lines(record: StageRecord, before: StageRecord | None) -> list[str]:
+    """A stage's recipe: of all but the first stage, what differs from the stage before."""
+    recipe = _without_folders(record.recipe)
+    told = recipe if before is None else _changed(recipe, _without_folders(before.recipe))
     return [
         f"### {_stage_name(record)}: {record.iteration} steps, {record.consumed_packs} packs",
         "",
+        *([] if before is None else [f"Differs from {_stage_name(before)} in:", ""]),
         "```yaml",
-        yaml.safe_dump(recipe, sort_keys=False).rstrip(),
+        yaml.safe_dump(told, sort_keys=False).rstrip(),
         "```",
         "",
     ]
+
+
+def _without_folders(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name places on a machine, cut to their last part."""
+    out = {key: dict(one) if isinstance(one, Mapping) else one for key, one in recipe.items()}
+    for section, names in _PATHS.items():
+        for name in names:
+            path = out[section].get(name) if isinstance(out.get(section), dict) else None
+            if path:
+                out[section][name] = Path(str(path)).name
+    return out
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `now` that `before` says otherwise or not at all."""
+    out: dict[str, Any] = {}
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = _changed(value, old)
+            if value:
+                out[key] = value
+        elif key not in before or value != old:
+            out[key] = value
+    return out
 
 
 def _data_lines(record: StageRecord) -> list[str]:

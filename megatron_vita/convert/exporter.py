@@ -51,7 +51,8 @@ def export(
     Args:
         format_name: `internvl` (stock transformers loads it), `long_vita` (the published names) or `llm` (the decoder).
         tokenizer: tokenizer folder, by default the one inside the checkpoint.
-        dtype: convert the weights; by default they keep their type.
+        dtype: convert the weights; by default they keep their types. Either way config.json names one type that holds
+            every value, because stock code casts all weights to it.
         max_shard_bytes: most bytes of tensors in one file.
         vocabulary_multiple: pad the vocabulary with rows of zeros to a multiple of this; by default no row is padding.
 

@@ -53,6 +53,7 @@ def train(start: Path, root: Path, name: str, steps: int, *, layout: str = "inte
         before.stage,
         name=name,
         data=dataclasses.replace(before.stage.data, data_path=str(root / "gone" / name)),
+        train=dataclasses.replace(before.stage.train, global_batch_size=8),
         checkpoint=dataclasses.replace(before.stage.checkpoint, save=str(root / "save")),
     )
     assert before.preprocess is not None
@@ -89,6 +90,17 @@ def test_the_card_tells_of_all_stages_without_their_shards(parts: Path, tmp_path
     assert card.count("| LLaVA Re Cap | 10 | 8 | 2 | 3 | 4321 | 7 |") == 2
     assert str(tmp_path) not in card
     assert str(parts) not in card
+
+
+def test_a_later_stage_shows_what_differs(parts: Path, tmp_path: Path) -> None:
+    """Four whole recipes would hide what matters."""
+    second = train(train(parts / "start", tmp_path, "stage1", 5), tmp_path, "stage2", 9)
+    card = card_of(second, tmp_path / "hf", "internvl")
+    assert card.index("## Data") < card.index("## Recipe")
+    first, last = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", card, re.DOTALL))
+    assert (first["data"]["data_path"], first["train"]["global_batch_size"]) == ("stage1", 8)
+    assert first["checkpoint"]["save"] == "save"
+    assert last == {"name": "stage2", "data": {"data_path": "stage2"}}
 
 
 def test_a_fresh_import_has_no_recipe_and_no_digest(parts: Path, tmp_path: Path) -> None:
