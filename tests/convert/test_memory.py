@@ -1,27 +1,36 @@
-"""Conversion of a model of several gigabytes in a process that may not use more memory than was promised."""
+"""Conversion of models of several gigabytes in processes that may not use more memory than was promised."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_vita import checkpoint
+from megatron_vita.checkpoint.integrity import write_integrity
+from megatron_vita.checkpoint.storage import Piece, write_metadata, write_pieces
 from megatron_vita.convert import open_model
 from tests.convert.synthetic import write_wide_qwen2
 
+_MIB = 1 << 20
+_RANKS = 4
 _LIMITED = """
-import os, resource, sys
-from megatron_vita.convert import cli
+import resource, sys
 
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-start = status("VmData")
-resource.setrlimit(resource.RLIMIT_DATA, (start + int(sys.argv[1]),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+from megatron_vita.convert import cli
 code = cli.main(sys.argv[2:])
 print("peak", status("VmHWM"))
 sys.exit(code)
@@ -29,12 +38,13 @@ sys.exit(code)
 
 
 def convert(limit: int, *arguments: object) -> int:
-    """Run the converter where it may allocate `limit` bytes beyond what its imports did.
+    """Run the converter in a process that may have `limit` bytes of memory of its own, imports included. What threads
+    reserve and do not use counts, too; what it maps of files does not, and that is code.
 
     Returns:
         The peak of its resident set, in bytes.
     """
-    command = [sys.executable, "-c", _LIMITED, str(limit), *map(str, arguments)]
+    command = [sys.executable, "-c", _LIMITED, str(limit), *map(str, arguments), "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split()[-1])
@@ -48,12 +58,84 @@ def test_memory_stays_below_a_gibibyte_and_two_tensors(tmp_path: Path) -> None:
     largest = sorted(math.prod(tensors.shape(name)) * 2 for name in tensors)[-2:]
     bound = (1 << 30) + sum(largest)
     assert bound < size / 1.3, "a model that fits as a whole would prove nothing"
-    # The system enforces much less than the promise, and less than one tensor of some: what threads reserve and do not
-    # use counts here too, and imports (some 300 MiB) do not.
-    limit = 640 << 20
-    imported, exported = tmp_path / "ckpt", tmp_path / "again"
+    # The system enforces much less than the promise, and for an import less than one tensor.
+    hf, imported, exported = tmp_path / "hf", tmp_path / "ckpt", tmp_path / "again"
     peaks = [
-        convert(limit, "import", "--llm", tmp_path / "hf", "--output", imported, "--workers", 2),
-        convert(limit, "export", "--checkpoint", imported, "--output", exported, "--format", "llm", "--workers", 2),
+        convert(256 * _MIB, "import", "--llm", hf, "--output", imported),
+        convert(448 * _MIB, "export", "--checkpoint", imported, "--output", exported, "--format", "llm"),
+        convert(256 * _MIB, "verify", hf, exported),
+        convert(448 * _MIB, "verify", hf, imported),
     ]
-    assert max(peaks) < bound, [peak >> 20 for peak in peaks]
+    shutil.rmtree(exported)
+    write_as_training_does(imported, tmp_path / "run")
+    peaks.append(
+        convert(bound, "export", "--checkpoint", tmp_path / "run", "--output", exported, "--format", "llm"),
+    )
+    shutil.rmtree(tmp_path / "run")
+    write_as_megatron_does(imported, hf, tmp_path / "megatron")
+    shutil.rmtree(imported)
+    peaks.append(
+        convert(256 * _MIB, "import", "--model", tmp_path / "megatron", "--output", imported, "--tokenizer", hf)
+    )
+    assert max(peaks) < bound, [peak // _MIB for peak in peaks]
+
+
+def _part(name: str, tensor: torch.Tensor, rank: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """(what one tensor-parallel rank has, where it begins)."""
+    axis = 1 if "linear_proj" in name or "linear_fc2" in name else 0
+    parts = tensor.tensor_split(_RANKS, axis)
+    first = sum(one.shape[axis] for one in parts[:rank])
+    return parts[rank].clone(memory_format=torch.contiguous_format), (0,) * axis + (first,) + (0,) * (
+        tensor.dim() - axis - 1
+    )
+
+
+def write_as_training_does(source: Path, root: Path) -> None:
+    """A step of several ranks, with one layer's moments of the optimizer."""
+    tensors, old, step = checkpoint.read_tensors(source), source / "iter_0000000", root / "iter_0000007"
+    step.mkdir(parents=True)
+    for name in ("run.json", "common.pt", "metadata.json"):
+        shutil.copy(old / name, step / name)
+    shutil.copytree(old / "tokenizer", step / "tokenizer")
+    written, digests = [], defaultdict(list)
+    for rank in range(_RANKS):
+        pieces = []
+        for name in tensors:
+            if "norm" not in name or not rank:
+                whole = tensors[name]
+                part, offsets = (whole, (0,)) if "norm" in name else _part(name, whole, rank)
+                pieces.append(Piece(name, tuple(whole.shape), offsets, part))
+                if "layers.0." in name:
+                    pieces.append(Piece(f"optimizer.{name}", tuple(whole.shape), offsets, part.float()))
+        written += write_pieces(step, f"__{rank}_0.distcp", pieces)
+    write_metadata(step, written)
+    for one in written:
+        digests[one.file].append((one.length, one.digest))
+    write_integrity(step, digests)
+
+
+def write_as_megatron_does(source: Path, hf: Path, root: Path) -> None:
+    """One file a rank. Gate and up are not interleaved by rank: only sizes matter here."""
+    tensors, config = checkpoint.read_tensors(source), json.loads((hf / "config.json").read_text())
+    settings = argparse.Namespace(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        norm_epsilon=1e-6,
+        rotary_base=1000000,
+        max_position_embeddings=4096,
+        untie_embeddings_and_output_weights=True,
+        swiglu=True,
+        normalization="RMSNorm",
+    )
+    root.mkdir()
+    shutil.copy(hf / "config.json", root / "config.json")
+    for rank in range(_RANKS):
+        weights = {}
+        for name in tensors:
+            whole = tensors[name]
+            weights[name.removeprefix("language_model.")] = whole if "norm" in name else _part(name, whole, rank)[0]
+        (root / f"mp_rank_{rank:02d}").mkdir()
+        torch.save({"args": settings, "model": weights}, root / f"mp_rank_{rank:02d}/model_optim_rng.pt")
