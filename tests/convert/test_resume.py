@@ -61,6 +61,19 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
+def places(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every file: those that were not written again keep both."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+
+
+def finished_files(parent: Path) -> dict[str, tuple[int, int]]:
+    """The same of those files that a killed conversion below has noted as finished."""
+    (noted,) = parent.rglob(".writing-*.journal")
+    lines = [json.loads(line) for line in noted.read_text().splitlines()[1:]]
+    found = places(noted.with_suffix(""))
+    return {one["file"]: found[one["file"]] for one in lines if "file" in one}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publishers.write_qwen2(tmp_path_factory.mktemp("source") / "llm")
@@ -86,11 +99,13 @@ def checkpoint(source: Path, tmp_path: Path, small_files: None) -> Path:
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize("workers", [[], ["--workers", "1"]], ids=["all cores", "one worker"])
 @pytest.mark.parametrize(("moment", "count"), [("write", 0), ("write", 25), ("note", 0), ("note", 3), ("publish", 0)])
 def test_killed_and_started_again(
     command: str,
     moment: str,
     count: int,
+    workers: list[str],
     source: Path,
     checkpoint: Path,
     tmp_path: Path,
@@ -99,13 +114,16 @@ def test_killed_and_started_again(
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     output = tmp_path / "b" / "out"
-    flags = arguments(command, source, checkpoint, output)
+    flags = [*arguments(command, source, checkpoint, output), *workers]
     killed(moment, count, flags)
     final = output / "iter_0000000" if command == "import" else output
     assert not final.exists()
+    finished = finished_files(tmp_path / "b")
     assert cli.main(flags) == 0
     kept = capfd.readouterr().err.count("is kept")
     assert (kept > 0) == (count > 0 or moment == "publish"), kept
+    assert kept == len(finished)
+    assert finished.items() <= places(final).items(), "a finished file was written again"
     assert cli.main(arguments(command, source, checkpoint, tmp_path / "a" / "out")) == 0
     assert tree(tmp_path / "b") == tree(tmp_path / "a")
 
@@ -209,6 +227,40 @@ def test_a_changed_source_is_not_continued(
     assert cli.main(flags) == 0
     assert "is kept" not in capfd.readouterr().err
     assert cli.main(["verify", str(tmp_path / "other"), str(tmp_path / "b")]) == 0
+    assert not list((tmp_path / "b").glob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("import", ["--seed", "7"]),
+        ("export", ["--dtype", "bfloat16"]),
+        ("export", ["--max-shard-gb", "0.00005"]),
+        ("export", ["--make-vocab-size-divisible-by", "8"]),
+    ],
+)
+def test_other_settings_are_not_continued(
+    command: str, more: list[str], source: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b").mkdir()
+    flags = arguments(command, source, checkpoint, tmp_path / "b" / "out")
+    killed("note", 3, flags)
+    assert finished_files(tmp_path / "b")
+    assert cli.main([*flags, *more]) == 0
+    assert "is kept" not in capfd.readouterr().err
+    assert not list((tmp_path / "b").rglob(".writing-*"))
+    (tmp_path / "a").mkdir()
+    assert cli.main([*arguments(command, source, checkpoint, tmp_path / "a" / "out"), *more]) == 0
+    assert tree(tmp_path / "b") == tree(tmp_path / "a")
+
+
+def test_what_another_command_has_left_beside_is_let_alone(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    killed("note", 3, arguments("export", source, checkpoint, tmp_path / "b" / "first"))
+    left = tree(tmp_path / "b")
+    assert cli.main(arguments("export", source, checkpoint, tmp_path / "b" / "second")) == 0
+    assert left.items() <= tree(tmp_path / "b").items()
+    assert cli.main(arguments("export", source, checkpoint, tmp_path / "b" / "first")) == 0
     assert not list((tmp_path / "b").glob(".writing-*"))
 
 
