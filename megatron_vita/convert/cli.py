@@ -127,8 +127,8 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
     a, b = open_any(arguments.a), open_any(arguments.b)
-    if arguments.logits and (isinstance(a, OpenTower) or isinstance(b, OpenTower)):
-        raise ConfigError(f"--logits: {(a if isinstance(a, OpenTower) else b).path} is a vision tower, which has none.")
+    if arguments.logits:
+        _check_comparable(a, b)
     found = list(verify.compare_tensors(a.tensors, b.tensors, workers=arguments.workers, progress=True))
     different = [one for one in found if not one.equal]
     for one in different[: arguments.show]:
@@ -151,9 +151,10 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
     return int(failed), ("different: " if failed else "equal: ") + line
 
 
-def _logit_gap(a: OpenModel, b: OpenModel) -> float:
-    from megatron_vita.convert import logits  # loads megatron-core, which the other commands do without
-
+def _check_comparable(a: OpenModel | OpenTower, b: OpenModel | OpenTower) -> None:
+    """Raises ConfigError for two models that have no logits of one prompt and one vocabulary."""
+    if isinstance(a, OpenTower) or isinstance(b, OpenTower):
+        raise ConfigError(f"--logits: {(a if isinstance(a, OpenTower) else b).path} is a vision tower, which has none.")
     if (a.model.vision is None) != (b.model.vision is None):
         raise ConfigError(f"--logits: only one of {a.path} and {b.path} has a vision tower. Compare the tensors alone.")
     if a.model.vocab_size != b.model.vocab_size:
@@ -161,6 +162,11 @@ def _logit_gap(a: OpenModel, b: OpenModel) -> float:
             f"--logits: the vocabularies have {a.model.vocab_size} and {b.model.vocab_size} rows. Compare models "
             "of one vocabulary (export pads with --make-vocab-size-divisible-by)."
         )
+
+
+def _logit_gap(a: OpenModel, b: OpenModel) -> float:
+    from megatron_vita.convert import logits  # loads megatron-core, which the other commands do without
+
     prompt = logits.make_prompt(a.model, image_token(a, b) if a.model.vision else -1)
     return (logits.run(a, prompt) - logits.run(b, prompt)).abs().max().item()
 

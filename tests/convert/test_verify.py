@@ -184,3 +184,13 @@ def _run_all(folder: Path, flags: list[str]) -> None:
 @pytest.mark.parametrize("flags", [[], ["--logits"]], ids=["tensors", "logits"])
 def test_one_model_in_all_formats_is_one_model(formats: Path, kind: str, flags: list[str]) -> None:
     run_ranks(1, _run_all, formats / kind, flags)
+
+
+def test_logits_that_cannot_be_compared_are_refused_before_any_work(
+    formats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(formats / "pictures/long_vita"), str(formats / "text/llm"), "--logits"]) == 2
+    printed = capsys.readouterr()
+    assert "has a vision tower" in printed.err
+    assert "B/s" not in printed.err
+    assert not printed.out
