@@ -168,7 +168,7 @@ def is_sealed(staging: Path, final: Path) -> bool:
         entry = json.loads(journal_file(staging).read_text(encoding="utf-8", errors="replace").splitlines()[-1])
         path = final / entry["sealed"]
         return bool(digest_of(path, 0, path.stat().st_size) == entry[ALGORITHM])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, CheckpointError, ValueError, LookupError, TypeError):
         return False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from megatron_vita.checkpoint.dtypes import Bits, DType
 from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, part, shift, volume
-from megatron_vita.checkpoint.streams import raw, read_exactly
+from megatron_vita.checkpoint.streams import raw, read_exactly, reading
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,8 @@ class PlacedTensors(LazyTensors):
         start, run = _run_of(place.shape, region)
         direct = run == region and out.flags.c_contiguous
         target = out if direct else np.empty(extent(run), place.dtype.bits)
-        descriptor = os.open(place.file, os.O_RDONLY)
-        try:
+        with reading(place.file) as descriptor:
             read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
-        finally:
-            os.close(descriptor)
         if not direct:
             out[...] = part(target, shift(region, run))
 

@@ -11,7 +11,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Protocol, TypeVar
@@ -63,6 +64,7 @@ class Workers:
         finally:
             for one in pending:
                 one.cancel()
+            wait(pending)  # what still runs may use what the caller is about to close
 
     def __enter__(self) -> Workers:
         return self
@@ -112,14 +114,30 @@ def raw(bits: Bits) -> memoryview:
     return bits.reshape(-1).view(np.uint8).data
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[int]:
+    """A file's descriptor, to read from. Raises CheckpointError: it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_exactly(descriptor: int, view: memoryview, position: int, where: Path) -> None:
     """Fill `view` from a file.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file ends before, or the disk gives an error: no writer is to take it for its own.
     """
     while view:
-        got = os.preadv(descriptor, [view], position)
+        try:
+            got = os.preadv(descriptor, [view], position)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read at byte {position} ({error.strerror}).") from None
         if not got:
             raise CheckpointError(f"{where}: ends at byte {position}, before what was promised. Copy it again.")
         view, position = view[got:], position + got
@@ -142,6 +160,7 @@ class OutputFile:
         left = [memoryview(part).cast("B") for part in parts if len(part)]
         with self._turn:
             while left:
+                # -1 once it is closed: the number may be another file's by then
                 done = os.pwritev(self._descriptor, left, position)
                 position += done
                 while left and done >= len(left[0]):
@@ -159,7 +178,9 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        with self._turn:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Digest(Protocol):
@@ -190,15 +211,12 @@ def digest_of(path: Path, position: int, length: int, algorithm: str = ALGORITHM
     """Digest of a part of a file, in hexadecimal.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file cannot be read, or ends before.
     """
     digest, block = new_digest(algorithm), memoryview(bytearray(min(length, BLOCK_BYTES)))
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with reading(path) as descriptor:
         for start in range(0, length, BLOCK_BYTES):
             part = block[: length - start]
             read_exactly(descriptor, part, position + start, path)
             digest.update(part)
-    finally:
-        os.close(descriptor)
     return digest.hexdigest()
