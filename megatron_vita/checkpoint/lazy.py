@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Region = tuple[slice, ...]
 """One slice with explicit start and stop for each dimension."""
+MAX_CUTS = 6
+"""Dimensions along which the parts of one tensor may be cut: ranks cut two or three."""
 
 
 def whole(shape: Sequence[int]) -> Region:
@@ -49,6 +52,34 @@ def overlap(a: Region, b: Region) -> Region | None:
     """What two regions share, or none."""
     shared = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return shared if all(one.start < one.stop for one in shared) else None
+
+
+def fills(boxes: Sequence[Region], shape: Sequence[int]) -> bool:
+    """Whether boxes hold each element of a tensor exactly once, whatever they look like.
+
+    A box is told by its corners, each with a sign: plus where an even number of its coordinates are ends rather than
+    starts. Boxes fill a tensor if and only if what is left of all their corners, where they meet and cancel, are the
+    corners of the tensor: their indicator functions have the same sum when these, their mixed derivatives, have. This
+    takes time in proportion to the boxes, where comparing each with each would let a hostile file take hours.
+    Dimensions that no box cuts do not count. Of more than MAX_CUTS dimensions that are cut, the answer is no.
+    """
+    cut = [
+        axis for axis, size in enumerate(shape) if any((one[axis].start, one[axis].stop) != (0, size) for one in boxes)
+    ]
+    if len(cut) > MAX_CUTS:
+        return False
+    left: Counter[tuple[int, ...]] = Counter()
+    for weight, one in [(1, one) for one in boxes] + [(-1, whole(shape))]:
+        corners: list[tuple[tuple[int, ...], int]] = [((), weight)]
+        for axis in cut:
+            corners = [
+                ((*at, place), sign * turn)
+                for at, sign in corners
+                for place, turn in ((one[axis].start, 1), (one[axis].stop, -1))
+            ]
+        for at, sign in corners:
+            left[at] += sign
+    return not any(left.values())
 
 
 def shift(region: Region, origin: Region) -> Region:

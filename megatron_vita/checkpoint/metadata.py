@@ -9,7 +9,6 @@ of 2.5 and before by their sources, in which _StorageInfo has no transform_descr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron_vita.checkpoint.archive import MAX_DIMENSIONS
 from megatron_vita.checkpoint.dtypes import DType, by_name
+from megatron_vita.checkpoint.lazy import box, fills
 from megatron_vita.checkpoint.pickle_writer import dumps
 from megatron_vita.checkpoint.pickles import Name, Record, run
 from megatron_vita.errors import CheckpointError
@@ -240,7 +240,6 @@ def _tensor(key: str, fields: dict[str, Any], left: _Places) -> StoredTensor:
         if place is None:
             raise _SenselessError(f"a part of {key[:200]} lies nowhere, or stands there twice")
         pieces.append(StoredPiece(offsets, sizes, *place))
-    held, wanted = sum(math.prod(one.sizes) for one in pieces), math.prod(shape)
-    if held != wanted:
-        raise _SenselessError(f"the parts of {key[:200]} hold {held} of its {wanted} elements")
+    if not fills([box(one.offsets, one.sizes) for one in pieces], shape):
+        raise _SenselessError(f"the parts of {key[:200]} do not hold each of its elements once")
     return StoredTensor(shape, found, tuple(pieces))

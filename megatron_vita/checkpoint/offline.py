@@ -17,7 +17,8 @@ from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, write_integrity
 from megatron_vita.checkpoint.journal import Entry, Journal, check_room, is_sealed, sync
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
-from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece, write_metadata
+from megatron_vita.checkpoint.storage import WrittenPiece, write_metadata
+from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_pieces
 from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw
 from megatron_vita.errors import CheckpointError, ConfigError

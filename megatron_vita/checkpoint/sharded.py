@@ -18,7 +18,8 @@ from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.checkpoint.integrity import Integrity, write_integrity
 from megatron_vita.checkpoint.offline import model_keys
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
-from megatron_vita.checkpoint.storage import CheckpointTensors, WrittenPiece
+from megatron_vita.checkpoint.storage import WrittenPiece
+from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError
 

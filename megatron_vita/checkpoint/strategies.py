@@ -26,7 +26,7 @@ from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, box
 from megatron_vita.checkpoint.offline import COMMON_FILE, model_keys
 from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, VitaError
 
 
 def fill(content: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
@@ -60,6 +60,11 @@ class WritePieces(SaveShardedStrategy):
                     pieces += self._piece(one)
             mine = write_pieces(Path(checkpoint_dir), f"__{dist.get_rank()}_0.distcp", pieces)
         except OSError as problem:
+            error = (
+                f"rank {dist.get_rank()} could not write its part of {checkpoint_dir}: {problem}. Make room, or choose "
+                "another checkpoint.save."
+            )
+        except VitaError as problem:
             error = f"rank {dist.get_rank()} could not write its part of {checkpoint_dir}: {problem}"
         gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object((mine, error), gathered)
@@ -68,7 +73,7 @@ class WritePieces(SaveShardedStrategy):
             assert gathered is not None
             errors = [one[1] for one in gathered if one[1]]
             if errors:
-                raise CheckpointError(f"{errors[0]}. Make room, or choose another checkpoint.save.")
+                raise CheckpointError(errors[0])
             self.written = [piece for one in gathered for piece in one[0]]
             write_metadata(Path(checkpoint_dir), self.written)
 

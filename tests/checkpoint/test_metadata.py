@@ -186,6 +186,14 @@ _FULL = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 2)))
 vars(_FULL).update({f"field {one}": one for one in range(50)})  # shared by many parts, they would be copied for each
 _HUGE = ChunkStorageMetadata(torch.Size((0, 0)), (1 << 62, 1 << 62))  # type: ignore[arg-type]
 _INFO = _StorageInfo("f", 0, 10)
+_OVERLAPPING = StoredTensor(
+    (3, 3),
+    FLOAT32,
+    tuple(
+        StoredPiece(offsets, sizes, "f", 9 * index, 9)  # nine elements in all, of which the one in the middle twice
+        for index, (offsets, sizes) in enumerate([((0, 0), (2, 2)), ((1, 1), (2, 2)), ((2, 0), (1, 1))])
+    ),
+)
 REFUSED: dict[str, tuple[bytes, str]] = {
     "a call": (pickle.dumps(_Call(print, "x")), r"it names builtins\.print, which a checkpoint has no business with"),
     "a call inside": (_with(rest={"planner_data": _Call(eval, "1")}), r"names builtins\.eval"),
@@ -211,8 +219,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "part elsewhere": (_with(places=_place("f", 0, 10, index=("b", (0, 0)))), "lies nowhere"),
     "part twice": (_with(chunks=[_HALF, _HALF]), "stands there twice"),
     "place twice": (_with(places={_Index("a"): _INFO, _Index("a"): _INFO}), "lies in two places"),
-    "half a tensor": (_with(chunks=[_HALF]), "hold 2 of its 4 elements"),
-    "no part": (_with(chunks=[]), "hold 0 of its 4 elements"),
+    "half a tensor": (_with(chunks=[_HALF]), "do not hold each of its elements once"),
+    "no part": (_with(chunks=[]), "do not hold each of its elements once"),
+    "parts that overlap": (metadata_bytes({"a": _OVERLAPPING}), "do not hold each of its elements once"),
     "part outside": (_with(shape=torch.Size((1, 4))), "a part of a leaves it"),
     "part of another shape": (_with(shape=torch.Size((4,))), "a part of a leaves it"),
     "parts that are none": (_with(chunks={}), "has no parts"),

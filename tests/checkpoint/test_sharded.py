@@ -169,7 +169,16 @@ def _one_rank_cannot_write(root: str) -> None:
         return write(*args)  # type: ignore[arg-type]
 
     strategies.write_pieces = full  # type: ignore[assignment]
-    with pytest.raises(CheckpointError, match=r"rank 1 could not write.*No space left"):
+    with pytest.raises(CheckpointError, match=r"rank 1 could not write.*No space left.*Make room"):
+        checkpoint.save(root, models, None, None, state(settings), groups)
+    dist.barrier()
+    assert os.listdir(root) == []
+    strategies.write_pieces = write
+    if dist.get_rank() == 1:
+        (weight,) = (one for name, one in models[0].named_parameters() if name.endswith("word_embeddings.weight"))
+        weight.data = weight.data.to(torch.complex64)
+    unsupported = r"rank 1 could not .*word_embeddings\.weight: a tensor of type torch\.complex64 cannot be saved"
+    with pytest.raises(CheckpointError, match=unsupported):
         checkpoint.save(root, models, None, None, state(settings), groups)
     dist.barrier()
     assert os.listdir(root) == []

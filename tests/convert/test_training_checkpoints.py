@@ -17,10 +17,11 @@ from torch.distributed.checkpoint import metadata as stock
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import storage, streams
+from megatron_vita.checkpoint import storage, stored, streams
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.metadata import StoredPiece
-from megatron_vita.checkpoint.storage import CheckpointTensors, Piece, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import Piece, write_metadata, write_pieces
+from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.convert import cli
 from tests.convert import publishers
 
@@ -145,7 +146,7 @@ def test_no_part_is_read_again_and_again(
     step = tmp_path / "run/iter_0000007"
     monkeypatch.setattr(storage, "PIECE_BYTES", 400)
     WRITERS[kind](imported, step)
-    monkeypatch.setattr(storage, "_CACHE_BYTES", 2000)
+    monkeypatch.setattr(stored, "_CACHE_BYTES", 2000)
     monkeypatch.setattr("megatron_vita.convert.verify.BLOCK_BYTES", 1000)
     monkeypatch.setattr("megatron_vita.convert.verify._RUN_BYTES", 2000)
     reads: collections.Counter[StoredPiece] = collections.Counter()

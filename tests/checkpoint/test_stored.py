@@ -1,0 +1,214 @@
+"""Many threads that read a checkpoint through a cache and buffers too small for it: every byte is the right one."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vita import checkpoint
+from megatron_vita.checkpoint import stored, streaming, streams
+from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, bits_of, by_name
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, write_integrity
+from megatron_vita.checkpoint.lazy import Region, part, whole
+from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor, metadata_bytes, parse_metadata
+from megatron_vita.checkpoint.storage import METADATA_FILE
+from megatron_vita.checkpoint.stored import CheckpointTensors
+from megatron_vita.errors import CheckpointError
+from tests.checkpoint.tiny import stage, state
+
+THREADS, READS = 8, 150
+TENSORS = {
+    "a": torch.arange(37 * 11, dtype=torch.float32).reshape(37, 11),
+    "b": torch.arange(1000, 1000 + 2 * 50, dtype=torch.bfloat16).reshape(1, 50, 2),
+    "c": torch.arange(64, dtype=torch.int64) - 7,
+    "scalar": torch.tensor(5.0),
+    "empty": torch.empty(0, 3),
+}
+POISON = 0xEE
+"""What memory that was given back is overwritten with, for whoever still looks into it to see."""
+
+
+class PoisonedBuffers(streams.Buffers):
+    """Memory that shows whether it was given back too early, twice, or lent to two at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.out: dict[int, streams.Bytes] = {}
+        self.reused = 0
+
+    def take(self, size: int) -> streams.Bytes:
+        taken = super().take(size)
+        assert id(taken) not in self.out
+        self.reused += bool(taken.size and taken[0] == POISON)
+        self.out[id(taken)] = taken
+        return taken
+
+    def give(self, buffer: streams.Bytes) -> None:
+        assert self.out.pop(id(buffer), None) is buffer, "given back twice"
+        buffer[...] = POISON
+        super().give(buffer)
+
+
+@pytest.fixture
+def tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointTensors]:
+    """A checkpoint of many pieces, of which few find room; threads take turns as often as can be."""
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 130)
+    folder = checkpoint.write_tensors(tmp_path, 1, TENSORS, state(stage()))
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(stored, "Buffers", PoisonedBuffers)
+    monkeypatch.setattr(stored, "_CACHE_BYTES", 6000)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield CheckpointTensors(folder)
+    sys.setswitchinterval(interval)
+
+
+def read_at_random(tensors: CheckpointTensors, seed: int, outcomes: list[str]) -> None:
+    chance = random.Random(seed)
+    for _ in range(READS):
+        name = chance.choice(list(TENSORS))
+        expected = bits_of(TENSORS[name])
+        region = tuple(
+            slice(*sorted(chance.sample(range(size + 1), 2))) if size else slice(0, 0) for size in expected.shape
+        )
+        if chance.random() < 0.2:
+            region = whole(expected.shape)
+        try:
+            if chance.random() < 0.5:
+                found, right = tensors.bits(name, region), part(expected, region)
+                outcomes.append("read" if np.array_equal(found, right) else f"{name} {region}: {found}, not {right}")
+            else:
+                outcomes.append(_lent(tensors, name, region, part(expected, region), chance))
+        except CheckpointError:
+            outcomes.append("failed")
+        except BaseException as error:
+            outcomes.append(repr(error))
+
+
+def _lent(tensors: CheckpointTensors, name: str, region: Region, right: Bits, chance: random.Random) -> str:
+    """Looks at a loan again after others were read, which pushes its piece out of memory."""
+    loan = tensors.lend(name, region)
+    try:
+        for _ in range(chance.randrange(3)):
+            tensors.bits("a", (slice(0, 37), slice(chance.randrange(5), 11)))
+        return "lent" if np.array_equal(loan.bits, right) else f"{name} {region}: {loan.bits} lent, not {right}"
+    finally:
+        loan.release()
+
+
+@pytest.mark.parametrize("failing", [0.0, 0.02])
+def test_threads_never_see_another_pieces_bytes(
+    tensors: CheckpointTensors, failing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance, read = random.Random(1), stored.read_exactly
+
+    def sometimes(*arguments: object) -> None:
+        read(*arguments)  # type: ignore[arg-type]
+        if chance.random() < failing:
+            raise CheckpointError("a disk that fails now and then")
+
+    monkeypatch.setattr(stored, "read_exactly", sometimes)
+    outcomes: list[str] = []
+    threads = [threading.Thread(target=read_at_random, args=(tensors, seed, outcomes)) for seed in range(THREADS)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+        assert not one.is_alive(), "a thread waits for a piece that nobody reads"
+    assert len(outcomes) == THREADS * READS
+    assert set(outcomes) <= {"read", "lent"} | ({"failed"} if failing else set())
+    assert outcomes.count("read") > READS
+    assert outcomes.count("lent") > READS
+    buffers, kept = tensors._buffers, tensors._cache.values()
+    assert isinstance(buffers, PoisonedBuffers)
+    assert buffers.reused > READS, "nothing was given back"
+    assert not any(one.users for one in kept)
+    assert sum(stored.length for _, stored in tensors._cache) <= tensors._limit
+    if not failing:  # what nobody keeps or looks into has been given back
+        assert buffers.out.keys() == {id(one.content.result()[0]) for one in kept}
+    monkeypatch.setattr(stored, "read_exactly", read)
+    for name, one in TENSORS.items():  # a failure is forgotten
+        assert torch.equal(tensors[name], one)
+
+
+def test_a_failure_reaches_all_who_wait_and_the_next_who_asks_tries_again(
+    tensors: CheckpointTensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read, calls = threading.Event(), stored.read_exactly, []
+
+    def late(*arguments: object) -> None:
+        calls.append(arguments)
+        assert asked.wait(60)
+        raise CheckpointError("a disk that fails")
+
+    def ask(outcomes: list[str]) -> None:
+        try:
+            tensors.bits("scalar")
+        except CheckpointError as error:
+            outcomes.append(str(error))
+
+    monkeypatch.setattr(stored, "read_exactly", late)
+    outcomes: list[str] = []
+    threads = [threading.Thread(target=ask, args=(outcomes,)) for _ in range(3)]
+    for one in threads:
+        one.start()
+    while not tensors._cache or next(iter(tensors._cache.values())).users < 3:
+        assert any(one.is_alive() for one in threads)
+    asked.set()
+    for one in threads:
+        one.join(60)
+    assert outcomes == ["a disk that fails"] * 3
+    assert len(calls) == 1, "each read it for itself"
+    monkeypatch.setattr(stored, "read_exactly", read)
+    assert tensors["scalar"].item() == 5
+
+
+def test_a_failure_does_not_drop_the_piece_that_another_thread_has_read_since(
+    tensors: CheckpointTensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reader fails only after its piece was pushed out of memory and read by the second."""
+    read, nested = stored.read_exactly, []
+
+    def fails_late(*arguments: object) -> None:
+        monkeypatch.setattr(stored, "read_exactly", read)
+        nested.extend(tensors[name] for name in ("a", "scalar"))
+        raise CheckpointError("a disk that fails")
+
+    monkeypatch.setattr(stored, "read_exactly", fails_late)
+    tensors._limit = 1
+    with pytest.raises(CheckpointError, match="a disk that fails"):
+        tensors.bits("scalar")
+    assert nested[-1].item() == 5
+    assert "scalar" in [name for name, _ in tensors._cache]
+    assert all(one.kept and not one.users for one in tensors._cache.values())
+
+
+def test_two_tensors_that_claim_one_piece_are_each_checked(tensors: CheckpointTensors) -> None:
+    """`.metadata` may lie: the second has a type of its own, and what was read for the first is not handed out."""
+    folder = tensors.folder
+    described = parse_metadata((folder / METADATA_FILE).read_bytes(), folder / METADATA_FILE)
+    piece: StoredPiece = described["scalar"].pieces[0]
+    integers = by_name("int32")
+    assert integers is not None
+    lie = {**described, "liar": StoredTensor((), integers, (piece,))}
+    (folder / METADATA_FILE).write_bytes(metadata_bytes(lie))
+    pieces = {
+        name: [(length, digest) for length, digest in entry["pieces"]]
+        for name, entry in tensors.integrity.files.items()
+        if "pieces" in entry
+    }
+    (folder / INTEGRITY_FILE).unlink()
+    write_integrity(folder, pieces)
+    again = CheckpointTensors(folder)
+    assert again.dtype("scalar") == FLOAT32
+    assert again["scalar"].item() == 5
+    with pytest.raises(CheckpointError, match="the part for liar has another shape or type than promised"):
+        again.bits("liar")
