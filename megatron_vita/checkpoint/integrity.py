@@ -62,13 +62,15 @@ class Integrity:
             raise CheckpointError(
                 f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged ({error}). {_REMEDY}") from None
-        algorithm = _ALGORITHM_OF.get(version)
+        algorithm = _ALGORITHM_OF.get(version) if type(version) is int else None
         if algorithm is None:
-            raise CheckpointError(f"{path}: format version {version!r} is not known. Update megatron_vita.")
+            raise CheckpointError(f"{path}: format version {str(version)[:20]} is not known. Update megatron_vita.")
         if _canonical(files, algorithm) != digest:
             raise CheckpointError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
+        if not isinstance(files, dict) or not all(_describes_a_file(entry, algorithm) for entry in files.values()):
+            raise CheckpointError(f"{path}: does not describe files. Do not use this checkpoint.")
         for name, entry in files.items():
             file = folder / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -137,6 +139,24 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
             files[name] = {"bytes": size, ALGORITHM: digest_of(path, 0, size)}
     values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, ALGORITHM)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def _describes_a_file(entry: Any, algorithm: str) -> bool:
+    """Whether an entry says a size, and either one digest or those of pieces that make up the file."""
+    if not isinstance(entry, dict) or not _is_size(entry.get("bytes")):
+        return False
+    if "pieces" not in entry:
+        return isinstance(entry.get(algorithm), str)
+    pieces = entry["pieces"]
+    if not isinstance(pieces, list) or not all(
+        isinstance(one, list) and len(one) == 2 and _is_size(one[0]) and isinstance(one[1], str) for one in pieces
+    ):
+        return False
+    return sum(length for length, _ in pieces) == entry["bytes"]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _canonical(files: Any, algorithm: str) -> str:

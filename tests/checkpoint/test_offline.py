@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from xxhash import xxh3_128
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint import streaming
@@ -126,11 +127,59 @@ def test_malicious_objects_inside_torch_files_are_refused(tmp_path: Path, monkey
 
 
 def test_a_file_outside_the_folder_is_refused(folder: Path) -> None:
-    values = json.loads((folder / INTEGRITY_FILE).read_text())
+    files = json.loads((folder / INTEGRITY_FILE).read_text())["files"]
     (folder.parent / "outside").write_bytes(b"x")
-    values["files"]["../outside"] = {"bytes": 1, "sha256": "0"}
-    (folder / INTEGRITY_FILE).write_text(json.dumps(values))
-    with pytest.raises(CheckpointError):
+    for name in ("../outside", str(folder.parent / "outside")):
+        _forge(folder, {**files, name: {"bytes": 1, "xxh3_128": "0"}})
+        with pytest.raises(CheckpointError, match="names a file outside the folder"):
+            checkpoint.resolve(folder)
+
+
+def _forge(folder: Path, files: Any, **values: Any) -> None:
+    """An integrity.json whose own digest is right: anybody can compute it."""
+    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    forged = {"format_version": 2, "files": files, "digest": xxh3_128(text.encode()).hexdigest()} | values
+    (folder / INTEGRITY_FILE).write_text(json.dumps(forged))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {},
+        {"bytes": 1},
+        {"bytes": True, "xxh3_128": ""},
+        {"bytes": -1, "xxh3_128": ""},
+        {"bytes": 1, "xxh3_128": 3},
+        {"bytes": 1, "pieces": 3},
+        {"bytes": 1, "pieces": [3]},
+        {"bytes": 1, "pieces": [[1]]},
+        {"bytes": 1, "pieces": [["1", ""]]},
+        {"bytes": 1, "pieces": [[1, 2]]},
+        {"bytes": 1, "pieces": [[2, ""], [-1, ""]]},
+        {"bytes": 1, "pieces": []},
+        {"bytes": 1, "pieces": [[2, ""]]},
+    ],
+    ids=json.dumps,
+)
+def test_what_describes_no_file_is_refused(folder: Path, entry: Any) -> None:
+    (folder / "a").write_bytes(b"x")
+    _forge(folder, {"a": entry})
+    with pytest.raises(CheckpointError, match=r"integrity\.json: does not describe files"):
+        checkpoint.resolve(folder)
+
+
+def test_an_integrity_file_of_another_form_is_refused(folder: Path) -> None:
+    _forge(folder, ["a"])
+    with pytest.raises(CheckpointError, match="does not describe files"):
+        checkpoint.resolve(folder)
+    for version in ([], 3, True, "x" * 1000):
+        _forge(folder, {}, format_version=version)
+        with pytest.raises(CheckpointError, match=r"format version .{1,20} is not known"):
+            checkpoint.resolve(folder)
+    (folder / INTEGRITY_FILE).write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.resolve(folder)
 
 
