@@ -2,7 +2,7 @@
 
 A conversion writes into a folder `.writing-NAME` and notes each finished file in `.writing-NAME.journal` beside it, one
 JSON object a line; the first line says what is being written, from what. The same command, started again, keeps the
-files whose digests still match and writes the others. Another command, or another source, starts anew. Just before the
+files whose digests still match and writes the others. Another command, source or release starts anew. Just before the
 folder gets its name the journal is sealed with the digest of the file that was written last: so whoever finds the
 journal of a process that was killed then knows whether the folder under the name is the new one.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_vita import __version__
 from megatron_vita.checkpoint.streams import ALGORITHM, digest_of
 from megatron_vita.errors import CheckpointError, ConfigError, VitaError
 
@@ -47,7 +48,7 @@ class Journal:
         self.staging = staging
         self.path = journal_file(staging)
         self._final = final
-        head = json.dumps(dict(identity), sort_keys=True)
+        head = json.dumps({**identity, "version": __version__}, sort_keys=True)
         self._made: list[Path] = []
         try:
             self._made = [folder for folder in staging.parents if not folder.exists()]

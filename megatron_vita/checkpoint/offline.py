@@ -77,7 +77,7 @@ def write_tensors(
         source: JSON values that change whenever a value of the tensors may. With it, what a killed process has written
             is kept and the rest is added; without it, everything is written anew.
         replace: take the place of a checkpoint of the same iteration.
-        workers: threads, by default as many as there are cores.
+        workers: threads, by default one more than there are cores (streams.default_workers).
         durable: wait until the disk has everything, so that a power cut cannot leave a name without its content.
         progress: show a bar on standard error.
 

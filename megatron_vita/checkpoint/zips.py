@@ -9,12 +9,13 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_vita.errors import CheckpointError
 
-MAX_MEMBERS = 1_000_000
-"""Files in one zip."""
+MAX_DIRECTORY = 32 << 20
+"""Bytes of a zip's list of members: about 100 each, and a rank's file has some thousands. Python's reader reads the
+list whole, and takes ten times its size in memory."""
 NAMES_OF_TENSOR = 15728199511854643026
 NAMES_OF_NO_TENSOR = 2908468677762923104
 """torch's hash of the names in the archive, one half of its serialization id. The id only tells archives apart."""
@@ -38,10 +39,7 @@ def read_directory(stream: IO[bytes], where: Path) -> dict[str, Member]:
     try:
         total = stream.seek(0, os.SEEK_END)
         members = {}
-        entries = zipfile.ZipFile(stream).infolist()
-        if len(entries) > MAX_MEMBERS:
-            raise CheckpointError(f"{where}: a zip of {len(entries)} files, not one of torch.save.")
-        for entry in entries:
+        for entry in zipfile.ZipFile(cast(IO[bytes], _Bounded(stream))).infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 raise CheckpointError(f"{where}: {entry.filename[:80]} is compressed or encrypted. Refused.")
             stream.seek(entry.header_offset)
@@ -59,6 +57,20 @@ def read_directory(stream: IO[bytes], where: Path) -> dict[str, Member]:
             f"{where}: not a zip as torch.save writes since torch 1.6 ({error}). Download it again; a file of an older "
             "torch must be saved anew in a sandbox."
         ) from None
+
+
+class _Bounded:
+    """What Python's reader of zips needs of a stream, with a limit to what it may ask for at once."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(min(size, MAX_DIRECTORY + 1) if size >= 0 else MAX_DIRECTORY + 1)
+        if len(content) > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its list of members has more than {MAX_DIRECTORY} bytes")
+        return content
 
 
 class View(io.RawIOBase):

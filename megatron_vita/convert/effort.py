@@ -10,7 +10,7 @@ class Effort:
     """How a conversion works, as opposed to what it writes: its bytes do not depend on any of this."""
 
     workers: int | None = None
-    """Threads, by default as many as there are cores."""
+    """Threads, by default one more than there are cores (streams.default_workers)."""
     durable: bool = False
     """Wait until the disk has everything, which `cp` does not."""
     progress: bool = False

@@ -26,7 +26,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.checkpoint import archive, pickles
+from megatron_vita.checkpoint import archive, pickles, zips
 from megatron_vita.checkpoint.archive import TorchFile
 from megatron_vita.checkpoint.dtypes import DTYPES, DType, bits_of, by_name, torch_dtype
 from megatron_vita.checkpoint.pickles import Name, Record
@@ -245,6 +245,18 @@ def test_zips_that_torch_does_not_write(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", sound)
         archive.writestr("archive/byteorder", "big")
     refused("big-endian")
+
+
+def test_a_list_of_members_without_end_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(2000):
+            archive.writestr(f"archive/data/{number}", b"")
+    monkeypatch.setattr(zips, "MAX_DIRECTORY", 100_000)  # more than zipfile reads to find the list
+    with pytest.raises(CheckpointError, match="its list of members has more than 100000 bytes"):
+        read(path)
 
 
 @settings(max_examples=150, deadline=None)

@@ -254,6 +254,23 @@ def test_other_settings_are_not_continued(
     assert tree(tmp_path / "b") == tree(tmp_path / "a")
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_what_another_release_has_written_is_not_continued(
+    command: str,
+    source: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have had a defect in what it wrote."""
+    flags = arguments(command, source, checkpoint, tmp_path / "b" / "out")
+    killed("publish", 0, flags)
+    monkeypatch.setattr(journal, "__version__", "another")
+    assert cli.main(flags) == 0
+    assert "is kept" not in capfd.readouterr().err
+
+
 def test_what_another_command_has_left_beside_is_let_alone(source: Path, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     killed("note", 3, arguments("export", source, checkpoint, tmp_path / "b" / "first"))
