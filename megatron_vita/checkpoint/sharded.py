@@ -193,6 +193,7 @@ def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn
 
     _check_settings(folder, state, _bare(model_chunks))
     tensors = CheckpointTensors(folder)
+    tensors.integrity.read_file(RUN_FILE)  # `state` is what was written, too
     if "optimizer" in content and len(model_keys(tensors)) == len(tensors):
         raise CheckpointError(
             f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from it. "

@@ -85,7 +85,7 @@ class RunState:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a readable run.json ({error}). Use another checkpoint.") from None
         if version != FORMAT_VERSION:
             raise CheckpointError(

@@ -205,7 +205,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     elif wanted in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if wanted is float and math.isfinite(number):
             return number

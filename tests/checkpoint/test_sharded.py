@@ -151,6 +151,14 @@ def _refusals(root: str) -> None:
             checkpoint.load_weights(folder, other)
         assert all(torch.equal(a, b) for a, b in zip(before, other[0].parameters(), strict=True))
         destroy_groups()
+    groups = build_groups(TP2)
+    other = build_model(settings, groups)
+    if dist.get_rank() == 0:
+        path = folder / "run.json"
+        path.write_text(path.read_text().replace('"iteration": 1', '"iteration": 2'))
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=r"run\.json: its content has changed"):
+        checkpoint.load_weights(folder, other)
 
 
 def test_another_shape_is_refused_on_every_rank_before_loading(tmp_path: Path) -> None:

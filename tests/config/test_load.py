@@ -69,6 +69,8 @@ def test_flags_are_unique_and_carry_megatrons_names() -> None:
         ({"train": {"train_iters": 1.5}}, "needs a value of type int"),
         ({"train": {"bf16": "perhaps"}}, "needs a value of type bool"),
         ({"optimizer": {"lr": float("nan")}}, "needs a value of type float"),
+        ({"optimizer": {"lr": 10**400}}, "needs a value of type float"),
+        ({"model": {"num_layers": 10**400}}, "needs a value of type int"),
         ({"train": [1]}, "must be a mapping"),
         ({"stages": []}, "must be a list of mappings"),
         ({"data": {"layout": "other"}}, "choose one of internvl, long_vita"),

@@ -489,6 +489,21 @@ def test_a_damaged_checkpoint_is_not_exported(good: Path, tmp_path: Path) -> Non
     assert not output.exists()
 
 
+def test_changed_settings_of_a_checkpoint_are_found(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged digit of run.json gives another model, not always one that the weights do not fit."""
+    shutil.copytree(good / "ckpt", tmp_path / "ckpt")
+    path = tmp_path / "ckpt/iter_0000000/run.json"
+    text = path.read_text()
+    changed = re.sub(r'"rotary_base": 1', '"rotary_base": 9', text)
+    assert changed != text
+    path.write_text(changed)
+    flags = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(tmp_path / "hf"), "--format", "llm"]
+    assert cli.main(["export", *flags]) == 1
+    assert "run.json: its content has changed since it was written" in capsys.readouterr().err
+
+
 def test_verify_sees_what_logits_cannot(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "language_model.decoder.layers.0.self_attention.linear_qkv.bias"
     tensors = checkpoint.read_tensors(good / "ckpt")
