@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Region = tuple[slice, ...]
 """One slice with explicit start and stop for each dimension."""
+ZEROS = "zeros"
+"""What elements are made of that come from nowhere, unless it is something else."""
 MAX_CUTS = 6
 """Dimensions along which the parts of one tensor may be cut: ranks cut two or three."""
 
@@ -122,7 +124,7 @@ class Origin:
     leaf: LazyTensors | None
     """Who stores them; none for elements that are made up."""
     name: str
-    """The stored tensor's name, or what the elements are made of (`zeros`)."""
+    """The stored tensor's name, or what the elements are made of (ZEROS)."""
     region: Region | None
     elements: int
 

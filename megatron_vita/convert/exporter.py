@@ -14,6 +14,7 @@ from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
 from megatron_vita.convert import decoders, internvl, long_vita
 from megatron_vita.convert.card import Subject, public_name, write_card
+from megatron_vita.convert.combined import MoreRows, Subset
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.hf_config import write_json
@@ -24,7 +25,7 @@ from megatron_vita.convert.processor_files import processor_files
 from megatron_vita.convert.publish import new_folder
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.text_files import out_of_checkpoint, tokens_for_export
-from megatron_vita.convert.views import MoreRows, Subset, TheirView
+from megatron_vita.convert.views import TheirView
 from megatron_vita.data.spec import PreprocessSpec
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from megatron_vita.checkpoint.offline import write_tensors
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import ModelConfig, ProjectorConfig, StageConfig, TrainConfig, VisionConfig, to_dict
 from megatron_vita.convert.card import public_name
+from megatron_vita.convert.combined import Joined, MoreRows
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.identity import identity_of, identity_of_tokenizer
@@ -22,7 +23,6 @@ from megatron_vita.convert.opening import OpenModel, open_model, open_tower
 from megatron_vita.convert.outputs import check_import
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.text_files import into_checkpoint
-from megatron_vita.convert.views import Joined, MoreRows
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
 

@@ -24,9 +24,9 @@ from megatron_vita.checkpoint.pickles import Record
 from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, long_vita
+from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import check_layers, integer, number, read_json, require
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
-from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from megatron_vita.checkpoint.folder import TOKENIZER_FOLDER, finished, resolve
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
-from megatron_vita.checkpoint.state import RunState
+from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.config import ModelConfig, VisionConfig
 from megatron_vita.convert import (
     decoders,
@@ -23,9 +23,10 @@ from megatron_vita.convert import (
     processor_files,
     siglip_clip,
 )
+from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
-from megatron_vita.convert.views import OurView, Subset
+from megatron_vita.convert.views import OurView
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError
 
@@ -179,6 +180,7 @@ def _open_tower(path: Path, config: Mapping[str, Any], kind: str) -> tuple[Visio
 
 def _open_checkpoint(folder: Path) -> OpenModel:
     tensors = read_tensors(folder)
+    tensors.integrity.read_file(RUN_FILE)  # what is read next is what was written
     state = RunState.read(folder)
     return OpenModel(
         path=folder,

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import VisionConfig
+from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import (
     MOST_HEADS,
     check_not_quantised,
@@ -24,7 +25,6 @@ from megatron_vita.convert.hf_config import (
     square,
 )
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename
-from megatron_vita.convert.views import Subset
 from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)

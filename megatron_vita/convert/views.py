@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, DType, all_zero, as_tensor
 from megatron_vita.checkpoint.lazy import (
+    ZEROS,
     LazyTensors,
     Loan,
     Origin,
@@ -26,14 +25,8 @@ from megatron_vita.checkpoint.lazy import (
 from megatron_vita.convert.rules import Named, Part, Rule, prove
 from megatron_vita.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-log = logging.getLogger(__name__)
-
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
 """Buffers that old files carry and that are computed, not learned."""
-ZEROS = "zeros"
 _BLOCK_BYTES = 32 << 20
 """Read at once where values are only looked at."""
 
@@ -216,148 +209,6 @@ class TheirView(_RuledView):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-class Subset(LazyTensors):
-    """Some of the tensors of another source."""
-
-    def __init__(self, source: LazyTensors, names: Sequence[str], why: str = "not part of this model") -> None:
-        """Args: why: the reason for leaving the others out, for the report."""
-        self._source = source
-        self._names = dict.fromkeys(names)
-        self._why = why
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> DType:
-        return self._source.dtype(name)
-
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        self._source.read_into(name, region, out)
-
-    def lend(self, name: str, region: Region) -> Loan:
-        return self._source.lend(name, region)
-
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        return self._source.origins(name, region)
-
-    def left_out(self) -> Mapping[str, str]:
-        """The stored tensors behind every name that is not handed on."""
-        others = [name for name in self._source if name not in self._names]
-        stored = {
-            origin.name: self._why
-            for name in others
-            for origin in self._source.origins(name, whole(self._source.shape(name)))
-            if origin.leaf is not None
-        }
-        return {**stored, **self._source.left_out()}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class Joined(LazyTensors):
-    """Several sources as one; no name may stand in two of them."""
-
-    def __init__(self, sources: Sequence[LazyTensors]) -> None:
-        self._sources = sources
-        self._home: dict[str, LazyTensors] = {}
-        for source in sources:
-            for name in source:
-                assert name not in self._home, f"{name} comes from two sources"
-                self._home[name] = source
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._home[name].shape(name)
-
-    def dtype(self, name: str) -> DType:
-        return self._home[name].dtype(name)
-
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        self._home[name].read_into(name, region, out)
-
-    def lend(self, name: str, region: Region) -> Loan:
-        return self._home[name].lend(name, region)
-
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        return self._home[name].origins(name, region)
-
-    def left_out(self) -> Mapping[str, str]:
-        return {name: why for source in self._sources for name, why in source.left_out().items()}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
-
-
-class MoreRows(LazyTensors):
-    """Tensors of which some have more rows: the new ones are the mean of the old, or zeros."""
-
-    def __init__(self, source: LazyTensors, names: Sequence[str], rows: int, *, mean: bool) -> None:
-        """Args: names: tensors [old rows, width] that grow to [rows, width], where the source has them."""
-        self._source = source
-        self._rows = rows
-        self._new = {name: _mean_row(source, name) if mean else None for name in names if name in source}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._source.shape(name)
-        return (self._rows, *shape[1:]) if name in self._new else shape
-
-    def dtype(self, name: str) -> DType:
-        return self._source.dtype(name)
-
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
-        if old is not None:
-            self._source.read_into(name, old, part(out, shift(old, region)))
-        if name in self._new and old != region:
-            mean = self._new[name]
-            rest = out[extent(old)[0] if old else 0 :]
-            if mean is None:
-                rest[...] = 0
-            else:
-                as_tensor(rest, self.dtype(name)).copy_(mean[region[1]])
-
-    def lend(self, name: str, region: Region) -> Loan:
-        if name in self._new and overlap(whole(self._source.shape(name)), region) != region:
-            return super().lend(name, region)
-        return self._source.lend(name, region)
-
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
-        if old is not None:
-            yield from self._source.origins(name, old)
-        if name in self._new and old != region:
-            made_of = ZEROS if self._new[name] is None else "mean of the other rows"
-            yield Origin(None, made_of, None, volume(region) - (volume(old) if old else 0))
-
-    def left_out(self) -> Mapping[str, str]:
-        return self._source.left_out()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-
-def _mean_row(source: LazyTensors, name: str) -> Tensor:
-    """The mean of all rows, float32, without the whole tensor in memory."""
-    import torch
-
-    total = torch.zeros(source.shape(name)[1:], dtype=torch.float64)
-    for region in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
-        total += source.read(name, region).sum(0, dtype=torch.float64)
-    return (total / source.shape(name)[0]).float()
 
 
 def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> dict[str, str]:

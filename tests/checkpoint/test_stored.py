@@ -117,11 +117,13 @@ def test_threads_never_see_another_pieces_bytes(
 
     monkeypatch.setattr(stored, "read_exactly", sometimes)
     outcomes: list[str] = []
-    threads = [threading.Thread(target=read_at_random, args=(tensors, seed, outcomes)) for seed in range(THREADS)]
+    threads = [
+        threading.Thread(target=read_at_random, args=(tensors, seed, outcomes), daemon=True) for seed in range(THREADS)
+    ]
     for one in threads:
         one.start()
     for one in threads:
-        one.join(60)
+        one.join(20)
         assert not one.is_alive(), "a thread waits for a piece that nobody reads"
     assert len(outcomes) == THREADS * READS
     assert set(outcomes) <= {"read", "lent"} | ({"failed"} if failing else set())
@@ -157,14 +159,14 @@ def test_a_failure_reaches_all_who_wait_and_the_next_who_asks_tries_again(
 
     monkeypatch.setattr(stored, "read_exactly", late)
     outcomes: list[str] = []
-    threads = [threading.Thread(target=ask, args=(outcomes,)) for _ in range(3)]
+    threads = [threading.Thread(target=ask, args=(outcomes,), daemon=True) for _ in range(3)]
     for one in threads:
         one.start()
     while not tensors._cache or next(iter(tensors._cache.values())).users < 3:
         assert any(one.is_alive() for one in threads)
     asked.set()
     for one in threads:
-        one.join(60)
+        one.join(20)
     assert outcomes == ["a disk that fails"] * 3
     assert len(calls) == 1, "each read it for itself"
     monkeypatch.setattr(stored, "read_exactly", read)
