@@ -1,9 +1,7 @@
 """Long-VITA's published Megatron layouts: `_MG` (Transformer Engine's names) and MindSpeed's (norms beside linears).
 
-DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
-and pipeline rank, with the weights under `model` and the settings of the run under `args`, read by
-checkpoint/archive.py. Names of tower and projector lie below `external_feature_model.`; layers are counted from 0 on
-each pipeline rank.
+Their files: rank_files.py. Names of tower and projector lie below `external_feature_model.`; layers are counted from 0
+on each pipeline rank.
 """
 
 from __future__ import annotations
@@ -18,22 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.checkpoint.archive import TorchFile
 from megatron_vita.checkpoint.lazy import LazyTensors
-from megatron_vita.checkpoint.pickles import Record
-from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
+from megatron_vita.checkpoint.placed import TensorPlace
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, long_vita
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import check_layers, integer, number, read_json, require
+from megatron_vita.convert.rank_files import NOT_WEIGHTS, RankFiles, grid, read_rank
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
 from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE = "model_optim_rng.pt"
-LATEST = "latest_checkpointed_iteration.txt"
-_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _PREFIXES = (
     ("external_feature_model.vit.", "vision_model."),
     ("external_feature_model.pre_proj_layernorm.", "vision_projection.pre_proj_layernorm."),
@@ -45,9 +39,6 @@ _NORMS = {
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
 """MindSpeed's names of a layer's norms -> Transformer Engine's."""
-_NAME = re.compile(r"[\w.]{1,200}", re.ASCII)
-_NOT_WEIGHTS = re.compile(r"(.*\._extra_state|unused|.*rotary_pos_emb\.inv_freq)")
-"""Transformer Engine's fp8 state, a dummy that Long-VITA's model carries, and a table that is computed."""
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _HEAD = "language_model.output_layer.weight"
 _TOWER_HEADS = {"intern_300m": 16}
@@ -69,41 +60,6 @@ class MegatronModel:
         return Subset(self.source, [named.name for rule in self.rules for named in rule.theirs])
 
 
-class RankFiles(PlacedTensors):
-    """The weights in the files of all ranks, as `mp_rank_03:decoder.final_layernorm.weight`."""
-
-    def __init__(self, places: Mapping[str, TensorPlace], left_out: Mapping[str, str]) -> None:
-        """`left_out`: names of `places` that are on purpose not used, and why."""
-        super().__init__(places)
-        self._left_out = dict(left_out)
-
-    def left_out(self) -> Mapping[str, str]:
-        return self._left_out
-
-
-def find(path: Path) -> Path | None:
-    """The folder with the ranks' folders: `path` itself, or the newest step below it; none if there is none.
-
-    Raises:
-        CheckpointError: latest_checkpointed_iteration.txt names a step that is not there.
-    """
-    if _ranks(path):
-        return path
-    if (path / LATEST).is_file():
-        text = (path / LATEST).read_bytes()[:40].decode(errors="replace").strip()
-        step = path / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
-        if _ranks(step):
-            return step
-    steps = [step for step in sorted(path.glob("iter_*")) if _ranks(step)]
-    if len(steps) > 1:
-        raise CheckpointError(f"{path}: holds {len(steps)} steps and no {LATEST} that names one. Give one of them.")
-    return steps[0] if steps else None
-
-
-def _ranks(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("mp_rank_*")) if (path / MODEL_FILE).is_file()]
-
-
 def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     """Read the directory of every rank's file and tie their tensors to ours. No weight is read, save copies of one
     weight on several ranks, which are compared.
@@ -115,7 +71,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     Raises:
         CheckpointError: a rank is missing, a tensor is missing, left over or misshapen, or the model is not supported.
     """
-    files = _grid(folder)
+    files = grid(folder)
     ranks = 1 + max(tensor for _, tensor in files)
     stages = 1 + max(stage for stage, _ in files)
     places: dict[str, TensorPlace] = {}
@@ -127,24 +83,33 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
         layers = 0
         for tensor in range(ranks):
             rank = files[stage, tensor]
-            content = _weights(rank)
+            content = read_rank(rank)
             settings = settings or content.settings
             for name, place in content.tensors.items():
                 places[f"{rank.name}:{name}"] = place
-                if _NOT_WEIGHTS.fullmatch(name):
+                if NOT_WEIGHTS.fullmatch(name):
                     left_out[f"{rank.name}:{name}"] = "no weight of the model"
                     continue
                 ours, layer = _our_name(name, first_layer)
                 layers = max(layers, layer + 1)
                 found.setdefault(ours, []).append(f"{rank.name}:{name}")
         first_layer += layers
+    for rows in (row for name in (_EMBEDDING, _HEAD) for row in found.get(name, ())):
+        if len(places[rows].shape) != 2:
+            raise CheckpointError(f"{folder}: {rows} has shape {places[rows].shape}, no rows of a vocabulary.")
     model = _model(folder, settings, found, places, ranks, vocab_size)
     for part in (model, model.vision):
         if part is not None:
             check_layers(part.num_layers, len(places), str(folder), key="num_layers")
     source = RankFiles(places, left_out)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
-        for copy, first in zip(found.pop(_HEAD), found[_EMBEDDING], strict=True):
+        copies, firsts = found.pop(_HEAD), found.get(_EMBEDDING, [])
+        if len(copies) != len(firsts):
+            raise CheckpointError(
+                f"{folder}: the head stands on {len(copies)} ranks, the embedding that it is tied to on {len(firsts)}. "
+                "The download is incomplete."
+            )
+        for copy, first in zip(copies, firsts, strict=True):
             _leave_copy(source, copy, first, left_out)
     for name in (_EMBEDDING, _HEAD):
         if name in found:
@@ -155,62 +120,6 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     if extra:
         raise CheckpointError(f"{folder}: holds {found[extra[0]][0]} (of {len(extra)}), which the model has not.")
     return MegatronModel(model, RankFiles(places, left_out), rules)
-
-
-@dataclass(frozen=True)
-class _Weights:
-    tensors: dict[str, TensorPlace]
-    settings: Mapping[str, Any]
-
-
-def _weights(rank: Path) -> _Weights:
-    path = rank / MODEL_FILE
-    content = TorchFile(path).content
-    if isinstance(content, dict) and "model0" in content:
-        raise CheckpointError(
-            f"{path}: holds virtual pipeline stages (model0), which is not supported. Save it anew without them."
-        )
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights:
-        raise CheckpointError(f"{path}: holds no weights under `model`. Is it a checkpoint of Megatron's?")
-    tensors = {}
-    for name, value in weights.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            shown = repr(name[:80]) if isinstance(name, str) else "what is no text"
-            raise CheckpointError(f"{path}: {shown} under `model` is no tensor's name. Refused.")
-        if isinstance(value, TensorPlace):
-            tensors[name] = value
-        elif not _NOT_WEIGHTS.fullmatch(name):
-            raise CheckpointError(f"{path}: {name} under `model` is no tensor. Refused.")
-    arguments = content.get("args")
-    state = arguments.state if isinstance(arguments, Record) else None
-    return _Weights(tensors, {k: _plain(v) for k, v in state.items()} if isinstance(state, dict) else {})
-
-
-def _plain(value: Any) -> Any:
-    """A setting that can be compared and printed, whatever a hostile file put in its place."""
-    small = value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
-    return value if small or (isinstance(value, str) and len(value) < 100) else "an object"
-
-
-def _grid(folder: Path) -> dict[tuple[int, int], Path]:
-    """(pipeline rank, tensor rank) -> folder, all there."""
-    files: dict[tuple[int, int], Path] = {}
-    for path in sorted(folder.glob("mp_rank_*")):
-        match = _RANK.fullmatch(path.name)
-        if match is None:
-            raise CheckpointError(
-                f"{path}: neither mp_rank_TT nor mp_rank_TT_PPP. Expert parallelism is not supported."
-            )
-        files[int(match[2] or 0), int(match[1])] = path
-    stages, ranks = 1 + max(one[0] for one in files), 1 + max(one[1] for one in files)
-    missing = [(p, t) for p in range(stages) for t in range(ranks) if (p, t) not in files]
-    if missing or len({len(path.name) for path in files.values()}) > 1:
-        what = (
-            f"pipeline rank {missing[0][0]}, tensor rank {missing[0][1]} is missing" if missing else "two layouts mix"
-        )
-        raise CheckpointError(f"{folder}: {what} (of {stages} x {ranks}). The download is incomplete.")
-    return files
 
 
 def _our_name(name: str, first_layer: int) -> tuple[str, int]:
@@ -347,7 +256,7 @@ def _model(
         require(settings, key, wanted, wanted, where)
 
     def rows(name: str) -> int:
-        return sum(places[part].shape[0] for part in found.get(name, ()))
+        return sum(sum(places[part].shape[:1]) for part in found.get(name, ()))
 
     heads = integer(settings, "num_attention_heads", where)
     grouped = settings.get("group_query_attention", True)
@@ -409,19 +318,22 @@ def _tower(
             "InternViT all the same, put a config.json with its `visual` object beside the ranks."
         )
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         parts = found.get("vision_model." + name)
         if not parts:
             raise CheckpointError(f"{where}: the tower's {name} is missing. The download is incomplete.")
-        return places[parts[0]].shape
+        sizes = places[parts[0]].shape
+        if len(sizes) != dimensions or 0 in sizes:
+            raise CheckpointError(f"{where}: the tower's {name} has shape {sizes}, as no tower's has.")
+        return sizes
 
-    width, _, patch, _ = shape("conv1.weight")
+    width, _, patch, _ = shape("conv1.weight", 4)
     layers = {int(m[1]) for m in (re.match(r"vision_model\.decoder\.layers\.(\d{1,6})\.", one) for one in found) if m}
-    side = math.isqrt(shape("position_embeddings.weight")[0] - 1)
+    side = math.isqrt(shape("position_embeddings.weight", 2)[0] - 1)
     return VisionConfig(
         num_layers=1 + max(layers, default=-1),
         hidden_size=width,
-        ffn_hidden_size=ranks * shape("decoder.layers.0.mlp.linear_fc1.weight")[0],
+        ffn_hidden_size=ranks * shape("decoder.layers.0.mlp.linear_fc1.weight", 2)[0],
         num_attention_heads=_TOWER_HEADS[kind],
         norm_epsilon=epsilon,  # Long-VITA's towers inherit the decoder's
         image_size=side * patch,

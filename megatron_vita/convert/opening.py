@@ -21,6 +21,7 @@ from megatron_vita.convert import (
     long_vita,
     megatron_layouts,
     processor_files,
+    rank_files,
     siglip_clip,
 )
 from megatron_vita.convert.combined import Subset
@@ -95,7 +96,7 @@ def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | 
     path = Path(path)
     if _is_checkpoint(path):
         return _open_checkpoint(resolve(path))
-    step = megatron_layouts.find(path) if path.is_dir() else None
+    step = rank_files.find(path) if path.is_dir() else None
     if step is not None:
         return _open_megatron(step, vocab_size)
     if vocab_size is not None:

@@ -126,6 +126,17 @@ def _poke(name: str, value: float) -> Callable[[list[list[Weights]]], object]:
     return lambda weights: weights[0][1][name].view(-1)[0].add_(value)
 
 
+def _set(name: str, value: torch.Tensor) -> Callable[[list[list[Weights]]], object]:
+    """On every rank of the first stage."""
+
+    def change(weights: list[list[Weights]]) -> None:
+        for one in weights[0]:
+            assert name in one
+            one[name] = value
+
+    return change
+
+
 def _laughs() -> Any:
     value: Any = ()
     for _ in range(100):
@@ -158,6 +169,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "layers without end": (
         {"args": {"num_layers": 2_000_000}},
         r"num_layers=2000000, but the folder holds \d+ tensors",
+    ),
+    "an embedding without columns": (
+        {"change": _set("embedding.word_embeddings.weight", torch.tensor(1.0))},
+        r"mp_rank_00:.*embedding.* has shape \(\), no rows of a vocabulary",
+    ),
+    "a tied head on one rank": (
+        {"change": _drop("output_layer.weight"), "args": {"untie_embeddings_and_output_weights": False}},
+        "the head stands on 1 ranks, the embedding that it is tied to on 2",
+    ),
+    "a tower of another kind": (
+        {"change": _set("external_feature_model.vit.conv1.weight", torch.zeros(3))},
+        r"the tower's conv1.weight has shape \(3,\), as no tower's has",
+    ),
+    "a tower without positions": (
+        {"change": _set("external_feature_model.vit.position_embeddings.weight", torch.zeros(0, 4))},
+        r"the tower's position_embeddings.weight has shape \(0, 4\), as no tower's has",
+    ),
+    "a projector without rows": (
+        {"change": _set("external_feature_model.vision_projection.encoder.linear_fc1.weight", torch.tensor(1.0))},
+        "vision_projection.encoder.linear_fc1.weight",
     ),
     "no rotary base": ({"args": {"rotary_base": None}}, "rotary_base must be a number"),
 }
