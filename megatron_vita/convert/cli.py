@@ -178,13 +178,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{import,export,verify}")
 
     command = commands.add_parser("import", help="Hugging Face folders -> a checkpoint")
-    command.add_argument("--llm", metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5, Qwen3, Llama)")
-    command.add_argument("--vision", metavar="HF_DIR", help="tower: InternViT (either publisher's names), SigLIP, CLIP")
-    command.add_argument("--model", metavar="DIR", help="whole model: native InternVL, Long-VITA in any of its formats")
-    command.add_argument("--output", metavar="CKPT", required=True, help="folder of checkpoints to write")
-    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the model's or decoder's own)")
+    command.add_argument("--llm", type=_place, metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5, Qwen3, Llama)")
     command.add_argument(
-        "--config", metavar="RUN.yaml", help="recipe to train with: its projector is made, its model section must fit"
+        "--vision", type=_place, metavar="HF_DIR", help="tower: InternViT (either publisher's names), SigLIP, CLIP"
+    )
+    command.add_argument(
+        "--model", type=_place, metavar="DIR", help="whole model: native InternVL, Long-VITA in any of its formats"
+    )
+    command.add_argument("--output", type=_place, metavar="CKPT", required=True, help="folder of checkpoints to write")
+    command.add_argument(
+        "--tokenizer", type=_place, metavar="DIR", help="tokenizer folder (default: the model's or decoder's own)"
+    )
+    command.add_argument(
+        "--config",
+        type=_place,
+        metavar="RUN.yaml",
+        help="recipe to train with: its projector is made, its model section must fit",
     )
     command.add_argument("--projector-ffn-hidden-size", type=_count, metavar="N", help="default: the decoder's width")
     command.add_argument("--projector-bias", choices=("true", "false"), help="default: true; both lie over --config")
@@ -197,10 +206,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_import)
 
     command = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder")
-    command.add_argument("--checkpoint", metavar="CKPT", required=True, help="checkpoint, or folder of them (newest)")
-    command.add_argument("--output", metavar="HF_DIR", required=True, help="folder to write")
+    command.add_argument(
+        "--checkpoint", type=_place, metavar="CKPT", required=True, help="checkpoint, or folder of them (newest)"
+    )
+    command.add_argument("--output", type=_place, metavar="HF_DIR", required=True, help="folder to write")
     command.add_argument("--format", choices=exporter.FORMATS, required=True)
-    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the checkpoint's own)")
+    command.add_argument(
+        "--tokenizer", type=_place, metavar="DIR", help="tokenizer folder (default: the checkpoint's own)"
+    )
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert the weights (default: as they are)")
     command.add_argument("--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of one file")
     command.add_argument(
@@ -215,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_export)
 
     command = commands.add_parser("verify", help="compare two models")
-    command.add_argument("a", metavar="A", help="checkpoint or Hugging Face folder")
-    command.add_argument("b", metavar="B", help="checkpoint or Hugging Face folder")
+    command.add_argument("a", type=_place, metavar="A", help="checkpoint or Hugging Face folder")
+    command.add_argument("b", type=_place, metavar="B", help="checkpoint or Hugging Face folder")
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")
@@ -228,6 +241,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=_count, help="threads (default: one a core); the bytes do not depend on it")
     command.add_argument("--fsync", action="store_true", help="wait until the disk has everything, which cp does not")
+
+
+def _place(text: str) -> str:
+    """A file or folder. An empty name would be the current directory, or leave a flag out."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty. Is the variable that it comes from set?")
+    return text
 
 
 def _seed(text: str) -> int:

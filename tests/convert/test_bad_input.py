@@ -533,3 +533,29 @@ def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
     padded[2, 0] = 1e-30
     with pytest.raises(CheckpointError, match=r"here: y holds values"):
         OurView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["import", "--output", "out", "--llm", ""],
+        ["import", "--output", "out", "--model", ""],
+        ["import", "--output", "out", "--llm", "llm", "--vision", ""],
+        ["import", "--output", "out", "--llm", "llm", "--tokenizer", ""],
+        ["import", "--output", "out", "--llm", "llm", "--config", ""],
+        ["import", "--llm", "llm", "--output", ""],
+        ["export", "--format", "llm", "--output", "out", "--checkpoint", ""],
+        ["export", "--format", "llm", "--output", "", "--checkpoint", "ckpt"],
+        ["export", "--format", "llm", "--output", "out", "--checkpoint", "ckpt", "--tokenizer", ""],
+        ["verify", "", "ckpt"],
+        ["verify", "ckpt", ""],
+    ],
+)
+def test_a_name_out_of_a_variable_that_is_not_set_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the current directory nor a default is what was meant."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(flags)
+    assert ended.value.code == 2
+    assert "is empty" in capsys.readouterr().err

@@ -187,7 +187,7 @@ _OUR_NAMES = {
     "layer_norm2.": "mlp.linear_fc1.layer_norm_",
 }
 """Of SigLIP's and CLIP's names. Written out here once more, not taken from the package."""
-_UNUSED = {"SigLIP": "head.", "CLIP": ("post_layernorm.", "encoder.layers.2.")}
+_UNUSED = {"SigLIP": ("head.",), "CLIP": ("post_layernorm.", "encoder.layers.2.")}
 
 
 def _check_tower(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], tower: str) -> None:
