@@ -38,7 +38,7 @@ class Integrity:
     def __init__(self, folder: Path, files: Mapping[str, Any], algorithm: str) -> None:
         self.folder = folder
         self.algorithm = algorithm
-        """Name of the digests, one of streams.ALGORITHMS."""
+        """Name of the digests, as streams.new_digest takes it."""
         self.files = files
         self._pieces: dict[tuple[str, int], tuple[int, str]] = {}
         for name, entry in files.items():

@@ -141,6 +141,29 @@ def test_threads_never_see_another_pieces_bytes(
         assert torch.equal(tensors[name], one)
 
 
+def test_what_was_used_last_is_kept(tensors: CheckpointTensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pieces two have room: the one that was asked for again stays, the other goes."""
+    rows = [(slice(row, row + 1), slice(0, 11)) for row in (0, 10, 20)]
+    tensors.bits("a", rows[0])
+    length = max(stored.length for _, stored in tensors._cache)
+    tensors._limit = 2 * length + length // 2
+    for row in (1, 0, 2):
+        tensors.bits("a", rows[row])
+    reads = []
+    read = tensors._read_piece
+
+    def counted(name: str, stored: StoredPiece) -> object:
+        reads.append(stored.offsets[0])
+        return read(name, stored)
+
+    monkeypatch.setattr(tensors, "_read_piece", counted)
+    tensors.bits("a", rows[0])
+    tensors.bits("a", rows[2])
+    assert reads == []
+    tensors.bits("a", rows[1])
+    assert len(reads) == 1
+
+
 def test_a_failure_reaches_all_who_wait_and_the_next_who_asks_tries_again(
     tensors: CheckpointTensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
