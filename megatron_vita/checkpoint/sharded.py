@@ -1,8 +1,8 @@
 """Save and load under any parallel layout, through megatron-core's distributed checkpoints.
 
 megatron-core says which rank holds which part of which tensor (`sharded_state_dict`); our two strategies, plugged in
-where it lets one plug them in, write and read the bytes (storage.py, stored.py). Reading needs no plan and no exchange: a rank
-reads the parts that overlap what it holds. All functions here are called by every rank of the world.
+where it lets one plug them in, write and read the bytes (storage.py, stored.py). Reading needs no plan and no
+exchange: a rank reads the parts that overlap what it holds. All functions here are called by every rank of the world.
 
 megatron-core and torch are imported where they are used: conversion does without them and their seconds of imports.
 """

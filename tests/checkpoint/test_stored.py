@@ -97,6 +97,7 @@ def _lent(tensors: CheckpointTensors, name: str, region: Region, right: Bits, ch
     """Looks at a loan again after others were read, which pushes its piece out of memory."""
     loan = tensors.lend(name, region)
     try:
+        assert loan.bits.flags.c_contiguous
         for _ in range(chance.randrange(3)):
             tensors.bits("a", (slice(0, 37), slice(chance.randrange(5), 11)))
         return "lent" if np.array_equal(loan.bits, right) else f"{name} {region}: {loan.bits} lent, not {right}"
