@@ -26,6 +26,8 @@ INTEGRITY_FILE = "integrity.json"
 _VERSION = 2
 _ALGORITHM_OF = {1: "sha256", _VERSION: ALGORITHM}
 """Digests by format version."""
+MAX_BYTES = 512 << 20
+"""Of a file that is read whole: with 200,000 pieces, as 512 ranks may write, `.metadata` has 27 MB and this file 9."""
 _REMEDY = "Use an older step: without this folder a run goes on from the one before."
 
 PieceDigests = Sequence[tuple[int, str]]
@@ -56,7 +58,7 @@ class Integrity:
         """
         path = folder / INTEGRITY_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(_content(path))
             files, digest, version = values["files"], values["digest"], values["format_version"]
         except FileNotFoundError:
             raise CheckpointError(
@@ -91,7 +93,7 @@ class Integrity:
         entry = self.files.get(name)
         if entry is None or self.algorithm not in entry:
             raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
-        content = path.read_bytes()
+        content = _content(path)
         if _digest(content, self.algorithm) != entry[self.algorithm]:
             raise CheckpointError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
@@ -139,6 +141,12 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
             files[name] = {"bytes": size, ALGORITHM: digest_of(path, 0, size)}
     values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, ALGORITHM)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def _content(path: Path) -> bytes:
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, as none is. Do not use this checkpoint.")
+    return path.read_bytes()
 
 
 def _describes_a_file(entry: Any, algorithm: str) -> bool:

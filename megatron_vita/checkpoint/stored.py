@@ -95,11 +95,7 @@ class CheckpointTensors(LazyTensors):
             if overlap(held, region) != region:
                 continue
             cached = self._take(name, stored)
-            try:
-                bits = part(cached.content.result()[1], shift(region, held))
-            except BaseException:
-                self._give(cached)
-                raise
+            bits = part(cached.content.result()[1], shift(region, held))  # one that failed holds no memory to give
             if bits.flags.c_contiguous:
                 return Loan(bits, functools.partial(self._give, cached))
             self._give(cached)

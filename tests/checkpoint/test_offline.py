@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from xxhash import xxh3_128
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import streaming
+from megatron_vita.checkpoint import integrity, streaming
 from megatron_vita.checkpoint.dtypes import torch_dtype
 from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
@@ -92,6 +94,19 @@ def test_edited_run_json_is_found(folder: Path) -> None:
     (folder / "run.json").write_text(text.replace('"iteration": 4', '"iteration": 5'))
     with pytest.raises(CheckpointError, match=r"run.json.*changed"):
         checkpoint.read_state(folder)
+
+
+@pytest.mark.parametrize("name", [".metadata", INTEGRITY_FILE])
+def test_a_file_too_large_to_be_what_it_should_be_is_not_read(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (folder / INTEGRITY_FILE).stat().st_size < 5000
+    os.truncate(folder / name, 5001)  # a hole, which costs an attacker nothing
+    if name != INTEGRITY_FILE:
+        _forge(folder, {name: {"bytes": 5001, "xxh3_128": ""}})
+    monkeypatch.setattr(integrity, "MAX_BYTES", 5000)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: is larger than 0 MiB"):
+        checkpoint.read_tensors(folder)
 
 
 class _Evil:
