@@ -73,6 +73,10 @@ def resolve(path: str | Path) -> Path:
         Integrity.read(path)
         return path
     found = finished(path)
+    if not found and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: is a Hugging Face folder. Make a checkpoint of it: tools/convert_ckpt.py import."
+        )
     if not found:
         raise CheckpointError(f"{path}: holds no finished checkpoint (no iter_* folder with a valid {INTEGRITY_FILE}).")
     try:

@@ -103,3 +103,12 @@ def test_what_cannot_take_the_place_leaves_the_old_folder_there(
     with pytest.raises(OSError, match="no"):
         folders.take_place(staging, final)
     assert (final / "run.json").read_text() == "old"
+
+
+def test_a_hugging_face_folder_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint") as empty:
+        folders.resolve(tmp_path)
+    assert "import" not in str(empty.value)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a Hugging Face folder.*tools/convert_ckpt.py import"):
+        folders.resolve(tmp_path)
