@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vita.checkpoint.dtypes import Bits, DType
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, part, shift, volume
+from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, part, shift
 from megatron_vita.checkpoint.streams import raw, read_exactly, reading
 
 
@@ -39,8 +39,6 @@ class PlacedTensors(LazyTensors):
 
     def read_into(self, name: str, region: Region, out: Bits) -> None:
         place = self._places[name]
-        if not volume(region):
-            return
         start, run = _run_of(place.shape, region)
         direct = run == region and out.flags.c_contiguous
         target = out if direct else np.empty(extent(run), place.dtype.bits)

@@ -14,6 +14,7 @@ from megatron_vita.checkpoint.dtypes import FLOAT32, bits_of
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
 from megatron_vita.checkpoint.stored import CheckpointTensors
+from megatron_vita.checkpoint.streams import new_digest
 from megatron_vita.errors import CheckpointError
 
 BASE = torch.arange(6 * 10, dtype=torch.float32).reshape(6, 10)
@@ -57,6 +58,21 @@ def test_any_tensor_comes_back_bit_for_bit(tmp_path: Path, piece_bytes: int, mon
         found = tensors[key]
         assert (found.dtype, found.shape) == (one.dtype, one.shape)
         assert np.array_equal(tensors.bits(key), bits_of(one))
+
+
+@pytest.mark.parametrize("where", ["head", "tail"])
+def test_what_surrounds_a_tensor_is_read_unless_it_is_what_we_write(tmp_path: Path, where: str) -> None:
+    """Another reader goes by it: bytes that it would not take for the tensor are none for us, whatever digests say."""
+    (one,) = write_pieces(tmp_path, "file", [of("a", BASE)])
+    content = bytearray((tmp_path / "file").read_bytes())
+    at = {"head": 0, "tail": content.rindex(b"PK\1\2")}[where]
+    content[at : at + 2] = b"no"
+    (tmp_path / "file").write_bytes(content)
+    digest = new_digest()
+    digest.update(bytes(content))
+    tensors = finish(tmp_path, [dataclasses.replace(one, digest=digest.hexdigest())])
+    with pytest.raises(CheckpointError, match="file: "):
+        tensors.bits("a")
 
 
 def test_a_type_that_is_not_supported_is_named_with_its_tensor(tmp_path: Path) -> None:
