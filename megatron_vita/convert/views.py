@@ -194,8 +194,8 @@ class TheirView(_RuledView):
         else:
             values, converted = self._source.read(name, region), as_tensor(box, self._dtype)
             converted.copy_(values)
-            lost = converted.isinf() & values.isfinite()
-            if lost.any():
+            lost = converted.isinf()
+            if lost.any() and lost.logical_and_(values.isfinite()).any():
                 raise CheckpointError(
                     f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {self._dtype} and would "
                     "become infinite. Choose another --dtype, or keep the type."
