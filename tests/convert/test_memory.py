@@ -44,7 +44,8 @@ def convert(limit: int, *arguments: object) -> int:
     Returns:
         The peak of its resident set, in bytes.
     """
-    command = [sys.executable, "-c", _LIMITED, str(limit), *map(str, arguments), "--workers", "2"]
+    name, *flags = map(str, arguments)
+    command = [sys.executable, "-c", _LIMITED, str(limit), name, "--workers", "2", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split()[-1])
@@ -66,6 +67,12 @@ def test_memory_stays_below_a_gibibyte_and_two_tensors(tmp_path: Path) -> None:
         convert(256 * _MIB, "verify", hf, exported),
         convert(448 * _MIB, "verify", hf, imported),
     ]
+    shutil.rmtree(exported)
+    other_type = ["--dtype", "float16", "--workers", "8"]  # as many threads as there may be, each with values at hand
+    peaks.append(
+        convert(bound, "export", "--checkpoint", imported, "--output", exported, "--format", "llm", *other_type)
+    )
+    assert peaks[-1] < 1152 * _MIB, peaks[-1] // _MIB
     shutil.rmtree(exported)
     write_as_training_does(imported, tmp_path / "run")
     peaks.append(
