@@ -33,6 +33,7 @@ _LOADING = {
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+folder = "."  # where this file lies
 model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 ```""",
@@ -40,6 +41,7 @@ processor = AutoProcessor.from_pretrained(folder)
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # where this file lies
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```""",

@@ -138,3 +138,11 @@ def test_a_name_is_a_cached_repositorys_or_the_folders(tmp_path: Path, monkeypat
     assert public_name("/cache/models--Qwen--Qwen3-8B/snapshots/abc") == "Qwen/Qwen3-8B"
     assert public_name("models/Qwen3-8B/") == "Qwen3-8B"
     assert public_name(".") == tmp_path.name
+
+
+def test_the_code_in_the_card_runs_as_it_stands(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = card_of(parts / "start", tmp_path / "hf", "llm")
+    monkeypatch.chdir(tmp_path / "hf")
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["model"].config.model_type == "qwen2"
