@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_vita.checkpoint import storage
-from megatron_vita.checkpoint.dtypes import FLOAT32, bits_of
+from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT32, bits_of
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
 from megatron_vita.checkpoint.stored import CheckpointTensors
@@ -96,6 +96,7 @@ def test_parts_make_up_their_tensor_exactly(tmp_path: Path) -> None:
         "a gap": pieces(((0, 0), (3, 2))),
         "twice": pieces(((0, 0), (3, 3)), ((0, 0), (3, 3))),
         "an overlap of the right volume": pieces(((0, 0), (2, 2)), ((1, 1), (2, 2)), ((2, 0), (1, 1))),
+        "two at one place": pieces(((0, 0), (3, 3)), ((0, 0), (0, 3))),
         "outside": pieces(((0, 1), (3, 3))),
     }
     for parts in bad.values():
@@ -106,3 +107,6 @@ def test_parts_make_up_their_tensor_exactly(tmp_path: Path) -> None:
         CheckpointError, match=r"^key: ranks disagree about its shape: \(3, 3\) float32, \(4, 3\) float32"
     ):
         write_metadata(tmp_path, other)
+    first, second = pieces(((0, 0), (3, 2)), ((0, 2), (3, 1)))
+    with pytest.raises(CheckpointError, match=r"^key: ranks disagree .*: \(3, 3\) bfloat16, \(3, 3\) float32"):
+        write_metadata(tmp_path, [first, dataclasses.replace(second, dtype=BFLOAT16)])

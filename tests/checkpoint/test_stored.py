@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 import threading
@@ -142,6 +143,20 @@ def test_threads_never_see_another_pieces_bytes(
         assert torch.equal(tensors[name], one)
 
 
+def test_threads_that_write_do_not_share_memory(
+    tensors: CheckpointTensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of pieces pass through memory that is used again and again."""
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 60)
+    monkeypatch.setattr(streaming, "Buffers", PoisonedBuffers)
+    for attempt in range(5):
+        folder = checkpoint.write_tensors(tmp_path / str(attempt), 1, tensors, state(stage()), workers=THREADS)
+        again = CheckpointTensors(folder)
+        again.integrity.check_all()
+        for name, one in TENSORS.items():
+            assert np.array_equal(again.bits(name), bits_of(one))
+
+
 def test_what_was_used_last_is_kept(tensors: CheckpointTensors, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three pieces two have room: the one that was asked for again stays, the other goes."""
     rows = [(slice(row, row + 1), slice(0, 11)) for row in (0, 10, 20)]
@@ -217,24 +232,41 @@ def test_a_failure_does_not_drop_the_piece_that_another_thread_has_read_since(
     assert all(one.kept and not one.users for one in tensors._cache.values())
 
 
-def test_two_tensors_that_claim_one_piece_are_each_checked(tensors: CheckpointTensors) -> None:
-    """`.metadata` may lie: the second has a type of its own, and what was read for the first is not handed out."""
+def _described(tensors: CheckpointTensors, **lies: StoredTensor) -> CheckpointTensors:
+    """The same checkpoint with further tensors in its `.metadata`, and digests that are right."""
     folder = tensors.folder
     described = parse_metadata((folder / METADATA_FILE).read_bytes(), folder / METADATA_FILE)
-    piece: StoredPiece = described["scalar"].pieces[0]
-    integers = by_name("int32")
-    assert integers is not None
-    lie = {**described, "liar": StoredTensor((), integers, (piece,))}
-    (folder / METADATA_FILE).write_bytes(metadata_bytes(lie))
-    pieces = {
-        name: [(length, digest) for length, digest in entry["pieces"]]
-        for name, entry in tensors.integrity.files.items()
-        if "pieces" in entry
-    }
+    (folder / METADATA_FILE).write_bytes(metadata_bytes({**described, **lies}))
+    entries = tensors.integrity.files.items()
+    pieces = {name: [(length, digest) for length, digest in one["pieces"]] for name, one in entries if "pieces" in one}
     (folder / INTEGRITY_FILE).unlink()
     write_integrity(folder, pieces)
-    again = CheckpointTensors(folder)
-    assert again.dtype("scalar") == FLOAT32
-    assert again["scalar"].item() == 5
-    with pytest.raises(CheckpointError, match="the part for liar has another shape or type than promised"):
-        again.bits("liar")
+    return CheckpointTensors(folder)
+
+
+def test_a_tensor_that_claims_the_piece_of_another_is_checked_for_itself(tensors: CheckpointTensors) -> None:
+    (piece,) = tensors._tensors["scalar"].pieces
+    integers = by_name("int32")
+    assert integers is not None
+    lies = {
+        "of_another_type": StoredTensor((), integers, (piece,)),
+        "of_another_shape": StoredTensor((1,), FLOAT32, (dataclasses.replace(piece, offsets=(0,), sizes=(1,)),)),
+    }
+    again = _described(tensors, **lies)
+    assert again["scalar"].item() == 5  # what was read for this one is not handed out for the others
+    for name in lies:
+        with pytest.raises(CheckpointError, match=f"the part for {name} has another shape or type than promised"):
+            again.bits(name)
+
+
+def test_a_piece_that_is_none_is_refused_before_memory_is_taken_for_it(tensors: CheckpointTensors) -> None:
+    (piece,) = tensors._tensors["scalar"].pieces
+    huge, elsewhere = dataclasses.replace(piece, length=1 << 60), dataclasses.replace(piece, file="run.json")
+    lies = {"huge": StoredTensor((), FLOAT32, (huge,)), "elsewhere": StoredTensor((), FLOAT32, (elsewhere,))}
+    again = _described(tensors, **lies)
+    for name in lies:
+        with pytest.raises(CheckpointError, match=f"the part that holds {name} has changed"):
+            again.bits(name)
+    missing = {"missing": StoredTensor((), FLOAT32, (dataclasses.replace(piece, file="missing"),))}
+    with pytest.raises(CheckpointError, match="missing is said to lie in 'missing', no part of it"):
+        _described(tensors, **missing).bits("missing")
