@@ -290,7 +290,7 @@ def test_a_finished_file_that_was_changed_is_written_again(
     flags = arguments(command, source, checkpoint, output)
     killed("note", 3, flags)
     staging = next(path for path in (tmp_path / "b").rglob(".writing-*") if path.is_dir())
-    first = min(staging.iterdir())
+    first = staging / min(finished_files(tmp_path / "b"))
     content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
     first.write_bytes(content)
