@@ -123,18 +123,27 @@ def load_training(
     return state
 
 
-def load_tensors(tensors: Mapping[str, Tensor], model_chunks: Sequence[torch.nn.Module], where: str) -> None:
+def load_tensors(
+    tensors: Mapping[str, Tensor],
+    model_chunks: Sequence[torch.nn.Module],
+    where: str,
+    *,
+    saved: ModelConfig | None = None,
+) -> None:
     """Load full tensors, by checkpoint key, into models laid out in any way: weights that never were in a checkpoint.
 
     Args:
         tensors: lazy ones (a Hugging Face folder through convert) are read a part at a time.
         where: names the source in errors.
+        saved: the model that they belong to; what shapes do not show is compared with it.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
+        CheckpointError: a tensor is missing, left over or of another shape, or belongs to another model.
     """
     from megatron_vita.checkpoint.strategies import fill
 
+    if saved is not None:
+        _check_settings(where, saved, _bare(model_chunks))
     content = _content(model_chunks, None, None, None, loading=True)
     _into_models(fill(content, tensors, where), model_chunks)
 
@@ -191,7 +200,7 @@ def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn
 
     from megatron_vita.checkpoint.strategies import ReadCommon, ReadParts
 
-    _check_settings(folder, state, _bare(model_chunks))
+    _check_settings(str(folder), state.stage.model, _bare(model_chunks))
     tensors = CheckpointTensors(folder)
     tensors.integrity.read_file(RUN_FILE)  # `state` is what was written, too
     if "optimizer" in content and len(model_keys(tensors)) == len(tensors):
@@ -213,9 +222,8 @@ def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn
     return loaded
 
 
-def _check_settings(folder: Path, state: RunState, chunks: Sequence[torch.nn.Module]) -> None:
+def _check_settings(where: str, saved: ModelConfig, chunks: Sequence[torch.nn.Module]) -> None:
     """Compare what shapes do not show: how rows split into heads, and how many rows of a vocabulary are padding."""
-    saved = state.stage.model
     for chunk in chunks:
         needed = getattr(chunk, "model", None)
         if not isinstance(needed, ModelConfig):
@@ -230,7 +238,7 @@ def _check_settings(folder: Path, state: RunState, chunks: Sequence[torch.nn.Mod
         for name, ours, theirs in pairs:
             if ours != theirs:
                 raise CheckpointError(
-                    f"{folder}: was saved with {name}={ours}, the recipe has {theirs}. Set it to {ours}, or start from "
+                    f"{where}: was saved with {name}={ours}, the recipe has {theirs}. Set it to {ours}, or start from "
                     "another checkpoint."
                 )
 

@@ -233,13 +233,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")
-    command.add_argument("--workers", type=_count, help="threads (default: one a core)")
+    command.add_argument("--workers", type=_count, help="threads (default: one more than cores)")
     command.set_defaults(act=_verify)
     return parser
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=_count, help="threads (default: one a core); the bytes do not depend on it")
+    command.add_argument(
+        "--workers", type=_count, help="threads (default: one more than cores); the bytes do not depend on it"
+    )
     command.add_argument("--fsync", action="store_true", help="wait until the disk has everything, which cp does not")
 
 

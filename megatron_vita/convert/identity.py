@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, fingerprint
+from megatron_vita.checkpoint import integrity
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
 from megatron_vita.checkpoint.streams import digest_of
 
 _SMALL = 64 * 1024**2
@@ -18,12 +20,32 @@ def identity_of(folder: str | Path) -> list[list[str | int]]:
     """
     folder = Path(folder).resolve()
     if (folder / INTEGRITY_FILE).is_file():
-        return [[INTEGRITY_FILE, fingerprint(folder)]]
+        return [[INTEGRITY_FILE, integrity.fingerprint(folder)]]
     return [
         [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A digest that changes when a model's files change, without reading its weights; hexadecimal.
+
+    A checkpoint's integrity file holds the digests of all its tensors; of a Hugging Face folder, the names, sizes and
+    times of the weights stand for them.
+
+    Args:
+        folder: the checkpoint itself (OpenModel.path), or the Hugging Face folder.
+    """
+    folder = Path(folder)
+    if (folder / INTEGRITY_FILE).is_file():
+        return integrity.fingerprint(folder)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")):
+        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def identity_of_tokenizer(folder: str | Path) -> list[list[str]]:

@@ -107,15 +107,6 @@ def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | 
     return _open_hf(path, config)
 
 
-def load_hf_for_inference(path: str | Path) -> tuple[ModelConfig, PreprocessSpec | None, LazyTensors]:
-    """A Hugging Face folder for chat and evaluation: its shape, how it wants pictures, its weights by checkpoint key.
-
-    Give the weights to checkpoint.load_tensors, which fills a model of any layout.
-    """
-    opened = open_model(path)
-    return opened.model, opened.preprocess, opened.tensors
-
-
 def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
     """The Hugging Face folder of a tower (or of a SigLIP or CLIP with its text half): its shape, its weights by
     checkpoint key. Pixels are normalised as its processor settings say, if it has any.

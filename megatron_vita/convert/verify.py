@@ -70,7 +70,7 @@ def compare_tensors(
     """Every tensor of two models, by checkpoint key, in the first one's order; then what only the second has.
 
     Args:
-        workers: threads, by default as many as there are cores.
+        workers: threads, by default one more than there are cores.
         progress: show a bar on standard error.
 
     Raises:

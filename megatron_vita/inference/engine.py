@@ -9,7 +9,6 @@ prompt that is not finished.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import integrity
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
 from megatron_vita.convert import open_model
 from megatron_vita.data.chat import build_example
@@ -302,23 +300,6 @@ def model_name(path: str | Path) -> str:
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
     opened = open_model(path)
     return opened.state.stage.name if opened.state else opened.path.resolve().name
-
-
-def fingerprint(path: str | Path) -> str:
-    """A digest that changes when a model's files change, without reading its weights; hexadecimal.
-
-    A checkpoint's integrity file holds the digests of all its tensors; of a Hugging Face folder, the names, sizes and
-    times of the weights stand for them.
-    """
-    opened = open_model(path)
-    if opened.state:
-        return integrity.fingerprint(opened.path)
-    digest = hashlib.sha256()
-    for file in sorted(opened.path.glob("*.json")):
-        digest.update(file.name.encode() + file.read_bytes())
-    for file in sorted(opened.path.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 _groups: Groups | None = None

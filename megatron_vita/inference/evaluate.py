@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_vita.convert import identity, open_model
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.inference.engine import Engine, fingerprint, model_name
+from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.questions import Question, read_questions
 from megatron_vita.inference.results import Result, ResultFile
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
@@ -97,7 +98,11 @@ def evaluate(
     files = {path: read_questions(Path(path), media_root=media_root, limit=limit) for path in data}
     digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     names = _names(models)
-    runs = {(m, d): settings.digest(fingerprint(m), digests[d], str(media_root)) for m in names for d in files}
+    runs = {
+        (m, d): settings.digest(identity.fingerprint(open_model(m).path), digests[d], str(media_root))
+        for m in names
+        for d in files
+    }
     results = ResultFile(output / "results.jsonl")
     try:
         stale = results.forget_stale((m, d, settings.zero_tiles, run) for (m, d), run in runs.items())

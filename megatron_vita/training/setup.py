@@ -14,8 +14,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
-from megatron_vita.checkpoint.integrity import fingerprint
 from megatron_vita.config import StageConfig
+from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.loader import PackLoader, RankCoords
 from megatron_vita.data.manifest import Manifest
 from megatron_vita.data.shards import ShardSet
@@ -23,6 +23,7 @@ from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
+from megatron_vita.training import weights as start
 from megatron_vita.training.optimizer import build_optimizer
 
 STARTED_FROM = "started_from"
@@ -80,7 +81,7 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
 
     Args:
         stage: the merged settings.
-        weights: checkpoint whose weights (and nothing else) the stage starts from; none: fresh weights.
+        weights: folder whose weights (and nothing else) the stage starts from; none: fresh weights.
         resume: checkpoint of this very stage to continue from, optimizer and data position included.
     """
     try:
@@ -103,13 +104,13 @@ def build_parts(stage: StageConfig, *, weights: Path | None = None, resume: bool
 
     Args:
         stage: the merged settings.
-        weights: checkpoint to load the weights from; none: fresh weights.
+        weights: checkpoint or Hugging Face folder to load the weights from; none: fresh weights.
         resume: the caller loads weights and optimizer right after, so none are drawn.
     """
     groups = build_groups(stage.parallel)
     models = build_model(stage, groups, fresh=weights is None and not resume)
     if weights is not None:
-        checkpoint.load_weights(weights, models)
+        start.load(weights, models)
     wrapped = wrap_models(stage, models)
     optimizer, schedule = build_optimizer(stage, wrapped)
     return Parts(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, schedule=schedule)
@@ -138,7 +139,7 @@ def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[Distributed
 def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunState:
     """The state of a stage before its first step; it remembers which weights it started from, and what made them."""
     manifest = ShardSet(stage.data.data_path).manifest
-    before = checkpoint.read_state(weights) if weights else None
+    base_models, earlier = start.origin(weights) if weights else ({}, ())
     return checkpoint.RunState(
         stage=stage,
         iteration=0,
@@ -146,8 +147,8 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
         preprocess=manifest.spec if stage.model.vision else None,
         manifest_digest=manifest.digest,
         data=data_summary(stage.data.data_path, manifest),
-        base_models=before.base_models if before else {},
-        earlier=before.history if before else (),
+        base_models=base_models,
+        earlier=earlier,
         extra={STARTED_FROM: fingerprint(weights)} if weights else {},
     )
 

@@ -13,14 +13,15 @@ import yaml
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
-from megatron_vita.checkpoint.integrity import fingerprint
 from megatron_vita.config import RunConfig, StageConfig, to_dict
+from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.compatible import check_compatible
 from megatron_vita.data.manifest import load_manifest
 from megatron_vita.data.shards import ShardSet
 from megatron_vita.data.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import forget_groups, init_distributed
+from megatron_vita.training import weights as start
 from megatron_vita.training.loop import train
 from megatron_vita.training.setup import STARTED_FROM, open_session
 
@@ -65,7 +66,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
     with _before_training():
         for stage in run.stages if only is None else run.stages[only - 1 : only]:
             preflight(stage)
-        weights = on_rank_zero(lambda: checkpoint.resolve(first)) if first and only in (None, 1) else None
+        weights = on_rank_zero(lambda: start.find(first)) if first and only in (None, 1) else None
     finished = []
     for number, stage in enumerate(run.stages[:only], 1):
         folder = Path(stage.checkpoint.save) / stage.name

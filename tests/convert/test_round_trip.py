@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig, ProjectorConfig, StageConfig
-from megatron_vita.convert import cli, load_hf_for_inference, logits, open_model
+from megatron_vita.convert import cli, logits, open_model
 from megatron_vita.convert.logits import Prompt
 from megatron_vita.data.spec import PreprocessSpec
 from tests.convert import publishers
@@ -255,11 +255,12 @@ def test_a_projector_without_room_is_refused(parts: Path, tmp_path: Path, capsys
 
 
 def test_inference_opens_an_exported_folder(parts: Path) -> None:
-    model, spec, tensors = load_hf_for_inference(parts / "hf")
+    opened = open_model(parts / "hf")
+    spec, tensors = opened.preprocess, opened.tensors
     assert spec == PreprocessSpec(image_size=16, patch_size=4)
-    assert model == checkpoint.read_state(parts / "joined").stage.model
+    assert opened.model == checkpoint.read_state(parts / "joined").stage.model
     (parts / "hf" / "megatron_vita.json").rename(parts / "hf" / "aside.json")
-    assert load_hf_for_inference(parts / "hf")[1] == spec  # from the stock files alone
+    assert open_model(parts / "hf").preprocess == spec  # from the stock files alone
     (parts / "hf" / "aside.json").rename(parts / "hf" / "megatron_vita.json")
     joined = checkpoint.read_tensors(parts / "joined")
     assert all(torch.equal(tensors[name], joined[name]) for name in joined)

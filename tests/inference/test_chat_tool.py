@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vita import checkpoint
 from megatron_vita.convert.exporter import export
+from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.sample import Image, Text, Video
-from megatron_vita.inference.engine import Engine, fingerprint, model_name
+from megatron_vita.inference.engine import Engine, model_name
 from tests.inference.tiny import question, save_checkpoint, write_media
 from tests.scripts import load_script
 
@@ -56,7 +58,7 @@ def test_an_exported_folder_answers_as_its_checkpoint(here: Path, capsys: pytest
     with torch.inference_mode():
         torch.testing.assert_close(ours.prefill(prompts, None), exported.prefill(prompts, None), atol=0, rtol=0)
     assert model_name(here / "hf") == "hf"
-    assert fingerprint(here / "hf") != fingerprint(here / "tiny")
+    assert fingerprint(here / "hf") != fingerprint(checkpoint.resolve(here / "tiny"))
 
 
 def test_a_seed_repeats_a_warm_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vita import checkpoint
+from megatron_vita.convert.exporter import export
 from megatron_vita.data.loader import PackLoader, StepBatches
 from megatron_vita.data.manifest import load_manifest
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
@@ -121,6 +123,30 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
     assert validated[0].count("\n") == 3, "before the first step, at the fifth, after the last"
     ends = [checkpoint.tensor_digests(checkpoint.resolve(folder / save / "only")) for save in ("whole", "killed")]
     assert ends[0] == ends[1]
+
+
+def _other_heads(folder: Path, start: str) -> None:
+    with pytest.raises(ConfigError, match=r"num_attention_heads=4, the recipe has 2"):
+        train(
+            folder,
+            "other",
+            stages=alone(STAGES[:1]),
+            model={"num_attention_heads": 2, "kv_channels": 16},
+            checkpoint={"pretrained_checkpoint": start},
+        )
+
+
+def test_a_run_starts_from_a_hugging_face_folder_as_from_the_checkpoint_it_was_made_of(folder: Path) -> None:
+    run_ranks(1, partial(train, stages=alone(STAGES[:1])), folder, "first")
+    trained = checkpoint.resolve(folder / "first/align")
+    export(trained, folder / "hf", "internvl")
+    for save, start in (("from_ours", trained), ("from_theirs", folder / "hf")):
+        begin = partial(train, stages=STAGES[1:2], checkpoint={"pretrained_checkpoint": str(start)})
+        run_ranks(2, begin, folder, save)
+    ours, theirs = (ledger(folder, save, "learn") for save in ("from_ours", "from_theirs"))
+    assert [(one["loss"], one["grad_norm"]) for one in ours] == [(one["loss"], one["grad_norm"]) for one in theirs]
+    assert checkpoint.read_state(folder / "from_theirs/learn").base_models == {"model": "hf"}
+    run_ranks(1, _other_heads, folder, str(folder / "hf"))
 
 
 def _refusals(folder: Path) -> None:
