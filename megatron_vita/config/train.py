@@ -92,8 +92,8 @@ class CheckpointConfig:
     save_interval: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     pretrained_checkpoint: str | None = None
-    """Weights the first stage starts from: a checkpoint (what convert_ckpt.py import wrote), or a Hugging Face folder of a
-    whole model; none: fresh weights."""
+    """Weights the first stage starts from: a checkpoint (what convert_ckpt.py import wrote), or the Hugging Face folder
+    of a whole model; none: fresh weights."""
     keep_optimizer: bool = True
     """Save the optimizer state as well, so that a killed run continues exactly."""
 
