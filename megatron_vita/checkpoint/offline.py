@@ -19,7 +19,7 @@ from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import WrittenPiece, write_metadata
 from megatron_vita.checkpoint.stored import CheckpointTensors
-from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_pieces
+from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_files
 from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -92,7 +92,7 @@ def write_tensors(
     root, lazy = Path(root), as_lazy(tensors)
     files = plan_files(lazy)
     staging, final = folders.staging_folder(root, iteration), folders.step_folder(root, iteration)
-    total = sum(pieces[-1].position + pieces[-1].length for pieces in files.values())
+    total = sum(map(_size, files.values()))
     if not is_sealed(staging, final):
         check_room(root, total, staging)
     plan = [[one.key, list(one.global_shape), str(one.dtype), one.position] for two in files.values() for one in two]
@@ -112,11 +112,7 @@ def write_tensors(
             if final.exists() and not replace:
                 folders.finish_publishing(root, iteration)  # in the place of whoever wrote it, and was killed then
                 raise ConfigError(f"{final}: exists, and is not to be replaced. Choose another folder.")
-            written: list[WrittenPiece] = []
-            for name, pieces in files.items():
-                written += _write_file(journal, name, lazy, pieces, pool, bar.update)
-                if durable:
-                    sync(staging / name)
+            written = _write_files(journal, lazy, files, pool, bar.update, durable=durable)
             write_metadata(staging, written)
             (staging / COMMON_FILE).write_bytes(empty_dict())
             (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
@@ -135,30 +131,47 @@ def write_tensors(
         ) from None
 
 
-def _write_file(
+def _write_files(
     journal: Journal,
-    name: str,
     tensors: LazyTensors,
-    pieces: Sequence[PlannedPiece],
+    files: Mapping[str, Sequence[PlannedPiece]],
     pool: Workers,
     advance: Callable[[int], object],
+    *,
+    durable: bool,
 ) -> list[WrittenPiece]:
-    """One tensor file, unless a killed process has finished it."""
+    """The tensor files, save those that a killed process has finished."""
+    digests: dict[str, list[str]] = {}
 
     def intact(path: Path, entry: Entry) -> bool:
-        digests = entry.get(ALGORITHM)
-        if not isinstance(digests, list) or len(digests) != len(pieces):
+        pieces, found = files[path.name], entry.get(ALGORITHM)
+        if not isinstance(found, list) or len(found) != len(pieces):
             return False
-        return path.stat().st_size == pieces[-1].position + pieces[-1].length and digests == list(
+        return path.stat().st_size == _size(pieces) and found == list(
             pool.map(lambda piece: digest_of(path, piece.position, piece.length), pieces)
         )
 
-    kept = journal.kept(name, intact)
-    if kept is None:
-        digests = stream_pieces(journal.staging / name, tensors, pieces, pool, advance)
-        journal.add(name, {ALGORITHM: digests})
-    else:
-        log.info("%s was finished by an earlier run and is kept", name)
-        digests = list(kept[ALGORITHM])
-        advance(pieces[-1].position + pieces[-1].length)
-    return [piece.written(name, digest) for piece, digest in zip(pieces, digests, strict=True)]
+    def finished(name: str, found: list[str]) -> None:
+        digests[name] = found
+        if durable:
+            sync(journal.staging / name)
+        journal.add(name, {ALGORITHM: found})
+
+    for name, pieces in files.items():
+        kept = journal.kept(name, intact)
+        if kept is not None:
+            log.info("%s was finished by an earlier run and is kept", name)
+            digests[name] = list(kept[ALGORITHM])
+            advance(_size(pieces))
+    left = {name: pieces for name, pieces in files.items() if name not in digests}
+    stream_files(journal.staging, left, tensors, pool, advance, finished)
+    return [
+        piece.written(name, digest)
+        for name, pieces in files.items()
+        for piece, digest in zip(pieces, digests[name], strict=True)
+    ]
+
+
+def _size(pieces: Sequence[PlannedPiece]) -> int:
+    """Bytes of a file."""
+    return pieces[-1].position + pieces[-1].length

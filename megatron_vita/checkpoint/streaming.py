@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from megatron_vita.checkpoint.streams import (
     Buffers,
     OutputFile,
     Workers,
+    in_turn,
     new_digest,
     raw,
     shaped,
 )
 
-FILE_BYTES = 2 << 30
-"""A conversion that was killed repeats at most the file it was in."""
+FILE_BYTES = 1 << 30
+"""A conversion that was killed repeats at most the files it was in."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,35 @@ class PlannedPiece:
         )
 
 
-def stream_pieces(
-    path: Path,
+def stream_files(
+    folder: Path,
+    files: Mapping[str, Sequence[PlannedPiece]],
     tensors: LazyTensors,
-    pieces: Sequence[PlannedPiece],
     workers: Workers,
     advance: Callable[[int], object],
-) -> list[str]:
-    """Write one file, block by block, in any order of its pieces. The bytes do not depend on the number of workers.
+    finished: Callable[[str, list[str]], object],
+) -> None:
+    """Write files block by block, some of them side by side. The bytes do not depend on the number of workers.
 
     Args:
+        files: pieces by file name.
         advance: is told the bytes of each piece once it is written.
-
-    Returns:
-        Digest of each piece, in the order given.
+        finished: is told each complete file, and the digests of its pieces in their order.
 
     Raises:
         OSError: no space.
     """
     buffers = Buffers(most=MAX_WORKERS * BLOCK_BYTES)
-    with OutputFile(path) as file:
+    outputs: dict[str, OutputFile] = {}
+    with contextlib.ExitStack() as stack:
 
-        def write(piece: PlannedPiece) -> str:
+        def pieces_of(name: str) -> Iterator[tuple[str, PlannedPiece]]:
+            outputs[name] = stack.enter_context(OutputFile(folder / name))
+            for piece in files[name]:
+                yield name, piece
+
+        def write(item: tuple[str, PlannedPiece]) -> tuple[str, int, str]:
+            (name, piece), file = item, outputs[item[0]]
             head, tail = frame(extent(piece.region), piece.dtype)
             digest = new_digest()
             digest.update(head)
@@ -94,13 +103,15 @@ def stream_pieces(
                 buffers.give(buffer)
             digest.update(tail)
             file.write([tail], position)
-            return digest.hexdigest()
+            return name, piece.length, digest.hexdigest()
 
-        digests = []
-        for piece, one in zip(pieces, workers.map(write, pieces), strict=True):
-            digests.append(one)
-            advance(piece.length)
-        return digests
+        digests: dict[str, list[str]] = {name: [] for name in files}
+        for name, length, digest in workers.map(write, in_turn(pieces_of(name) for name in files)):
+            digests[name].append(digest)
+            advance(length)
+            if len(digests[name]) == len(files[name]):
+                outputs[name].close()
+                finished(name, digests[name])
 
 
 def plan_files(tensors: LazyTensors) -> dict[str, list[PlannedPiece]]:

@@ -6,6 +6,7 @@ Reading, hashing and writing free Python's lock, so threads share the work and n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import threading
@@ -73,6 +74,24 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+FILES_AT_ONCE = 2
+"""Files that are written side by side: the system lets one thread at a time write into each."""
+
+
+def in_turn(sources: Iterable[Iterable[_Item]], count: int = FILES_AT_ONCE) -> Iterator[_Item]:
+    """The items of several sources in turn, of `count` sources at a time and of each in its own order."""
+    waiting = iter(sources)
+    active = deque(iter(one) for one in itertools.islice(waiting, count))
+    while active:
+        source = active.popleft()
+        for item in source:
+            active.append(source)
+            yield item
+            break
+        else:
+            active.extend(iter(one) for one in itertools.islice(waiting, 1))
 
 
 class Buffers:
@@ -172,15 +191,20 @@ class OutputFile:
         """Wait until the content is on the disk."""
         os.fsync(self._descriptor)
 
+    def close(self) -> None:
+        """Let go of the file; it takes nothing afterwards. Closing it once more does nothing."""
+        with self._turn:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
+
     def __enter__(self) -> OutputFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._turn:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self.close()
 
 
 class Digest(Protocol):

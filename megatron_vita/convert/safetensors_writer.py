@@ -5,6 +5,7 @@ Files are the unit that a killed conversion keeps: each is noted in the journal,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from megatron_vita.checkpoint.streams import (
     OutputFile,
     Workers,
     digest_of,
+    in_turn,
     new_digest,
     raw,
 )
@@ -29,7 +31,8 @@ from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
+"""Files are written, kept after a kill, and loaded side by side: several small ones are better than one large one."""
 _RUN_BYTES = 16 << 20
 """What one thread reads and writes before another hashes it: one piece of a checkpoint, which is read whole."""
 
@@ -95,21 +98,25 @@ def write_safetensors(
         CheckpointError: the tensors cannot be read.
     """
     digests: dict[str, str] = {}
+
+    def finished(name: str, digest: str) -> None:
+        digests[name] = digest
+        if durable:
+            sync(journal.staging / name)
+        journal.add(name, {ALGORITHM: digest})
+
     for one in files:
 
         def intact(path: Path, entry: Entry, size: int = one.size) -> bool:
             return path.stat().st_size == size and entry.get(ALGORITHM) == digest_of(path, 0, size)
 
         kept = journal.kept(one.name, intact)
-        if kept is None:
-            digests[one.name] = _write_file(journal.staging / one.name, tensors, one, workers, advance)
-            journal.add(one.name, {ALGORITHM: digests[one.name]})
-        else:
+        if kept is not None:
             log.info("%s was finished by an earlier run and is kept", one.name)
             digests[one.name] = str(kept[ALGORITHM])
             advance(one.data_bytes)
-        if durable:
-            sync(journal.staging / one.name)
+    left = [one for one in files if one.name not in digests]
+    _write_files(journal.staging, left, tensors, workers, advance, finished)
     if files[0].name != SINGLE_FILE:
         index = {
             "metadata": {"total_size": sum(one.data_bytes for one in files)},
@@ -121,36 +128,51 @@ def write_safetensors(
 
 @dataclass(frozen=True)
 class _Run:
-    """Some elements of one tensor, and where they lie in the file."""
+    """Some elements of one tensor, and where they lie in which file."""
 
+    file: str
     name: str
     region: Region
     position: int
+    last: bool
+    """Nothing of the file is left after it."""
 
 
-def _write_file(
-    path: Path, tensors: LazyTensors, planned: PlannedFile, workers: Workers, advance: Callable[[int], object]
-) -> str:
-    """Threads read and write; this one hashes what they have written, in order. Returns the file's digest."""
-    digest = new_digest()
-    digest.update(planned.header)
-    with OutputFile(path) as file:
-        file.write([planned.header], 0)
+def _write_files(
+    folder: Path,
+    files: Sequence[PlannedFile],
+    tensors: LazyTensors,
+    workers: Workers,
+    advance: Callable[[int], object],
+    finished: Callable[[str, str], object],
+) -> None:
+    """Threads read and write; this one hashes what they have written, in the order of each file."""
+    outputs: dict[str, OutputFile] = {}
+    digests = {one.name: new_digest() for one in files}
+    with contextlib.ExitStack() as stack:
 
-        def write(run: _Run) -> list[Loan]:
+        def runs_of(planned: PlannedFile) -> Iterator[_Run]:
+            outputs[planned.name] = stack.enter_context(OutputFile(folder / planned.name))
+            outputs[planned.name].write([planned.header], 0)
+            digests[planned.name].update(planned.header)
+            yield from _runs(tensors, planned)
+
+        def write(run: _Run) -> tuple[_Run, list[Loan]]:
             loans, position = [], run.position
             for region in runs(run.region, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
                 loans.append(tensors.lend(run.name, region))
-                file.write([raw(loans[-1].bits)], position)
+                outputs[run.file].write([raw(loans[-1].bits)], position)
                 position += loans[-1].bits.nbytes
-            return loans
+            return run, loans
 
-        for loans in workers.map(write, _runs(tensors, planned)):
+        for run, loans in workers.map(write, in_turn(runs_of(one) for one in files)):
             for loan in loans:
-                digest.update(raw(loan.bits))
+                digests[run.file].update(raw(loan.bits))
                 advance(loan.bits.nbytes)
                 loan.release()
-    return digest.hexdigest()
+            if run.last:
+                outputs[run.file].close()
+                finished(run.file, digests[run.file].hexdigest())
 
 
 def _runs(tensors: LazyTensors, planned: PlannedFile) -> Iterator[_Run]:
@@ -158,8 +180,12 @@ def _runs(tensors: LazyTensors, planned: PlannedFile) -> Iterator[_Run]:
     for name in planned.tensors:
         item = tensors.dtype(name).itemsize
         for region in runs(whole(tensors.shape(name)), item, _RUN_BYTES):
-            yield _Run(name, region, position)
-            position += volume(region) * item
+            size = volume(region) * item
+            last = name == planned.tensors[-1] and all(
+                one.stop == size_of for one, size_of in zip(region, tensors.shape(name), strict=True)
+            )
+            yield _Run(planned.name, name, region, position, last)
+            position += size
 
 
 def _plan(file: str, tensors: LazyTensors, names: Sequence[str]) -> PlannedFile:

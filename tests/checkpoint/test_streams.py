@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_vita.checkpoint import streams
 from megatron_vita.checkpoint.streams import Buffers, OutputFile, Workers, digest_of, new_digest, read_exactly, reading
@@ -143,3 +145,16 @@ def test_bits_of_any_shape_are_bytes() -> None:
     assert streams.raw(np.arange(3, dtype=np.uint16)).tobytes() == b"\0\0\1\0\2\0"
     assert streams.raw(np.array(7, np.uint8)).tobytes() == b"\7"
     assert len(streams.raw(np.empty((0, 3), np.uint32))) == 0
+
+
+@given(st.lists(st.lists(st.integers(), max_size=5), max_size=6), st.integers(1, 4))
+def test_sources_are_read_in_turn_and_each_in_its_order(sources: list[list[int]], count: int) -> None:
+    items = list(streams.in_turn([[(number, one) for one in source] for number, source in enumerate(sources)], count))
+    for number, source in enumerate(sources):
+        assert [one for where, one in items if where == number] == source
+    begun = [number for number, source in enumerate(sources) if source]
+    seen: list[int] = list(dict.fromkeys(number for number, _ in items))
+    assert seen == begun, "sources are begun in their order"
+    for at in range(len(items)):
+        unfinished = {number for number, _ in items[:at]} & {number for number, _ in items[at:]}
+        assert len(unfinished) <= count
