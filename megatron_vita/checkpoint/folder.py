@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity
+from megatron_vita.checkpoint.streams import sync
 from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def staging_folder(root: Path, iteration: int) -> Path:
 def publish(root: Path, iteration: int) -> Path:
     """Give a completely written staging folder its name, and point the hint at it. Call on one rank."""
     staging, final = staging_folder(root, iteration), step_folder(root, iteration)
-    _sync(staging)
+    sync(staging)
     take_place(staging, final)
     return finish_publishing(root, iteration)
 
@@ -142,7 +143,7 @@ def finish_publishing(root: Path, iteration: int) -> Path:
     hint = root / (HINT_FILE + ".new")
     hint.write_text(f"{iteration}\n", encoding="utf-8")
     os.replace(hint, root / HINT_FILE)
-    _sync(root)
+    sync(root)
     return final
 
 
@@ -212,12 +213,3 @@ def copy_tokenizer_files(source: Path, target: Path, *, generation: bool = True)
     for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / CHAT_TEMPLATES / path.name)
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable, so that a power cut cannot leave a name without its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -177,6 +177,11 @@ def _digest(content: bytes, algorithm: str) -> str:
     return digest.hexdigest()
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a finished checkpoint, as far as its last file tells; nothing of it is read."""
+    return (folder / INTEGRITY_FILE).is_file()
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 of a checkpoint's integrity file, which holds the digests of all its tensors: changes when they do."""
     return hashlib.sha256((folder / INTEGRITY_FILE).read_bytes()).hexdigest()

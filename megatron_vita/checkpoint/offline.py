@@ -14,13 +14,13 @@ from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.archive import empty_dict
 from megatron_vita.checkpoint.dtypes import bits_of
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, write_integrity
-from megatron_vita.checkpoint.journal import Entry, Journal, check_room, is_sealed, sync
+from megatron_vita.checkpoint.journal import Entry, Journal, check_room, is_sealed
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import WrittenPiece, write_metadata
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_files
-from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw
+from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw, sync
 from megatron_vita.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

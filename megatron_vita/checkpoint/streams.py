@@ -207,6 +207,15 @@ class OutputFile:
         self.close()
 
 
+def sync(path: Path) -> None:
+    """Make a file's content durable; of a folder its entries, so that a power cut leaves no name without its files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Digest(Protocol):
     """What hashlib and xxhash have in common."""
 

@@ -19,7 +19,7 @@ def identity_of(folder: str | Path) -> list[list[str | int]]:
     Reading a downloaded folder whole only to know that it is the same would cost as much as converting it.
     """
     folder = Path(folder).resolve()
-    if (folder / INTEGRITY_FILE).is_file():
+    if integrity.is_checkpoint(folder):
         return [[INTEGRITY_FILE, integrity.fingerprint(folder)]]
     return [
         [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
@@ -38,7 +38,7 @@ def fingerprint(folder: str | Path) -> str:
         folder: the checkpoint itself (OpenModel.path), or the Hugging Face folder.
     """
     folder = Path(folder)
-    if (folder / INTEGRITY_FILE).is_file():
+    if integrity.is_checkpoint(folder):
         return integrity.fingerprint(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.json")):

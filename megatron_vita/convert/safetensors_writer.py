@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.journal import Entry, Journal, sync
+from megatron_vita.checkpoint.journal import Entry, Journal
 from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, runs, volume, whole
 from megatron_vita.checkpoint.streams import (
     ALGORITHM,
@@ -25,6 +25,7 @@ from megatron_vita.checkpoint.streams import (
     in_turn,
     new_digest,
     raw,
+    sync,
 )
 from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError

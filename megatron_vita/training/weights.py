@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import StageRecord
+from megatron_vita.checkpoint.integrity import is_checkpoint
 from megatron_vita.convert.card import public_name
 from megatron_vita.convert.opening import open_model
 
@@ -31,14 +32,16 @@ def load(folder: Path, models: Sequence[nn.Module]) -> None:
     Raises:
         CheckpointError: on every rank, if the folder does not fit the models.
     """
-    opened = open_model(folder)
-    if opened.state is not None:
+    if is_checkpoint(folder):
         checkpoint.load_weights(folder, models)
     else:
+        opened = open_model(folder)
         checkpoint.load_tensors(opened.tensors, models, str(folder), saved=opened.model)
 
 
 def origin(folder: Path) -> tuple[Mapping[str, str], tuple[StageRecord, ...]]:
     """(base models by part, stages) that led to the weights of a folder, as far as it remembers."""
-    state = open_model(folder).state
-    return (state.base_models, state.history) if state else ({"model": public_name(folder)}, ())
+    if not is_checkpoint(folder):
+        return {"model": public_name(folder)}, ()
+    state = checkpoint.read_state(folder)
+    return state.base_models, state.history
