@@ -181,6 +181,7 @@ def _one_rank_cannot_write(root: str) -> None:
         checkpoint.save(root, models, None, None, state(settings), groups)
     dist.barrier()
     assert os.listdir(root) == []
+    dist.barrier()  # the next save makes a folder while the other rank may still look
     strategies.write_pieces = write
     if dist.get_rank() == 1:
         (weight,) = (one for name, one in models[0].named_parameters() if name.endswith("word_embeddings.weight"))
