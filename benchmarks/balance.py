@@ -23,10 +23,10 @@ import time
 import mix
 import numpy as np
 
-from megatron_vita.data.deal import deal
-from megatron_vita.data.order import PackOrder
-from megatron_vita.data.packing import pack
-from megatron_vita.data.records import attention_pairs
+from megatron_vita.data.loading.balance import deal
+from megatron_vita.data.loading.sampler import PackOrder
+from megatron_vita.data.shards.format import attention_pairs
+from megatron_vita.data.shards.writer.packing import pack
 
 Int64 = mix.Int64
 RANKS, BAR, STEPS = 8, 1.05, 4000

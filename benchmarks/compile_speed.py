@@ -34,8 +34,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from megatron_vita.config import IMAGE_NORMS
+from megatron_vita.data.media.tiling import grid_for
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import grid_for
 from tests.data.kit import tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[1]

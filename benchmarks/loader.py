@@ -25,11 +25,11 @@ from PIL import Image
 
 from megatron_vita.config import DataConfig, TrainConfig
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
-from megatron_vita.data.loader import PackLoader, RankCoords
-from megatron_vita.data.manifest import SourceCounts, TokenizerInfo
-from megatron_vita.data.shard_writer import ShardWriter
+from megatron_vita.data.loading.loader import PackLoader, RankCoords
+from megatron_vita.data.media.tiling import plan_tiles
+from megatron_vita.data.shards.manifest import SourceCounts, TokenizerInfo
+from megatron_vita.data.shards.writer.in_memory import ShardWriter
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import plan_tiles
 
 SPEC, LENGTH, CAPTION, CONTEXT = PreprocessSpec(), 16384, 250, 5
 INFO = TokenizerInfo(sha256="0" * 64, vocab_size=1000, pad_id=0)

@@ -28,11 +28,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from megatron_vita.config import IMAGE_NORMS
-from megatron_vita.data.picture import decode, read_image
-from megatron_vita.data.picture_header import read_header
+from megatron_vita.data.media.image import decode, read_image
+from megatron_vita.data.media.picture_header import read_header
+from megatron_vita.data.media.tiling import count_picture_tokens, grid_for, plan_tiles, render_tiles
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import count_picture_tokens, grid_for, plan_tiles, render_tiles
 
 SPEC = PreprocessSpec()
 PNG = b"\x89PNG"

@@ -33,9 +33,9 @@ from megatron_vita.config import (
     TrainConfig,
     VisionConfig,
 )
-from megatron_vita.data.batch import Batch
-from megatron_vita.data.loader import StepBatches
-from megatron_vita.data.packing import pack
+from megatron_vita.data.loading.batch import Batch
+from megatron_vita.data.loading.loader import StepBatches
+from megatron_vita.data.shards.writer.packing import pack
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.parallel.groups import destroy_groups, init_distributed
 from megatron_vita.training.setup import build_parts

@@ -13,7 +13,7 @@ import time
 
 import mix
 
-from megatron_vita.data.packing import fill, pack
+from megatron_vita.data.shards.writer.packing import fill, pack
 
 FILL_BAR, SPEED_BAR, OPEN = 0.995, 1_000_000, 64
 

@@ -31,10 +31,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatron_vita.data.chat import build_example
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS, VitaTokenizer
+from megatron_vita.data.text.chat import build_example
+from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS, VitaTokenizer
 
 SPLIT = (  # Qwen2.5's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

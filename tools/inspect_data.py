@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log.configure()
     try:
-        from megatron_vita.data import inspect, inspect_page, inspect_pictures  # torch: only for a sound command line
-        from megatron_vita.data.shards import ShardSet
-        from megatron_vita.data.tokenizer import VitaTokenizer
+        from megatron_vita.data.inspect import page as inspect_page
+        from megatron_vita.data.inspect import pictures as inspect_pictures
+        from megatron_vita.data.inspect import text as inspect  # torch: only for a sound command line
+        from megatron_vita.data.shards.reader import ShardSet
+        from megatron_vita.data.text.tokenizer import VitaTokenizer
 
         for flag, path, suffix in (
             ("--plot", args.plot, ".png"),

@@ -16,12 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over proce
 
 from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
-from megatron_vita.data.engines import ENGINES
-from megatron_vita.data.options import Options
-from megatron_vita.data.preprocess import run
+from megatron_vita.data.compile.engines import ENGINES
+from megatron_vita.data.compile.options import Options
+from megatron_vita.data.compile.run import run
+from megatron_vita.data.media.video.open import VideoLimits
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.video import VideoLimits
 from megatron_vita.errors import VitaError
 
 LIMITS = VideoLimits()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, NAMED_TOKENS, VITA_TOKENS
+from megatron_vita.data.text.tokenizer import DEFAULT_TEMPLATE, END_OF_TEXT, IM_END, IM_START, NAMED_TOKENS, VITA_TOKENS
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_vita.checks.tiny import Pack
 from megatron_vita.config import StageConfig
-from megatron_vita.data.batch import Batch
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.loader import StepBatches
+from megatron_vita.data.loading.batch import Batch
+from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.parallel.groups import Groups
 

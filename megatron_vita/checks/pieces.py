@@ -1,6 +1,6 @@
 """Every fused piece against its plain twin. A piece that cannot run here says so; it does not pass.
 
-Those of optional packages and of CUDA bring their checks along (models/fused.py, parallel/kernel_parity.py); here are
+Those of optional packages and of CUDA bring their checks along (models/fused.py, checks/kernels.py); here are
 the ones that serve everywhere.
 """
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vita import device
+from megatron_vita.checks import kernels as kernel_parity
 from megatron_vita.models import fused
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.norms import RMSNorm
-from megatron_vita.parallel import kernel_parity
 from megatron_vita.parallel.rotary import rotate
 
 _CLOSE, _HALF = 1e-5, 2e-2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.convert.hf_config import read_json, write_json
-from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END
+from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END
 from megatron_vita.errors import CheckpointError
 
 GENERATION_FILE = "generation_config.json"

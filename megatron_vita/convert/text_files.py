@@ -24,7 +24,7 @@ from megatron_vita.convert.tokenizer_files import (
     read_tokens,
     with_vision_tokens,
 )
-from megatron_vita.data.tokenizer import IM_END, IMG_CONTEXT
+from megatron_vita.data.text.tokenizer import IM_END, IMG_CONTEXT
 from megatron_vita.errors import CheckpointError
 
 

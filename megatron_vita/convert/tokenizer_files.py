@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_vita.checkpoint.folder import CHAT_TEMPLATES, copy_tokenizer_files
 from megatron_vita.convert.hf_config import read_json, write_json
-from megatron_vita.data.tokenizer import (
+from megatron_vita.data.text.tokenizer import (
     DEFAULT_TEMPLATE,
     END_OF_TEXT,
     IM_END,

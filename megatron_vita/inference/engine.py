@@ -21,14 +21,14 @@ import torch
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
 from megatron_vita.convert import open_model
-from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import Example
-from megatron_vita.data.media import read_items
+from megatron_vita.data.media.open import read_items
+from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tiling import render_tiles
-from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
+from megatron_vita.data.text.chat import build_example
+from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
 from megatron_vita.device import empty_cache, torch_device
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig, choose, generators_for

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.data.chat import without_answer
 from megatron_vita.data.sample import Sample, Text
 from megatron_vita.data.sources.mix import read_samples
+from megatron_vita.data.text.chat import without_answer
 from megatron_vita.errors import ConfigError, DataError
 
 _MEDIA_KEYS = ("image", "images", "video", "videos")

@@ -3,7 +3,7 @@
 What is used where it imports: apex's gradient-accumulation GEMM (by megatron-core's linears), Transformer Engine's or
 apex's FusedAdam (by megatron-core's optimizer), Transformer Engine's norms and linears (by the `te` layer specs), and
 on an accelerator megatron-core's compiled SwiGLU and PyTorch's RMSNorm kernel. Block attention has its own checks in
-parallel/kernel_parity.py. Written without a GPU and without these packages: none of the checks ever ran to `ok` there.
+checks/kernels.py. Written without a GPU and without these packages: none of the checks ever ran to `ok` there.
 """
 
 from __future__ import annotations

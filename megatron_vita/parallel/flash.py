@@ -1,7 +1,7 @@
 """Flash attention on CUDA: blocks of any lengths in one call, with log-sum-exp. Written, never run.
 
 flash-attn's variable-length kernels where that package is installed, else the ones that PyTorch ships.
-parallel/kernel_parity.py holds both against the plain twins; it is how a machine with a GPU finds out whether they may
+checks/kernels.py holds both against the plain twins; it is how a machine with a GPU finds out whether they may
 be trusted.
 """
 

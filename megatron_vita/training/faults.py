@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vita import device
-from megatron_vita.data.loader import StepBatches, mask_samples
+from megatron_vita.data.loading.loader import StepBatches, mask_samples
 from megatron_vita.errors import DataError, VitaError
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.config import StageConfig
 from megatron_vita.convert.identity import fingerprint
-from megatron_vita.data.loader import PackLoader, RankCoords
-from megatron_vita.data.manifest import Manifest
-from megatron_vita.data.shards import ShardSet
+from megatron_vita.data.loading.loader import PackLoader, RankCoords
+from megatron_vita.data.shards.manifest import Manifest
+from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads

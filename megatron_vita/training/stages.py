@@ -15,10 +15,10 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.convert.identity import fingerprint
-from megatron_vita.data.compatible import check_compatible
-from megatron_vita.data.manifest import load_manifest
-from megatron_vita.data.shards import ShardSet
-from megatron_vita.data.tokenizer import VitaTokenizer
+from megatron_vita.data.loading.compatible import check_compatible
+from megatron_vita.data.shards.manifest import load_manifest
+from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.parallel.groups import forget_groups, init_distributed
 from megatron_vita.training import weights as start

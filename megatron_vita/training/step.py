@@ -17,8 +17,8 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_vita import device
 from megatron_vita.config import StageConfig
-from megatron_vita.data.batch import Batch
-from megatron_vita.data.loader import StepBatches
+from megatron_vita.data.loading.batch import Batch
+from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.errors import DataError
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.training.faults import refuse_non_finite

@@ -14,7 +14,7 @@ import pytest
 from megatron_vita import checkpoint
 from megatron_vita.convert import cli, open_model
 from megatron_vita.convert.text_files import image_token
-from megatron_vita.data.tokenizer import DEFAULT_TEMPLATE
+from megatron_vita.data.text.tokenizer import DEFAULT_TEMPLATE
 from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
 

@@ -319,7 +319,7 @@ def comic9k(root: Path) -> Iterator[Promise]:
 
 
 def movienet(root: Path) -> Iterator[Promise]:
-    """What tools/build_dataset.py writes, and a record that names a folder of frames."""
+    """What tools/datasets writes, and a record that names a folder of frames."""
     root = root / "VITA-MLLM/MovieNet"
     frames = {f"240P/tt0000001/shot_{n:04}_img_0.jpg": jpg(n) for n in range(11)}
     for path, data in frames.items():

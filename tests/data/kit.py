@@ -12,7 +12,7 @@ from PIL import Image as Pil
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS
+from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -65,7 +65,7 @@ def tokenizer_folder(path: Path, template: str | None = None) -> Path:
     }
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     if template is None:
-        import megatron_vita.data.chat as chat
+        from megatron_vita.data.text import chat
 
         template = Path(chat.__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     (path / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
-from megatron_vita.data.manifest import Manifest, SourceCounts, TokenizerInfo
-from megatron_vita.data.packing import pack
-from megatron_vita.data.shard_writer import ShardWriter
+from megatron_vita.data.shards.manifest import Manifest, SourceCounts, TokenizerInfo
+from megatron_vita.data.shards.writer.in_memory import ShardWriter
+from megatron_vita.data.shards.writer.packing import pack
 from megatron_vita.data.spec import PreprocessSpec
 
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_tiles=4)

@@ -10,11 +10,11 @@ import torch
 
 from megatron_vita import checkpoint
 from megatron_vita.convert.identity import fingerprint
-from megatron_vita.data.chat import build_example
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.media import read_items
+from megatron_vita.data.media.open import read_items
+from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.sample import Message, Sample, Text
-from megatron_vita.data.tiling import render_tiles
+from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.engine import Engine, Prompt, model_name
 from megatron_vita.inference.sampling import SamplingConfig

@@ -18,10 +18,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_vita.data import preprocess
-from megatron_vita.data.rows import read_tiles
+from megatron_vita.data.compile import run as preprocess
+from megatron_vita.data.loading.packed_batch import read_tiles
 from megatron_vita.data.sample import Sample
-from megatron_vita.data.shards import ShardSet
+from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
 from megatron_vita.inference import evaluate as module
 from megatron_vita.inference.engine import Engine

@@ -11,7 +11,7 @@ from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, TrainConfig, VisionConfig
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.tokenizer import VitaTokenizer
+from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.inference.engine import one_rank_groups
 from megatron_vita.models.build import build_model
 from tests.data.kit import picture, tokenizer_folder

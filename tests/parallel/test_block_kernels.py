@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vita.parallel import block_kernels, flash, kernel_parity
+from megatron_vita.checks import kernels as kernel_parity
+from megatron_vita.parallel import block_kernels, flash
 from megatron_vita.parallel.block_kernels import Blocks
 
 CAUSAL = Blocks(((3, 17, 17), (1, 40, 40), (2, 1, 1)), causal=True)

@@ -11,10 +11,10 @@ import yaml
 
 from megatron_vita.config import RunConfig, load_run
 from megatron_vita.data.example import Example, MediaItem
-from megatron_vita.data.manifest import SourceCounts, TokenizerInfo
-from megatron_vita.data.packing import pack
-from megatron_vita.data.shard_writer import ShardWriter
-from megatron_vita.data.tokenizer import VitaTokenizer
+from megatron_vita.data.shards.manifest import SourceCounts, TokenizerInfo
+from megatron_vita.data.shards.writer.in_memory import ShardWriter
+from megatron_vita.data.shards.writer.packing import pack
+from megatron_vita.data.text.tokenizer import VitaTokenizer
 from tests.data import packed
 from tests.data.kit import tokenizer_folder
 

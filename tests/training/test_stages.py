@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_vita import checkpoint
 from megatron_vita.convert.exporter import export
-from megatron_vita.data.loader import PackLoader, StepBatches
-from megatron_vita.data.manifest import load_manifest
+from megatron_vita.data.loading.loader import PackLoader, StepBatches
+from megatron_vita.data.shards.manifest import load_manifest
 from megatron_vita.errors import CheckpointError, ConfigError, DataError
 from megatron_vita.training import ledger as ledgers
 from megatron_vita.training import loop

@@ -5,9 +5,9 @@ which fields hold pictures and where their files lie, and *fixes* mend what a pu
 is one row of table.yaml that names one of each.
 """
 
-from megatron_vita.data.sources.convert import record_to_sample
 from megatron_vita.data.sources.mix import MixFile, load_mix, read_samples
 from megatron_vita.data.sources.readers import open_reader
-from megatron_vita.data.sources.table import Row, detect_row, load_table
+from megatron_vita.data.sources.registry import Row, detect_row, load_table
+from megatron_vita.data.sources.to_sample import record_to_sample
 
 __all__ = ["MixFile", "Row", "detect_row", "load_mix", "load_table", "open_reader", "read_samples", "record_to_sample"]

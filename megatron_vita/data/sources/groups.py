@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from megatron_vita.config import check_keys, read_yaml
-from megatron_vita.data.sources.stores import MediaRule, list_archives
-from megatron_vita.data.sources.table import Row, find_row
+from megatron_vita.data.sources.media_store.store import MediaRule, list_archives
+from megatron_vita.data.sources.registry import Row, find_row
 from megatron_vita.errors import ConfigError
 
 _GROUP_KEYS = (

@@ -15,8 +15,8 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 from megatron_vita.data.sources.groups import Group, read_groups
+from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.readers import open_reader
-from megatron_vita.data.sources.stores import open_store
 from megatron_vita.errors import DataError
 
 _FIRST = 8

@@ -14,11 +14,11 @@ import numpy as np
 
 from megatron_vita.data.document import Document
 from megatron_vita.data.sample import Sample
-from megatron_vita.data.sources.convert import record_to_sample
 from megatron_vita.data.sources.groups import Group, read_groups
+from megatron_vita.data.sources.media_store.store import MediaRule, open_store
 from megatron_vita.data.sources.readers import Places, Reader, open_reader
-from megatron_vita.data.sources.stores import MediaRule, open_store
-from megatron_vita.data.sources.table import Row, detect_row, find_row
+from megatron_vita.data.sources.registry import Row, detect_row, find_row
+from megatron_vita.data.sources.to_sample import record_to_sample
 from megatron_vita.errors import ConfigError, DataError
 
 

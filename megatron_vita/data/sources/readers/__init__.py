@@ -5,6 +5,6 @@ memory.
 """
 
 from megatron_vita.data.sources.readers.base import Places, Reader, Record
-from megatron_vita.data.sources.readers.opening import KINDS, open_reader, prepare
+from megatron_vita.data.sources.readers.open import KINDS, open_reader, prepare
 
 __all__ = ["KINDS", "Places", "Reader", "Record", "open_reader", "prepare"]

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vita.data.names import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key
+from megatron_vita.data.media.names import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key
 from megatron_vita.data.rejects import refuse
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.sources.archives import Archive, open_archive
-from megatron_vita.data.sources.archives.members import REFUSED, Member
-from megatron_vita.data.sources.archives.tars import walk
+from megatron_vita.data.sources.media_store import Archive, open_archive
+from megatron_vita.data.sources.media_store.members import REFUSED, Member
+from megatron_vita.data.sources.media_store.tars import walk
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places
 from megatron_vita.data.sources.readers.json_files import read_range
 from megatron_vita.errors import ConfigError, DataError

@@ -1,0 +1,275 @@
+"""Who does the work: this process, processes on this machine, or ray actors on many machines with one file system.
+
+An engine maps tasks over a job in any order. Nothing large travels: a task is a few numbers, its result is on disk.
+When a process dies, which task it had is known, and the job is asked what to do about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, Protocol, TypeVar
+
+from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.files import no_room
+
+ENGINES = ("local", "ray")
+
+T = TypeVar("T")
+W = TypeVar("W")
+
+
+class Job(Protocol[T]):
+    """Work that is sent to other processes; small and picklable."""
+
+    def open(self) -> Callable[[T], Any]:
+        """Make, in the process that does it, the function that does one task."""
+
+    def died(self, task: T, deaths: int) -> T:
+        """The task to do instead after its process was lost for the `deaths`-th time.
+
+        Raises:
+            DataError: there is no hope.
+        """
+
+
+def open_engine(name: str, workers: int) -> Engine:
+    """The engine of a name, its processes not yet started.
+
+    Raises:
+        ConfigError: ray is not installed.
+    """
+    if name == "ray":
+        return RayEngine(workers)
+    return InProcess() if workers == 1 else LocalEngine(workers)
+
+
+class Engine(ABC):
+    """Maps tasks over a job. A context manager: what it holds between two maps is let go of at its end."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+        """Let go of everything."""
+
+    @abstractmethod
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        """Every task with its result, as they finish.
+
+        Raises:
+            VitaError: what a task raised; the others are given up.
+        OSError: the disk is full (`no_room`).
+        """
+
+
+class InProcess(Engine):
+    """One task after the other, here. Nobody outlives a crash."""
+
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        run = job.open()
+        for task in tasks:
+            yield task, run(task)
+
+
+class _Crew(Engine, Generic[W]):
+    """Workers that take one task at a time, are replaced when they die, and stay until the engine is closed."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._idle: list[W] = []
+
+    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+        waiting = deque(enumerate(tasks))
+        deaths: Counter[int] = Counter()
+        busy: dict[W, tuple[int, T]] = {}
+        told: set[W] = set()  # workers that have the job
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self._workers:
+                    worker = self._idle.pop() if self._idle else self._hire()
+                    busy[worker] = waiting.popleft()
+                    self._give(worker, None if worker in told else job, busy[worker][1])
+                    told.add(worker)
+                for worker, outcome in self._finished(list(busy)):
+                    number, task = busy.pop(worker)
+                    if outcome is None:
+                        self._dismiss(worker)
+                        deaths[number] += 1
+                        waiting.appendleft((number, job.died(task, deaths[number])))
+                        continue
+                    self._idle.append(worker)
+                    good, value = outcome
+                    if not good:
+                        raise value
+                    yield task, value
+        finally:
+            for worker in busy:
+                self._dismiss(worker)
+
+    def close(self) -> None:
+        for worker in self._idle:
+            self._dismiss(worker)
+        self._idle.clear()
+
+    @abstractmethod
+    def _hire(self) -> W:
+        """Start a worker."""
+
+    @abstractmethod
+    def _give(self, worker: W, job: Any, task: Any) -> None:
+        """Hand it a task, and the job with the first of each job's."""
+
+    @abstractmethod
+    def _finished(self, busy: list[W]) -> list[tuple[W, tuple[bool, Any] | None]]:
+        """Wait for some; each with (well or not, result or error), or None if it died."""
+
+    @abstractmethod
+    def _dismiss(self, worker: W) -> None:
+        """End a worker, whatever it is doing."""
+
+
+class _Attempts:
+    """A worker's side: does tasks, and tells what became of them. A job is opened here, with its first task."""
+
+    def __init__(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._run: Callable[[Any], Any] | None = None
+
+    def run(self, job: Any, task: Any) -> tuple[bool, Any]:
+        """(well or not, result or error)."""
+        try:
+            if job is not None:
+                self._run = job.open()
+            assert self._run is not None
+            return True, self._run(task)
+        except VitaError as error:
+            return False, error
+        except Exception as error:  # a defect of ours: its traceback would be lost on the way
+            if isinstance(error, OSError) and no_room(error):
+                return False, error
+            return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
+def _serve(tasks: Connection) -> None:
+    """Life of a local worker: ends when the other end of the pipe is gone, with its task done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
+    attempts = _Attempts()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            tasks.send(attempts.run(*tasks.recv()))
+
+
+class _Local:
+    """One process and its pipe."""
+
+    def __init__(self) -> None:
+        # spawn: this process may hold threads (digests), which a fork would copy in the middle of their work
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process.start()
+        theirs.close()
+
+
+class LocalEngine(_Crew[_Local]):
+    """Processes on this machine."""
+
+    def _hire(self) -> _Local:
+        return _Local()
+
+    def _give(self, worker: _Local, job: Any, task: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; `_finished` sees that
+            worker.pipe.send((job, task))
+
+    def _finished(self, busy: list[_Local]) -> list[tuple[_Local, tuple[bool, Any] | None]]:
+        by_pipe = {worker.pipe: worker for worker in busy}
+        out: list[tuple[_Local, tuple[bool, Any] | None]] = []
+        for pipe in wait(list(by_pipe)):  # a pipe whose other end is gone is ready too
+            worker = by_pipe[pipe]  # type: ignore[index]
+            try:
+                out.append((worker, worker.pipe.recv()))
+            except (EOFError, ConnectionResetError):
+                out.append((worker, None))
+        return out
+
+    def _dismiss(self, worker: _Local) -> None:
+        worker.pipe.close()
+        worker.process.terminate()
+        worker.process.join()
+
+
+class RayEngine(_Crew[Any]):
+    """Ray actors. All machines must see the data, the media and the output folder under the same paths.
+
+    Joins the cluster that RAY_ADDRESS names; without it a cluster is started on this machine, reachable from it alone.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        if not os.environ.get("RAY_ADDRESS"):
+            # Read when ray is imported. Without it a cluster of one machine listens on all of its networks; despite its
+            # name it counts on every system (ray/_private/services.py, get_node_ip_address).
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "--engine ray needs ray: pip install 'megatron-vita[ray]', or use --engine local."
+            ) from None
+        self._ray = ray
+        self._mine = False
+        self._running: dict[Any, Any] = {}  # actor -> what it is working on
+
+    def __enter__(self) -> Engine:
+        ray = self._ray
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            start: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+            if not os.environ.get("RAY_ADDRESS"):
+                start |= {"num_cpus": self._workers, "include_dashboard": False}
+            try:
+                ray.init(**start)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConfigError(f"--engine ray: no cluster ({error}). Correct RAY_ADDRESS, or unset it.") from None
+        return self
+
+    def close(self) -> None:
+        super().close()
+        if self._mine:
+            self._ray.shutdown()
+
+    def _hire(self) -> Any:
+        return self._ray.remote(num_cpus=1, max_restarts=0)(_Attempts).remote()
+
+    def _give(self, worker: Any, job: Any, task: Any) -> None:
+        self._running[worker] = worker.run.remote(job, task)
+
+    def _finished(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any] | None]]:
+        ray = self._ray
+        by_work = {self._running[worker]: worker for worker in busy}
+        ready, _ = ray.wait(list(by_work), num_returns=1)
+        out: list[tuple[Any, tuple[bool, Any] | None]] = []
+        for work in ready:
+            worker = by_work[work]
+            del self._running[worker]
+            try:
+                out.append((worker, ray.get(work)))
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+                out.append((worker, None))
+        return out
+
+    def _dismiss(self, worker: Any) -> None:
+        self._running.pop(worker, None)
+        self._ray.kill(worker)

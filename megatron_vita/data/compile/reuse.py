@@ -1,0 +1,120 @@
+"""An earlier set as a source of Examples: what it holds of a mix that has grown is not compiled again.
+
+A dataset of both sets counts as unchanged if its key is the same (`source_key`): data file, form, media folder and
+settings. Pictures and videos are taken to be what they were. Refused records are always tried again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megatron_vita.data.example import Example, MediaItem, TileSlot
+from megatron_vita.data.shards.manifest import Manifest
+from megatron_vita.data.shards.writer.intermediate import Body, ChunkWriter, Region
+from megatron_vita.data.sources.mix import MixFile
+from megatron_vita.layout import Int64
+
+
+def source_key(file: MixFile, content: str, settings: Mapping[str, Any]) -> str:
+    """Digest of all that decides a dataset's Examples, but the bytes of its media.
+
+    Args:
+        file: its form, and where its media lie; seen from the data file, so that both may be moved together.
+        content: SHA-256 of the data file.
+        settings: of the run.
+    """
+    media = file.media
+    root = None if media.root is None else os.path.relpath(media.root, file.path.parent)
+    archives = [os.path.relpath(archive, file.path.parent) for archive in media.archives]
+    rule = [root, archives, repr(dataclasses.replace(media, root=None, archives=()))]
+    described = [content, repr(file.row), rule, settings]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierSet:
+    """Which files of the new mix an earlier set holds Examples of."""
+
+    prefix: str
+    sources: Mapping[int, int]
+    """Number of the file in the new mix -> source in the earlier set."""
+
+    @classmethod
+    def matching(cls, prefix: str, manifest: Manifest, keys: list[str]) -> EarlierSet | None:
+        """What a set has in common with a mix, given the key of each of its files; None if nothing."""
+        theirs = {source.key: number for number, source in enumerate(manifest.sources) if source.key}
+        sources = {number: theirs[key] for number, key in enumerate(keys) if key in theirs}
+        return cls(prefix, sources) if sources else None
+
+    def open(self) -> _Open:
+        """Open it in this process."""
+        return _Open(self)
+
+
+class _Open:
+    """The earlier set, opened for reading."""
+
+    def __init__(self, earlier: EarlierSet) -> None:
+        from megatron_vita.data.shards.reader import ShardSet  # imports torch
+
+        self._sources = earlier.sources
+        self._shards = ShardSet(earlier.prefix)
+        self._lines = lru_cache(maxsize=4)(self._index)
+        self._pack = lru_cache(maxsize=2)(lambda pack: (self._shards.tokens(pack), self._shards.labels(pack)))
+
+    def _index(self, source: int) -> tuple[Int64, Int64]:
+        """Lines of a source, ascending, and the sample that each is."""
+        rows = np.flatnonzero(self._shards.samples["source"] == source)
+        lines = self._shards.samples["line"][rows]
+        order = np.argsort(lines, kind="stable")
+        return lines[order], rows[order]
+
+    def find(self, file: int, line: int) -> int | None:
+        """The sample that holds a record, if there is one."""
+        if file not in self._sources:
+            return None
+        lines, rows = self._lines(self._sources[file])
+        place = int(np.searchsorted(lines, line))
+        return int(rows[place]) if place < len(lines) and lines[place] == line else None
+
+    def copy(self, sample: int, line: int, writer: ChunkWriter) -> None:
+        """Spool a sample of the set; its media stay where they are.
+
+        Raises:
+            DataError: the set is damaged there.
+        """
+        shards = self._shards
+        pack = shards.pack_of_sample(sample)
+        record = shards.samples[sample]
+        start = int(shards.sample_lengths(pack)[: sample - shards.pack_samples(pack).start].sum())
+        tokens, labels = (part[start : start + int(record["length"])] for part in self._pack(pack))
+        tiles = shards.sample_tiles(sample)
+        first = int(tiles["media"][0]) if len(tiles) else 0
+        columns = ("first_token", "media", "row", "col", "rows", "cols", "thumbnail")
+        slots = tuple(
+            TileSlot(token - start, medium - first, row, col, rows, cols, bool(thumbnail))
+            for token, medium, row, col, rows, cols, thumbnail in tiles[list(columns)].tolist()
+        )
+        _, ones = np.unique(tiles["media"], return_index=True)
+        media = tuple(MediaItem(b"", int(t["width"]), int(t["height"]), bool(t["frame"])) for t in tiles[ones])
+        bodies: list[Body] = []
+        for item in tiles["media"][ones].tolist():
+            offset, size, crc = shards.media_place(item)
+            bodies.append(Region(f"{shards.prefix}.media.bin", offset, size, crc32=crc))
+        writer.add(
+            line,
+            Example(tokens, labels, slots, media),
+            bodies,
+            shortened=bool(record["shortened"]),
+            cleaned=int(record["cleaned"]),
+            dropped=int(record["dropped"]),
+        )

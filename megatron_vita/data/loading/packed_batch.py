@@ -1,0 +1,179 @@
+"""A row: packs joined for one forward pass, described from the tables alone; and its token slices and tiles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_vita.data.example import IGNORE_INDEX, MediaItem, TileSlot
+from megatron_vita.data.media.tiling import render_tiles
+from megatron_vita.data.shards.format import starts
+from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.layout import Int64, SequenceLayout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where every pack, sample and tile of a row stands. The same on every rank."""
+
+    length: int
+    """Tokens of the row, padding included, s."""
+    packs: tuple[int, ...]
+    """Pack ids, in row order."""
+    pack_starts: Int64
+    """Row position of each pack's first token, and of the padding; `[packs + 1]`."""
+    documents: tuple[int, ...]
+    """Spans of attention: samples with reset, else packs; the padding is the last one."""
+    sample_ids: Int64
+    """Samples in row order, `[samples]`."""
+    sample_starts: Int64
+    """Row position of each sample's first token, and one past the last sample; `[samples + 1]`."""
+    tile_ids: Int64
+    """Rows of the tiles file, in row order, `[tiles]`."""
+    first_token: Int64
+    """Row position of each tile's first context token, `[tiles]`."""
+
+
+def build_row(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset: bool) -> Row:
+    """Join packs end to end and pad the rest of `len(packs) * seq_length` with one document of its own.
+
+    Args:
+        shards: the set.
+        packs: pack ids.
+        seq_length: tokens that each pack's share of the row takes.
+        reset: every sample is a document; otherwise every pack.
+    """
+    samples = np.concatenate([_arange(shards.pack_samples(pack)) for pack in packs])
+    sample_lengths = shards.samples["length"][samples]
+    sample_starts = starts(sample_lengths)
+    pack_lengths = np.array([shards.pack_length(pack) for pack in packs], dtype=np.int64)
+    pack_starts = starts(pack_lengths)
+    length = seq_length * len(packs)
+    padding = length - int(pack_starts[-1])
+    documents = (sample_lengths if reset else pack_lengths).tolist()
+    tile_ids = [_arange(shards.pack_tiles(pack)) for pack in packs]
+    first_token = [
+        shards.tiles(shards.pack_tiles(pack))["first_token"] + start
+        for pack, start in zip(packs, pack_starts[:-1], strict=True)
+    ]
+    return Row(
+        length=length,
+        packs=tuple(packs),
+        pack_starts=pack_starts,
+        documents=(*documents, padding) if padding else tuple(documents),
+        sample_ids=samples,
+        sample_starts=sample_starts,
+        tile_ids=np.concatenate(tile_ids),
+        first_token=np.concatenate(first_token),
+    )
+
+
+def local_tokens(
+    shards: ShardSet, row: Row, layout: SequenceLayout, cp_rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and positions inside the document that one context-parallel rank owns; three int64 `[1, s/cp]`.
+
+    No other pack is read; this one whole, for its checksum.
+    """
+    local = layout.local_positions(cp_rank)
+    tokens = np.full(len(local), shards.manifest.tokenizer.pad_id, dtype=np.int64)
+    labels = np.full(len(local), IGNORE_INDEX, dtype=np.int64)
+    bounds = np.searchsorted(local, row.pack_starts)
+    for pack, start, first, last in zip(row.packs, row.pack_starts[:-1], bounds[:-1], bounds[1:], strict=True):
+        inside = local[first:last] - start
+        tokens[first:last] = shards.tokens(pack, inside)
+        labels[first:last] = shards.labels(pack, inside)
+    positions = layout.positions_in_document[local]
+    return torch.from_numpy(tokens)[None], torch.from_numpy(labels)[None], torch.from_numpy(positions)[None]
+
+
+def picture_runs(shards: ShardSet, tile_ids: Int64, most: int) -> list[slice]:
+    """Cut tiles into runs of about `most` that can be decoded apart from one another: a picture stays in one run.
+
+    Args:
+        shards: the set.
+        tile_ids: rows of the tiles file, `[n]`; the tiles of one picture side by side.
+        most: a run ends where it would grow beyond this many tiles (a picture may have more).
+
+    Returns:
+        Slices of `tile_ids`, in order.
+    """
+    runs: list[slice] = []
+    for first, last in pairwise(_picture_bounds(shards.tiles(tile_ids))):
+        if runs and last - runs[-1].start <= most:
+            runs[-1] = slice(runs[-1].start, last)
+        else:
+            runs.append(slice(first, last))
+    return runs
+
+
+def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[int]]:
+    """Decode tiles.
+
+    Args:
+        shards: the set.
+        tile_ids: rows of the tiles file; the tiles of one picture side by side, so that it is decoded once.
+
+    Returns:
+        (uint8 `[n, 3, S, S]`, samples of pictures that failed to decode, ascending: their tiles are zero).
+    """
+    pixels = blank_tiles(shards, len(tile_ids))
+    return pixels, read_tiles_into(pixels, shards, tile_ids)
+
+
+def blank_tiles(shards: ShardSet, number: int) -> torch.Tensor:
+    """Room for tiles, zero: uint8 `[number, 3, S, S]`."""
+    size = shards.spec.image_size
+    return torch.zeros((number, 3, size, size), dtype=torch.uint8)
+
+
+def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64) -> list[int]:
+    """`read_tiles` into room that is zero, uint8 `[n, 3, S, S]`; returns the samples that failed, ascending."""
+    failed: set[int] = set()
+    records = shards.tiles(tile_ids)
+    slots = _slots(records)
+    for first, last in pairwise(_picture_bounds(records)):
+        try:
+            tiles = render_tiles(_media_item(shards, records[first]), slots[first:last], shards.spec)
+        except Exception as error:  # whatever a decoder raises on a broken file costs the sample, not the run
+            sample = int(shards.sample_of_tile(tile_ids[first : first + 1])[0])
+            failed.add(sample)
+            log.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
+        else:
+            pixels[first:last] = torch.from_numpy(tiles)
+    return sorted(failed)
+
+
+def _picture_bounds(tiles: npt.NDArray[Any]) -> list[int]:
+    """Where each picture's tiles begin among records of the tiles file, and their number."""
+    return [0, *(np.flatnonzero(np.diff(tiles["media"])) + 1).tolist(), len(tiles)] if len(tiles) else [0]
+
+
+def _media_item(shards: ShardSet, tile: np.void) -> MediaItem:
+    """The picture that a record of the tiles file was cut from."""
+    data = shards.media_bytes(int(tile["media"]))
+    return MediaItem(data, int(tile["width"]), int(tile["height"]), bool(tile["frame"]))
+
+
+def _slots(tiles: npt.NDArray[Any]) -> list[TileSlot]:
+    """Records of the tiles file as the renderer takes them (token and media indices are the file's)."""
+    columns = ("first_token", "media", "row", "col", "rows", "cols", "thumbnail")
+    return [
+        TileSlot(token, media, row, col, rows, cols, bool(thumbnail))
+        for token, media, row, col, rows, cols, thumbnail in zip(
+            *(tiles[name].tolist() for name in columns), strict=True
+        )
+    ]
+
+
+def _arange(rows: range) -> Int64:
+    return np.arange(rows.start, rows.stop, dtype=np.int64)

@@ -1,0 +1,129 @@
+"""The process that decodes videos for another one: it may hang, crash or eat memory, and nobody else is hurt.
+
+Started by `data/media/video/open.py` and told what to do over a socket.
+It leaves as soon as the other end of that is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import socket
+import threading
+from typing import Any
+
+import numpy as np
+
+from megatron_vita.data.media.video.clip import VideoFile
+from megatron_vita.data.media.video.decode import open_here
+from megatron_vita.data.media.video.wire import ClosedError, receive, send
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import ConfigError, DataError
+
+_GRACE = 5.0
+"""Seconds behind the time limit at which the kernel ends this process, should nobody be left to do it."""
+_NO_MEMORY = ("cannot allocate memory", "bad_alloc", "out of memory")
+
+Reply = tuple[dict[str, Any], list[bytes]]
+
+
+def main(descriptor: int, memory: int) -> None:
+    """Serve until the other side is gone.
+
+    Args:
+        descriptor: of the socket.
+        memory: MiB of data that may be allocated over what the process needs by itself.
+    """
+    link = socket.socket(fileno=descriptor)
+    import av  # here, so that what the libraries need themselves does not count
+
+    av.logging.set_level(av.logging.PANIC)
+    with contextlib.suppress(ImportError, OSError):
+        import decord  # noqa: F401
+    _limit(memory)
+    threading.Thread(target=_leave_with, args=(descriptor,), daemon=True).start()
+    with contextlib.suppress(ClosedError):
+        _serve(link)
+
+
+def _serve(link: socket.socket) -> None:
+    send(link, {"ready": True})
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 2)  # decoders write about every damaged frame
+    videos: dict[int, VideoFile] = {}
+    while True:
+        request, blobs = receive(link)
+        # default action, by the kernel: it also ends a decoder that never gives Python its turn
+        signal.setitimer(signal.ITIMER_REAL, float(request["seconds"]) + _GRACE)
+        answer, parts = _answer(videos, request, blobs)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        send(link, answer, parts)
+
+
+def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
+    try:
+        return {"open": _open, "frames": _frames, "close": _close}[request["do"]](videos, request, blobs)
+    except ConfigError as error:
+        return {"config": str(error)}, []
+    except MemoryError:
+        return {"memory": True}, []
+    except DataError as error:
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            return {"memory": True}, []
+        return {"refused": str(error)}, []
+    except Exception as error:  # a damaged clip may bring a decoder to raise anything
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            return {"memory": True}, []
+        name = request.get("name", "the video")
+        return {"refused": str(refuse("video_broken", f"{name}: {type(error).__name__}: {error}"[:500]))}, []
+
+
+def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
+    held, name, frames = iter(blobs), request["name"], request["frames"]
+
+    def medium(place: dict[str, Any]) -> MediaFile:
+        data = next(held, None) if place["path"] is None else None
+        return MediaFile(path=place["path"], data=data, offset=place["offset"], size=place["size"], label=name)
+
+    file = MediaFile(label=name, frames=tuple(map(medium, frames))) if frames else medium(request)
+    video = open_here(file, request["backend"])
+    videos[request["video"]] = video
+    return {"fps": video.fps}, [np.asarray(video.times, dtype="<f8").tobytes()]
+
+
+def _frames(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
+    items = videos[request["video"]].frames(PreprocessSpec.from_dict(request["spec"]), request["max_frames"])
+    sizes = [[item.width, item.height, item.time] for item in items]
+    return {"items": sizes}, [item.data for item in items]
+
+
+def _close(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
+    video = videos.pop(request["video"], None)
+    if video is not None:
+        video.close()
+    return {}, []
+
+
+def _limit(memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        with open("/proc/self/statm", "rb") as stream:
+            used = int(stream.read().split()[5]) * resource.getpagesize()  # data and stack
+        most = used + (memory << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    except (OSError, ValueError):  # no Linux: there the other process alone watches
+        pass
+
+
+def _leave_with(descriptor: int) -> None:
+    """End this process when the other end of the socket is closed, whatever a decoder is doing."""
+    watch = select.poll()
+    watch.register(descriptor, 0)  # hang-ups and errors are always told
+    while not watch.poll():
+        pass
+    os._exit(0)

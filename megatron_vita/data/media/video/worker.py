@@ -1,0 +1,285 @@
+"""Videos decoded in a child process: a clip that hangs, crashes its decoder or eats memory costs itself and no other.
+
+One child serves a process, clip after clip, so its start is paid once. It is ended when a limit is hit, after which the
+next clip gets a new one, and it ends itself when this process is gone, however that came about.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from megatron_vita.data.example import MediaItem
+from megatron_vita.data.media.video.clip import VideoFile
+from megatron_vita.data.media.video.wire import ClosedError, receive, send
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import ConfigError, DataError
+
+_LOOK = 0.05
+"""Seconds between two looks at the child's memory."""
+_START = 120.0
+"""Seconds that starting the child may take on a loaded machine."""
+_BOOT = (
+    "import sys; arguments = sys.argv[1:]; sys.path[:] = arguments[2:]; "
+    "from megatron_vita.data.media.video.child import main; main(int(arguments[0]), int(arguments[1]))"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoLimits:
+    """What decoding one video may cost."""
+
+    timeout: float = 600.0
+    """Seconds, by the clock, from opening the clip to its last frame."""
+    memory: int = 4096
+    """MiB that the decoding process may hold over what it needs by itself."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ConfigError(f"--video-timeout {self.timeout}: seconds, more than 0.")
+        if self.memory < 64:
+            raise ConfigError(f"--video-memory {self.memory}: MiB, at least 64; a frame alone takes some.")
+
+
+class _Child:
+    """The child process and the link to it."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        ours, theirs = socket.socketpair()
+        path = [entry or os.getcwd() for entry in sys.path]
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(memory), *path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, **single},
+            )
+        self.link = ours
+        self.link.settimeout(_LOOK)
+        self._usage = psutil.Process(self._process.pid)
+        deadline = time.monotonic() + _START
+
+        def late() -> None:
+            if time.monotonic() > deadline:
+                raise ClosedError
+
+        try:
+            receive(self.link, late)
+            self._resting = self._resident()
+        except (ClosedError, psutil.Error):
+            self.end()
+            raise ConfigError(
+                f"the process that decodes videos does not start (exit status {self._process.returncode}); what it "
+                "said stands above. Is --video-memory large enough, and is av installed?"
+            ) from None
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+        return self._process.pid
+
+    def used(self) -> int:
+        """Resident bytes over what the child needs by itself."""
+        return self._resident() - self._resting
+
+    def end(self) -> int:
+        """Kill it and return its exit status."""
+        self.link.close()
+        self._process.kill()
+        return self._process.wait()
+
+    def last_words(self) -> int:
+        """Exit status of a child that has closed the link."""
+        try:
+            return self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return self.end()
+
+    def _resident(self) -> int:
+        return int(self._usage.memory_info().rss)
+
+
+class _Decoder:
+    """The child of this process, started when it is first needed and again after it was lost."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._child: _Child | None = None
+        self._open = 0
+        self.started = 0
+        """Children so far; a video opened in an earlier one must be opened again."""
+
+    def ask(
+        self, name: str, limits: VideoLimits, seconds: float, message: dict[str, Any], blobs: Sequence[bytes] = ()
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """Send a request and wait for the answer, no longer than `seconds`.
+
+        Raises:
+            DataError: video_timeout, video_memory, media_crash, or what the child refused.
+        """
+        with self._lock:
+            child = self.child(limits)
+            deadline, peak = time.monotonic() + seconds, 0
+
+            def look() -> None:
+                nonlocal peak
+                try:
+                    peak = max(peak, child.used())
+                except psutil.Error:
+                    return  # it is gone: the link will say so
+                if peak > limits.memory << 20:
+                    self._lose(name, limits, "video_memory")
+                if time.monotonic() > deadline:
+                    self._lose(name, limits, "video_timeout")
+
+            try:
+                send(child.link, {**message, "name": name, "seconds": seconds}, blobs, look)
+                answer, parts = receive(child.link, look)
+            except ClosedError:
+                status = child.last_words()
+                if status == -signal.SIGALRM:
+                    self._lose(name, limits, "video_timeout")
+                if peak > 0.8 * (limits.memory << 20):
+                    self._lose(name, limits, "video_memory")
+                self._lose(name, limits, "media_crash", status)
+            if "config" in answer:
+                raise ConfigError(answer["config"])
+            if "memory" in answer:
+                self._lose(name, limits, "video_memory")
+            if "refused" in answer:
+                raise DataError(answer["refused"])
+            return answer, parts
+
+    def child(self, limits: VideoLimits) -> _Child:
+        """The child, started if there is none with this limit of memory."""
+        with self._lock:
+            if self._child is not None and self._child.memory != limits.memory:
+                self.stop()
+            if self._child is None:
+                self._child = _Child(limits.memory)
+                self.started += 1
+            return self._child
+
+    def tidy(self, limits: VideoLimits) -> None:
+        """Between two clips: a child whose decoder has kept much memory is replaced, so that each clip has its own."""
+        with self._lock:
+            try:
+                if self._child is not None and self._child.used() > (limits.memory << 20) // 4:
+                    self.stop()
+            except psutil.Error:
+                self.stop()
+
+    def stop(self) -> None:
+        """End the child; the next clip gets a new one."""
+        with self._lock:
+            if self._child is not None:
+                self._child.end()
+                self._child = None
+
+    def forget(self) -> None:
+        """In a forked copy of the process: the child is the parent's."""
+        if self._child is not None:
+            self._child.link.close()
+        self._lock, self._child = threading.RLock(), None
+
+    def _lose(self, name: str, limits: VideoLimits, code: str, status: int = 0) -> NoReturn:
+        self.stop()
+        if code == "video_timeout":
+            message = f"not decoded in {limits.timeout:g} seconds. Raise --video-timeout or drop the sample."
+        elif code == "video_memory":
+            message = f"decoding takes more than {limits.memory} MiB. Raise --video-memory or drop the sample."
+        else:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            message = f"decoding it killed its process ({how}). Replace the file or drop the sample."
+        raise refuse(code, f"{name}: {message}")
+
+
+decoder = _Decoder()
+"""This process's."""
+atexit.register(decoder.stop)
+os.register_at_fork(after_in_child=decoder.forget)
+
+_numbers = itertools.count()
+
+
+class ChildVideo(VideoFile):
+    """A video that the child decodes."""
+
+    def __init__(self, file: MediaFile, backend: str, limits: VideoLimits) -> None:
+        """Open it there.
+
+        Raises:
+            DataError: see `open_video`.
+            ConfigError: the backend is not installed, or the child does not start.
+        """
+        self._file, self._backend, self._limits = file, backend, limits
+        self._number, self._spent, self._where = next(_numbers), 0.0, 0
+        fps, times = self._open_there()
+        super().__init__(file.name, times, fps)
+
+    def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
+        """See `VideoFile.frames`.
+
+        Raises:
+            DataError: also video_timeout, video_memory and media_crash.
+        """
+        if self._where != decoder.started:  # another clip has taken the child along
+            self._open_there()
+        answer, blobs = self._ask({"do": "frames", "spec": spec.to_dict(), "max_frames": max_frames})
+        return [
+            MediaItem(data, int(width), int(height), frame=True, time=float(when))
+            for (width, height, when), data in zip(answer["items"], blobs, strict=True)
+        ]
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Not here: pixels of full size stay in the child."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._where == decoder.started and self._where:
+            self._where = 0
+            try:
+                decoder.ask(self._file.name, self._limits, 10.0, {"do": "close", "video": self._number})
+            except DataError:
+                return  # nobody waits for this clip any more
+            decoder.tidy(self._limits)
+
+    def _open_there(self) -> tuple[float, Any]:
+        file = self._file
+        decoder.child(self._limits)
+        places = [
+            {"path": None if one.path is None else os.path.abspath(one.path), "offset": one.offset, "size": one.size}
+            for one in (file, *file.frames)
+        ]
+        message = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
+        answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
+        self._where = decoder.started
+        return float(answer["fps"]), np.frombuffer(blobs[0], dtype="<f8")
+
+    def _ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
+        start = time.monotonic()
+        left = max(0.001, self._limits.timeout - self._spent)
+        try:
+            return decoder.ask(self._file.name, self._limits, left, {**message, "video": self._number}, blobs)
+        finally:
+            self._spent += time.monotonic() - start

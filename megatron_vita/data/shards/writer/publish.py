@@ -1,0 +1,163 @@
+"""A planned set is written in a work folder beside its place, in many processes, and published.
+
+The format is described in shards.py, which reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_vita.data.compile.engines import Engine, InProcess
+from megatron_vita.data.digests import FollowingDigests
+from megatron_vita.data.shards.format import MEDIA_SUFFIXES, SUFFIXES, file_info
+from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, image_block
+from megatron_vita.data.shards.set_info import SetInfo
+from megatron_vita.data.shards.writer.packs import PackJob, create_files, done_path, out_path
+from megatron_vita.data.shards.writer.plan import Plan
+from megatron_vita.data.shards.writer.publishing import make_ready, publish
+from megatron_vita.errors import DataError
+
+_FOLLOWED = {"tokens.bin": ("token", 4), "labels.bin": ("token", 4), "media.bin": ("byte", 1)}
+"""Large files: which column of a range says where its part ends, and bytes of one."""
+
+
+def write_set(
+    plan: Plan,
+    prefix: Path,
+    info: SetInfo,
+    sources: Sequence[SourceCounts],
+    rejects: Iterable[Reject],
+    *,
+    engine: Engine | None = None,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Manifest:
+    """Write a planned set and publish it. Ranges that an earlier, killed run has finished are kept.
+
+    Args:
+        plan: what goes where.
+        prefix: folder and name of the set.
+        info: settings for the manifest.
+        sources: counts of each dataset, in the order that the plan's sources refer to.
+        rejects: every refused record.
+        engine: who writes; by default this process.
+        progress: told the number of samples whenever a range is finished.
+
+    Raises:
+        DataError: the counts do not add up, or a picture changed since it was compiled.
+    """
+    work = plan.work
+    if not (work / "created").exists():
+        create_files(plan, info.spec.tokens_per_tile)
+        (work / "created").touch()
+    job = PackJob(work, info.spec.tokens_per_tile)
+    finished = [number for number in range(len(plan.ranges)) if done_path(work, number).exists()]
+    todo = sorted(set(range(len(plan.ranges))) - set(finished))
+    with FollowingDigests({suffix: out_path(work, suffix) for suffix in _FOLLOWED}) as digests:
+        frontier = _Frontier(plan, digests)
+        for number in itertools.chain(finished, (number for number, _ in (engine or InProcess()).map(job, todo))):
+            frontier.add(number)
+            progress(int(plan.ranges["samples"][number]))
+        files = digests.result()
+    sources, totals = _counted(plan, prefix, sources, _write_rejects(out_path(work, "rejects.jsonl"), rejects))
+    absent = () if totals["media"] or totals["tiles"] else MEDIA_SUFFIXES
+    present = [suffix for suffix in SUFFIXES if suffix not in absent]
+    rest = [suffix for suffix in present if suffix not in files]
+    with ThreadPoolExecutor(4) as threads:
+        infos = dict(zip(rest, threads.map(lambda suffix: file_info(out_path(work, suffix)), rest), strict=True))
+    fill = totals["tokens"] / (totals["packs"] * info.seq_length)
+    manifest = Manifest(
+        seq_length=info.seq_length,
+        layout=info.spec.layout,
+        tokenizer=info.tokenizer,
+        template_sha256=info.template_sha256,
+        image=image_block(info.spec),
+        video={
+            "max_frames": info.spec.max_frames,
+            "max_fps": info.spec.max_fps,
+            "timestamps": info.spec.video_timestamps,
+        },
+        packing={"policy": "best-fit-decreasing", "seed": 0, **info.packing, "fill": round(fill, 6)},
+        media="none" if absent else info.media,
+        sources=tuple(sources),
+        totals=totals,
+        files={suffix: files.get(suffix) or infos[suffix] for suffix in present},
+        digest="",
+    ).sealed()
+    make_ready(work, present, manifest)
+    return publish(work, prefix)
+
+
+class _Frontier:
+    """How far the files are final: up to the first range that is not written."""
+
+    def __init__(self, plan: Plan, digests: FollowingDigests) -> None:
+        self._ends = {
+            suffix: [size * end for end in plan.range_ends(name)] for suffix, (name, size) in _FOLLOWED.items()
+        }
+        self._digests = digests
+        self._finished: set[int] = set()
+        self._next = 0
+
+    def add(self, number: int) -> None:
+        """One more range is written."""
+        self._finished.add(number)
+        while self._next in self._finished:
+            self._finished.remove(self._next)
+            for suffix, ends in self._ends.items():
+                self._digests.advance(suffix, ends[self._next])
+            self._next += 1
+
+
+def _write_rejects(path: Path, rejects: Iterable[Reject]) -> dict[str, int]:
+    """Write the rejects file; lines of each source."""
+    lines: dict[str, int] = {}
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        for reject in rejects:
+            stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+            lines[reject.source] = lines.get(reject.source, 0) + 1
+    return lines
+
+
+def _counted(
+    plan: Plan, prefix: Path, sources: Sequence[SourceCounts], rejected: Mapping[str, int]
+) -> tuple[list[SourceCounts], dict[str, int]]:
+    """Sources with what was packed of them, and the totals.
+
+    Raises:
+        DataError: what was read is not what was packed and what was refused.
+    """
+    if set(plan.by_source) - set(range(len(sources))):
+        raise DataError(f"{prefix}: samples of source {max(plan.by_source)}, but {len(sources)} are listed.")
+    out = []
+    for index, source in enumerate(sources):
+        packed = plan.by_source.get(index, {})
+        used, refused = packed.get("samples", 0), sum(source.rejected.values())
+        if source.used != used or source.read != used + refused or rejected.get(source.name, 0) != refused:
+            raise DataError(
+                f"{prefix}: the counts of {source.name} do not add up: read {source.read}, said to be used "
+                f"{source.used}, packed {used}, rejected {refused}, lines of rejects {rejected.get(source.name, 0)}."
+            )
+        out.append(
+            dataclasses.replace(
+                source,
+                rejected=dict(source.rejected),
+                truncated=packed.get("shortened", 0),
+                cleaned=packed.get("cleaned", 0),
+                dropped=packed.get("dropped", 0),
+                tokens=packed.get("tokens", 0),
+                tiles=packed.get("tiles", 0),
+            )
+        )
+    names = ("packs", "samples", "tokens", "labels", "tiles", "media")
+    totals = {name: plan.totals[name] for name in names}
+    totals["read"] = sum(source.read for source in out)
+    totals["rejected"] = sum(sum(source.rejected.values()) for source in out)
+    totals["truncated"] = sum(source.truncated for source in out)
+    totals["cleaned"] = sum(source.cleaned for source in out)
+    totals["dropped"] = sum(source.dropped for source in out)
+    return out, totals

@@ -1,0 +1,159 @@
+"""Media stores: from a reference in a record to the medium it means, in folders and archives, safely.
+
+A MediaRule says where the media of a data file lie and can be sent to any process; `open_store` makes a store of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_vita.data.media.names import natural_key
+from megatron_vita.data.media.open import locate
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sources.media_store.disk_names import DiskNames
+from megatron_vita.data.sources.media_store.index import Shelves
+from megatron_vita.data.sources.media_store.table import stem_of
+from megatron_vita.errors import ConfigError
+
+RESOLVE = ("path", "stem", "name")
+
+_ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))(\.(aa|0{2,3}|0{1,2}1))?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaRule:
+    """Where the media of one data file lie."""
+
+    root: Path | None = None
+    """Folder that relative references start in; nothing outside it is read. None: every medium must be embedded."""
+    archives: tuple[Path, ...] = ()
+    """Archives under the root that are looked into where no file is found, as if each were unpacked in its own folder
+    or in any folder above it, up to the root. `list_archives` finds them; of a split archive only the first part."""
+    resolve: str = "path"
+    """What a reference is: `path`; `stem`: or else an id, the one video or folder of frames of that name, whatever its
+    folder and suffix; `name`: or else the one file of that name, whatever its folder (archives that are unpacked flat).
+    """
+    rewrite: tuple[tuple[str, str], ...] = ()
+    """(beginning, replacement): the first that a reference begins with is replaced."""
+    frames: bool = False
+    """References may name folders of frames inside archives, too. (Always so with `stem`.)"""
+
+
+class MediaStore(ABC):
+    """Finds media by reference."""
+
+    @abstractmethod
+    def find(self, reference: str) -> MediaFile:
+        """The medium that a record's reference means.
+
+        Raises:
+            DataError: path_escape, media_missing or media_ambiguous; or why the member of an archive is not read.
+        """
+
+
+class _Nothing(MediaStore):
+    def find(self, reference: str) -> MediaFile:
+        raise refuse("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
+
+
+class _Rooted(MediaStore):
+    """Files under the root win, then archives, then what bears the name."""
+
+    def __init__(self, rule: MediaRule, root: Path, work: Path | None, *, anew: bool = False, progress: bool = False):
+        if rule.resolve not in RESOLVE:
+            raise ConfigError(f"resolve {rule.resolve!r}: choose {', '.join(RESOLVE)}.")
+        self._rule, self._given = rule, root
+        self._root = os.path.realpath(root)
+        self._shelves: Shelves | None = None
+        self._names: DiskNames | None = None
+        if rule.archives:
+            frames = rule.frames or rule.resolve == "stem"
+            self._shelves = Shelves(
+                self._root, rule.archives, work, frames=frames, resolve=rule.resolve, progress=progress
+            )
+        if rule.resolve != "path":
+            self._names = DiskNames(Path(self._root), rule.resolve, work, anew=anew)
+
+    def find(self, reference: str) -> MediaFile:
+        for beginning, replacement in self._rule.rewrite:
+            if reference.startswith(beginning):
+                reference = replacement + reference.removeprefix(beginning)
+                break
+        real = locate(self._root, reference)
+        if real is not None:
+            return MediaFile(path=real)
+        path = os.path.normpath(os.path.relpath(reference, self._root) if os.path.isabs(reference) else reference)
+        found = self._shelves.find(path) if self._shelves else None
+        if found is None and self._names is not None:
+            found = self._by_name(path)
+        if found is not None:
+            return found
+        places = f" or in its {len(self._rule.archives)} archives" if self._rule.archives else ""
+        raise refuse(
+            "media_missing", f"{reference} does not exist under {self._given}{places}. Set `media_root`, or fetch it."
+        )
+
+    def _by_name(self, path: str) -> MediaFile | None:
+        assert self._names is not None
+        folder, name = os.path.split(path)
+        if self._rule.resolve == "stem":
+            if folder:  # a path that says more than an id
+                return None
+            name = stem_of(name)
+        on_disk = self._names.find(name)
+        if len(on_disk) > 1:
+            raise refuse("media_ambiguous", f"{name} may be {on_disk[0]} or {on_disk[1]}. Give the path in the record.")
+        if on_disk:
+            real = locate(self._root, on_disk[0])
+            return None if real is None else MediaFile(path=real)
+        return self._shelves.find_name(name) if self._shelves else None
+
+
+@lru_cache(maxsize=64)
+def open_store(rule: MediaRule, work: Path | None = None) -> MediaStore:
+    """The store of a rule, one for each process.
+
+    Args:
+        rule: where the media lie.
+        work: folder for what is kept between runs (indexes of archives, what was unpacked); none: a temporary one.
+
+    Raises:
+        ConfigError: an archive cannot be used; the message names it.
+    """
+    return _Rooted(rule, rule.root, work) if rule.root is not None else _Nothing()
+
+
+def prepare(rule: MediaRule, work: Path, *, progress: bool = True) -> None:
+    """Unpack and index the archives of a rule, and list names on disk, once, before processes open its store.
+
+    Args:
+        rule: where the media lie.
+        work: folder for what is kept between runs.
+        progress: show bars for long ones.
+
+    Raises:
+        ConfigError: an archive cannot be used; the message names it.
+    """
+    if rule.root is not None:
+        _Rooted(rule, rule.root, work, anew=True, progress=progress)
+
+
+def list_archives(root: Path, patterns: Sequence[str] = ("**/*",)) -> tuple[Path, ...]:
+    """Archives under a folder, in natural order, for MediaRule.archives.
+
+    Args:
+        root: the media root.
+        patterns: which, as globs relative to the root (`*_images_*.tar.gz`).
+
+    Returns:
+        zip, tar and packed tar files; of a split archive (`.aa .ab ...`) its first part.
+    """
+    found = {path for pattern in patterns for path in root.glob(pattern) if _ARCHIVE.search(path.name)}
+    return tuple(sorted((path for path in found if path.is_file()), key=lambda path: natural_key(str(path))))

@@ -1,0 +1,113 @@
+"""Archives of JSON: a zip or tar whose members are one record each, or files of records."""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
+from megatron_vita.data.sources.media_store.members import REFUSED, Member
+from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places, parse_record
+from megatron_vita.data.sources.readers.json_files import PEEK, is_turn, json_form, read_range
+from megatron_vita.data.sources.readers.mend import array_records
+from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
+from megatron_vita.errors import DataError
+
+_LINES = (".jsonl", ".ndjson")
+_SUFFIXES = (".json", *_LINES)
+_TEXT, _INDEX = "text", "places.npy"
+_BROKEN = -1
+"""In place of where a record begins: its member cannot be read, for the reason that the third number says."""
+_DAMAGED = 0
+_MOST_MEMBER = 16 << 30
+
+log = logging.getLogger(__name__)
+
+
+class ArchiveJson(Reader):
+    """All members' text, copied once into one file, members sorted by name."""
+
+    def __init__(self, path: Path, work: Path | None) -> None:
+        super().__init__(path)
+        self._work = work
+
+    def prepare(self, *, progress: bool = True) -> None:
+        self._copied(progress)
+
+    def index(self) -> Places:
+        return np.load(self._copied(progress=False) / _INDEX)
+
+    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+        with (self._copied(progress=False) / _TEXT).open("rb") as stream:
+            for number, start, stop in places.tolist():
+                if start == _BROKEN:
+                    reason = REFUSED[stop][1] if stop in REFUSED else "it is damaged"
+                    yield number, refuse("bad_record", f"a member of the archive cannot be read: {reason}.")
+                else:
+                    yield number, read_range(stream, start, stop)
+
+    def _copied(self, progress: bool) -> Path:
+        archive = open_archive(self.path, self._work, progress=progress)
+        return build_once(self._work, "records", [archive.data], lambda target: _copy(archive, target))
+
+
+def _copy(archive: Archive, target: Path) -> None:
+    members = [member for member in archive.members() if not member.hidden]
+    chosen = [member for member in members if member.name.lower().endswith(_SUFFIXES)] or members
+    if len(chosen) < len(members):
+        log.info("%s: %d members are no JSON files and are left out", archive.path, len(members) - len(chosen))
+    chosen.sort(key=lambda member: member.name)
+    found = array("q")
+    if target.exists():  # of a run that was killed
+        for one in target.iterdir():
+            one.unlink()
+    target.mkdir(exist_ok=True)
+    descriptor = os.open(archive.data, os.O_RDONLY)
+    try:
+        with (target / _TEXT).open("w+b", buffering=1 << 20) as out:
+            for member in chosen:
+                _copy_member(archive, member, descriptor, out, found)
+    finally:
+        os.close(descriptor)
+    np.save(target / _INDEX, as_places(found))
+
+
+def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> None:
+    begin, number = out.seek(0, 2), len(found) // 3
+    reason: int | None = member.kind if member.kind in REFUSED else None
+    if member.size > _MOST_MEMBER:
+        reason = _DAMAGED
+    if reason is None:
+        try:
+            for piece in archive.content(member, descriptor):
+                out.write(piece)
+        except DataError:
+            reason = _DAMAGED
+    if reason is not None:
+        out.truncate(begin)
+        found.extend((number + 1, _BROKEN, reason))
+        return
+    flat = _records(out, begin, out.tell(), member.name)
+    for at in range(0, len(flat), 3):
+        number += 1
+        found.extend((number, flat[at + 1], flat[at + 2]))
+
+
+def _records(stream: BinaryIO, begin: int, end: int, name: str) -> array[int]:
+    """The records of one member: of an array, of lines, or the one that is all of it."""
+    stream.seek(begin)
+    head = stream.read(min(PEEK, end - begin)).removeprefix(BYTE_ORDER_MARK).lstrip(BLANK)
+    if json_form(head) == "json":
+        return array("q", (1, begin, end)) if is_turn(head) else array_records(stream, begin, end)
+    line, _, rest = head.partition(b"\n")
+    lines = name.lower().endswith(_LINES) or rest.lstrip(BLANK).startswith((b"{", b"["))
+    if not lines and isinstance(parse_record(line), DataError):  # an object over several lines
+        return array("q", (1, begin, end)) if head else array("q")
+    return scan_lines(stream, begin, end)

@@ -1,0 +1,167 @@
+"""The dataset table: one row for each dataset, all configuration, no class."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vita.data.sources.fixes import find_fix
+from megatron_vita.data.sources.mappers import MAPPERS
+from megatron_vita.data.sources.media_store.store import RESOLVE
+from megatron_vita.data.sources.readers import KINDS
+from megatron_vita.errors import ConfigError
+
+ROOTS = ("cwd", "json_dir", "dataset", "user", "none")
+_READERS = ("auto", *KINDS)
+_TUPLES = ("files", "image", "video", "archives", "fix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How to read one dataset."""
+
+    name: str
+    hub: str = ""
+    """Where its publisher keeps it; a mix looks for it in a folder of this name."""
+    files: tuple[str, ...] = ()
+    """The publisher's data files: patterns relative to the dataset's root, which is found by them."""
+    read: str = "auto"
+    """Reader: `auto`, or one of readers.KINDS."""
+    map: str
+    """Mapper."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Field names that the mapper asks for."""
+    image: tuple[str, ...] = ()
+    """Fields that may hold pictures (path, list, struct {bytes, path}, list of structs); the first that is not null."""
+    video: tuple[str, ...] = ()
+    """Fields that may hold videos."""
+    media: bool = False
+    """Every record holds media: one without is refused, and so no placeholder is taken for text."""
+    root: str = "none"
+    """Where relative media paths start, unless the mix says `media_root`: `cwd`, `json_dir` (the data file's folder),
+    `dataset` (the dataset's root), `user` (the mix must say it), or `none` (media are embedded)."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Data file's name without ending -> folder below the root that its media lie in."""
+    resolve: str = "path"
+    """What a reference is: `path`, `stem` or `name`, see MediaRule."""
+    rewrite: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a reference -> what stands there instead, before it is looked for."""
+    archives: tuple[str, ...] = ()
+    """Archives with media, looked into as far as they are there: patterns relative to the root. `{folder}` is the
+    file's folder in `folders`."""
+    frames: bool = False
+    """References may name folders of frames inside archives."""
+    fix: tuple[str, ...] = ()
+    """Fixes in order."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("map", self.map, tuple(MAPPERS)),
+            ("read", self.read, _READERS),
+            ("root", self.root, ROOTS),
+            ("resolve", self.resolve, RESOLVE),
+        ):
+            if value not in known:
+                raise ConfigError(f"source `{self.name}`: no such {name}: {value!r}. Choose {', '.join(known)}.")
+        for fix in self.fix:
+            find_fix(fix)
+
+    def dataset_root(self, file: Path) -> Path:
+        """The folder of a publisher's dataset that a data file belongs to; the file's own if its name is another."""
+        for pattern in self.files:
+            depth = pattern.count("/") + 1
+            if len(file.parts) >= depth and fnmatch("/".join(file.parts[-depth:]), pattern):
+                return file.parents[depth - 1]
+        return file.parent
+
+    def published(self, file: Path) -> bool:
+        """Does the file bear one of the publisher's names? Yes where none is known."""
+        tails = ("/".join(file.parts[-(pattern.count("/") + 1) :]) for pattern in self.files)
+        return not self.files or any(map(fnmatch, tails, self.files))
+
+
+@lru_cache(maxsize=1)
+def load_table() -> dict[str, Row]:
+    """Every row of table.yaml by name.
+
+    Raises:
+        ConfigError: the table is wrong (a mistake in the package, not the user's).
+    """
+    content = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
+    rows: dict[str, Row] = {}
+    known = {one.name for one in dataclasses.fields(Row)}
+    for name, values in content["datasets"].items():
+        values = dict(values)
+        base = values.pop("like", None)
+        inherited = {one: getattr(rows[base], one) for one in known} if base else {}
+        for key in _TUPLES:
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+        rows[name] = Row(**{**inherited, **values, "name": name})
+    return rows
+
+
+def find_row(name: str, where: str) -> Row:
+    """A row by name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    table = load_table()
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(table)}."
+        raise ConfigError(f"{where}: no source `{name}` in the dataset table. {hint}")
+    return table[name]
+
+
+def detect_row(record: Any, where: str) -> Row:
+    """The generic row that fits a record, for mixes that name no `source`.
+
+    Raises:
+        ConfigError: the form is not known, or could be several.
+    """
+    name = _generic(record)
+    if name is None:
+        keys = ", ".join(sorted(record)[:12]) if isinstance(record, dict) else type(record).__name__
+        raise ConfigError(
+            f"{where}: cannot tell the form of the records (fields: {keys}). Set `source:` in the data mix to one of "
+            f"{', '.join(load_table())}."
+        )
+    return load_table()[name]
+
+
+def _generic(record: Any) -> str | None:
+    if isinstance(record, list):
+        return "long_vita" if record and all(isinstance(turn, dict) and "role" in turn for turn in record) else None
+    if not isinstance(record, dict):
+        return None
+    for key in ("messages", "conversations", "items"):
+        turns = record.get(key)
+        if not isinstance(turns, list) or not turns:
+            continue
+        if isinstance(turns[0], str):
+            return "lima" if key == "conversations" else None
+        if not isinstance(turns[0], dict):
+            return None
+        if any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns):
+            return "openai"
+        if "role" in turns[0] and key != "items":
+            return "long_vita"
+        if "from" in turns[0]:
+            return "llava" if record.get("image") is not None or record.get("video") is not None else "sharegpt"
+    if isinstance(record.get("texts"), list):
+        return "the_cauldron"
+    if "instruction" in record and "output" in record:
+        return "alpaca"
+    if isinstance(record.get("text"), str) and not {"prompt", "question", "query", "input"} & set(record):
+        return "text"
+    return None

@@ -1,0 +1,276 @@
+"""A Sample becomes an Example: ids with every placeholder expanded, labels shifted, a slot for each tile.
+
+`internvl` (the layout of stock transformers' InternVL processor): a picture is `<img>`, its context tokens with the
+thumbnail's last, `</img>` and the template's newline; a video is `Frame1: <img>...</img>` and a newline for each frame.
+One newline that the data has right behind a picture is absorbed by the template's. `long_vita` (the layout of the
+released weights): `<img>` thumbnail `</img>`, then for each row a newline and `<patch>` tiles; a frame is
+`<vid>...</vid>`; the template's newline is left out and the data's kept.
+
+Between two special tokens all text is tokenised in one piece, as stock transformers does; only an answer is a piece of
+its own, because it carries the labels. The two agree as long as no answer begins with line breaks (`clean_answer`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vita.data.document import Document
+from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
+from megatron_vita.data.media.tiling import plan_tiles
+from megatron_vita.data.rejects import refuse
+from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.text import tokenizer as names
+from megatron_vita.data.text.template import Piece, shape_of
+from megatron_vita.data.text.tokenizer import VitaTokenizer
+
+_LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
+
+
+def build_example(
+    sample: Sample,
+    images: Sequence[MediaItem],
+    videos: Sequence[Sequence[MediaItem]],
+    *,
+    tokenizer: VitaTokenizer,
+    spec: PreprocessSpec,
+    generation_prompt: bool = False,
+) -> Example:
+    """Render one conversation.
+
+    Args:
+        sample: its turns.
+        images: one item for each of sample.images.
+        videos: the sampled frames of each of sample.videos.
+        tokenizer: ids and chat template.
+        spec: layout, tiling, tokens a tile.
+        generation_prompt: end with the header of an answer to come (the last turn is then the user's); no labels.
+
+    Returns:
+        The Example. Loss lies on the answers, their `<|im_end|>` and the newline behind it.
+
+    Raises:
+        DataError: the turns or media break `Sample.check`, or the last turn is not what generation_prompt asks for.
+        ConfigError: the tokenizer lacks a special token of the layout.
+    """
+    sample.check()
+    if (len(images), len(videos)) != (len(sample.images), len(sample.videos)):
+        raise refuse("media_count", f"{sample.id}: {len(images)} pictures and {len(videos)} videos were read for it.")
+    if (sample.messages[-1].role != "assistant") != generation_prompt:
+        wanted = "a user's turn to answer" if generation_prompt else "an answer to learn from"
+        raise refuse("bad_order" if generation_prompt else "no_answer", f"{sample.id}: it must end with {wanted}.")
+    writer = _Writer(tokenizer, spec)
+    pieces = iter(_skeleton(sample, tokenizer, generation_prompt, spec.layout))
+    for piece in pieces:
+        if piece.kind == "literal":
+            writer.text(piece.value)
+        elif piece.kind == "token":
+            writer.special(piece.value)
+        elif piece.kind == "text" and sample.messages[piece.message].role == "assistant":
+            parts = sample.messages[piece.message].parts
+            writer.answer("".join(part.text for part in parts if isinstance(part, Text)))
+            for _ in range(len(parts) - 1 + 2):  # its other parts, `<|im_end|>` and the newline: written by answer()
+                next(pieces)
+        elif piece.kind == "text":
+            writer.text(_user_text(sample.messages[piece.message], piece.part, spec.layout))
+        else:
+            part = sample.messages[piece.message].parts[piece.part]
+            assert not isinstance(part, Text)
+            if piece.kind == "image":
+                writer.image(images[part.index])
+            else:
+                writer.video(videos[part.index])
+    return writer.example(labelled=not generation_prompt)
+
+
+def build_document(document: Document, *, tokenizer: VitaTokenizer) -> Example:
+    """Plain text and `<|endoftext|>`; every token but the first is learnt.
+
+    Raises:
+        DataError: empty_turn, if there is no text.
+    """
+    if not document.text.strip():
+        raise refuse("empty_turn", f"{document.id}: the text is empty.")
+    ids = [*tokenizer.encode(document.text), tokenizer.token_id(names.END_OF_TEXT)]
+    tokens = np.array(ids, dtype=np.int32)
+    return Example(tokens, shift_labels(tokens, np.ones(len(ids), dtype=bool)))
+
+
+def clean_answer(text: str) -> str:
+    """An answer without leading line breaks (and the blanks before them).
+
+    The tokenizer would join them with the newline of the turn's header, and the ids would no longer be those of the
+    header and the answer one after the other.
+    """
+    return _LEADING_BREAKS.sub("", text, count=1)
+
+
+def clean_answers(sample: Sample) -> tuple[Sample, int]:
+    """`clean_answer` on every answer of a Sample, and how many of them changed."""
+    changed = 0
+    messages = []
+    for message in sample.messages:
+        if message.role == "assistant" and all(isinstance(part, Text) for part in message.parts):
+            joined = "".join(part.text for part in message.parts if isinstance(part, Text))
+            if _LEADING_BREAKS.match(joined):
+                changed += 1
+                message = dataclasses.replace(message, parts=(Text(clean_answer(joined)),))
+        messages.append(message)
+    return (dataclasses.replace(sample, messages=tuple(messages)), changed) if changed else (sample, 0)
+
+
+def without_answer(sample: Sample) -> Sample:
+    """The Sample up to its last question, for `generation_prompt=True`; unchanged if it ends with one already."""
+    if sample.messages and sample.messages[-1].role == "assistant":
+        return dataclasses.replace(sample, messages=sample.messages[:-1])
+    return sample
+
+
+def shift_labels(tokens: npt.NDArray[np.int32], labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """labels[i] = the token after i where that token is learnt, else -100. The one shift there is.
+
+    Args:
+        tokens: `[n]`.
+        labelled: `[n]`, which tokens are to be predicted.
+    """
+    labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int32)
+    labels[:-1][labelled[1:]] = tokens[1:][labelled[1:]]
+    return labels
+
+
+def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
+    """What stands before a video's frame in `internvl`.
+
+    Args:
+        number: of the frame, from 1.
+        time: seconds into the clip.
+        spec: whether times are told.
+    """
+    when = f" ({time:.1f}s)" if spec.video_timestamps and time is not None else ""
+    return f"Frame{number}{when}: "
+
+
+def frame_costs(
+    tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
+) -> npt.NDArray[np.int64]:
+    """Tokens that each frame of a video adds, int64 `[frames]`.
+
+    258 in `long_vita` at the real size, in `internvl` 262 and the digits of its number, and its time where that is
+    told. (The newline counted with the first frame stands behind the last.)
+
+    Args:
+        tokenizer: counts the labels.
+        spec: layout, tokens a tile, whether times are told.
+        frames: how many.
+        times: seconds into the clip of each; needed where they are told.
+    """
+    per_tile = spec.tokens_per_tile + 2
+    if spec.layout == "long_vita":
+        return np.full(frames, per_tile, dtype=np.int64)
+    told = [None] * frames if times is None else times
+    labels = (len(tokenizer.encode("\n" + frame_label(number, time, spec))) for number, time in enumerate(told, 1))
+    return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
+
+
+def _skeleton(sample: Sample, tokenizer: VitaTokenizer, generation_prompt: bool, layout: str) -> Sequence[Piece]:
+    pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt)
+    if layout != "long_vita":
+        return pieces
+    out: list[Piece] = []
+    for piece in pieces:
+        if out and out[-1].kind in ("image", "video") and piece.kind == "literal":
+            piece = dataclasses.replace(piece, value=piece.value.removeprefix("\n"))
+        out.append(piece)
+    return out
+
+
+def _user_text(message: Message, number: int, layout: str) -> str:
+    part = message.parts[number]
+    assert isinstance(part, Text)
+    behind_medium = number > 0 and not isinstance(message.parts[number - 1], Text)
+    # in internvl the template has written a newline behind the medium: one that the data has there is the same one
+    return part.text.removeprefix("\n") if behind_medium and layout == "internvl" else part.text
+
+
+class _Writer:
+    """Collects ids, labels and tiles. Text is held back until a special token ends it, then tokenised in one piece."""
+
+    def __init__(self, tokenizer: VitaTokenizer, spec: PreprocessSpec) -> None:
+        self._tokenizer, self._spec = tokenizer, spec
+        self._pending: list[str] = []
+        self._ids = array("i")
+        self._labelled: list[tuple[int, bool]] = []  # runs of (tokens, learnt)
+        self._length = 0
+        self._tiles: list[TileSlot] = []
+        self._media: list[MediaItem] = []
+
+    def text(self, text: str) -> None:
+        self._pending.append(text)
+
+    def special(self, token: str) -> None:
+        self._flush()
+        self._add([self._tokenizer.token_id(token)])
+
+    def answer(self, text: str) -> None:
+        """An answer, `<|im_end|>` and a newline: what is learnt."""
+        self._flush()
+        ids = [*self._tokenizer.encode(clean_answer(text)), self._tokenizer.eos_id, *self._tokenizer.encode("\n")]
+        self._add(ids, labelled=True)
+
+    def image(self, item: MediaItem) -> None:
+        slots = plan_tiles(item, len(self._media), self._spec)
+        self._media.append(item)
+        if self._spec.layout == "internvl":
+            self.special(names.IMG)
+            for slot in slots:
+                self._tile(slot, names.IMG_CONTEXT)
+            self.special(names.IMG_END)
+            return
+        whole, *grid = slots
+        self._wrapped(whole, names.IMG, names.IMG_CONTEXT, names.IMG_END)
+        for slot in grid:
+            if slot.col == 0:
+                self.text("\n")
+            self._wrapped(slot, names.PATCH, names.PATCH_CONTEXT, names.PATCH_END)
+
+    def video(self, frames: Sequence[MediaItem]) -> None:
+        for number, item in enumerate(frames, 1):
+            (slot,) = plan_tiles(item, len(self._media), self._spec)
+            self._media.append(item)
+            if self._spec.layout == "internvl":
+                self.text(("\n" if number > 1 else "") + frame_label(number, item.time, self._spec))
+                self._wrapped(slot, names.IMG, names.IMG_CONTEXT, names.IMG_END)
+            else:
+                self._wrapped(slot, names.VID, names.VID_CONTEXT, names.VID_END)
+
+    def example(self, *, labelled: bool) -> Example:
+        self._flush()
+        tokens = np.array(self._ids, dtype=np.int32)
+        mask = np.repeat([one and labelled for _, one in self._labelled], [count for count, _ in self._labelled])
+        return Example(tokens, shift_labels(tokens, mask), tuple(self._tiles), tuple(self._media))
+
+    def _flush(self) -> None:
+        text = "".join(self._pending)
+        self._pending.clear()
+        if text:
+            self._add(self._tokenizer.encode(text))
+
+    def _wrapped(self, slot: TileSlot, start: str, context: str, end: str) -> None:
+        self.special(start)
+        self._tile(slot, context)
+        self.special(end)
+
+    def _tile(self, slot: TileSlot, context: str) -> None:
+        self._tiles.append(dataclasses.replace(slot, first_token=self._length))
+        self._add(array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile)
+
+    def _add(self, ids: Sequence[int], labelled: bool = False) -> None:
+        self._ids.extend(ids)
+        self._labelled.append((len(ids), labelled))
+        self._length += len(ids)

@@ -1,0 +1,212 @@
+"""Videos in their child process: what hangs, crashes or eats memory is refused, and the next clip is decoded.
+
+The misbehaving decoder is a `decord` of our own on the module search path, which the child takes over.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_vita.data.media.image import decode
+from megatron_vita.data.media.video.open import VideoLimits, open_video
+from megatron_vita.data.media.video.worker import decoder
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import ConfigError, DataError
+
+SPEC = PreprocessSpec(image_size=16, patch_size=4, max_frames=8)
+
+FAKE = """
+import ctypes, mmap, os, time
+import numpy as np
+
+class logging:
+    QUIET = 0
+    set_level = staticmethod(lambda level: None)
+
+def cpu(number):
+    return number
+
+def misbehave(what):
+    if what == "hang":
+        time.sleep(600)
+    elif what == "spin":  # and never gives Python its turn
+        ctypes.PyDLL(None).sleep(600)
+    elif what == "crash":
+        ctypes.string_at(0)
+    elif what == "exit":
+        os._exit(3)
+    elif what == "eat":
+        kept = []
+        while True:
+            kept.append(np.ones(1 << 20))
+    elif what == "share":  # memory that no limit of the kernel's counts
+        mapped = mmap.mmap(-1, 600 << 20)
+        for place in range(0, len(mapped), 4096):
+            mapped[place] = 1
+        time.sleep(600)
+    elif what == "ask":
+        np.ones(1 << 34)
+    elif what == "raise":
+        raise KeyError("odd")
+
+class Batch:
+    def __init__(self, frames):
+        self.frames = frames
+    def asnumpy(self):
+        return self.frames
+
+class VideoReader:
+    def __init__(self, source, ctx, num_threads):
+        when, self.what = os.path.basename(source).split(".")[0].split("-")
+        if when == "open":
+            misbehave(self.what)
+    def __len__(self):
+        return 4
+    def get_avg_fps(self):
+        return 1.0
+    def get_frame_timestamp(self, numbers):
+        return [(n, n + 1) for n in numbers]
+    def get_batch(self, numbers):
+        misbehave(self.what)
+        return Batch(np.full((len(numbers), 8, 8, 3), 77, np.uint8))
+"""
+
+
+@pytest.fixture
+def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for clips, whose names say how the decoder shall behave: `open-hang.mp4`, `read-crash.mp4`."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "decord.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    decoder.stop()
+    yield tmp_path
+    decoder.stop()
+
+
+def clip(folder: Path, name: str) -> MediaFile:
+    (folder / name).write_bytes(b"a clip")
+    return MediaFile(path=str(folder / name))
+
+
+def frames(file: MediaFile, limits: VideoLimits) -> int:
+    with open_video(file, "decord", limits=limits) as video:
+        items = video.frames(SPEC, 4)
+    assert {int(np.asarray(decode(item)).mean()) for item in items} == {77}
+    return len(items)
+
+
+@pytest.mark.parametrize("when", ["open", "read"])
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("hang", "video_timeout"),
+        ("spin", "video_timeout"),
+        ("crash", "media_crash"),
+        ("exit", "media_crash"),
+        ("eat", "video_memory"),
+        ("share", "video_memory"),
+        ("ask", "video_memory"),
+        ("raise", "video_broken"),
+    ],
+)
+def test_a_clip_that_misbehaves_costs_itself_alone(clips: Path, when: str, what: str, code: str) -> None:
+    limits = VideoLimits(timeout=1.0 if code == "video_timeout" else 60.0, memory=256)
+    good = clip(clips, "read-well.mp4")
+    assert frames(good, limits) == 4
+    with pytest.raises(DataError, match=rf"^{code}: .*{when}-{what}\.mp4"):
+        frames(clip(clips, f"{when}-{what}.mp4"), limits)
+    assert frames(good, limits) == 4
+
+
+def test_videos_open_at_once_survive_the_loss_of_their_process(clips: Path) -> None:
+    limits = VideoLimits(memory=256)
+    with open_video(clip(clips, "read-well.mp4"), "decord", limits=limits) as good:
+        with open_video(clip(clips, "read-exit.mp4"), "decord", limits=limits) as bad:
+            assert (good.count(SPEC, 8), bad.count(SPEC, 8)) == (4, 4)
+            with pytest.raises(DataError, match="media_crash"):
+                bad.frames(SPEC, 4)
+        assert len(good.frames(SPEC, 4)) == 4
+
+
+def test_one_process_serves_clip_after_clip(clips: Path) -> None:
+    limits = VideoLimits(memory=256)
+    pids = set()
+    for _ in range(3):
+        assert frames(clip(clips, "read-well.mp4"), limits) == 4
+        pids.add(decoder.child(limits).pid)
+    assert len(pids) == 1
+
+
+def test_a_forked_copy_of_the_process_gets_its_own(clips: Path) -> None:
+    limits = VideoLimits(memory=256)
+    assert frames(clip(clips, "read-well.mp4"), limits) == 4
+    ours = decoder.child(limits).pid
+    reader, writer = os.pipe()
+    copy = os.fork()
+    if not copy:
+        frames(clip(clips, "read-well.mp4"), limits)
+        os.write(writer, str(decoder.child(limits).pid).encode())
+        decoder.stop()
+        os._exit(0)
+    os.close(writer)
+    assert os.waitpid(copy, 0)[1] == 0
+    with os.fdopen(reader) as told:
+        assert int(told.read()) != ours
+    assert frames(clip(clips, "read-well.mp4"), limits) == 4
+    assert decoder.child(limits).pid == ours
+
+
+@pytest.mark.parametrize("what", ["hang", "spin"])
+def test_the_child_dies_with_its_parent(clips: Path, what: str) -> None:
+    """Also while it decodes; where it never gives Python its turn, by the kernel's clock."""
+    file = clip(clips, f"read-{what}.mp4")
+    seconds = 600 if what == "hang" else 0.2
+    script = (
+        f"import sys; sys.path[:0] = [{str(clips / 'modules')!r}]\n"
+        "import threading\n"
+        "from megatron_vita.data.sample import MediaFile\n"
+        "from megatron_vita.data.spec import PreprocessSpec\n"
+        "from megatron_vita.data.media.video.open import VideoLimits, open_video\n"
+        "from megatron_vita.data.media.video.worker import decoder\n"
+        f"limits = VideoLimits(timeout={seconds}, memory=256)\n"
+        f"video = open_video(MediaFile(path={file.path!r}), 'decord', limits=limits)\n"
+        "print(decoder.child(limits).pid, flush=True)\n"
+        "decoder._lose = lambda *_: threading.Event().wait()\n"
+        "video.frames(PreprocessSpec(image_size=16, patch_size=4), 4)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--video-timeout"):
+        VideoLimits(timeout=0)
+    with pytest.raises(ConfigError, match="--video-memory"):
+        VideoLimits(memory=8)
+
+
+def test_a_process_whose_parent_is_gone_before_it_is_ready_says_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    script = f"from megatron_vita.data.media.video.child import main; main({theirs.fileno()}, 256)"
+    with theirs:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script], pass_fds=[theirs.fileno()], capture_output=True, timeout=60,
+            cwd=Path(__file__).parents[3],
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
