@@ -64,7 +64,7 @@ def count_bytes() -> dict[str, int]:
     watch("gather_rows", lambda ranks, _: ranks - 1)
     watch("reduce_scatter_rows", lambda ranks, _: (ranks - 1) / ranks)
     watch("exchange_rows", lambda ranks, _: (ranks - 1) / ranks)
-    watch("pass_on", lambda *_: 1)
+    watch("ring_send_recv", lambda *_: 1)
     return counted
 
 

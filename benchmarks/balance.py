@@ -2,17 +2,17 @@
 
     python benchmarks/balance.py [--samples 500000] [--skip-scale]
 
-Packs are built from the realistic mixes of mix.py, ordered by `PackOrder` and dealt by `deal` to 8 ranks, for global
-batches of 8 (one pack a rank) and 64. Stages 1 and 2 (16K, 32K) reset attention per sample; stages 3 and 4 (128K) do
-not. A rank's work is the query-key pairs of its packs, and their tiles; each kind is looked at alone.
+Packs are built from the realistic mixes of mix.py, ordered by `PackOrder` and assigned by `assign_packs` to 8 ranks,
+for global batches of 8 (one pack a rank) and 64. Stages 1 and 2 (16K, 32K) reset attention per sample; stages 3 and 4
+(128K) do not. A rank's work is the query-key pairs of its packs, and their tiles; each kind is looked at alone.
 
-    waited    sum over the steps of the most laden rank's work / sum over the steps of the mean rank's: what the
+    waited    sum over the steps of the most loaded rank's work / sum over the steps of the mean rank's: what the
               unevenness costs in all. The bar is 1.05.
     mean, median, p99, worst   of a step's most / mean. For the tiles only steps with a tile a rank or more are
               counted: eight ranks cannot share three tiles evenly, and need not. The bar for the mean is 1.05.
     thin      steps that are therefore not counted (nearly no tiles).
 
-`random` is the same packs in random order, dealt alike. Sets of 100 to 10,000 packs show the limits of a small set.
+`random` is the same packs in random order, assigned alike. Sets of 100 to 10,000 packs show the limits of a small set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 import mix
 import numpy as np
 
-from megatron_vita.data.loading.balance import deal
+from megatron_vita.data.loading.balance import assign_packs
 from megatron_vita.data.loading.sampler import PackOrder
 from megatron_vita.data.shards.format import attention_pairs
 from megatron_vita.data.shards.writer.packing import pack
@@ -47,12 +47,12 @@ def pack_work(number: int, seq_length: int, *, long: bool) -> Int64:
 
 def loads(work: Int64, steps: Int64) -> Int64:
     """Work of each rank, `[steps, ranks, kinds]`, for pack ids `[steps, global batch]`."""
-    return np.stack([[work[hand].sum(axis=0) for hand in deal(ids, work[ids], RANKS)] for ids in steps])
+    return np.stack([[work[hand].sum(axis=0) for hand in assign_packs(ids, work[ids], RANKS)] for ids in steps])
 
 
-def line(name: str, dealt: Int64) -> str:
+def line(name: str, partitioned: Int64) -> str:
     """One row of the table."""
-    most, mean = dealt.max(axis=1), dealt.mean(axis=1)
+    most, mean = partitioned.max(axis=1), partitioned.mean(axis=1)
     cells = [f"{name:<34}"]
     for kind in range(2):
         counted = mean[:, kind] >= 1
@@ -60,7 +60,7 @@ def line(name: str, dealt: Int64) -> str:
         waited = most[:, kind].sum() / mean[:, kind].sum()
         figures = (waited, ratios.mean(), np.median(ratios), np.quantile(ratios, 0.99), ratios.max())
         cells.append(" ".join(f"{figure:7.4f}" for figure in figures))
-    return " | ".join([*cells, f"{int((mean[:, 1] < 1).sum()):>3} of {len(dealt)}"])
+    return " | ".join([*cells, f"{int((mean[:, 1] < 1).sum()):>3} of {len(partitioned)}"])
 
 
 def measure(name: str, work: Int64, *, baseline: bool) -> None:

@@ -91,7 +91,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 break
     finally:
         runner.close()
-    fused = list(pieces.check_pieces()) if say is print else []  # after the ranks: it may start CUDA here
+    fused = list(pieces.check_kernels()) if say is print else []  # after the ranks: it may start CUDA here
     say("fused pieces against their plain twins:", *fused, sep="\n  ")
     say(*report.summary(results, len(todo), time.monotonic() - began, excluded, fused), sep="\n")
     green = len(results) == len(todo) and not any(result.failures for result in results)

@@ -18,7 +18,7 @@ from megatron_vita.checkpoint.dtypes import DType, by_storage
 from megatron_vita.checkpoint.pickle_writer import dumps
 from megatron_vita.checkpoint.pickles import Name, Persistent, Record, refused, run
 from megatron_vita.checkpoint.placed import TensorPlace
-from megatron_vita.checkpoint.zips import NAMES_OF_NO_TENSOR, NAMES_OF_TENSOR, Member, View, Zip, read_directory
+from megatron_vita.checkpoint.zips import NAMES_OF_NO_TENSOR, NAMES_OF_TENSOR, View, Zip, ZipMember, read_directory
 from megatron_vita.errors import CheckpointError
 
 MAX_PICKLE = 64 << 20
@@ -106,7 +106,7 @@ class _Archive:
             raise CheckpointError(f"{self._where}: was saved on a big-endian machine, which is not supported.")
         return run(self._read(pickle), self._where, persistent=self._storage, calls=self._called)
 
-    def _read(self, member: Member) -> bytes:
+    def _read(self, member: ZipMember) -> bytes:
         self._stream.seek(member.start)
         return self._stream.read(member.size)
 

@@ -58,7 +58,7 @@ class WrittenPiece:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WrittenSlice:
     """One part of one tensor that is to be written."""
 
     key: str
@@ -67,7 +67,7 @@ class Piece:
     data: Tensor
 
 
-def write_pieces(folder: Path, file_name: str, pieces: Iterable[Piece]) -> list[WrittenPiece]:
+def write_pieces(folder: Path, file_name: str, pieces: Iterable[WrittenSlice]) -> list[WrittenPiece]:
     """Write pieces one after the other into one file, each read from the iterable only when its turn comes, and cut
     into smaller ones where it is large.
 

@@ -25,7 +25,7 @@ from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, box
 from megatron_vita.checkpoint.offline import COMMON_FILE, model_keys
-from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import WrittenPiece, WrittenSlice, write_metadata, write_pieces
 from megatron_vita.errors import CheckpointError, VitaError
 
 
@@ -79,17 +79,17 @@ class WritePieces(SaveShardedStrategy):
 
         on_rank_zero(conclude)
 
-    def _piece(self, one: ShardedTensor) -> list[Piece]:
+    def _piece(self, one: ShardedTensor) -> list[WrittenSlice]:
         """What to write of one tensor: all of it, or of a vocabulary's rows those that mean something.
 
         How far rows are padded depends on the tensor-parallel size, and a checkpoint must not.
         """
         if not one.allow_shape_mismatch or not self._vocab_size:
-            return [Piece(one.key, one.global_shape, one.global_offset, one.data)]
+            return [WrittenSlice(one.key, one.global_shape, one.global_offset, one.data)]
         rows = self._vocab_size - one.global_offset[0]
         if rows <= 0:
             return []
-        return [Piece(one.key, (self._vocab_size, *one.global_shape[1:]), one.global_offset, one.data[:rows])]
+        return [WrittenSlice(one.key, (self._vocab_size, *one.global_shape[1:]), one.global_offset, one.data[:rows])]
 
 
 class ReadParts(LoadShardedStrategy):

@@ -27,14 +27,14 @@ _UTF8, _DESCRIPTOR = 0x0800, 0x0008
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ZipMember:
     """Where a member's bytes lie."""
 
     start: int
     size: int
 
 
-def read_directory(stream: IO[bytes], where: Path) -> dict[str, Member]:
+def read_directory(stream: IO[bytes], where: Path) -> dict[str, ZipMember]:
     """Members of the zip by name below its one folder: each uncompressed, and inside the file."""
     try:
         total = stream.seek(0, os.SEEK_END)
@@ -50,7 +50,7 @@ def read_directory(stream: IO[bytes], where: Path) -> dict[str, Member]:
             name = entry.filename.partition("/")[2]
             if name in members:
                 raise CheckpointError(f"{where}: {name[:80]} stands in it twice. Download it again.")
-            members[name] = Member(start, entry.file_size)
+            members[name] = ZipMember(start, entry.file_size)
         return members
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from megatron_vita.parallel.groups import Groups
 
 
 def step_batches(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> StepBatches:
-    """One global batch, as this rank sees it: rows of `micro_batch_size` packs, dealt to the data ranks in turn."""
+    """One global batch, as this rank sees it: rows of `micro_batch_size` packs, assigned to data ranks in turn."""
     size = stage.train.micro_batch_size
     rows = [packs[start : start + size] for start in range(0, len(packs), size)]
     labels = sum(int((pack.labels >= 0).sum()) for pack in packs)

@@ -21,7 +21,7 @@ _TORCH = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bflo
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """One step to take and to compare."""
 
     name: str
@@ -32,9 +32,9 @@ class Job:
     dtype: torch.dtype
 
 
-def case_job(case: Case) -> Job:
+def case_job(case: Case) -> RankJob:
     """A case of the grid."""
-    return Job(str(case), case.world_size, case_stage(case), case.images, _TORCH[case.dtype])
+    return RankJob(str(case), case.world_size, case_stage(case), case.images, _TORCH[case.dtype])
 
 
 def recipe_world(stage: StageConfig) -> int:
@@ -52,7 +52,7 @@ def recipe_world(stage: StageConfig) -> int:
     return 2 * size if 2 * size <= most else size
 
 
-def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iterator[Job]:
+def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iterator[RankJob]:
     """A stage of a user's recipe: its parallel section, frozen parts, micro-batch size and model switches, with widths
     shrunk to what the layout can split. All layers stay where pipeline settings count them; else there are a few.
 
@@ -98,7 +98,7 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
                 freeze_language_model=stage.train.freeze_language_model,
             )
             made.check(world_size)
-            yield Job(f"{stage.name} images={images} dtype={dtype}", world_size, made, images, _TORCH[dtype])
+            yield RankJob(f"{stage.name} images={images} dtype={dtype}", world_size, made, images, _TORCH[dtype])
 
 
 def _shrunk(parallel: ParallelConfig, layers: int) -> tuple[ParallelConfig, int]:

@@ -27,7 +27,7 @@ _EPS, _WIDTH = 1e-6, 128
 
 
 @dataclass(frozen=True)
-class Piece:
+class KernelCheck:
     """A fused piece and what became of it."""
 
     name: str
@@ -44,16 +44,16 @@ class Piece:
         return f"{self.name:40} {'FAILED ' if self.broken else ''}{self.verdict}"
 
 
-def check_pieces() -> Iterator[Piece]:
+def check_kernels() -> Iterator[KernelCheck]:
     """Run what can run here. Starts CUDA where there is any: fork no ranks afterwards."""
-    yield Piece("RMSNorm (ours)", _verdict(_norm(), _CLOSE))
-    yield Piece("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
-    yield Piece("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
+    yield KernelCheck("RMSNorm (ours)", _verdict(_norm(), _CLOSE))
+    yield KernelCheck("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
+    yield KernelCheck("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
     for name in kernel_parity.KERNELS:
         allowed = _CLOSE if name == kernel_parity.CPU_KERNEL else _HALF
-        yield Piece(f"block attention ({name})", _verdict(kernel_parity.parity(name), allowed))
+        yield KernelCheck(f"block attention ({name})", _verdict(kernel_parity.parity(name), allowed))
     for name, check in fused.checks():
-        yield Piece(name, check())
+        yield KernelCheck(name, check())
 
 
 def _verdict(difference: float | str, allowed: float) -> str:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_vita import device
 from megatron_vita.checks.compare import Outcome
-from megatron_vita.checks.jobs import Job
+from megatron_vita.checks.jobs import RankJob
 from megatron_vita.checks.run import run_stage
 from megatron_vita.parallel.groups import init_distributed
 
@@ -32,7 +32,7 @@ FORKED_WORLDS = (1, 2, 4)
 class Result:
     """What became of a job."""
 
-    job: Job
+    job: RankJob
     outcome: Outcome | None
     """Differences; none if it did not end."""
     error: str | None
@@ -71,7 +71,7 @@ class Forked:
         self._limit_s = limit_s
         self._pool: _Pool | None = None
 
-    def run(self, job: Job) -> Result:
+    def run(self, job: RankJob) -> Result:
         """Run one job; after one that failed to end, the next finds new ranks."""
         if self._pool is not None and self._pool.world_size != job.world_size:
             self.close()
@@ -94,7 +94,7 @@ class Launched:
     def __init__(self, limit_s: float) -> None:
         init_distributed(timeout_s=limit_s)  # a collective that hangs raises by then
 
-    def run(self, job: Job) -> Result:
+    def run(self, job: RankJob) -> Result:
         """Run one job. After one that failed to end the world is broken: run no other."""
         began = time.monotonic()
         try:
@@ -128,7 +128,7 @@ class _Pool:
             self._pipes.append(ours)
             self._ranks.append(process)
 
-    def run(self, job: Job) -> Result:
+    def run(self, job: RankJob) -> Result:
         """Hand a job to every rank and wait for all of them."""
         began = time.monotonic()
         outcome, error = self._wait(job, began + self._limit_s)
@@ -143,7 +143,7 @@ class _Pool:
             pipe.close()
         self._folder.cleanup()
 
-    def _wait(self, job: Job, deadline: float) -> tuple[Outcome | None, str | None]:
+    def _wait(self, job: RankJob, deadline: float) -> tuple[Outcome | None, str | None]:
         for pipe in self._pipes:
             pipe.send(job)
         outcome = None

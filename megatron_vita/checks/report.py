@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from megatron_vita.checks.compare import Outcome
-from megatron_vita.checks.jobs import Job
-from megatron_vita.checks.pieces import Piece
+from megatron_vita.checks.jobs import RankJob
+from megatron_vita.checks.pieces import KernelCheck
 from megatron_vita.checks.ranks import Result
 
 _LEGEND = (
@@ -24,7 +24,7 @@ def heading(width: int) -> str:
     return "\n".join([*_LEGEND, columns])
 
 
-def before(job: Job, width: int) -> str:
+def before(job: RankJob, width: int) -> str:
     """A line's beginning, printed before the job runs, so that a world that dies has said where."""
     return f"{job.world_size:5}  {job.name:{width}}"
 
@@ -52,7 +52,7 @@ def summary(
     planned: int,
     seconds: float,
     excluded: Mapping[str, Sequence[str]],
-    pieces: Sequence[Piece],
+    pieces: Sequence[KernelCheck],
 ) -> list[str]:
     """The last lines."""
     counts = Counter(str(result.job.dtype).removeprefix("torch.") for result in results)
@@ -78,7 +78,7 @@ def summary(
     return lines
 
 
-def listing(jobs: Sequence[Job], excluded: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def listing(jobs: Sequence[RankJob], excluded: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """What `--list` prints."""
     for number, job in enumerate(jobs, 1):
         yield f"{number:3}  {job.world_size} ranks  {job.name}"

@@ -167,7 +167,7 @@ def _check_comparable(a: OpenModel | OpenTower, b: OpenModel | OpenTower) -> Non
 def _logit_gap(a: OpenModel, b: OpenModel) -> float:
     from megatron_vita.convert import logits  # loads megatron-core, which the other commands do without
 
-    prompt = logits.make_prompt(a.model, image_token(a, b) if a.model.vision else -1)
+    prompt = logits.make_probe_prompt(a.model, image_token(a, b) if a.model.vision else -1)
     return (logits.run(a, prompt) - logits.run(b, prompt)).abs().max().item()
 
 

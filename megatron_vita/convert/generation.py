@@ -22,7 +22,7 @@ BEGIN, END, PAD = KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationSettings:
     """What a folder says; nothing where it says nothing."""
 
     token_ids: Mapping[str, Any] = field(default_factory=dict)
@@ -30,11 +30,11 @@ class Generation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json."""
 
-    def or_else(self, other: Generation) -> Generation:
+    def or_else(self, other: GenerationSettings) -> GenerationSettings:
         """This, and the other's where this says nothing."""
-        return Generation(self.token_ids or other.token_ids, self.settings or other.settings)
+        return GenerationSettings(self.token_ids or other.token_ids, self.settings or other.settings)
 
-    def completed(self, special: Mapping[str, int], end: int | None, *, turns: bool) -> Generation:
+    def completed(self, special: Mapping[str, int], end: int | None, *, turns: bool) -> GenerationSettings:
         """With an end, in any case: what the publisher says stays as it is, what he does not say is ChatML's.
 
         Args:
@@ -57,7 +57,7 @@ class Generation:
         elif settings.get(END) is None:
             settings = _filled(settings, ids)
         must = special[IM_END] if turns and IM_END in special else None
-        return Generation(_ending(ids, must), _ending(settings, must))
+        return GenerationSettings(_ending(ids, must), _ending(settings, must))
 
     def write(self, folder: Path) -> None:
         """Into the tokenizer folder of a checkpoint."""
@@ -67,7 +67,7 @@ class Generation:
             write_json(folder / GENERATION_FILE, self.settings)
 
 
-def read(folder: Path) -> Generation:
+def read(folder: Path) -> GenerationSettings:
     """What a Hugging Face folder, or the tokenizer folder of a checkpoint, says.
 
     Raises:
@@ -85,7 +85,7 @@ def read(folder: Path) -> Generation:
     if (folder / GENERATION_FILE).is_file():
         settings = read_json(folder / GENERATION_FILE)
         _ids(settings, folder / GENERATION_FILE)
-    return Generation(ids, settings)
+    return GenerationSettings(ids, settings)
 
 
 def _ids(values: Mapping[str, Any], where: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _TEXT = 7
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ProbePrompt:
     """Ids [1, s], tiles uint8 [n, 3, S, S], and the position of each tile's first context token."""
 
     tokens: Tensor
@@ -29,7 +29,9 @@ class Prompt:
     first_token: tuple[int, ...]
 
 
-def make_prompt(model: ModelConfig, image_token: int, *, tiles: tuple[int, ...] = (1, 5), seed: int = 0) -> Prompt:
+def make_probe_prompt(
+    model: ModelConfig, image_token: int, *, tiles: tuple[int, ...] = (1, 5), seed: int = 0
+) -> ProbePrompt:
     """Random text with pictures of the given numbers of tiles; text only for a decoder alone."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,10 +49,10 @@ def make_prompt(model: ModelConfig, image_token: int, *, tiles: tuple[int, ...] 
                 ids += [image_token] * length
             ids += text()
         pixels = torch.randint(0, 256, (sum(tiles), 3, size, size), dtype=torch.uint8, generator=generator)
-    return Prompt(torch.tensor([ids]), pixels, tuple(first))
+    return ProbePrompt(torch.tensor([ids]), pixels, tuple(first))
 
 
-def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
+def our_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
     """Float32 logits [s, vocab_size] of our model, on this one process."""
     from megatron_vita.device import torch_device
     from megatron_vita.models.build import build_model
@@ -87,7 +89,7 @@ def our_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
             dist.destroy_process_group()
 
 
-def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
+def stock_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
     """Float32 logits [s, vocab_size] of stock transformers on the folder; no remote code.
 
     Raises:
@@ -118,7 +120,7 @@ def stock_logits(opened: OpenModel, prompt: Prompt) -> Tensor:
         return network.eval()(**inputs).logits[0].float()
 
 
-def run(opened: OpenModel, prompt: Prompt) -> Tensor:
+def run(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
     """Stock transformers where it knows the folder's format, our model otherwise."""
     stock = (internvl.MODEL_TYPE, *decoders.ARCHITECTURES)
     return stock_logits(opened, prompt) if opened.kind in stock else our_logits(opened, prompt)

@@ -30,7 +30,7 @@ CODES: dict[str, str] = {
 """Every reason code with its meaning."""
 
 
-def refuse(code: str, message: str) -> DataError:
+def reject(code: str, message: str) -> DataError:
     """A DataError whose message begins with its reason code."""
     return DataError(f"{code}: {message}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 
 Role = Literal["system", "user", "assistant"]
 
@@ -73,7 +73,7 @@ def check_text(text: str) -> None:
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
-        raise refuse(
+        raise reject(
             "bad_record", f"the text holds half a character at {error.start} (a lone surrogate, \\ud800 to \\udfff)."
         ) from None
 
@@ -108,19 +108,19 @@ class Sample:
                     check_text(part.text)
         turns = [m for m in self.messages if m.role != "system"]
         if any(m.role == "system" for m in self.messages[1:]) or not turns:
-            raise refuse("bad_order", f"{self.id}: a system turn may only come first, and some turn must follow")
+            raise reject("bad_order", f"{self.id}: a system turn may only come first, and some turn must follow")
         for number, message in enumerate(turns):
             if message.role != ("user", "assistant")[number % 2]:
-                raise refuse(
+                raise reject(
                     "bad_order", f"{self.id}: turn {number + 1} is {message.role}; turns must alternate from user"
                 )
             if not any(not isinstance(p, Text) or p.text.strip() for p in message.parts):
-                raise refuse("empty_turn", f"{self.id}: turn {number + 1} says nothing")
+                raise reject("empty_turn", f"{self.id}: turn {number + 1} says nothing")
         for kind, media in ((Image, self.images), (Video, self.videos)):
             used = sorted(p.index for m in self.messages for p in m.parts if isinstance(p, kind))
             if used != list(range(len(media))):
-                raise refuse(
+                raise reject(
                     "media_count", f"{self.id}: {len(media)} {kind.__name__.lower()}s, but the turns refer to {used}"
                 )
         if any(not isinstance(p, Text) for m in self.messages if m.role == "assistant" for p in m.parts):
-            raise refuse("media_count", f"{self.id}: a picture stands in an assistant turn")
+            raise reject("media_count", f"{self.id}: a picture stands in an assistant turn")

@@ -24,7 +24,7 @@ from megatron_vita.convert import open_model
 from megatron_vita.data.example import Example
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import render_tiles
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example
@@ -116,7 +116,7 @@ class Engine:
         """
         sample.check()
         if sample.messages[-1].role != "user":
-            raise refuse("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")
+            raise reject("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")
         if (sample.images or sample.videos) and self.config.vision is None:
             raise ConfigError(
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
@@ -126,7 +126,7 @@ class Engine:
             sample, images, videos, tokenizer=self.tokenizer, spec=self.spec, generation_prompt=True
         )
         if len(example.tokens) >= self.config.max_position_embeddings:
-            raise refuse(
+            raise reject(
                 "overlong",
                 f"{sample.id}: a prompt of {len(example.tokens)} tokens, but the model handles "
                 f"{self.config.max_position_embeddings} with the answer. Shorten it, or show fewer pictures.",

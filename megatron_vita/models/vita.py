@@ -20,9 +20,9 @@ from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
+from megatron_vita.models.vision.micro_batches import Turn, encode_in_micro_batches, gather_uneven, make_turns, take_own
 from megatron_vita.models.vision.tower import VisionTower
-from megatron_vita.models.vision.turns import Turn, encode_in_turns, gather_uneven, make_turns, take_own
-from megatron_vita.parallel.context import KVCache, RowContext
+from megatron_vita.parallel.context import KVCache, PackedSeqContext
 from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.loss import vocab_parallel_loss
@@ -90,7 +90,7 @@ class VitaModel(MegatronModule):
         """
         hidden = self._embed(tokens, routes, tiles) if self.pre_process else None
         rotary = self.rotary(positions, self.config.params_dtype)
-        row = RowContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
+        row = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
         hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=row)
         if cache is not None:
             cache.advance(layout.documents)
@@ -128,7 +128,7 @@ class VitaModel(MegatronModule):
             return attach_zero_gradients(empty, parameters)
         turns = make_turns(tiles, counts, max(1, self.tower_tokens // tower.vision.num_positions // len(counts)))
         shape = (tower.vision.tokens_per_tile, self.config.hidden_size)
-        return encode_in_turns(self._encode, turns, shape, parameters).flatten(0, 1)
+        return encode_in_micro_batches(self._encode, turns, shape, parameters).flatten(0, 1)
 
     def _encode(self, turn: Turn) -> Tensor:
         """[n, 3, S, S] -> [n, tokens_per_tile, h]; a frozen tower keeps nothing for a backward."""

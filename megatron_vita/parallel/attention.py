@@ -1,10 +1,10 @@
 """Attention over a row of documents, at any context-parallel size, as a megatron-core core-attention module.
 
-A rank computes the causal blocks of its own tokens while the keys and values of others travel (parallel/exchange.py
-says how, in each of Megatron's cp_comm_types), then the full blocks of its queries against what arrived, and merges
-them by their log-sum-exp in float32 (float64 for float64). The backward gives every block the log-sum-exp of the whole
-row, which makes its share of the gradients exact, and sends the gradients of keys and values home. Legend: t local
-tokens, s tokens of the row, h query heads, g key/value heads, d head size.
+A rank computes the diagonal blocks of its own tokens while the keys and values of others travel (parallel/exchange.py
+says how, in each of Megatron's cp_comm_types), then the off-diagonal blocks of its queries against what arrived, and
+merges them by their log-sum-exp in float32 (float64 for float64). The backward gives every block the log-sum-exp of the
+whole row, which makes its share of the gradients exact, and sends the gradients of keys and values home.
+Legend: t local tokens, s tokens of the row, h query heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vita.parallel import block_kernels, exchange
-from megatron_vita.parallel.context import RowContext
+from megatron_vita.parallel.context import PackedSeqContext
 from megatron_vita.parallel.rotary import rotate
 from megatron_vita.parallel.schedule import Schedule
 
 
 class VitaCoreAttention(MegatronModule):
-    """Causal attention within documents, driven by the RowContext that arrives as `packed_seq_params`."""
+    """Causal attention within documents, driven by the PackedSeqContext that arrives as `packed_seq_params`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class VitaCoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         /,
         *,
-        packed_seq_params: RowContext,
+        packed_seq_params: PackedSeqContext,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
@@ -125,10 +125,12 @@ class _DocumentAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None, scale: float
     ) -> Tensor:
-        keys = _start(k, v, schedule, group)  # travels while the causal blocks are computed
-        causal = schedule.causal
-        out, lse = block_kernels.forward(causal.deal(q), causal.deal(k), causal.deal(v), causal.blocks, scale)
-        out, lse = causal.collect(out), causal.collect(lse)
+        keys = _start(k, v, schedule, group)  # travels while the diagonal blocks are computed
+        diagonal = schedule.diagonal
+        out, lse = block_kernels.forward(
+            diagonal.partition(q), diagonal.partition(k), diagonal.partition(v), diagonal.blocks, scale
+        )
+        out, lse = diagonal.collect(out), diagonal.collect(lse)
         if keys is not None:
             out = out.to(lse.dtype)
             for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
@@ -148,13 +150,19 @@ class _DocumentAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         schedule, group, scale = ctx.settings
         keys = _start(k, v, schedule, group)
-        causal = schedule.causal
-        own = causal.deal(grad)
-        if causal.padding is not None:
-            own.index_fill_(0, causal.padding, 0)  # `deal` made a copy: padding sends no gradient
-        mine = causal.deal(q), causal.deal(k), causal.deal(v), causal.deal(out), causal.deal(lse)
-        shares = block_kernels.backward(own, *mine, blocks=causal.blocks, scale=scale)
-        dq, dk, dv = (causal.collect(share) for share in shares)
+        diagonal = schedule.diagonal
+        own = diagonal.partition(grad)
+        if diagonal.padding is not None:
+            own.index_fill_(0, diagonal.padding, 0)  # `partition` made a copy: padding sends no gradient
+        mine = (
+            diagonal.partition(q),
+            diagonal.partition(k),
+            diagonal.partition(v),
+            diagonal.partition(out),
+            diagonal.partition(lse),
+        )
+        shares = block_kernels.backward(own, *mine, blocks=diagonal.blocks, scale=scale)
+        dq, dk, dv = (diagonal.collect(share) for share in shares)
         if keys is not None:
             dq = dq.to(lse.dtype)
             for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
@@ -166,12 +174,12 @@ class _DocumentAttention(torch.autograd.Function):
                     full.queries.add(dq, more[0])
                     for target, values in zip(share.unbind(1), more[1:], strict=True):
                         full.keys.add(target, values)
-                keys.give(share)
-            dk, dv = (one + more for one, more in zip((dk, dv), keys.gradient().unbind(1), strict=True))
+                keys.accumulate_grad(share)
+            dk, dv = (one + more for one, more in zip((dk, dv), keys.finalize_grad().unbind(1), strict=True))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> exchange.Keys | None:
+def _start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> exchange.KVExchange | None:
     """Every rank of the group joins, also one that needs no keys of others: they need its own."""
     if not schedule.steps:
         return None
@@ -179,7 +187,7 @@ def _start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | 
     return exchange.start(k, v, schedule, group)
 
 
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: RowContext, layer: int, scale: float) -> Tensor:
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSeqContext, layer: int, scale: float) -> Tensor:
     """Attention of new tokens to the cached ones of their sequence and, causally, among themselves."""
     assert row.cache is not None
     plan = row.decoding(q.device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Arrival:
+class AsyncTensor:
     """A tensor that is under way."""
 
     def __init__(self, tensor: Tensor, works: Sequence[Any], sent: Tensor) -> None:
@@ -32,12 +32,12 @@ class Arrival:
         return self._tensor
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Arrival:
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> AsyncTensor:
     """[n, ...] of every rank, the same n everywhere -> [ranks * n, ...] in rank order."""
     mine = rows.contiguous()
     everyone = mine.new_empty(group.size() * mine.shape[0], *mine.shape[1:])
     work = dist.all_gather_into_tensor(everyone, mine, group=group, async_op=True)
-    return Arrival(everyone, [work], mine)
+    return AsyncTensor(everyone, [work], mine)
 
 
 def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -55,10 +55,10 @@ def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], gr
     return out
 
 
-def pass_on(tensor: Tensor, group: dist.ProcessGroup, tag: int) -> Arrival:
+def ring_send_recv(tensor: Tensor, group: dist.ProcessGroup, tag: int) -> AsyncTensor:
     """Send to the next rank of the group and receive from the one before, the same shape everywhere.
 
-    Both are posted at once and as one batch, so no order of ranks can block: the point that waits is `Arrival.wait`.
+    Both are posted at once and as one batch, so no order of ranks can block: `AsyncTensor.wait` is what waits.
 
     Args:
         tensor: what goes round.
@@ -76,7 +76,7 @@ def pass_on(tensor: Tensor, group: dist.ProcessGroup, tag: int) -> Arrival:
             dist.P2POp(dist.irecv, coming, dist.get_global_rank(group, before), group, tag),
         ]
     )
-    return Arrival(coming, works, mine)
+    return AsyncTensor(coming, works, mine)
 
 
 def reduce_(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:

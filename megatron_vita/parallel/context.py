@@ -112,7 +112,7 @@ class KVCache:
 
 
 @dataclass
-class RowContext(PackedSeqParams):
+class PackedSeqContext(PackedSeqParams):
     """The row that a forward pass sees, in the place where megatron-core carries packed-sequence settings.
 
     `qkv_format` is `sbhd`: megatron-core then treats the row as one ordinary sequence [s/cp, 1, h] and leaves documents
@@ -133,7 +133,7 @@ class RowContext(PackedSeqParams):
     def schedule(self, device: torch.device, comm_type: str = "all_gather") -> Schedule:
         """This rank's blocks; built for the first layer, kept for the rest."""
         if comm_type not in self._schedules:
-            assert self.layout is not None, "a RowContext needs a layout"
+            assert self.layout is not None, "a PackedSeqContext needs a layout"
             self._schedules[comm_type] = build_schedule(self.layout, self.cp_rank, device, comm_type)
         return self._schedules[comm_type]
 
@@ -144,8 +144,8 @@ class RowContext(PackedSeqParams):
             ConfigError: context parallelism, or a sequence without a document.
         """
         if self._decoding is None:
-            assert self.layout is not None, "a RowContext needs a layout"
-            assert self.cache is not None, "a RowContext without a cache has nothing to decode"
+            assert self.layout is not None, "a PackedSeqContext needs a layout"
+            assert self.cache is not None, "a PackedSeqContext without a cache has nothing to decode"
             if self.layout.cp > 1:
                 raise ConfigError(
                     f"generation with a cache runs at context_parallel_size 1, not {self.layout.cp}. Load the model "

@@ -25,31 +25,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vita.parallel.collectives import Arrival, exchange_rows, gather_rows, pass_on, reduce_scatter_rows
+from megatron_vita.parallel.collectives import (
+    AsyncTensor,
+    exchange_rows,
+    gather_rows,
+    reduce_scatter_rows,
+    ring_send_recv,
+)
 from megatron_vita.parallel.schedule import Schedule
 
 
-class Keys(Protocol):
-    """Keys and values of the ranks, in the steps of a schedule; made before a rank computes its own causal blocks."""
+class KVExchange(Protocol):
+    """Keys and values of the ranks, in the steps of a schedule; started before a rank computes its diagonal blocks."""
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values [rows, g, d] that the blocks of each step read."""
 
-    def give(self, gradient: Tensor) -> None:
+    def accumulate_grad(self, gradient: Tensor) -> None:
         """Take the gradient [rows, 2, g, d] of the step at hand. The tensor is the exchange's from now on."""
 
-    def gradient(self) -> Tensor:
+    def finalize_grad(self) -> Tensor:
         """After the last step: what all ranks gave for this rank's keys and values, [t, 2, g, d]."""
 
 
-def start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Keys:
+def start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> KVExchange:
     """Begin to exchange keys and values [t, g, d]; every rank of the group calls it, forward and backward."""
     # torch.stack is contiguous whatever the strides of k and v.
     mine = torch.stack([k, v], dim=1)
-    return RingKeys(mine, group) if schedule.comm_type == "p2p" else GatheredKeys(mine, schedule, group)
+    return RingKV(mine, group) if schedule.comm_type == "p2p" else GatheredKV(mine, schedule, group)
 
 
-class GatheredKeys:
+class GatheredKV:
     """One step: the whole row, in row order."""
 
     def __init__(self, mine: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> None:
@@ -62,24 +68,24 @@ class GatheredKeys:
         row = self._schedule.to_row_order(self._coming.wait())
         yield row[:, 0], row[:, 1]
 
-    def give(self, gradient: Tensor) -> None:
+    def accumulate_grad(self, gradient: Tensor) -> None:
         """Sum over the group; each rank gets its own tokens."""
         self._home = reduce_scatter_rows(self._schedule.to_rank_order(gradient), self._group)
 
-    def gradient(self) -> Tensor:
+    def finalize_grad(self) -> Tensor:
         """Of this rank's keys and values."""
         return self._home
 
 
-class RingKeys:
+class RingKV:
     """As many steps as ranks: this rank's own, then those of the rank before, and so on."""
 
     def __init__(self, mine: Tensor, group: dist.ProcessGroup) -> None:
         self._mine = mine
         self._group = group
-        self._coming = pass_on(mine, group, tag=0)
+        self._coming = ring_send_recv(mine, group, tag=0)
         self._own: Tensor | None = None
-        self._gradient: Arrival | None = None
+        self._gradient: AsyncTensor | None = None
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of one rank, [t, g, d]; the next ones travel meanwhile."""
@@ -87,19 +93,19 @@ class RingKeys:
         for left in reversed(range(self._group.size() - 1)):
             held = self._coming.wait()
             if left:
-                self._coming = pass_on(held, self._group, tag=0)
+                self._coming = ring_send_recv(held, self._group, tag=0)
             yield held[:, 0], held[:, 1]
 
-    def give(self, gradient: Tensor) -> None:
+    def accumulate_grad(self, gradient: Tensor) -> None:
         """Add what the ranks before found for these keys, and send the sum on."""
         if self._own is None:
             self._own = gradient
             return
         if self._gradient is not None:
             gradient += self._gradient.wait()
-        self._gradient = pass_on(gradient, self._group, tag=1)
+        self._gradient = ring_send_recv(gradient, self._group, tag=1)
 
-    def gradient(self) -> Tensor:
+    def finalize_grad(self) -> Tensor:
         """What came home, and this rank's own share."""
         assert self._own is not None
         assert self._gradient is not None

@@ -1,17 +1,17 @@
 """Which blocks of attention one rank computes for a row: index arithmetic, done once per row for all its layers.
 
-A rank owns spans of documents. Each span is one causal block (its own keys) and, unless it starts its document, sees
-all the document's keys before it (full blocks). How these keys arrive decides how they are cut:
+A rank owns spans of documents. Each span is one diagonal block (its own keys) and, unless it starts its document, sees
+all the document's keys before it (off-diagonal blocks). How these keys arrive decides how they are cut:
 
-* `all_gather`: one step, against the keys of the whole row: one full block a span.
+* `all_gather`: one step, against the keys of the whole row: one off-diagonal block a span.
 * `p2p`: one step a rank of the ring, against that rank's keys: those of the document that come before the span, which
   are the first ones of that rank's run. Nothing to see, no block: no block is ever masked in full.
-* `a2a`: no full blocks. The rank has the whole row for some of its heads, so a span is a document.
+* `a2a`: no off-diagonal blocks. The rank has the whole row for some of its heads, so a span is a document.
 
 Blocks are read where they lie: neighbours of equal shape go through one call, as a view. Only where blocks are so short
 that a call costs more than copying them are they brought together first, and short causal ones padded to equal shape,
 within `_WASTE` of the rank's work: no real query sees padding at the end, and padding sends no gradient. (Off the CPU
-one call takes blocks of any shape: more full blocks are brought together, and nothing is padded.)
+one call takes blocks of any shape: more off-diagonal blocks are brought together, and nothing is padded.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COPIED_PER_CALL = 24
 """Tokens that are copied through all tensors of a forward and backward in the time of one more call (CPU, measured at 8
 heads of 64)."""
 _PAD_BELOW = 512
-"""Longest causal block that may be padded."""
+"""Longest diagonal block that may be padded."""
 _WASTE = 0.01
 """Query-key pairs that padding may add, as a share of the pairs that the rank's blocks need."""
 _SHORT_ON_CPU, _SHORT = 32, 4096
@@ -73,29 +73,29 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class CausalBlocks:
-    """Every token of the rank, once, dealt into runs of equal causal blocks that stand one after another."""
+class DiagonalBlocks:
+    """Every token of the rank, once, partitioned into runs of equal diagonal blocks that stand one after another."""
 
     blocks: Blocks
     read: Tensor | None
-    """int64 [dealt]: the token that stands at each place; padding repeats the last token of its block. None: the
+    """int64 [partitioned]: the token that stands at each place; padding repeats the last token of its block. None: the
     tokens as they are."""
     place: Tensor | None
     """int64 [t]: where each token stands."""
     padding: Tensor | None
     """int64: the places that are padding; none: no padding."""
 
-    def deal(self, rows: Tensor) -> Tensor:
-        """[t, ...] -> [dealt, ...]."""
+    def partition(self, rows: Tensor) -> Tensor:
+        """[t, ...] -> [partitioned, ...]."""
         return rows if self.read is None else rows.index_select(0, self.read)
 
-    def collect(self, dealt: Tensor) -> Tensor:
-        """[dealt, ...] -> [t, ...], in the order of the tokens."""
-        return dealt if self.place is None else dealt.index_select(0, self.place)
+    def collect(self, partitioned: Tensor) -> Tensor:
+        """[partitioned, ...] -> [t, ...], in the order of the tokens."""
+        return partitioned if self.place is None else partitioned.index_select(0, self.place)
 
 
 @dataclass(frozen=True, slots=True)
-class FullBlocks:
+class OffDiagonalBlocks:
     """Blocks without a mask that go through the kernels together."""
 
     blocks: Blocks
@@ -110,8 +110,8 @@ class Schedule:
     """All the blocks of one rank for one row."""
 
     comm_type: str
-    causal: CausalBlocks
-    steps: tuple[tuple[FullBlocks, ...], ...]
+    diagonal: DiagonalBlocks
+    steps: tuple[tuple[OffDiagonalBlocks, ...], ...]
     """What is computed against the keys of each step; no step where keys do not travel (a2a, and one rank)."""
     tokens: int
     """Tokens that this rank owns, t."""
@@ -133,7 +133,7 @@ class Schedule:
     @property
     def pairs(self) -> int:
         """Query-key pairs that this rank's kernels compute for each head it has, padding included."""
-        return self.causal.blocks.pairs + sum(one.blocks.pairs for step in self.steps for one in step)
+        return self.diagonal.blocks.pairs + sum(one.blocks.pairs for step in self.steps for one in step)
 
 
 def build_schedule(
@@ -163,7 +163,7 @@ def build_schedule(
         to_ranks = torch.from_numpy(order).to(device)
     return Schedule(
         comm_type=comm_type,
-        causal=_causal_blocks(spans, device),
+        diagonal=_diagonal_blocks(spans, device),
         steps=tuple(_full_blocks(_segments(spans, layout.starts, source), device) for source in sources),
         tokens=layout.local_length,
         from_ranks=from_ranks,
@@ -171,19 +171,19 @@ def build_schedule(
     )
 
 
-# ---- causal blocks ----
+# ---- diagonal blocks ----
 
 
-def _causal_blocks(spans: Sequence[Span], device: torch.device) -> CausalBlocks:
+def _diagonal_blocks(spans: Sequence[Span], device: torch.device) -> DiagonalBlocks:
     lengths = [span.stop - span.start for span in spans]
     runs = [(len(list(equal)), length, length) for length, equal in itertools.groupby(lengths)]
     groups = _groups(spans) if device.type == "cpu" else []
     if not groups or sum(lengths) >= _COPIED_PER_CALL * (len(runs) - len(groups)):
-        return CausalBlocks(_blocks(runs, True, device), None, None, None)
+        return DiagonalBlocks(_blocks(runs, True, device), None, None, None)
     return _dealt_blocks(groups, device)
 
 
-def _dealt_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> CausalBlocks:
+def _dealt_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> DiagonalBlocks:
     """The spans of each group padded to equal length, in one run."""
     runs, reads, pads = [], [], []
     for group in groups:
@@ -199,11 +199,11 @@ def _dealt_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> Cau
     place[read[~pad]] = np.flatnonzero(~pad)
     padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
     index = torch.from_numpy(read).to(device), torch.from_numpy(place).to(device)
-    return CausalBlocks(_blocks(runs, True, device), *index, padding)
+    return DiagonalBlocks(_blocks(runs, True, device), *index, padding)
 
 
 def _groups(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans whose causal blocks share a call: as unequal as the allowance for padding permits."""
+    """Spans whose diagonal blocks share a call: as unequal as the allowance for padding permits."""
     needed = sum((one.stop - one.start) * (one.stop + one.start + 1) // 2 for one in spans)
     own = sum(_triangle(one.stop - one.start) for one in spans)
     ordered = sorted(spans, key=lambda one: one.start - one.stop)  # longest first, row order among equals
@@ -234,11 +234,11 @@ def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-# ---- full blocks ----
+# ---- off-diagonal blocks ----
 
 
 def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
-    """The full blocks of spans against keys at the (ascending) row positions `source`.
+    """The off-diagonal blocks of spans against keys at the (ascending) row positions `source`.
 
     Returns:
         int64 `[blocks, 4]`: first query row, queries, first key row, keys; in the order of the queries.
@@ -258,7 +258,7 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
     return np.array(merged, dtype=np.int64).reshape(-1, 4)
 
 
-def _full_blocks(segments: Int64, device: torch.device) -> tuple[FullBlocks, ...]:
+def _full_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBlocks, ...]:
     short = _SHORT_ON_CPU if device.type == "cpu" else _SHORT
     alone = (segments[:, 1] > short) | (segments[:, 3] > 4 * short)
     few = [_one_call(one[None], device) for one in segments[alone]]
@@ -266,7 +266,7 @@ def _full_blocks(segments: Int64, device: torch.device) -> tuple[FullBlocks, ...
     return (*few, _one_call(rest, device)) if len(rest) else tuple(few)
 
 
-def _one_call(segments: Int64, device: torch.device) -> FullBlocks:
+def _one_call(segments: Int64, device: torch.device) -> OffDiagonalBlocks:
     shapes, kind = np.unique(segments[:, [1, 3]], axis=0, return_inverse=True)
     changes = np.flatnonzero(np.diff(kind.reshape(-1))) + 1
     if len(changes) >= len(shapes):  # equal shapes apart: bring them together
@@ -274,7 +274,7 @@ def _one_call(segments: Int64, device: torch.device) -> FullBlocks:
         changes = np.flatnonzero((np.diff(segments[:, [1, 3]], axis=0) != 0).any(axis=1)) + 1
     runs = [(len(run), int(run[0, 1]), int(run[0, 3])) for run in np.split(segments, changes)]
     rows = (_rows(segments[:, 0], segments[:, 1], device), _rows(segments[:, 2], segments[:, 3], device))
-    return FullBlocks(_blocks(runs, False, device), *rows)
+    return OffDiagonalBlocks(_blocks(runs, False, device), *rows)
 
 
 def _rows(starts: Int64, counts: Int64, device: torch.device) -> Rows:

@@ -51,10 +51,10 @@ class PoisonedBuffers(streams.Buffers):
         self.out[id(taken)] = taken
         return taken
 
-    def give(self, buffer: streams.Bytes) -> None:
+    def accumulate_grad(self, buffer: streams.Bytes) -> None:
         assert self.out.pop(id(buffer), None) is buffer, "given back twice"
         buffer[...] = POISON
-        super().give(buffer)
+        super().accumulate_grad(buffer)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_memory_is_kept_up_to_a_limit_and_never_handed_to_two(monkeypatch: pytes
     small, large, third = buffers.take(4), buffers.take(20), buffers.take(16)
     assert [len(one) for one in (small, large, third)] == [16, 20, 16]
     for one in (large, small, third):
-        buffers.give(one)  # the third has no room
+        buffers.accumulate_grad(one)  # the third has no room
     assert buffers.take(20) is large
     assert buffers.take(1) is small
     assert all(buffers.take(1) is not one for one in (small, large, third))

@@ -164,7 +164,7 @@ def _silu_alone(gate_up: torch.Tensor) -> torch.Tensor:
 def test_fused_pieces_pass_fail_or_are_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {piece.name: piece for piece in pieces.check_pieces()}
+    found = {piece.name: piece for piece in pieces.check_kernels()}
     assert not any(piece.broken for piece in found.values())
     for name in ("RMSNorm (ours)", "SwiGLU (ours)", "rotary embedding (ours)", "block attention (torch flash, cpu)"):
         assert found[name].verdict.startswith("ok")

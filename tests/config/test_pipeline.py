@@ -1,4 +1,4 @@
-"""Layers dealt to pipeline stages: every flag, megatron-core's own reading of the notation, and what is refused."""
+"""Layers assigned to pipeline stages: every flag, megatron-core's own reading of the notation, what is rejected."""
 
 from __future__ import annotations
 

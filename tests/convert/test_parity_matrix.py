@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from megatron_vita import checkpoint
 from megatron_vita.config import IMAGE_NORMS, ParallelConfig, StageConfig
 from megatron_vita.convert import cli, logits, open_model
-from megatron_vita.convert.logits import Prompt
+from megatron_vita.convert.logits import ProbePrompt
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from tests.convert import publishers
 from tests.ranks import run_ranks
@@ -51,14 +51,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _all_layouts(folder: str, prompt: Prompt, wanted: torch.Tensor, layouts: list[dict[str, Any]]) -> None:
+def _all_layouts(folder: str, prompt: ProbePrompt, wanted: torch.Tensor, layouts: list[dict[str, Any]]) -> None:
     """Our logits in one world of ranks, one layout after the other."""
     for layout in layouts:
         gap = (_our_logits(folder, prompt, layout) - wanted).abs().max().item()
         assert gap < TOLERANCE, f"{layout}: logits differ by {gap}"
 
 
-def _our_logits(folder: str, prompt: Prompt, parallel: dict[str, Any]) -> torch.Tensor:
+def _our_logits(folder: str, prompt: ProbePrompt, parallel: dict[str, Any]) -> torch.Tensor:
     """Float32 logits [s, vocab_size] of a checkpoint, on every rank."""
     import torch.distributed as dist
 
@@ -102,10 +102,10 @@ def _our_logits(folder: str, prompt: Prompt, parallel: dict[str, Any]) -> torch.
     return out
 
 
-def _stock(folder: Path, tiles: tuple[int, ...] = (1, 5, 2)) -> tuple[Prompt, torch.Tensor]:
+def _stock(folder: Path, tiles: tuple[int, ...] = (1, 5, 2)) -> tuple[ProbePrompt, torch.Tensor]:
     """An even number of tokens (two ranks may share them), and stock transformers' logits for them."""
     opened = open_model(folder)
-    prompt = logits.make_prompt(opened.model, 261, tiles=tiles)
+    prompt = logits.make_probe_prompt(opened.model, 261, tiles=tiles)
     wanted = logits.stock_logits(opened, prompt)
     assert wanted.abs().max() > 1, "logits too small to compare"
     length = prompt.tokens.shape[1] // 2 * 2
@@ -157,7 +157,7 @@ def test_towers_that_no_stock_folder_holds_equal_stock_modules(
     _check_tower(publishers.tensors_of(published / tower), checkpoint.read_tensors(tmp_path / "ckpt"), tower)
     model = checkpoint.read_state(tmp_path / "ckpt").stage.model
     network = _in_memory(published / decoder, published / tower, tmp_path / "ckpt")
-    prompt = logits.make_prompt(model, 261, tiles=(1, 5, 2))
+    prompt = logits.make_probe_prompt(model, 261, tiles=(1, 5, 2))
     mean, std = (torch.tensor(one).view(3, 1, 1) for one in IMAGE_NORMS[tower.lower()])
     pixels = (prompt.tiles.float() / 255 - mean) / std
     with torch.no_grad():

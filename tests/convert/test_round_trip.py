@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig, ProjectorConfig, StageConfig
 from megatron_vita.convert import cli, logits, open_model
-from megatron_vita.convert.logits import Prompt
+from megatron_vita.convert.logits import ProbePrompt
 from megatron_vita.data.spec import PreprocessSpec
 from tests.convert import publishers
 from tests.ranks import run_ranks
@@ -159,7 +159,7 @@ def test_the_exported_folder_is_complete_for_stock_transformers(parts: Path) -> 
         assert (folder / name).is_file()
 
 
-def _two_rank_logits(folder: str, prompt: Prompt, wanted: torch.Tensor) -> None:
+def _two_rank_logits(folder: str, prompt: ProbePrompt, wanted: torch.Tensor) -> None:
     import numpy as np
 
     from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -197,7 +197,7 @@ def test_logits_equal_stock_transformers_in_several_layouts(tmp_path: Path, tied
     publishers.write_internvl(tmp_path / "hf", tied=tied)
     convert("import", "--model", tmp_path / "hf", "--output", tmp_path / "ckpt")
     opened = open_model(tmp_path / "hf")
-    prompt = logits.make_prompt(opened.model, 261, tiles=(1, 5, 2))
+    prompt = logits.make_probe_prompt(opened.model, 261, tiles=(1, 5, 2))
     wanted = logits.stock_logits(opened, prompt)
     assert wanted.abs().max() > 1
     length = prompt.tokens.shape[1] // 2 * 2  # two ranks share the row
@@ -230,7 +230,7 @@ def test_long_vita_names_round_trip_and_stock_code_runs_it_exactly(parts: Path, 
     assert checkpoint.read_state(tmp_path / "again").stage.model == model
     # the stock projector is wider: the rest is zeros, which change nothing
     convert("export", "--checkpoint", folder, "--output", tmp_path / "internvl", "--format", "internvl")
-    prompt = logits.make_prompt(model, 261, tiles=(2, 1))
+    prompt = logits.make_probe_prompt(model, 261, tiles=(2, 1))
     stock = logits.stock_logits(open_model(tmp_path / "internvl"), prompt)
     run_ranks(1, _compare_ours, folder, prompt, stock)
     # and the folder remembers the projector without them
@@ -241,7 +241,7 @@ def test_long_vita_names_round_trip_and_stock_code_runs_it_exactly(parts: Path, 
     publishers.same_bytes(names, publishers.tensors_of(tmp_path / "back"))
 
 
-def _compare_ours(folder: Path, prompt: Prompt, wanted: torch.Tensor) -> None:
+def _compare_ours(folder: Path, prompt: ProbePrompt, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(logits.our_logits(open_model(folder), prompt), wanted, rtol=0, atol=1e-4)
 
 

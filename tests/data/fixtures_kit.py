@@ -45,7 +45,7 @@ class Promise:
     """One published data file."""
 
     source: str
-    """Row of the dataset table."""
+    """DatasetSpec of the dataset table."""
     path: Path
     wanted: tuple[Wanted, ...]
     """For each record, in order."""

@@ -13,7 +13,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
-from megatron_vita.parallel.context import KVCache, RowContext
+from megatron_vita.parallel.context import KVCache, PackedSeqContext
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
 from tests.models.parity import MODEL, TOKENS_PER_TILE, VISION, stage_of
 from tests.ranks import run_ranks
@@ -116,4 +116,4 @@ def test_cache_grows_and_forgets() -> None:
     cache.keep([1])
     assert cache.lengths == [103]
     with pytest.raises(ConfigError, match="context_parallel_size=1"):
-        RowContext(layout=SequenceLayout((4, 4), cp=2), cache=cache).decoding(cpu)
+        PackedSeqContext(layout=SequenceLayout((4, 4), cp=2), cache=cache).decoding(cpu)

@@ -36,8 +36,8 @@ def _check_strides() -> None:
         mine = mine if rank else mine.contiguous()
         got = collectives.gather_rows(mine, group).wait()
         torch.testing.assert_close(got, torch.cat(everyone), msg=f"gather_rows, {name}")
-        got = collectives.pass_on(mine, group, tag=3).wait()
-        torch.testing.assert_close(got, everyone[rank - 1], msg=f"pass_on, {name}")
+        got = collectives.ring_send_recv(mine, group, tag=3).wait()
+        torch.testing.assert_close(got, everyone[rank - 1], msg=f"ring_send_recv, {name}")
         each = 4 // size
         got = collectives.exchange_rows(mine, [each] * size, [each] * size, group)
         want = torch.cat([one[rank * each : (rank + 1) * each] for one in everyone])
@@ -57,8 +57,8 @@ def _check_two_rings() -> None:
     group = dist.group.WORLD
     rank = dist.get_rank()
     before = (rank - 1) % dist.get_world_size()
-    first = collectives.pass_on(_values(rank, 2), group, tag=0)
-    second = collectives.pass_on(_values(rank, 5) + 0.5, group, tag=1)
+    first = collectives.ring_send_recv(_values(rank, 2), group, tag=0)
+    second = collectives.ring_send_recv(_values(rank, 5) + 0.5, group, tag=1)
     torch.testing.assert_close(second.wait(), _values(before, 5) + 0.5)
     torch.testing.assert_close(first.wait(), _values(before, 2))
 

@@ -32,11 +32,11 @@ def _indices(rows: Rows) -> np.ndarray:
 
 def _count(schedule: Schedule, own: np.ndarray, sources: list[np.ndarray], seen: np.ndarray) -> None:
     """Add one to every (query, key) pair of row positions that the schedule's blocks compute for real tokens."""
-    causal = schedule.causal
-    read = np.arange(len(own)) if causal.read is None else causal.read.numpy()
-    padding = set() if causal.padding is None else set(causal.padding.tolist())
+    diagonal = schedule.diagonal
+    read = np.arange(len(own)) if diagonal.read is None else diagonal.read.numpy()
+    padding = set() if diagonal.padding is None else set(diagonal.padding.tolist())
     start = 0
-    for count, length, keys in causal.blocks.runs:
+    for count, length, keys in diagonal.blocks.runs:
         assert length == keys
         for _ in range(count):
             block = [own[read[place]] for place in range(start, start + length) if place not in padding]
@@ -101,29 +101,29 @@ def test_kernels_compute_little_more_than_the_mask(mix: str, cp: int, kind: str)
 def test_tiny_documents_share_a_call_and_long_ones_are_never_padded() -> None:
     tiny = (5, 8, 3, 7, 4, 6) * 40
     schedule = build_schedule(SequenceLayout((900, *tiny, 890)), 0, CPU)
-    assert schedule.causal.blocks.runs == ((1, 900, 900), (1, 890, 890), (80, 8, 8), (80, 6, 6), (80, 4, 4))
-    assert schedule.causal.padding is not None
-    assert len(schedule.causal.padding) == 80 * 18 - sum(tiny)
+    assert schedule.diagonal.blocks.runs == ((1, 900, 900), (1, 890, 890), (80, 8, 8), (80, 6, 6), (80, 4, 4))
+    assert schedule.diagonal.padding is not None
+    assert len(schedule.diagonal.padding) == 80 * 18 - sum(tiny)
 
 
 def test_nothing_but_tiny_documents_is_padded_within_the_allowance() -> None:
     documents = (5, 8, 3, 7, 4, 6) * 40
     schedule = build_schedule(SequenceLayout(documents), 0, CPU)
-    assert len(schedule.causal.blocks.runs) == 6
+    assert len(schedule.diagonal.blocks.runs) == 6
     assert schedule.pairs <= 1.01 * sum(n * (n + 1) // 2 for n in documents)
 
 
 def test_documents_worth_a_call_are_read_where_they_lie() -> None:
     schedule = build_schedule(SequenceLayout((50, 51, 49, 52, 700, 690, 12)), 0, CPU)
-    assert schedule.causal.read is None
-    assert len(schedule.causal.blocks.runs) == 7
+    assert schedule.diagonal.read is None
+    assert len(schedule.diagonal.blocks.runs) == 7
 
 
 @pytest.mark.parametrize("documents", [(64,), (16, 16, 16, 16)])
 def test_equal_documents_are_not_copied(documents: tuple[int, ...]) -> None:
     schedule = build_schedule(SequenceLayout(documents), 0, CPU)
-    assert schedule.causal.blocks.runs == ((len(documents), documents[0], documents[0]),)
-    assert schedule.causal.read is None
+    assert schedule.diagonal.blocks.runs == ((len(documents), documents[0], documents[0]),)
+    assert schedule.diagonal.read is None
 
 
 @pytest.mark.parametrize("kind", ["p2p", "all_gather"])
@@ -143,8 +143,8 @@ def test_off_the_cpu_blocks_have_bounds_and_no_padding(kind: str) -> None:
     documents = (5, 8, 3, 7, 4, 6) * 40 + (300,)
     for rank in range(4):
         schedule = build_schedule(SequenceLayout(documents, cp=4), rank, torch.device("meta"), kind)
-        assert schedule.causal.padding is None
-        for blocks in [schedule.causal.blocks, *(full.blocks for step in schedule.steps for full in step)]:
+        assert schedule.diagonal.padding is None
+        for blocks in [schedule.diagonal.blocks, *(full.blocks for step in schedule.steps for full in step)]:
             count = sum(run[0] for run in blocks.runs)
             assert blocks.bounds is not None
             assert [(len(side), side.dtype, side.is_contiguous()) for side in blocks.bounds] == [

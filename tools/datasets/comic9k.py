@@ -21,7 +21,7 @@ from typing import Any
 from common import Built, run, write_records
 
 from megatron_vita.data.media.names import natural_key
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG
 from megatron_vita.data.sources.mappers import ROLES, map_messages
 from megatron_vita.data.sources.media_store import open_archive, unpack
@@ -63,12 +63,12 @@ def build_comic(summary: Path, pages: Path, output: Path) -> Built:
         draft = map_messages(published, {})
         names = published.get("images") if isinstance(published, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise refuse("media_missing", "`images` must be a list of pages.")
+            raise reject("media_missing", "`images` must be a list of pages.")
         found = [_page(known, name) for name in names]
         talk: list[tuple[str, str]] = []
         for role, text in draft.turns:
             if role not in ROLES or not isinstance(text, str):
-                raise refuse(
+                raise reject(
                     "bad_role" if role not in ROLES else "bad_record", f"a turn of {role!r} with {text!r:.40}."
                 )
             talk.append((ROLES[role], text))
@@ -76,9 +76,9 @@ def build_comic(summary: Path, pages: Path, output: Path) -> Built:
         if IMAGE_TAG not in asked:
             talk = _with_tags(talk, len(found))
         elif asked.count(IMAGE_TAG) != len(found):
-            raise refuse("media_count", f"{len(found)} pages, but {asked.count(IMAGE_TAG)} placeholders.")
+            raise reject("media_count", f"{len(found)} pages, but {asked.count(IMAGE_TAG)} placeholders.")
         if not talk or talk[-1][0] != "assistant" or not talk[-1][1].strip():
-            raise refuse("no_answer", "there is no summary.")
+            raise reject("no_answer", "there is no summary.")
         built.unsorted += found != sorted(found, key=natural_key)
         return {"messages": [{"role": role, "content": text} for role, text in talk], "images": found}
 
@@ -123,15 +123,15 @@ def _known_by(names: Iterable[str]) -> dict[str, str | None]:
 def _page(known: dict[str, str | None], reference: str) -> str:
     parts = [part for part in reference.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise refuse("path_escape", f"{reference} leaves the folder.")
+        raise reject("path_escape", f"{reference} leaves the folder.")
     for start in range(max(1, len(parts) - 1)):
         end = "/".join(parts[start:])
         if end in known:
             name = known[end]
             if name is None:
-                raise refuse("media_ambiguous", f"several pages are called {end}.")
+                raise reject("media_ambiguous", f"several pages are called {end}.")
             return name
-    raise refuse("media_missing", f"{reference} is no page of the archive.")
+    raise reject("media_missing", f"{reference} is no page of the archive.")
 
 
 def parser() -> argparse.ArgumentParser:

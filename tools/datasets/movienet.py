@@ -29,7 +29,7 @@ from typing import Any
 
 from common import Built, run, write_records
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG, VIDEO_TAG
 from megatron_vita.data.sources.media_store import open_archive
 from megatron_vita.data.sources.media_store.members import REFUSED
@@ -117,7 +117,7 @@ def _shots(place: Path, film: str, gaps: bool) -> list[list[str]]:
         try:
             members = [member for member in open_archive(place).members() if member.kind not in REFUSED]
         except ConfigError as error:
-            raise refuse("media_broken", str(error)) from None
+            raise reject("media_broken", str(error)) from None
         inside = f"{film}/"
         names = [member.name.removeprefix(inside) for member in members if member.name.startswith(inside)]
     shots: dict[int, list[tuple[int, str]]] = {}
@@ -125,10 +125,10 @@ def _shots(place: Path, film: str, gaps: bool) -> list[list[str]]:
         if (match := _FRAME.search(name)) and "/" not in name:
             shots.setdefault(int(match.group(1)), []).append((int(match.group(2)), name))
     if not shots:
-        raise refuse("media_missing", f"{film}: no key frame shot_0000_img_0.jpg under {place}.")
+        raise reject("media_missing", f"{film}: no key frame shot_0000_img_0.jpg under {place}.")
     missing = sorted(set(range(max(shots))) - set(shots))
     if missing and not gaps:
-        raise refuse("media_missing", f"{film}: {len(missing)} shots have no key frame, the first is {missing[0]}.")
+        raise reject("media_missing", f"{film}: {len(missing)} shots have no key frame, the first is {missing[0]}.")
     return [[name for _, name in sorted(shots[shot])] for shot in sorted(shots)]
 
 
@@ -156,18 +156,18 @@ def _meta(meta: Path) -> Callable[[str], bytes | None]:
 def _synopsis(told: Callable[[str], bytes | None], film: str, fields: Sequence[str]) -> str:
     text = told(film)
     if text is None:
-        raise refuse("no_answer", f"{film}: no meta file {film}.json.")
+        raise reject("no_answer", f"{film}: no meta file {film}.json.")
     try:
         content = json.loads(text.decode("utf-8"))
     except ValueError as error:
-        raise refuse("bad_json", f"{film}: {error}.") from None
+        raise reject("bad_json", f"{film}: {error}.") from None
     for name in fields:
         value = content.get(name) if isinstance(content, dict) else None
         if isinstance(value, list):
             value = "\n\n".join(one for one in value if isinstance(one, str))
         if isinstance(value, str) and value.strip():
             return value.strip()
-    raise refuse("no_answer", f"{film}: no synopsis in {', '.join(fields)}.")
+    raise reject("no_answer", f"{film}: no synopsis in {', '.join(fields)}.")
 
 
 def parser() -> argparse.ArgumentParser:

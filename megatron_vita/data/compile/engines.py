@@ -26,7 +26,7 @@ T = TypeVar("T")
 W = TypeVar("W")
 
 
-class Job(Protocol[T]):
+class MapJob(Protocol[T]):
     """Work that is sent to other processes; small and picklable."""
 
     def open(self) -> Callable[[T], Any]:
@@ -40,21 +40,21 @@ class Job(Protocol[T]):
         """
 
 
-def open_engine(name: str, workers: int) -> Engine:
+def open_executor(name: str, workers: int) -> Executor:
     """The engine of a name, its processes not yet started.
 
     Raises:
         ConfigError: ray is not installed.
     """
     if name == "ray":
-        return RayEngine(workers)
-    return InProcess() if workers == 1 else LocalEngine(workers)
+        return RayExecutor(workers)
+    return InProcess() if workers == 1 else LocalExecutor(workers)
 
 
-class Engine(ABC):
+class Executor(ABC):
     """Maps tasks over a job. A context manager: what it holds between two maps is let go of at its end."""
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Executor:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +64,7 @@ class Engine(ABC):
         """Let go of everything."""
 
     @abstractmethod
-    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+    def map(self, job: MapJob[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
         """Every task with its result, as they finish.
 
         Raises:
@@ -73,38 +73,38 @@ class Engine(ABC):
         """
 
 
-class InProcess(Engine):
+class InProcess(Executor):
     """One task after the other, here. Nobody outlives a crash."""
 
-    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+    def map(self, job: MapJob[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
         run = job.open()
         for task in tasks:
             yield task, run(task)
 
 
-class _Crew(Engine, Generic[W]):
+class _WorkerPool(Executor, Generic[W]):
     """Workers that take one task at a time, are replaced when they die, and stay until the engine is closed."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._idle: list[W] = []
 
-    def map(self, job: Job[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
+    def map(self, job: MapJob[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
         waiting = deque(enumerate(tasks))
         deaths: Counter[int] = Counter()
         busy: dict[W, tuple[int, T]] = {}
-        told: set[W] = set()  # workers that have the job
+        has_job: set[W] = set()  # workers that have the job
         try:
             while waiting or busy:
                 while waiting and len(busy) < self._workers:
-                    worker = self._idle.pop() if self._idle else self._hire()
+                    worker = self._idle.pop() if self._idle else self._spawn()
                     busy[worker] = waiting.popleft()
-                    self._give(worker, None if worker in told else job, busy[worker][1])
-                    told.add(worker)
+                    self._send(worker, None if worker in has_job else job, busy[worker][1])
+                    has_job.add(worker)
                 for worker, outcome in self._finished(list(busy)):
                     number, task = busy.pop(worker)
                     if outcome is None:
-                        self._dismiss(worker)
+                        self._terminate(worker)
                         deaths[number] += 1
                         waiting.appendleft((number, job.died(task, deaths[number])))
                         continue
@@ -115,19 +115,19 @@ class _Crew(Engine, Generic[W]):
                     yield task, value
         finally:
             for worker in busy:
-                self._dismiss(worker)
+                self._terminate(worker)
 
     def close(self) -> None:
         for worker in self._idle:
-            self._dismiss(worker)
+            self._terminate(worker)
         self._idle.clear()
 
     @abstractmethod
-    def _hire(self) -> W:
+    def _spawn(self) -> W:
         """Start a worker."""
 
     @abstractmethod
-    def _give(self, worker: W, job: Any, task: Any) -> None:
+    def _send(self, worker: W, job: Any, task: Any) -> None:
         """Hand it a task, and the job with the first of each job's."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class _Crew(Engine, Generic[W]):
         """Wait for some; each with (well or not, result or error), or None if it died."""
 
     @abstractmethod
-    def _dismiss(self, worker: W) -> None:
+    def _terminate(self, worker: W) -> None:
         """End a worker, whatever it is doing."""
 
 
@@ -182,13 +182,13 @@ class _Local:
         theirs.close()
 
 
-class LocalEngine(_Crew[_Local]):
+class LocalExecutor(_WorkerPool[_Local]):
     """Processes on this machine."""
 
-    def _hire(self) -> _Local:
+    def _spawn(self) -> _Local:
         return _Local()
 
-    def _give(self, worker: _Local, job: Any, task: Any) -> None:
+    def _send(self, worker: _Local, job: Any, task: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; `_finished` sees that
             worker.pipe.send((job, task))
 
@@ -203,13 +203,13 @@ class LocalEngine(_Crew[_Local]):
                 out.append((worker, None))
         return out
 
-    def _dismiss(self, worker: _Local) -> None:
+    def _terminate(self, worker: _Local) -> None:
         worker.pipe.close()
         worker.process.terminate()
         worker.process.join()
 
 
-class RayEngine(_Crew[Any]):
+class RayExecutor(_WorkerPool[Any]):
     """Ray actors. All machines must see the data, the media and the output folder under the same paths.
 
     Joins the cluster that RAY_ADDRESS names; without it a cluster is started on this machine, reachable from it alone.
@@ -232,7 +232,7 @@ class RayEngine(_Crew[Any]):
         self._mine = False
         self._running: dict[Any, Any] = {}  # actor -> what it is working on
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Executor:
         ray = self._ray
         self._mine = not ray.is_initialized()
         if self._mine:
@@ -250,10 +250,10 @@ class RayEngine(_Crew[Any]):
         if self._mine:
             self._ray.shutdown()
 
-    def _hire(self) -> Any:
+    def _spawn(self) -> Any:
         return self._ray.remote(num_cpus=1, max_restarts=0)(_Attempts).remote()
 
-    def _give(self, worker: Any, job: Any, task: Any) -> None:
+    def _send(self, worker: Any, job: Any, task: Any) -> None:
         self._running[worker] = worker.run.remote(job, task)
 
     def _finished(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any] | None]]:
@@ -270,6 +270,6 @@ class RayEngine(_Crew[Any]):
                 out.append((worker, None))
         return out
 
-    def _dismiss(self, worker: Any) -> None:
+    def _terminate(self, worker: Any) -> None:
         self._running.pop(worker, None)
         self._ray.kill(worker)

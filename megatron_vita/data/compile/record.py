@@ -14,7 +14,7 @@ from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.media.image import read_image
 from megatron_vita.data.media.video.open import VideoFile, VideoLimits, open_video
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.mix import MixFile
@@ -78,7 +78,7 @@ class Compiler:
 
     def _sample(self, sample: Sample, changes: Changes) -> Compiled:
         if sample.messages[-1].role != "assistant":
-            raise refuse("no_answer", "the conversation ends with a question.")
+            raise reject("no_answer", "the conversation ends with a question.")
         images = [read_image(file, verify=self._rules.verify_media) for file in sample.images]
         videos, reduced = self._videos(sample, images)
         example = build_example(sample, images, videos, tokenizer=self._tokenizer, spec=self._spec)
@@ -101,7 +101,7 @@ class Compiler:
                 sample, images, opened, tokenizer=self._tokenizer, spec=spec, seq_length=rules.seq_length
             )
             if fit < most and (fit < 1 or rules.overlong == "reject"):
-                raise refuse("overlong", f"{_too_long(rules)} with {most} frames.")
+                raise reject("overlong", f"{_too_long(rules)} with {most} frames.")
             limit = most if rules.overlong == "truncate" else fit
             return [video.frames(spec, limit) for video in opened], limit < most
         finally:
@@ -114,7 +114,7 @@ class Compiler:
         """Cut the longest question so that the answers stay; if that is not enough, cut the end."""
         rules = self._rules
         if rules.overlong != "truncate":
-            raise refuse("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
+            raise reject("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
         place = _longest_question(sample)
         excess = len(example.tokens) - rules.seq_length
         if place is not None:
@@ -137,14 +137,14 @@ class Compiler:
         rules = self._rules
         size = rules.seq_length
         if rules.overlong != "truncate":
-            raise refuse("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
+            raise reject("overlong", f"{len(example.tokens)} tokens or more. {_too_long(rules)}.")
         if any(slot.first_token + self._spec.tokens_per_tile > size for slot in example.tiles):
-            raise refuse("overlong", f"its pictures alone are more than {size} tokens.")
+            raise reject("overlong", f"its pictures alone are more than {size} tokens.")
         tokens = example.tokens[:size]
         labelled = np.concatenate([[False], example.labels[: size - 1] != IGNORE_INDEX])
         labels = shift_labels(tokens, labelled)
         if not (labels != IGNORE_INDEX).any():
-            raise refuse("overlong", f"nothing to learn is left in the first {size} tokens.")
+            raise reject("overlong", f"nothing to learn is left in the first {size} tokens.")
         return dataclasses.replace(example, tokens=tokens, labels=labels)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_vita import __version__
-from megatron_vita.data.compile.engines import Engine, LocalEngine, open_engine
+from megatron_vita.data.compile.engines import Executor, LocalExecutor, open_executor
 from megatron_vita.data.compile.job import ChunkJob, ChunkTask
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Rules
@@ -110,7 +110,7 @@ def _run(job: _Run) -> Manifest:
     # the same chunks have the same numbers: said by whoever cuts them
     described = f"{job.inputs} {CHUNK} {__version__}"
     held = hold_work_folder(job.prefix, described, resume=options.resume)
-    with held as ready, open_engine(options.engine, options.workers) as engine:
+    with held as ready, open_executor(options.engine, options.workers) as engine:
         if ready is not None:
             return ready
         if options.resume:
@@ -133,7 +133,7 @@ def _prepare(options: Options) -> _Run:
         for token in (VID, VID_END, VID_CONTEXT, PATCH, PATCH_END, PATCH_CONTEXT):
             tokenizer.token_id(token)
     tokenizer.token_id(IM_END)
-    open_engine(options.engine, options.workers)  # complains if ray is missing
+    open_executor(options.engine, options.workers)  # complains if ray is missing
     settings: dict[str, Any] = {
         "spec": options.spec.to_dict(),
         "seq_length": options.seq_length,
@@ -180,7 +180,7 @@ def _chunks(job: _Run) -> list[ChunkTask]:
     return chunks
 
 
-def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Engine) -> None:
+def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Executor) -> None:
     """Every chunk that has no spool file yet."""
     options, work = job.options, job.work
     for folder in {chunk_path(work, task.number).parent for task in chunks}:
@@ -208,7 +208,7 @@ def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Engine) -> None:
     suspects = [task for task in todo if compiling.marker(task.number).exists()] if options.workers == 1 else []
     alone = {task.number for task in suspects}
     rest = [task for task in todo if task.number not in alone]
-    with _bar(options, "compile", "records", total, done) as bar, LocalEngine(1) as apart:
+    with _bar(options, "compile", "records", total, done) as bar, LocalExecutor(1) as apart:
         for one, tasks in ((apart, suspects), (engine, rest)):
             for task, _ in one.map(compiling, tasks):
                 bar.update(len(task.places))
@@ -277,7 +277,7 @@ def _rejects(job: _Run, chunks: Sequence[ChunkTask]) -> Iterator[tuple[int, Reje
             yield task.file, Reject(source=file.name, line=line, code=code, message=f"{file.written}: {message}")
 
 
-def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], engine: Engine) -> Manifest:
+def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], engine: Executor) -> Manifest:
     options = job.options
     try:
         plan = Plan(job.work)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.loading.balance import deal
+from megatron_vita.data.loading.balance import assign_packs
 from megatron_vita.data.loading.sampler import PackOrder
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.text.tokenizer import VitaTokenizer
@@ -199,7 +199,7 @@ def labelled_share(shards: ShardSet) -> npt.NDArray[np.float64]:
 def balance(shards: ShardSet) -> list[str]:
     """How evenly steps of this set load 8 data-parallel ranks, by global batch, with and without reset; a line each.
 
-    Ratios of sums over up to 200 steps: the most laden rank's work to the mean rank's.
+    Ratios of sums over up to 200 steps: the most loaded rank's work to the mean rank's.
     """
     lines = []
     for batch in (_RANKS, 8 * _RANKS):
@@ -215,7 +215,7 @@ def balance(shards: ShardSet) -> list[str]:
                 for high, low, kind in zip(most, mean, ("attention", "tiles"), strict=True)
                 if low
             )
-            lines.append(f"{batch} packs a step on {_RANKS} ranks, {name}: the most laden rank has {ratios}")
+            lines.append(f"{batch} packs a step on {_RANKS} ranks, {name}: the most loaded rank has {ratios}")
     return lines or [f"fewer than {_RANKS} packs: there is nothing to balance over {_RANKS} ranks"]
 
 
@@ -249,7 +249,7 @@ def place(tile: np.void) -> str:
 
 def _loads(order: PackOrder, packs: Int64) -> Int64:
     """Work of each rank in one step, `[ranks, kinds]`."""
-    return np.stack([order.work[hand].sum(axis=0) for hand in deal(packs, order.work[packs], _RANKS)])
+    return np.stack([order.work[hand].sum(axis=0) for hand in assign_packs(packs, order.work[packs], _RANKS)])
 
 
 def _offset(shards: ShardSet, sample: int) -> int:

@@ -14,11 +14,11 @@ _GAIN = 1e-6
 """An exchange that lowers the highest loads by less is not made."""
 
 
-def deal(packs: Int64, work: Int64, dp_size: int) -> list[Int64]:
+def assign_packs(packs: Int64, work: Int64, dp_size: int) -> list[Int64]:
     """Share one step's packs among data-parallel ranks: the same number to each, of every kind of work alike.
 
     Which kind weighs more depends on the model and on the pipeline stage (the first one alone feels the tiles), so each
-    is evened out by itself. Dearest first, to the rank that is least laden then; after that, packs are
+    is evened out by itself. Dearest first, to the rank that is least loaded then; after that, packs are
     exchanged between two ranks as long as it lowers the sum over the kinds of the highest load.
 
     Args:
@@ -39,12 +39,12 @@ def deal(packs: Int64, work: Int64, dp_size: int) -> list[Int64]:
         return [packs[rank * each : (rank + 1) * each] for rank in range(dp_size)]
     # In parts of a rank's fair share; the one added keeps a step with hardly any tiles from ruling the attention.
     parts = work / (work.sum(axis=0) / dp_size + 1)
-    owner = _dearest_first(parts, packs, dp_size, each)
+    owner = _most_expensive_first(parts, packs, dp_size, each)
     _exchange(parts, owner, dp_size)
     return [packs[owner == rank] for rank in range(dp_size)]
 
 
-def _dearest_first(parts: Float64, packs: Int64, dp_size: int, each: int) -> Int64:
+def _most_expensive_first(parts: Float64, packs: Int64, dp_size: int, each: int) -> Int64:
     """Rank of every pack, `[packs]`: the dearest goes first, to the rank with room that it loads least."""
     owner = np.empty(len(parts), dtype=np.int64)
     loads = np.zeros((dp_size, parts.shape[1]))
@@ -60,17 +60,17 @@ def _dearest_first(parts: Float64, packs: Int64, dp_size: int, each: int) -> Int
 
 
 def _exchange(parts: Float64, owner: Int64, dp_size: int) -> None:
-    """Swap packs of the most laden rank of a kind with others' as long as it helps; changes `owner`."""
+    """Swap packs of the most loaded rank of a kind with others' as long as it helps; changes `owner`."""
     loads = np.zeros((dp_size, parts.shape[1]))
     np.add.at(loads, owner, parts)
     for _ in range(4 * dp_size):
         best, swap = float(loads.max(axis=0).sum()) - _GAIN, (-1, -1)
-        for laden in sorted(set(loads.argmax(axis=0).tolist())):
-            mine, others = np.flatnonzero(owner == laden), np.flatnonzero(owner != laden)
-            difference = parts[others][None] - parts[mine][:, None]  # [mine, others, kinds]: what `laden` gains
+        for loaded in sorted(set(loads.argmax(axis=0).tolist())):
+            mine, others = np.flatnonzero(owner == loaded), np.flatnonzero(owner != loaded)
+            difference = parts[others][None] - parts[mine][:, None]  # [mine, others, kinds]: what `loaded` gains
             theirs = loads[owner[others]][None] - difference
-            rest = np.stack([_highest_but(loads, laden, int(rank)) for rank in range(dp_size)])[owner[others]]
-            score = np.maximum(np.maximum(loads[laden] + difference, theirs), rest[None]).sum(axis=2)
+            rest = np.stack([_highest_but(loads, loaded, int(rank)) for rank in range(dp_size)])[owner[others]]
+            score = np.maximum(np.maximum(loads[loaded] + difference, theirs), rest[None]).sum(axis=2)
             place = int(score.argmin())
             if score.flat[place] < best:
                 best = float(score.flat[place])

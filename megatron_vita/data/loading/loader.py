@@ -13,12 +13,12 @@ import torch
 
 from megatron_vita.config import DataConfig, TrainConfig
 from megatron_vita.data.example import IGNORE_INDEX
-from megatron_vita.data.loading.balance import deal
+from megatron_vita.data.loading.balance import assign_packs
 from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.packed_batch import (
-    Row,
+    PackedSequence,
     blank_tiles,
-    build_row,
+    build_packed_sequence,
     local_tokens,
     picture_runs,
     read_tiles_into,
@@ -70,7 +70,7 @@ class StepBatches:
     """Packs of the stream that are consumed once this step is done: where to resume."""
     label_counts: tuple[int, ...] = ()
     """Labelled tokens of each of sample_ids, before masking."""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[PackedSequence, ...] = ()
     """What each micro-batch was sliced from."""
     cp_rank: int = 0
     """Whose slice the micro-batches hold."""
@@ -167,7 +167,7 @@ class PackLoader:
     def _step(self, consumed: int) -> tuple[Int64, list[list[int]]]:
         """Packs of the step that begins there, and this rank's rows of packs."""
         packs = self.order.packs(consumed)
-        mine = deal(packs, self.order.work[packs], self._coords.dp_size)[self._coords.dp_rank].tolist()
+        mine = assign_packs(packs, self.order.work[packs], self._coords.dp_size)[self._coords.dp_rank].tolist()
         size = self._train.micro_batch_size
         return packs, [mine[start : start + size] for start in range(0, len(mine), size)]
 
@@ -180,7 +180,9 @@ class PackLoader:
     def _slice(self, packs: list[int]) -> _Slice:
         """One micro-batch, all but the count of labels."""
         coords, shards = self._coords, self.shards
-        row = build_row(shards, packs, seq_length=self._data.seq_length, reset=self._data.reset_per_document)
+        row = build_packed_sequence(
+            shards, packs, seq_length=self._data.seq_length, reset=self._data.reset_per_document
+        )
         layout = SequenceLayout(row.documents, coords.cp_size, coords.tp_size if coords.sequence_parallel else 1)
         routes = TileRoutes(layout, row.first_token, shards.manifest.tokens_per_tile, coords.tp_size)
         own = routes.tiles_of(coords.group_rank)
@@ -231,7 +233,7 @@ class _Slice:
     """What a worker makes of one row. Its tiles are there once every `failed` was called."""
 
     batch: Batch
-    row: Row
+    row: PackedSequence
     failed: list[Callable[[], list[int]]]
     """For each run of tiles: waits for it, and gives the samples with a picture that fails to decode."""
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedSequence:
     """Where every pack, sample and tile of a row stands. The same on every rank."""
 
     length: int
@@ -30,20 +30,20 @@ class Row:
     packs: tuple[int, ...]
     """Pack ids, in row order."""
     pack_starts: Int64
-    """Row position of each pack's first token, and of the padding; `[packs + 1]`."""
+    """PackedSequence position of each pack's first token, and of the padding; `[packs + 1]`."""
     documents: tuple[int, ...]
     """Spans of attention: samples with reset, else packs; the padding is the last one."""
     sample_ids: Int64
     """Samples in row order, `[samples]`."""
     sample_starts: Int64
-    """Row position of each sample's first token, and one past the last sample; `[samples + 1]`."""
+    """PackedSequence position of each sample's first token, and one past the last sample; `[samples + 1]`."""
     tile_ids: Int64
     """Rows of the tiles file, in row order, `[tiles]`."""
     first_token: Int64
-    """Row position of each tile's first context token, `[tiles]`."""
+    """PackedSequence position of each tile's first context token, `[tiles]`."""
 
 
-def build_row(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset: bool) -> Row:
+def build_packed_sequence(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset: bool) -> PackedSequence:
     """Join packs end to end and pad the rest of `len(packs) * seq_length` with one document of its own.
 
     Args:
@@ -65,7 +65,7 @@ def build_row(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset:
         shards.tiles(shards.pack_tiles(pack))["first_token"] + start
         for pack, start in zip(packs, pack_starts[:-1], strict=True)
     ]
-    return Row(
+    return PackedSequence(
         length=length,
         packs=tuple(packs),
         pack_starts=pack_starts,
@@ -78,7 +78,7 @@ def build_row(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset:
 
 
 def local_tokens(
-    shards: ShardSet, row: Row, layout: SequenceLayout, cp_rank: int
+    shards: ShardSet, row: PackedSequence, layout: SequenceLayout, cp_rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, labels and positions inside the document that one context-parallel rank owns; three int64 `[1, s/cp]`.
 

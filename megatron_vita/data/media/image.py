@@ -15,7 +15,7 @@ from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.picture_formats import MOST_PIECES
 from megatron_vita.data.media.picture_header import MAX_PIXELS, open_picture, parse_header
 from megatron_vita.data.media.window import Window, open_window
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import DataError
 
@@ -78,10 +78,10 @@ def decode(item: MediaItem) -> Image.Image:
     except DataError:
         raise
     except MemoryError:
-        raise refuse("media_bomb", "decoding it asks for more memory than there is.") from None
+        raise reject("media_bomb", "decoding it asks for more memory than there is.") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
         code = "media_truncated" if "truncated" in str(error) else "media_broken"
-        raise refuse(code, f"the picture cannot be decoded ({error}). Replace the file or drop the sample.") from None
+        raise reject(code, f"the picture cannot be decoded ({error}). Replace the file or drop the sample.") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -106,7 +106,7 @@ def _bytes(file: MediaFile) -> bytes:
         return file.data
     with open_window(file) as window:
         if window.size > MAX_BYTES:
-            raise refuse("media_bomb", f"{file.name} has {window.size} bytes; a picture may have {MAX_BYTES}.")
+            raise reject("media_bomb", f"{file.name} has {window.size} bytes; a picture may have {MAX_BYTES}.")
         return window.read(0, window.size)
 
 
@@ -126,7 +126,7 @@ def _check_end(kind: str, data: bytes) -> None:
         decode(MediaItem(data, 0, 0))
         return
     if not whole:
-        raise refuse("media_truncated", "the file ends before the picture does. Fetch it again or drop the sample.")
+        raise reject("media_truncated", "the file ends before the picture does. Fetch it again or drop the sample.")
 
 
 def _jpeg_scan(data: bytes) -> int:
@@ -160,7 +160,7 @@ def _png_chunks(data: bytes) -> bool:
         if end + 4 > len(data):
             return False
         if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise refuse(
+            raise reject(
                 "media_broken", f"PNG chunk {kind.decode('latin-1')!r} has a wrong checksum. Fetch the file again."
             )
         if kind == b"IEND":
@@ -171,4 +171,4 @@ def _png_chunks(data: bytes) -> bool:
 
 def _named(error: DataError, name: str) -> DataError:
     code, _, message = str(error).partition(": ")
-    return refuse(code, f"{name}: {message}")
+    return reject(code, f"{name}: {message}")

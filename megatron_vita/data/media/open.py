@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.image import read_image
 from megatron_vita.data.media.video.open import open_video
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 
@@ -25,7 +25,7 @@ def safe_path(root: Path, path: str) -> Path:
     """
     found = locate(os.path.realpath(root), path)
     if found is None:
-        raise refuse("media_missing", f"{path} does not exist under {root}. Set `media_root`, or fetch the file.")
+        raise reject("media_missing", f"{path} does not exist under {root}. Set `media_root`, or fetch the file.")
     return Path(found)
 
 
@@ -43,10 +43,10 @@ def locate(root: str, path: str) -> str | None:
         if "\0" in path or not os.fsencode(path):
             raise ValueError
     except ValueError:  # a lone surrogate, as JSON can write it, included
-        raise refuse("media_missing", f"{path!r} is not a file name.") from None
+        raise reject("media_missing", f"{path!r} is not a file name.") from None
     real = os.path.realpath(os.path.join(root, path))
     if not (real + os.sep).startswith(root.rstrip(os.sep) + os.sep):
-        raise refuse(
+        raise reject(
             "path_escape", f"{path} leaves the media root {root}. Set `media_root` to the folder that holds it."
         )
     return real if os.path.exists(real) else None

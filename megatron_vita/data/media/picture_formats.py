@@ -11,7 +11,7 @@ import zlib
 
 from megatron_vita.data.media.orientation import exif_orientation, valid, xmp_orientation
 from megatron_vita.data.media.window import Window, open_window
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import DataError
 
@@ -248,11 +248,11 @@ def _bmp(window: Window) -> tuple[str, int, int, int]:
     if bits not in (1, 4, 8, 16, 24, 32) or packed not in (0, 1, 2, 3) or width < 1 or not height:
         raise NotPlainError
     if packed in (1, 2) and window.size > _MOST_RLE:
-        raise refuse("media_bomb", f"{window.size} bytes of run-length coded BMP; at most {_MOST_RLE} are decoded.")
+        raise reject("media_bomb", f"{window.size} bytes of run-length coded BMP; at most {_MOST_RLE} are decoded.")
     if height < 0 and head[25] != 0xFF:  # upside down by more rows than Pillow believes
         raise NotPlainError
     return "BMP", width, abs(height), 1
 
 
 def _too_many(what: str) -> DataError:
-    return refuse("media_broken", f"more than {MOST_PIECES} {what}.")
+    return reject("media_broken", f"more than {MOST_PIECES} {what}.")

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from megatron_vita.data.media.orientation import ORIENTATION
 from megatron_vita.data.media.picture_formats import NotPlainError, parse_plain
 from megatron_vita.data.media.window import Window, open_window
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -66,7 +66,7 @@ def parse_header(window: Window) -> PictureHeader:
         DataError: beginning with media_broken, media_bomb or media_size.
     """
     if not window.size:
-        raise refuse("media_broken", "the file is empty.")
+        raise reject("media_broken", "the file is empty.")
     try:
         kind, width, height, orientation = parse_plain(window)
     except (NotPlainError, IndexError, struct.error):  # what is not there ends the parsing as what is odd does
@@ -84,9 +84,9 @@ def check_size(width: int, height: int) -> None:
         DataError: media_bomb or media_size.
     """
     if width < 1 or height < 1:
-        raise refuse("media_size", f"{width} x {height} pixels make no picture.")
+        raise reject("media_size", f"{width} x {height} pixels make no picture.")
     if width * height > MAX_PIXELS:
-        raise refuse("media_bomb", f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
+        raise reject("media_bomb", f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
 
 
 def open_picture(stream: IO[bytes]) -> Image.Image:
@@ -98,13 +98,13 @@ def open_picture(stream: IO[bytes]) -> Image.Image:
     try:
         picture = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        raise refuse("media_broken", f"not a picture in one of the formats {', '.join(FORMATS)}.") from None
+        raise reject("media_broken", f"not a picture in one of the formats {', '.join(FORMATS)}.") from None
     except Image.DecompressionBombError as error:
-        raise refuse("media_bomb", f"{error}") from None
+        raise reject("media_bomb", f"{error}") from None
     except MemoryError:
-        raise refuse("media_bomb", "its header asks for more memory than there is.") from None
+        raise reject("media_bomb", "its header asks for more memory than there is.") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a damaged header
-        raise refuse("media_broken", f"the header cannot be read ({error}).") from None
+        raise reject("media_broken", f"the header cannot be read ({error}).") from None
     check_size(*picture.size)
     return picture
 

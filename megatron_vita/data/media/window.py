@@ -6,7 +6,7 @@ import io
 import os
 from typing import IO
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 
 HEAD = 4096
@@ -85,21 +85,21 @@ def open_window(file: MediaFile) -> Window:
     if file.data is not None:
         return Window(file.data, len(file.data))
     if file.path is None:
-        raise refuse("media_missing", "the record gives neither a path nor bytes.")
+        raise reject("media_missing", "the record gives neither a path nor bytes.")
     try:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise refuse("media_missing", f"{file.name} cannot be read ({reason}).") from None
+        raise reject("media_missing", f"{file.name} cannot be read ({reason}).") from None
     try:
         whole = os.fstat(descriptor).st_size
         size = whole - file.offset if file.size is None else file.size
         if file.offset < 0 or size < 0 or file.offset + size > whole:
-            raise refuse("media_missing", f"{file.name} ends beyond its archive. Fetch the archive again.")
+            raise reject("media_missing", f"{file.name} ends beyond its archive. Fetch the archive again.")
         return Window(os.pread(descriptor, min(size, HEAD), file.offset), size, descriptor, file.offset)
     except OSError as error:
         os.close(descriptor)
-        raise refuse("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
+        raise reject("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
     except BaseException:
         os.close(descriptor)
         raise

@@ -7,7 +7,16 @@ is one row of table.yaml that names one of each.
 
 from megatron_vita.data.sources.mix import MixFile, load_mix, read_samples
 from megatron_vita.data.sources.readers import open_reader
-from megatron_vita.data.sources.registry import Row, detect_row, load_table
+from megatron_vita.data.sources.registry import DatasetSpec, detect_row, load_table
 from megatron_vita.data.sources.to_sample import record_to_sample
 
-__all__ = ["MixFile", "Row", "detect_row", "load_mix", "load_table", "open_reader", "read_samples", "record_to_sample"]
+__all__ = [
+    "DatasetSpec",
+    "MixFile",
+    "detect_row",
+    "load_mix",
+    "load_table",
+    "open_reader",
+    "read_samples",
+    "record_to_sample",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.mappers import ROLES, Draft
 from megatron_vita.errors import ConfigError
 
@@ -141,6 +141,6 @@ def unwrap(record: object) -> object:
     """A record inside a list of one is that record (some revisions of LLaVA-Video-178K)."""
     if isinstance(record, list) and len(record) == 1 and isinstance(record[0], dict):
         if "role" in record[0] or "from" in record[0]:
-            raise refuse("bad_order", "a conversation of one turn.")
+            raise reject("bad_order", "a conversation of one turn.")
         return record[0]
     return record

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_vita.config import check_keys, read_yaml
 from megatron_vita.data.sources.media_store.store import MediaRule, list_archives
-from megatron_vita.data.sources.registry import Row, find_row
+from megatron_vita.data.sources.registry import DatasetSpec, find_row
 from megatron_vita.errors import ConfigError
 
 _GROUP_KEYS = (
@@ -38,7 +38,7 @@ class Group:
     num: int | None
     paths: tuple[tuple[str, str], ...]
     """(as the mix writes it, with variables filled in)."""
-    row: Row | None = None
+    row: DatasetSpec | None = None
     """The row that `source` names; none: told from the records."""
     media_root: Path | None = None
     archives: tuple[str, ...] | None = None
@@ -80,13 +80,13 @@ class Group:
                 ]
         return out
 
-    def fitted(self, row: Row) -> Row:
+    def fitted(self, row: DatasetSpec) -> DatasetSpec:
         """The row with the group's own fields and fixes."""
         if not self.fields and not self.fix:
             return row
         return dataclasses.replace(row, fields={**row.fields, **self.fields}, fix=(*row.fix, *self.fix))
 
-    def media(self, row: Row, file: Path) -> MediaRule:
+    def media(self, row: DatasetSpec, file: Path) -> MediaRule:
         """Where the media of a data file lie."""
         root = self.media_root
         if root is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, Part, Role, Text, Video
 
 ROLES: dict[str, Role] = {
@@ -59,7 +59,7 @@ def map_messages(record: Any, fields: Fields) -> Draft:
     draft = Draft()
     for turn in map(_dict, turns):
         if turn.get("tool_calls"):
-            raise refuse("bad_role", "tool calls are not supported.")
+            raise reject("bad_role", "tool calls are not supported.")
         role = _text(turn, ("role", "from"))
         content = _first(turn, ("content", "value"))
         if isinstance(content, list):
@@ -86,7 +86,7 @@ def map_pair(record: Any, fields: Fields) -> Draft:
     history = record.get(fields.get("history", "history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise refuse("bad_record", "`history` must be a list of [question, answer].")
+            raise reject("bad_record", "`history` must be a list of [question, answer].")
         draft.turns += [("user", _written(pair[0], "history")), ("assistant", _written(pair[1], "history"))]
     answer = _text(record, fields.get("assistant", "output"))
     draft.turns += [("user", "\n\n".join(asked)), ("assistant", answer)]
@@ -106,7 +106,7 @@ def map_str_turns(record: Any, fields: Fields) -> Draft:
     """LIMA: a list of texts, the user's first."""
     turns = _list(record, fields.get("list", "conversations"))
     if not all(isinstance(turn, str) for turn in turns):
-        raise refuse("bad_record", "every turn must be text.")
+        raise reject("bad_record", "every turn must be text.")
     return Draft([(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)])
 
 
@@ -116,7 +116,7 @@ def map_context_qa(record: Any, fields: Fields) -> Draft:
     questions = _list(record, fields.get("questions", "questions"))
     answers = _list(record, fields.get("answers", "answers"))
     if len(questions) != len(answers) or not questions:
-        raise refuse("bad_record", f"{len(questions)} questions, but {len(answers)} answers.")
+        raise reject("bad_record", f"{len(questions)} questions, but {len(answers)} answers.")
     context = _text(record, fields.get("context", "context"))
     draft = Draft()
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -131,7 +131,7 @@ def map_chatml(record: Any, fields: Fields) -> Draft:
     text = _text(_dict(record), fields.get("chatml", "chatml"))
     turns = _CHATML.findall(text)
     if not turns or _CHATML.sub("", text).strip():
-        raise refuse("bad_record", "the text is not ChatML throughout.")
+        raise reject("bad_record", "the text is not ChatML throughout.")
     return Draft([(role, content) for role, content in turns])
 
 
@@ -180,7 +180,7 @@ def _openai_part(part: Any, draft: Draft) -> Part:
     if kind in ("text", "input_text", "output_text"):
         return Text(_text(part, "text"))
     if not isinstance(kind, str) or kind not in _PART_KEYS:
-        raise refuse("bad_record", f"a part of type {kind!r} is not supported.")
+        raise reject("bad_record", f"a part of type {kind!r} is not supported.")
     reference = _first(part, _PART_KEYS[kind])
     if isinstance(reference, dict) and reference.get("url") is not None:
         reference = reference["url"]
@@ -193,7 +193,7 @@ def _openai_part(part: Any, draft: Draft) -> Part:
 
 def _dict(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise refuse("bad_record", f"an object was expected, found {type(value).__name__}.")
+        raise reject("bad_record", f"an object was expected, found {type(value).__name__}.")
     return value
 
 
@@ -207,7 +207,7 @@ def _first(record: Mapping[str, Any], names: str | tuple[str, ...] | list[str]) 
 def _list(record: Any, names: Any) -> list[Any]:
     value = _first(_dict(record), names)
     if not isinstance(value, list):
-        raise refuse("bad_record", f"`{names if isinstance(names, str) else names[0]}` must be a list.")
+        raise reject("bad_record", f"`{names if isinstance(names, str) else names[0]}` must be a list.")
     return value
 
 
@@ -223,4 +223,4 @@ def _written(value: Any, name: str) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):  # a table's NaN is no text, but the lack of one
         return str(int(value)) if value.is_integer() else str(value)
-    raise refuse("bad_record", f"`{name}` must be text, found {'nothing' if value is None else type(value).__name__}.")
+    raise reject("bad_record", f"`{name}` must be text, found {'nothing' if value is None else type(value).__name__}.")

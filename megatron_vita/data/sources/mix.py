@@ -17,7 +17,7 @@ from megatron_vita.data.sample import Sample
 from megatron_vita.data.sources.groups import Group, read_groups
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store
 from megatron_vita.data.sources.readers import Places, Reader, open_reader
-from megatron_vita.data.sources.registry import Row, detect_row, find_row
+from megatron_vita.data.sources.registry import DatasetSpec, detect_row, find_row
 from megatron_vita.data.sources.to_sample import record_to_sample
 from megatron_vita.errors import ConfigError, DataError
 
@@ -35,7 +35,7 @@ class MixFile:
     """Part of the records that is taken; above 1 they repeat."""
     num: int | None
     """Most records that are taken, of this file or of all `shards` together."""
-    row: Row
+    row: DatasetSpec
     """How the file is read."""
     media: MediaRule
     """Where its media lie."""
@@ -161,7 +161,7 @@ def _count(path: Path, kind: str, work: Path | None) -> int:
     return len(open_reader(path, kind, work).index())
 
 
-def _detect(file: Path, where: str) -> Row:
+def _detect(file: Path, where: str) -> DatasetSpec:
     # broken records at the beginning say nothing about the form
     for record in open_reader(file).head(50):
         if not isinstance(record, DataError):

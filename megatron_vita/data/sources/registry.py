@@ -25,7 +25,7 @@ _TUPLES = ("files", "image", "video", "archives", "fix")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class DatasetSpec:
     """How to read one dataset."""
 
     name: str
@@ -89,15 +89,15 @@ class Row:
 
 
 @lru_cache(maxsize=1)
-def load_table() -> dict[str, Row]:
+def load_table() -> dict[str, DatasetSpec]:
     """Every row of table.yaml by name.
 
     Raises:
         ConfigError: the table is wrong (a mistake in the package, not the user's).
     """
     content = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
-    rows: dict[str, Row] = {}
-    known = {one.name for one in dataclasses.fields(Row)}
+    rows: dict[str, DatasetSpec] = {}
+    known = {one.name for one in dataclasses.fields(DatasetSpec)}
     for name, values in content["datasets"].items():
         values = dict(values)
         base = values.pop("like", None)
@@ -105,11 +105,11 @@ def load_table() -> dict[str, Row]:
         for key in _TUPLES:
             if key in values:
                 values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
-        rows[name] = Row(**{**inherited, **values, "name": name})
+        rows[name] = DatasetSpec(**{**inherited, **values, "name": name})
     return rows
 
 
-def find_row(name: str, where: str) -> Row:
+def find_row(name: str, where: str) -> DatasetSpec:
     """A row by name.
 
     Raises:
@@ -123,7 +123,7 @@ def find_row(name: str, where: str) -> Row:
     return table[name]
 
 
-def detect_row(record: Any, where: str) -> Row:
+def detect_row(record: Any, where: str) -> DatasetSpec:
     """The generic row that fits a record, for mixes that name no `source`.
 
     Raises:

@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from megatron_vita.data.document import Document
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video, check_text
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS, ROLES, Content, Draft
 from megatron_vita.data.sources.media_store.store import MediaStore
-from megatron_vita.data.sources.registry import Row
+from megatron_vita.data.sources.registry import DatasetSpec
 from megatron_vita.data.text.chat import clean_answers
 
 _TAG = re.compile(r"<image>|<video>")
@@ -33,7 +33,7 @@ class Changes:
 
 
 def record_to_sample(
-    record: Any, row: Row, *, store: MediaStore, source: str, line: int
+    record: Any, row: DatasetSpec, *, store: MediaStore, source: str, line: int
 ) -> tuple[Sample | Document, Changes]:
     """Convert one record.
 
@@ -62,12 +62,12 @@ def record_to_sample(
     _no_undeclared(record, row)
     if row.media and not draft.images and not draft.videos:
         names = ", ".join(f"`{key}`" for key in row.image + row.video)
-        raise refuse("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
+        raise reject("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
     turns = len(draft.turns)
     for fix in row.fix:
         find_fix(fix)(draft)
     if not draft.turns:
-        raise refuse("bad_order", "there is no turn, or none is left.")
+        raise reject("bad_order", "there is no turn, or none is left.")
     sample = Sample(
         _messages(draft),
         tuple(_media(reference, store) for reference in draft.images),
@@ -88,16 +88,16 @@ def _field(record: dict[str, Any], names: tuple[str, ...], kind: str, draft: Dra
     holding = [key for key, media in found.items() if media]
     for key in holding[1:]:
         if key in _MEDIA_KEYS and found[key] != found[holding[0]]:
-            raise refuse("bad_record", f"`{holding[0]}` and `{key}` hold different media; which count?")
+            raise reject("bad_record", f"`{holding[0]}` and `{key}` hold different media; which count?")
     return found[holding[0]] if holding else []
 
 
-def _no_undeclared(record: Any, row: Row) -> None:
+def _no_undeclared(record: Any, row: DatasetSpec) -> None:
     """Media that the row does not know of must not be passed over in silence."""
     if isinstance(record, dict):
         for key in _MEDIA_KEYS:
             if key not in (*row.image, *row.video) and _flatten(record.get(key)):
-                raise refuse("undeclared_media", f"`{key}` holds media, but source `{row.name}` does not declare it.")
+                raise reject("undeclared_media", f"`{key}` holds media, but source `{row.name}` does not declare it.")
 
 
 def _flatten(value: Any) -> list[Any]:
@@ -115,7 +115,7 @@ def _messages(draft: Draft) -> tuple[Message, ...]:
     messages = []
     for role, content in draft.turns:
         if role not in ROLES:
-            raise refuse("bad_role", f"role {role!r} is not known.")
+            raise reject("bad_role", f"role {role!r} is not known.")
         ours = ROLES[role]
         parts = _parts(content, ours, kinds, counts)
         if ours == "system" and not any(not isinstance(p, Text) or p.text.strip() for p in parts):
@@ -123,7 +123,7 @@ def _messages(draft: Draft) -> tuple[Message, ...]:
         messages.append(Message(ours, parts))
     for kind, media in (("image", draft.images), ("video", draft.videos)):
         if not explicit and counts[kind] != len(media):
-            raise refuse("media_count", f"{len(media)} {kind}s, but {counts[kind]} placeholders `<{kind}>`.")
+            raise reject("media_count", f"{len(media)} {kind}s, but {counts[kind]} placeholders `<{kind}>`.")
     return tuple(messages)
 
 
@@ -161,26 +161,26 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
     if isinstance(reference, bytes | bytearray):
         return MediaFile(data=bytes(reference))
     if reference is None or reference == "":
-        raise refuse("media_missing", "a medium is null.")
+        raise reject("media_missing", "a medium is null.")
     if not isinstance(reference, str):
-        raise refuse("bad_record", f"a medium is a path, an address or bytes, this is {type(reference).__name__}.")
+        raise reject("bad_record", f"a medium is a path, an address or bytes, this is {type(reference).__name__}.")
     if reference.startswith("data:"):
         return MediaFile(data=_data_url(reference))
     if reference.startswith(("http://", "https://")):
-        raise refuse("media_remote", f"{reference} is a web address; fetch it and give the path.")
+        raise reject("media_remote", f"{reference} is a web address; fetch it and give the path.")
     if reference.startswith("file://"):
         try:
             reference = unquote(urlparse(reference).path)
         except ValueError as error:
-            raise refuse("media_missing", f"{reference} is no file address ({error}).") from None
+            raise reject("media_missing", f"{reference} is no file address ({error}).") from None
     return store.find(reference)
 
 
 def _data_url(url: str) -> bytes:
     head, _, body = url.partition(",")
     if not head.endswith(";base64"):
-        raise refuse("media_broken", "a data: address must be base64.")
+        raise reject("media_broken", "a data: address must be base64.")
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
-        raise refuse("media_broken", "a data: address that is not base64.") from None
+        raise reject("media_broken", "a data: address that is not base64.") from None

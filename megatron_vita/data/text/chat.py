@@ -23,11 +23,11 @@ import numpy.typing as npt
 from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
 from megatron_vita.data.media.tiling import plan_tiles
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import tokenizer as names
-from megatron_vita.data.text.template import Piece, shape_of
+from megatron_vita.data.text.template import SkeletonPart, shape_of
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 _LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
@@ -61,10 +61,10 @@ def build_example(
     """
     sample.check()
     if (len(images), len(videos)) != (len(sample.images), len(sample.videos)):
-        raise refuse("media_count", f"{sample.id}: {len(images)} pictures and {len(videos)} videos were read for it.")
+        raise reject("media_count", f"{sample.id}: {len(images)} pictures and {len(videos)} videos were read for it.")
     if (sample.messages[-1].role != "assistant") != generation_prompt:
         wanted = "a user's turn to answer" if generation_prompt else "an answer to learn from"
-        raise refuse("bad_order" if generation_prompt else "no_answer", f"{sample.id}: it must end with {wanted}.")
+        raise reject("bad_order" if generation_prompt else "no_answer", f"{sample.id}: it must end with {wanted}.")
     writer = _Writer(tokenizer, spec)
     pieces = iter(_skeleton(sample, tokenizer, generation_prompt, spec.layout))
     for piece in pieces:
@@ -96,7 +96,7 @@ def build_document(document: Document, *, tokenizer: VitaTokenizer) -> Example:
         DataError: empty_turn, if there is no text.
     """
     if not document.text.strip():
-        raise refuse("empty_turn", f"{document.id}: the text is empty.")
+        raise reject("empty_turn", f"{document.id}: the text is empty.")
     ids = [*tokenizer.encode(document.text), tokenizer.token_id(names.END_OF_TEXT)]
     tokens = np.array(ids, dtype=np.int32)
     return Example(tokens, shift_labels(tokens, np.ones(len(ids), dtype=bool)))
@@ -178,11 +178,11 @@ def frame_costs(
     return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
 
 
-def _skeleton(sample: Sample, tokenizer: VitaTokenizer, generation_prompt: bool, layout: str) -> Sequence[Piece]:
+def _skeleton(sample: Sample, tokenizer: VitaTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
     pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt)
     if layout != "long_vita":
         return pieces
-    out: list[Piece] = []
+    out: list[SkeletonPart] = []
     for piece in pieces:
         if out and out[-1].kind in ("image", "video") and piece.kind == "literal":
             piece = dataclasses.replace(piece, value=piece.value.removeprefix("\n"))

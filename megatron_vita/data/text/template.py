@@ -27,7 +27,7 @@ _PLACEHOLDERS = {"<IMG_CONTEXT>": "image", "<video>": "video"}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SkeletonPart:
     """One piece of a skeleton."""
 
     kind: Literal["literal", "token", "text", "image", "video"]
@@ -83,7 +83,7 @@ class ChatTemplate:
         )
         self.skeleton(probe, False)
 
-    def _skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[Piece, ...]:
+    def _skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[SkeletonPart, ...]:
         """Pieces of a conversation in order. `self.skeleton` is the cached form.
 
         Raises:
@@ -108,25 +108,25 @@ class ChatTemplate:
 
     def _parse(
         self, rendered: str, expected: list[tuple[int, int, PartKind]], shape: tuple[MessageShape, ...]
-    ) -> list[Piece]:
-        pieces: list[Piece] = []
+    ) -> list[SkeletonPart]:
+        pieces: list[SkeletonPart] = []
         waiting = iter(expected)
         end = 0
         for match in self._pattern.finditer(rendered):
             if match.start() > end:
-                pieces.append(Piece("literal", rendered[end : match.start()]))
+                pieces.append(SkeletonPart("literal", rendered[end : match.start()]))
             end = match.end()
             found = match.group()
             kind = "text" if found[0] == "\ue000" else _PLACEHOLDERS.get(found, "token")
             if kind == "token":
-                pieces.append(Piece("token", found))
+                pieces.append(SkeletonPart("token", found))
                 continue
             message, part, wanted = next(waiting, (-1, -1, None))
             if wanted != kind or (kind == "text" and found != f"\ue000{message}:{part}\ue001"):
                 raise ConfigError(f"{self._where}: the chat template leaves out, repeats or reorders parts of a turn.")
-            pieces.append(Piece(wanted, message=message, part=part))
+            pieces.append(SkeletonPart(wanted, message=message, part=part))
         if end < len(rendered):
-            pieces.append(Piece("literal", rendered[end:]))
+            pieces.append(SkeletonPart("literal", rendered[end:]))
         if next(waiting, None) is not None:
             raise ConfigError(
                 f"{self._where}: the chat template drops parts of a turn. It must write `<IMG_CONTEXT>` and a newline "
@@ -135,7 +135,7 @@ class ChatTemplate:
         self._check(pieces, shape)
         return pieces
 
-    def _check(self, pieces: list[Piece], shape: tuple[MessageShape, ...]) -> None:
+    def _check(self, pieces: list[SkeletonPart], shape: tuple[MessageShape, ...]) -> None:
         for place, piece in enumerate(pieces):
             after = [(p.kind, p.value) for p in pieces[place + 1 : place + 3]]
             if piece.kind in ("image", "video") and not (after and after[0][0] == "literal" and after[0][1][0] == "\n"):

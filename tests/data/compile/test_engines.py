@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_vita.data.compile import run as preprocess
-from megatron_vita.data.compile.engines import Engine, InProcess, LocalEngine, RayEngine, open_engine
+from megatron_vita.data.compile.engines import Executor, InProcess, LocalExecutor, RayExecutor, open_executor
 from megatron_vita.data.compile.job import ChunkJob, ChunkTask
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Compiler
@@ -62,7 +62,7 @@ def ray_cluster() -> Iterator[None]:
     """A cluster of this machine, reachable from it alone, for all tests here."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("not installed: ray")
-    with RayEngine(2):
+    with RayExecutor(2):
         yield
 
 
@@ -97,8 +97,8 @@ class Sums:
         return -5 if task == 5 and deaths == 2 else task
 
 
-def _engine(name: str) -> Engine:
-    return RayEngine(2) if name == "ray" else LocalEngine(2)
+def _engine(name: str) -> Executor:
+    return RayExecutor(2) if name == "ray" else LocalExecutor(2)
 
 
 @pytest.mark.parametrize("name", ["local", "ray"])
@@ -117,7 +117,7 @@ def test_a_task_that_kills_its_process_is_known_and_the_others_are_done_once(
 
 
 def test_errors_come_back_as_they_are_and_defects_with_their_traceback(tmp_path: Path) -> None:
-    with LocalEngine(2) as engine:
+    with LocalExecutor(2) as engine:
         with pytest.raises(DataError, match=r"^ninety-nine$"):
             list(engine.map(Sums(tmp_path), [1, 99, 2]))
         with pytest.raises(RuntimeError, match=r"(?s)in a worker process.*KeyError: 'a defect'"):
@@ -127,11 +127,11 @@ def test_errors_come_back_as_they_are_and_defects_with_their_traceback(tmp_path:
 
 
 def test_engines_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(open_engine("local", 1), InProcess)
-    assert isinstance(open_engine("local", 3), LocalEngine)
+    assert isinstance(open_executor("local", 1), InProcess)
+    assert isinstance(open_executor("local", 3), LocalExecutor)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="needs ray: pip install"):
-        open_engine("ray", 2)
+        open_executor("ray", 2)
 
 
 # ------------------------------------------------------------------------------------------------ the whole compiler

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.data.loading.balance import deal
+from megatron_vita.data.loading.balance import assign_packs
 from megatron_vita.data.loading.sampler import PackOrder
 from megatron_vita.data.shards.format import attention_pairs
 from megatron_vita.data.shards.writer.packing import pack
@@ -29,7 +29,7 @@ def order(work: object, step: int, seed: int = 1, digest: str = "d") -> PackOrde
 
 def loads(made: PackOrder, ids: Int64, dp_size: int) -> Int64:
     """Work of each data-parallel rank, `[dp_size, kinds]`."""
-    return np.stack([made.work[hand].sum(axis=0) for hand in deal(ids, made.work[ids], dp_size)])
+    return np.stack([made.work[hand].sum(axis=0) for hand in assign_packs(ids, made.work[ids], dp_size)])
 
 
 PAIRS = st.tuples(st.integers(0, 10**9), st.integers(0, 80))
@@ -129,10 +129,10 @@ def test_other_packs_meet_in_the_next_epoch() -> None:
 def test_deal_gives_each_rank_as_many_packs(work: list, dp_size: int) -> None:
     packs = np.arange(100, 100 + len(work) * dp_size)
     values = np.array(work * dp_size)
-    hands = deal(packs, values, dp_size)
+    hands = assign_packs(packs, values, dp_size)
     assert [len(hand) for hand in hands] == [len(work)] * dp_size
     assert sorted(np.concatenate(hands)) == packs.tolist()
-    for first, second in zip(hands, deal(packs, values, dp_size), strict=True):
+    for first, second in zip(hands, assign_packs(packs, values, dp_size), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
@@ -141,13 +141,13 @@ def test_deal_evens_out_both_kinds() -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):
         work = np.stack([rng.integers(100, 1000, 64), rng.integers(0, 60, 64)], axis=1)
-        each = np.stack([work[hand].sum(axis=0) for hand in deal(np.arange(64), work, 8)])
+        each = np.stack([work[hand].sum(axis=0) for hand in assign_packs(np.arange(64), work, 8)])
         assert (each.max(axis=0) <= 1.05 * each.mean(axis=0)).all(), each
 
 
 def test_a_step_that_does_not_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 packs does not split over 2"):
-        deal(np.arange(3), np.ones((3, 2), dtype=np.int64), 2)
+        assign_packs(np.arange(3), np.ones((3, 2), dtype=np.int64), 2)
 
 
 def test_kinds_of_packs_do_not_come_in_runs() -> None:

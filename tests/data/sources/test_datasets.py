@@ -41,7 +41,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 @pytest.fixture(scope="module")
 def promises(published: Published, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Promise]]:
-    """Row of the table -> its files."""
+    """DatasetSpec of the table -> its files."""
     out: dict[str, list[Promise]] = {}
     for promise in [*published.files.values(), *make_generic(tmp_path_factory.mktemp("generic"))]:
         out.setdefault(promise.source, []).append(promise)

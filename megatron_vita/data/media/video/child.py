@@ -20,7 +20,7 @@ import numpy as np
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.decode import open_here
 from megatron_vita.data.media.video.wire import ClosedError, receive, send
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[b
         if any(words in str(error).lower() for words in _NO_MEMORY):
             return {"memory": True}, []
         name = request.get("name", "the video")
-        return {"refused": str(refuse("video_broken", f"{name}: {type(error).__name__}: {error}"[:500]))}, []
+        return {"refused": str(reject("video_broken", f"{name}: {type(error).__name__}: {error}"[:500]))}, []
 
 
 def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:

@@ -15,7 +15,7 @@ from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.image import MAX_PIXELS
 from megatron_vita.data.media.tiling import shrink_frame
 from megatron_vita.data.media.video.frames import count_frames, frame_rate, sample_frames
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.spec import PreprocessSpec
 
 PNG_MOST_PIXELS = 64 * 64
@@ -46,7 +46,7 @@ class VideoFile(ABC):
         self.fps = frame_rate(times) if fps is None else fps
         """Frames a second; 0 if that cannot be said."""
         if self.total < 1:
-            raise refuse("video_broken", f"{name}: no frame in it.")
+            raise reject("video_broken", f"{name}: no frame in it.")
 
     def __enter__(self) -> VideoFile:
         return self
@@ -75,7 +75,7 @@ class VideoFile(ABC):
             return self._sampled(spec, self.count(spec, max_frames))
         except ShortError as error:
             if error.played < _LEAST_PLAYED * self.total:
-                raise refuse(
+                raise reject(
                     "video_broken", f"{self.name}: only {error.played} of {self.total} frames can be decoded."
                 ) from None
             self.times, self.total = self.times[: error.played], error.played
@@ -97,7 +97,7 @@ class VideoFile(ABC):
             DataError: media_bomb.
         """
         if width * height > MAX_PIXELS:
-            raise refuse("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
+            raise reject("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
 
 
 def encode_frame(picture: Image.Image) -> MediaItem:

@@ -8,7 +8,7 @@ FLV, raw streams) do not say how long they are.
 from __future__ import annotations
 
 from megatron_vita.data.media.window import Window
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 
 _MEDIA_BOXES = (b"moov", b"mdat", b"moof")
 _MOST_BOXES = 1 << 17
@@ -25,9 +25,9 @@ def check_container(window: Window) -> None:
     """
     head = window.head[:64]
     if not head:
-        raise refuse("video_broken", "the file is empty.")
+        raise reject("video_broken", "the file is empty.")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(_PLAYLISTS):
-        raise refuse("video_broken", "a playlist of other files, no video. Give the video itself.")
+        raise reject("video_broken", "a playlist of other files, no video. Give the video itself.")
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         whole = _boxes_end_inside(window)
     elif head[:4] == _EBML:
@@ -37,7 +37,7 @@ def check_container(window: Window) -> None:
     else:
         return
     if not whole:
-        raise refuse("video_broken", "the file ends before the video does. Fetch it again or drop the sample.")
+        raise reject("video_broken", "the file ends before the video does. Fetch it again or drop the sample.")
 
 
 def _boxes_end_inside(window: Window) -> bool:

@@ -21,7 +21,7 @@ from megatron_vita.data.media.names import FRAME_SUFFIXES, natural_key
 from megatron_vita.data.media.video.clip import ShortError, Times, VideoFile
 from megatron_vita.data.media.video.container import check_container
 from megatron_vita.data.media.window import open_window
-from megatron_vita.data.rejects import code_of, refuse
+from megatron_vita.data.rejects import code_of, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import ConfigError, DataError
 
@@ -54,7 +54,7 @@ class _Decord(VideoFile):
         if (
             (stamps < 0) & (stamps > -_LONGEST)
         ).any():  # it counts the frames that an edit list cuts off, or not, as it happens to seek
-            raise refuse("video_broken", f"{name}: decord misnumbers clips that an edit list has cut. Use pyav.")
+            raise reject("video_broken", f"{name}: decord misnumbers clips that an edit list has cut. Use pyav.")
         super().__init__(name, _times(stamps.reshape(total, 2)[:, 0], self._reader.get_avg_fps()))
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -69,7 +69,7 @@ class _Decord(VideoFile):
                     with self._rescue() as other:
                         yield from other.read(numbers[done:])
                     return
-                raise refuse(
+                raise reject(
                     "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
                 ) from None
             done += len(frames)
@@ -85,7 +85,7 @@ class _PyAv(VideoFile):
         self._source = source
         with self._open() as container:
             if not container.streams.video:
-                raise refuse("video_broken", f"{name}: no video stream in it.")
+                raise reject("video_broken", f"{name}: no video stream in it.")
             stream = container.streams.video[0]
             shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
             step, fps = float(stream.time_base or 1), float(stream.average_rate or 0)
@@ -119,7 +119,7 @@ class _PyAv(VideoFile):
             except MemoryError:
                 raise
             except Exception as error:  # av.error.FFmpegError and its many children
-                raise refuse(
+                raise reject(
                     "video_broken", f"{self.name}: a frame cannot be decoded ({_first_line(error)})."
                 ) from None
             played = number + 1
@@ -177,7 +177,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
             check_container(window)
         except DataError as error:
             code, message = code_of(error)
-            raise refuse(code, f"{file.name}: {message}") from None
+            raise reject(code, f"{file.name}: {message}") from None
         size = window.size
 
     def source() -> Any:
@@ -208,7 +208,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
             raise
         except Exception as error:  # both libraries have their own base errors
             reason = _first_line(error)
-    raise refuse("video_broken", f"{file.name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
+    raise reject("video_broken", f"{file.name}: no decoder can open it ({reason}). Fetch it again or drop the sample.")
 
 
 @lru_cache(maxsize=1)

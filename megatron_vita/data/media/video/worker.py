@@ -26,7 +26,7 @@ from PIL import Image
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.wire import ClosedError, receive, send
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
@@ -210,7 +210,7 @@ class _Decoder:
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             message = f"decoding it killed its process ({how}). Replace the file or drop the sample."
-        raise refuse(code, f"{name}: {message}")
+        raise reject(code, f"{name}: {message}")
 
 
 decoder = _Decoder()

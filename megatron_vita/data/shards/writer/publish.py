@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_vita.data.compile.engines import Engine, InProcess
+from megatron_vita.data.compile.engines import Executor, InProcess
 from megatron_vita.data.digests import FollowingDigests
 from megatron_vita.data.shards.format import MEDIA_SUFFIXES, SUFFIXES, file_info
 from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, image_block
@@ -33,7 +33,7 @@ def write_set(
     sources: Sequence[SourceCounts],
     rejects: Iterable[Reject],
     *,
-    engine: Engine | None = None,
+    engine: Executor | None = None,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Manifest:
     """Write a planned set and publish it. Ranges that an earlier, killed run has finished are kept.

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from megatron_vita.data.media.names import natural_key
-from megatron_vita.data.rejects import code_of, refuse
+from megatron_vita.data.rejects import code_of, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import DEFLATED, FOLDER, REFUSED, STORED, TAR, Member
@@ -108,7 +108,7 @@ class Shelves:
         folders = {(row.first, row.second) for row in rows if row.kind == FOLDER}
         files = [row for row in rows if row.kind != FOLDER]
         if len(folders) + bool(files) > 1:
-            raise refuse("media_ambiguous", f"{name} is in the archives more than once. Give the path in the record.")
+            raise reject("media_ambiguous", f"{name} is in the archives more than once. Give the path in the record.")
         if folders:
             return self._folder(self._table.find(folders.pop()), name)
         return self._file(files, name) if files else None
@@ -121,7 +121,7 @@ class Shelves:
             return self._medium(row, label)
         except DataError as error:
             code, message = code_of(error)
-            raise refuse(code, f"{label}: {message}") from None
+            raise reject(code, f"{label}: {message}") from None
 
     def _medium(self, row: Found, label: str) -> MediaFile:
         archive, size = self._archives[row.archive], row.second
@@ -131,11 +131,11 @@ class Shelves:
         if row.kind == STORED:
             offset = data_offset(descriptor, row.first)
             if offset + size > os.fstat(descriptor).st_size:
-                raise refuse("media_truncated", "it ends early.")
+                raise reject("media_truncated", "it ends early.")
             return MediaFile(path=str(archive.data), offset=offset, size=size, label=label)
         assert row.kind == DEFLATED
         if size > MAX_MEMBER:
-            raise refuse("media_bomb", f"{size} bytes when unpacked; at most {MAX_MEMBER} are.")
+            raise reject("media_bomb", f"{size} bytes when unpacked; at most {MAX_MEMBER} are.")
         if size <= IN_MEMORY:
             return MediaFile(data=b"".join(inflate(descriptor, row.first, size, row.crc)), label=label)
 
@@ -155,7 +155,7 @@ class Shelves:
             frame, real = self._frame(row)
             by_name.setdefault(frame, []).append(real)
         if sum(row.second for row in rows if row.kind == DEFLATED) > _FRAMES_IN_MEMORY:
-            raise refuse("media_broken", f"{name}: so many packed frames are not held in memory. Unpack the archive.")
+            raise reject("media_broken", f"{name}: so many packed frames are not held in memory. Unpack the archive.")
         frames = [self._file(by_name[frame], frame) for frame in sorted(by_name, key=natural_key)]
         return MediaFile(label=f"{self._archives[rows[0].archive].path}: {name}", frames=tuple(frames))
 
@@ -174,10 +174,10 @@ class Shelves:
         good = [row for row in rows if row.kind not in REFUSED]
         if not good:
             code, why = REFUSED[rows[0].kind]
-            raise refuse(code, f"{self._archives[rows[0].archive].path}: {name}: {why}.")
+            raise reject(code, f"{self._archives[rows[0].archive].path}: {name}: {why}.")
         if len(good) > 1 and len({self._identity(row) for row in good}) > 1:
             where = " and ".join(dict.fromkeys(str(self._archives[row.archive].path) for row in good))
-            raise refuse("media_ambiguous", f"{name} is more than once in {where}, and not the same. Remove one.")
+            raise reject("media_ambiguous", f"{name} is more than once in {where}, and not the same. Remove one.")
         return good[0]
 
     def _identity(self, row: Found) -> tuple[int, bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_vita.data.media.names import natural_key
 from megatron_vita.data.media.open import locate
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.media_store.disk_names import DiskNames
 from megatron_vita.data.sources.media_store.index import Shelves
@@ -60,7 +60,7 @@ class MediaStore(ABC):
 
 class _Nothing(MediaStore):
     def find(self, reference: str) -> MediaFile:
-        raise refuse("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
+        raise reject("media_missing", f"{reference} is a path, but no folder is known. Set `media_root` in the mix.")
 
 
 class _Rooted(MediaStore):
@@ -96,7 +96,7 @@ class _Rooted(MediaStore):
         if found is not None:
             return found
         places = f" or in its {len(self._rule.archives)} archives" if self._rule.archives else ""
-        raise refuse(
+        raise reject(
             "media_missing", f"{reference} does not exist under {self._given}{places}. Set `media_root`, or fetch it."
         )
 
@@ -109,7 +109,7 @@ class _Rooted(MediaStore):
             name = stem_of(name)
         on_disk = self._names.find(name)
         if len(on_disk) > 1:
-            raise refuse("media_ambiguous", f"{name} may be {on_disk[0]} or {on_disk[1]}. Give the path in the record.")
+            raise reject("media_ambiguous", f"{name} may be {on_disk[0]} or {on_disk[1]}. Give the path in the record.")
         if on_disk:
             real = locate(self._root, on_disk[0])
             return None if real is None else MediaFile(path=real)

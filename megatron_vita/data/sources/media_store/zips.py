@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store.members import (
     DEFLATED,
     ENCRYPTED,
@@ -77,7 +77,7 @@ def data_offset(stream_fd: int, header: int) -> int:
     """
     head = os.pread(stream_fd, _LOCAL.size, header)
     if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
-        raise refuse("media_broken", "its header in the zip is damaged.")
+        raise reject("media_broken", "its header in the zip is damaged.")
     fields = _LOCAL.unpack(head)
     return header + _LOCAL.size + int(fields[9]) + int(fields[10])
 
@@ -115,24 +115,24 @@ def inflate(stream_fd: int, header: int, size: int, crc: int, stored: bool = Fal
             pending = os.pread(stream_fd, min(64 << 10, size - given) if stored else 64 << 10, place)
             place += len(pending)
             if not pending:
-                raise refuse("media_truncated", "it ends early.")
+                raise reject("media_truncated", "it ends early.")
         try:
             # one byte more than it should have: a member that is larger is found out without unpacking it
             piece = pending if stored else decoder.decompress(pending, min(_BLOCK, size - given + 1))
         except zlib.error as error:
-            raise refuse("media_broken", f"it is damaged ({error}).") from None
+            raise reject("media_broken", f"it is damaged ({error}).") from None
         pending = b"" if stored else decoder.unconsumed_tail
         given += len(piece)
         sum32 = zlib.crc32(piece, sum32)
         if given > size or (not stored and decoder.eof and given < size):
-            raise refuse("media_broken", f"it has not the {size} bytes that the zip says.")
+            raise reject("media_broken", f"it has not the {size} bytes that the zip says.")
         taken = place - begin - len(pending)
         if given > max(BOMB_FLOOR, BOMB_RATIO * taken):
-            raise refuse("media_bomb", f"{taken} bytes of the zip unpack to more than {given}.")
+            raise reject("media_bomb", f"{taken} bytes of the zip unpack to more than {given}.")
         if piece:
             yield piece
     if sum32 != crc:
-        raise refuse("media_broken", "its checksum is wrong.")
+        raise reject("media_broken", "its checksum is wrong.")
 
 
 def _directory(path: Path, stream: BinaryIO) -> tuple[int, int, int]:

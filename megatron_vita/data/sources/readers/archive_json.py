@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import REFUSED, Member
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places, parse_record
@@ -49,7 +49,7 @@ class ArchiveJson(Reader):
             for number, start, stop in places.tolist():
                 if start == _BROKEN:
                     reason = REFUSED[stop][1] if stop in REFUSED else "it is damaged"
-                    yield number, refuse("bad_record", f"a member of the archive cannot be read: {reason}.")
+                    yield number, reject("bad_record", f"a member of the archive cannot be read: {reason}.")
                 else:
                     yield number, read_range(stream, start, stop)
 

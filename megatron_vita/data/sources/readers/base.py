@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.errors import DataError
 
 Places = npt.NDArray[np.int64]
@@ -72,7 +72,7 @@ class Reader(ABC):
 def parse_record(text: bytes) -> Record | DataError:
     """The record that a piece of JSON says; a DataError (bad_json or bad_record) if it says none."""
     if len(text) > MAX_RECORD:
-        return refuse("bad_record", f"{len(text)} bytes are one record; at most {MAX_RECORD} are read.")
+        return reject("bad_record", f"{len(text)} bytes are one record; at most {MAX_RECORD} are read.")
     if len(text) > _LARGE:
         # one emoji would make Python hold four bytes for every character of the text
         text = _ASTRAL.sub(_escape, text)
@@ -81,11 +81,11 @@ def parse_record(text: bytes) -> Record | DataError:
         del text  # a large record must not lie in memory twice while it is parsed
         record = json.loads(decoded)
     except UnicodeDecodeError as error:
-        return refuse("bad_json", f"not UTF-8 at byte {error.start} of the record.")
+        return reject("bad_json", f"not UTF-8 at byte {error.start} of the record.")
     except (ValueError, RecursionError) as error:
-        return refuse("bad_json", f"not JSON: {error}.")
+        return reject("bad_json", f"not JSON: {error}.")
     if not isinstance(record, dict | list):
-        return refuse("bad_record", f"a record is an object, this is {type(record).__name__}.")
+        return reject("bad_record", f"a record is an object, this is {type(record).__name__}.")
     return record
 
 

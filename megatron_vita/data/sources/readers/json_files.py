@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.readers.base import MAX_RECORD, Places, Reader, Record, as_places, parse_record
 from megatron_vita.data.sources.readers.mend import array_records
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, ArrayScanner, scan_array, scan_lines
@@ -60,7 +60,7 @@ class JsonArray(ByteRanges):
 def read_range(stream: BinaryIO, start: int, stop: int) -> Record | DataError:
     """The record in a range of a file."""
     if stop - start > MAX_RECORD:
-        return refuse("bad_record", f"{stop - start} bytes are one record; at most {MAX_RECORD} are read.")
+        return reject("bad_record", f"{stop - start} bytes are one record; at most {MAX_RECORD} are read.")
     stream.seek(start)
     return parse_record(stream.read(stop - start))
 

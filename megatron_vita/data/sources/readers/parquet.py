@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.readers.base import Places, Reader, Record
 from megatron_vita.errors import DataError
 
@@ -54,7 +54,7 @@ class Parquet(Reader):
         except (OSError, ValueError, ArithmeticError) as error:  # pyarrow's own errors derive from the first two
             reason = error
         for line in places[waiting:, 0].tolist():
-            yield line, refuse("bad_record", f"the row group cannot be decoded ({reason}). Fetch the file again.")
+            yield line, reject("bad_record", f"the row group cannot be decoded ({reason}). Fetch the file again.")
 
     def _open(self) -> Any:
         import pyarrow.parquet as pq

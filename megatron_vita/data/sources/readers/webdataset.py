@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_vita.data.media.names import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key
-from megatron_vita.data.rejects import refuse
+from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.media_store import Archive, open_archive
 from megatron_vita.data.sources.media_store.members import REFUSED, Member
@@ -76,9 +76,9 @@ class WebDataset(Reader):
             part = _split(member.name)[1]
             if member.kind in REFUSED:
                 code, why = REFUSED[member.kind]
-                raise refuse(code, f"{member.name}: {why}.")
+                raise reject(code, f"{member.name}: {why}.")
             if part in parts:
-                raise refuse("bad_record", f"{member.name} stands in the group twice.")
+                raise reject("bad_record", f"{member.name} stands in the group twice.")
             parts[part] = member
         said = _said(parts, stream)
         names = said.pop("name", None) if isinstance(said.get("name"), list) else None
@@ -126,13 +126,13 @@ def _said(parts: dict[str, Member], stream: BinaryIO) -> dict[str, Any]:
     for part, member in parts.items():
         if f".{part}".lower().endswith(_CAPTION):
             if member.size > _MOST_CAPTION:
-                raise refuse("bad_record", f"a caption of {member.size} bytes.")
+                raise reject("bad_record", f"a caption of {member.size} bytes.")
             stream.seek(member.offset)
             try:
                 return {"caption": stream.read(member.size).decode("utf-8-sig")}
             except UnicodeDecodeError as error:
-                raise refuse("bad_json", f"the caption is not UTF-8 at byte {error.start}.") from None
-    raise refuse("bad_record", f"no json and no txt among its parts {', '.join(parts) or '(none)'}.")
+                raise reject("bad_json", f"the caption is not UTF-8 at byte {error.start}.") from None
+    raise reject("bad_record", f"no json and no txt among its parts {', '.join(parts) or '(none)'}.")
 
 
 def _captioned(caption: str, record: dict[str, Any]) -> list[dict[str, str]]:

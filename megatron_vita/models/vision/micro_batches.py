@@ -42,7 +42,7 @@ def make_turns(tiles: Tensor, counts: Sequence[int], at_once: int) -> list[Turn]
     ]
 
 
-def encode_in_turns(
+def encode_in_micro_batches(
     encode: Callable[[Turn], Tensor],
     turns: Sequence[Turn],
     shape: tuple[int, int],
