@@ -8,7 +8,7 @@ ARGS ?=
 # pip finds it where the package index at hand carries it; uv knows PyTorch's own index of CPU builds.
 TORCH_CPU := 2.13.0
 
-.PHONY: quickstart quickstart-short test lint format check clean
+.PHONY: quickstart quickstart-short test test-fast lint format check clean
 
 quickstart: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) $(ARGS)
@@ -18,6 +18,10 @@ quickstart-short: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# For people who change things: what is not marked slow, in two processes.
+test-fast: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ setup(
         "cuda": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist",
             "hypothesis",
             "ruff==0.17.6",
             "mypy>=1.15",
