@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vita.data.rejects import reject
 
 Role = Literal["system", "user", "assistant"]
+
+_LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Message:
 
     role: Role
     parts: tuple[Part, ...]
+    learnt: bool = True
+    """Of an answer: its tokens carry loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +129,28 @@ class Sample:
                 )
         if any(not isinstance(p, Text) for m in self.messages if m.role == "assistant" for p in m.parts):
             raise reject("media_count", f"{self.id}: a picture stands in an assistant turn")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text for language modelling: no turns, no media, labels on all tokens."""
+
+    text: str
+    source: str = ""
+    """Name of the dataset it came from."""
+    line: int = 0
+    """Record number inside its file, from 1."""
+
+    @property
+    def id(self) -> str:
+        """Where the text came from, for messages and ledgers."""
+        return f"{self.source}:{self.line}"
+
+
+def clean_answer(text: str) -> str:
+    """An answer without leading line breaks (and the blanks before them).
+
+    The tokenizer would join them with the newline of the turn's header, and the ids would no longer be those of the
+    header and the answer one after the other.
+    """
+    return _LEADING_BREAKS.sub("", text, count=1)

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.media.image import read_image
 from megatron_vita.data.media.video.open import VideoFile, VideoLimits, open_video
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.sample import Document, Sample, Text
 from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.mix import MixFile
 from megatron_vita.data.sources.to_sample import Changes, record_to_sample
@@ -79,6 +78,8 @@ class Compiler:
     def _sample(self, sample: Sample, changes: Changes) -> Compiled:
         if sample.messages[-1].role != "assistant":
             raise reject("no_answer", "the conversation ends with a question.")
+        if not any(message.learnt for message in sample.messages if message.role == "assistant"):
+            raise reject("no_answer", "every answer is marked not to be learnt.")
         images = [read_image(file, verify=self._rules.verify_media) for file in sample.images]
         videos, reduced = self._videos(sample, images)
         example = build_example(sample, images, videos, tokenizer=self._tokenizer, spec=self._spec)
@@ -172,5 +173,5 @@ def _longest_question(sample: Sample) -> tuple[int, int] | None:
 def _with_text(sample: Sample, turn: int, part: int, text: str) -> Sample:
     message = sample.messages[turn]
     parts = (*message.parts[:part], Text(text), *message.parts[part + 1 :])
-    messages = (*sample.messages[:turn], Message(message.role, parts), *sample.messages[turn + 1 :])
+    messages = (*sample.messages[:turn], dataclasses.replace(message, parts=parts), *sample.messages[turn + 1 :])
     return dataclasses.replace(sample, messages=messages)

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.document import Document
-from megatron_vita.data.sample import Sample
+from megatron_vita.data.sample import Document, Sample
 from megatron_vita.data.sources.groups import Group, read_groups
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store
 from megatron_vita.data.sources.readers import Places, Reader, open_reader

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video, check_text
+from megatron_vita.data.sample import (
+    Document,
+    Image,
+    MediaFile,
+    Message,
+    Part,
+    Sample,
+    Text,
+    Video,
+    check_text,
+    clean_answer,
+)
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS, ROLES, Content, Draft
 from megatron_vita.data.sources.media_store.store import MediaStore
 from megatron_vita.data.sources.registry import DatasetSpec
-from megatron_vita.data.text.chat import clean_answers
 
 _TAG = re.compile(r"<image>|<video>")
 _MEDIA_KEYS = ("image", "images", "video", "videos")
@@ -78,6 +88,21 @@ def record_to_sample(
     sample, cleaned = clean_answers(sample)
     sample.check()
     return sample, Changes(cleaned=cleaned, dropped=turns - len(draft.turns))
+
+
+def clean_answers(sample: Sample) -> tuple[Sample, int]:
+    """`clean_answer` on every answer of a Sample, and how many of them changed."""
+    changed = 0
+    messages = []
+    for message in sample.messages:
+        if message.role == "assistant" and all(isinstance(part, Text) for part in message.parts):
+            joined = "".join(part.text for part in message.parts if isinstance(part, Text))
+            cleaned = clean_answer(joined)
+            if cleaned != joined:
+                changed += 1
+                message = dataclasses.replace(message, parts=(Text(cleaned),))
+        messages.append(message)
+    return (dataclasses.replace(sample, messages=tuple(messages)), changed) if changed else (sample, 0)
 
 
 def _field(record: dict[str, Any], names: tuple[str, ...], kind: str, draft: Draft) -> list[Any]:

@@ -13,24 +13,20 @@ its own, because it carries the labels. The two agree as long as no answer begin
 from __future__ import annotations
 
 import dataclasses
-import re
 from array import array
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
 from megatron_vita.data.media.tiling import plan_tiles
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.sample import Document, Message, Sample, Text, clean_answer
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import tokenizer as names
 from megatron_vita.data.text.template import SkeletonPart, shape_of
 from megatron_vita.data.text.tokenizer import VitaTokenizer
-
-_LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
 
 
 def build_example(
@@ -53,7 +49,7 @@ def build_example(
         generation_prompt: end with the header of an answer to come (the last turn is then the user's); no labels.
 
     Returns:
-        The Example. Loss lies on the answers, their `<|im_end|>` and the newline behind it.
+        The Example. Loss lies on the answers that are learnt, their `<|im_end|>` and the newline behind it.
 
     Raises:
         DataError: the turns or media break `Sample.check`, or the last turn is not what generation_prompt asks for.
@@ -73,8 +69,9 @@ def build_example(
         elif piece.kind == "token":
             writer.special(piece.value)
         elif piece.kind == "text" and sample.messages[piece.message].role == "assistant":
-            parts = sample.messages[piece.message].parts
-            writer.answer("".join(part.text for part in parts if isinstance(part, Text)))
+            message = sample.messages[piece.message]
+            parts = message.parts
+            writer.answer("".join(part.text for part in parts if isinstance(part, Text)), learnt=message.learnt)
             for _ in range(len(parts) - 1 + 2):  # its other parts, `<|im_end|>` and the newline: written by answer()
                 next(pieces)
         elif piece.kind == "text":
@@ -100,29 +97,6 @@ def build_document(document: Document, *, tokenizer: VitaTokenizer) -> Example:
     ids = [*tokenizer.encode(document.text), tokenizer.token_id(names.END_OF_TEXT)]
     tokens = np.array(ids, dtype=np.int32)
     return Example(tokens, shift_labels(tokens, np.ones(len(ids), dtype=bool)))
-
-
-def clean_answer(text: str) -> str:
-    """An answer without leading line breaks (and the blanks before them).
-
-    The tokenizer would join them with the newline of the turn's header, and the ids would no longer be those of the
-    header and the answer one after the other.
-    """
-    return _LEADING_BREAKS.sub("", text, count=1)
-
-
-def clean_answers(sample: Sample) -> tuple[Sample, int]:
-    """`clean_answer` on every answer of a Sample, and how many of them changed."""
-    changed = 0
-    messages = []
-    for message in sample.messages:
-        if message.role == "assistant" and all(isinstance(part, Text) for part in message.parts):
-            joined = "".join(part.text for part in message.parts if isinstance(part, Text))
-            if _LEADING_BREAKS.match(joined):
-                changed += 1
-                message = dataclasses.replace(message, parts=(Text(clean_answer(joined)),))
-        messages.append(message)
-    return (dataclasses.replace(sample, messages=tuple(messages)), changed) if changed else (sample, 0)
 
 
 def without_answer(sample: Sample) -> Sample:
@@ -217,11 +191,11 @@ class _Writer:
         self._flush()
         self._add([self._tokenizer.token_id(token)])
 
-    def answer(self, text: str) -> None:
-        """An answer, `<|im_end|>` and a newline: what is learnt."""
+    def answer(self, text: str, *, learnt: bool = True) -> None:
+        """An answer, `<|im_end|>` and a newline: what is learnt, unless the data says otherwise."""
         self._flush()
         ids = [*self._tokenizer.encode(clean_answer(text)), self._tokenizer.eos_id, *self._tokenizer.encode("\n")]
-        self._add(ids, labelled=True)
+        self._add(ids, labelled=learnt)
 
     def image(self, item: MediaItem) -> None:
         slots = plan_tiles(item, len(self._media), self._spec)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_vita.data.document import Document
-from megatron_vita.data.sample import Sample, Text
+from megatron_vita.data.sample import Document, Sample, Text
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 SHORT = 1 << 18

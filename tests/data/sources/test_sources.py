@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.data.document import Document
 from megatron_vita.data.rejects import CODES
-from megatron_vita.data.sample import Image, Sample, Text, Video
+from megatron_vita.data.sample import Document, Image, Sample, Text, Video
 from megatron_vita.data.sources import detect_row, load_mix, load_table, read_samples, record_to_sample
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store

@@ -15,19 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vita.config import DataConfig, TrainConfig
-from megatron_vita.data.document import Document
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.loading.loader import PackLoader, RankCoords
 from megatron_vita.data.media.tiling import grid_for, plan_tiles, render_tiles
-from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
+from megatron_vita.data.sample import Document, Image, MediaFile, Message, Sample, Text, Video, clean_answer
 from megatron_vita.data.shards.manifest import SourceCounts, TokenizerInfo
 from megatron_vita.data.shards.writer.in_memory import ShardWriter
+from megatron_vita.data.sources.to_sample import clean_answers
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import (
     build_document,
     build_example,
-    clean_answer,
-    clean_answers,
     frame_costs,
     without_answer,
 )
@@ -183,6 +181,18 @@ def test_clean_answer_leaves_no_leading_break(text: str) -> None:
     assert "\n" not in blanks
     assert "\r" not in blanks
     assert cleaned.lstrip() == text.lstrip()
+
+
+def test_an_answer_marked_so_carries_no_loss(tok: VitaTokenizer) -> None:
+    talk = [Message("user", (Text("q"),)), Message("assistant", (Text("seven"),), learnt=False)]
+    talk += [Message("user", (Text("r"),)), Message("assistant", (Text("three"),))]
+    masked = build_example(Sample(tuple(talk)), [], [], tokenizer=tok, spec=TINY)
+    plain = build_example(
+        Sample(tuple(dataclasses.replace(one, learnt=True) for one in talk)), [], [], tokenizer=tok, spec=TINY
+    )
+    assert masked.tokens.tolist() == plain.tokens.tolist()
+    assert tok.decode([label for label in masked.labels if label != IGNORE_INDEX]) == "three\n"
+    assert tok.decode([label for label in plain.labels if label != IGNORE_INDEX]) == "seven\nthree\n"
 
 
 def test_clean_answers_counts() -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_vita.data.compile.record import Compiler, Rules
-from megatron_vita.data.document import Document
-from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.sample import Document, Message, Sample, Text
 from megatron_vita.data.sources import load_mix
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import long_text
