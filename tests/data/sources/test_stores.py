@@ -17,12 +17,11 @@ from PIL import Image
 
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sources.media_store import archive_media, zips
 from megatron_vita.data.sources.media_store import compressed as packed
-from megatron_vita.data.sources.media_store import index as shelves
 from megatron_vita.data.sources.media_store import store as stores
-from megatron_vita.data.sources.media_store import zips
+from megatron_vita.data.sources.media_store.index import Table, TableBuilder, key_of
 from megatron_vita.data.sources.media_store.store import MediaRule, list_archives, open_store, prepare
-from megatron_vita.data.sources.media_store.table import Table, TableBuilder, key_of
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.sources.test_readers import PACK, tar_of, zip_of
@@ -258,7 +257,7 @@ def test_hostile_members_of_a_zip(tmp_path: Path) -> None:
 
 def test_bombs_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zips, "BOMB_FLOOR", 1 << 18)
-    monkeypatch.setattr(shelves, "IN_MEMORY", 1 << 20)
+    monkeypatch.setattr(archive_media, "IN_MEMORY", 1 << 20)
     large = os.urandom(1 << 20) + bytes(1 << 20)
     (tmp_path / "x.zip").write_bytes(
         zip_of({"bomb.jpg": bytes(4 << 20), "film.mp4": large, "flat.bmp": bytes(1 << 17)})
@@ -270,7 +269,7 @@ def test_bombs_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert content(film) == large
     assert one.find("film.mp4") == film
     assert content(one.find("flat.bmp")) == bytes(1 << 17)
-    monkeypatch.setattr(shelves, "MAX_MEMBER", 1 << 20)
+    monkeypatch.setattr(archive_media, "MAX_MEMBER", 1 << 20)
     assert refused(one, "film.mp4") == "media_bomb"
 
 
@@ -452,7 +451,7 @@ def test_indexes_are_kept_until_an_archive_changes(tmp_path: Path, monkeypatch: 
     rule, work = MediaRule(root=tmp_path, archives=list_archives(tmp_path)), tmp_path / ".work"
     prepare(rule, work)
     with monkeypatch.context() as patch:
-        patch.setattr(shelves, "index_archive", None)
+        patch.setattr(archive_media, "index_archive", None)
         assert content(open_store(rule, work).find("1.jpg")) == b"old"
     stores.open_store.cache_clear()
     (tmp_path / "1.tar").write_bytes(tar_of({"more.jpg": b"more", "1.jpg": b"renewed"}))

@@ -17,9 +17,8 @@ from megatron_vita.data.media.names import natural_key
 from megatron_vita.data.media.open import locate
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.sources.media_store.disk_names import DiskNames
-from megatron_vita.data.sources.media_store.index import Shelves
-from megatron_vita.data.sources.media_store.table import stem_of
+from megatron_vita.data.sources.media_store.archive_media import ArchiveMedia
+from megatron_vita.data.sources.media_store.index import FolderIndex, stem_of
 from megatron_vita.errors import ConfigError
 
 RESOLVE = ("path", "stem", "name")
@@ -71,15 +70,15 @@ class _Rooted(MediaStore):
             raise ConfigError(f"resolve {rule.resolve!r}: choose {', '.join(RESOLVE)}.")
         self._rule, self._given = rule, root
         self._root = os.path.realpath(root)
-        self._shelves: Shelves | None = None
-        self._names: DiskNames | None = None
+        self._archives: ArchiveMedia | None = None
+        self._names: FolderIndex | None = None
         if rule.archives:
             frames = rule.frames or rule.resolve == "stem"
-            self._shelves = Shelves(
+            self._archives = ArchiveMedia(
                 self._root, rule.archives, work, frames=frames, resolve=rule.resolve, progress=progress
             )
         if rule.resolve != "path":
-            self._names = DiskNames(Path(self._root), rule.resolve, work, anew=anew)
+            self._names = FolderIndex(Path(self._root), rule.resolve, work, anew=anew)
 
     def find(self, reference: str) -> MediaFile:
         for beginning, replacement in self._rule.rewrite:
@@ -90,7 +89,7 @@ class _Rooted(MediaStore):
         if real is not None:
             return MediaFile(path=real)
         path = os.path.normpath(os.path.relpath(reference, self._root) if os.path.isabs(reference) else reference)
-        found = self._shelves.find(path) if self._shelves else None
+        found = self._archives.find(path) if self._archives else None
         if found is None and self._names is not None:
             found = self._by_name(path)
         if found is not None:
@@ -113,7 +112,7 @@ class _Rooted(MediaStore):
         if on_disk:
             real = locate(self._root, on_disk[0])
             return None if real is None else MediaFile(path=real)
-        return self._shelves.find_name(name) if self._shelves else None
+        return self._archives.find_name(name) if self._archives else None
 
 
 @lru_cache(maxsize=64)

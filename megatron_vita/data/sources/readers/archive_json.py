@@ -15,8 +15,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import REFUSED, Member
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places, parse_record
-from megatron_vita.data.sources.readers.json_files import PEEK, is_turn, json_form, read_range
-from megatron_vita.data.sources.readers.mend import array_records
+from megatron_vita.data.sources.readers.json_files import PEEK, array_records, is_turn, json_form, read_range
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
 from megatron_vita.errors import DataError
 

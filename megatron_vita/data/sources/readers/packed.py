@@ -9,8 +9,7 @@ from pathlib import Path
 from megatron_vita.data.sources.media_store import build_once, unpack
 from megatron_vita.data.sources.media_store.compressed import peek
 from megatron_vita.data.sources.readers.base import Places, Reader, Record, parse_record
-from megatron_vita.data.sources.readers.json_files import PEEK, JsonArray, JsonLines, json_form
-from megatron_vita.data.sources.readers.mend import array_records
+from megatron_vita.data.sources.readers.json_files import PEEK, JsonArray, JsonLines, array_records, json_form
 from megatron_vita.data.sources.readers.scan import scan_lines
 from megatron_vita.errors import DataError
 
