@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vita.files import usable_cores
 from tests.convert.synthetic import write_wide_qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +148,7 @@ def _warm(folder: Path) -> None:
 
 
 def _print(results: dict[str, Result], size: int) -> None:
-    print(f"{size / 1e9:.2f} GB of weights, {len(os.sched_getaffinity(0))} cores, best of each")
+    print(f"{size / 1e9:.2f} GB of weights, {usable_cores()} cores, best of each")
     for name, one in results.items():
         print(f"  {name:18s} {one.wall:7.2f} s   CPU {one.cpu:7.2f} s   peak {one.peak / 2**20:7.0f} MiB")
     idle = results["start-up alone"]

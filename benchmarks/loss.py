@@ -15,6 +15,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ def make_sides(tokens: int, width: int, vocab: int, fraction: float) -> dict[str
 
 def resident(field: str) -> int:
     """Bytes that this process holds (`VmRSS`) or held at most (`VmHWM`)."""
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        raise SystemExit("memory is read from /proc/self/status, which Linux alone has") from None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def peak_main(settings: tuple[int, int, int, float], side: str, out: Any) -> None:

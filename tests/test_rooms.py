@@ -22,11 +22,21 @@ MAY_IMPORT = {
     "parallel": {"config", "layout", "device", "seed"},
     "models": {"config", "layout", "device", "seed", "parallel"},
     "planning": {"config"},
-    "checkpoint": {"config", "device", "data.spec", "parallel", "seed"},
-    "convert": {"config", "layout", "device", "data.spec", "data.text.tokenizer", "parallel", "models", "checkpoint"},
-    "training": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
-    "checks": {"config", "layout", "device", "seed", "data", "parallel", "models", "training"},
-    "inference": {"config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
+    "checkpoint": {"files", "config", "device", "data.spec", "parallel", "seed"},
+    "convert": {
+        "files",
+        "config",
+        "layout",
+        "device",
+        "data.spec",
+        "data.text.tokenizer",
+        "parallel",
+        "models",
+        "checkpoint",
+    },
+    "training": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
+    "checks": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "training"},
+    "inference": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
 }
 """Imports go downward only; `training`, `inference` and `convert` never import one another, save that the first two may
 import `convert`."""

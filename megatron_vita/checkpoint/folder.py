@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity
-from megatron_vita.checkpoint.streams import sync
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import sync, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +140,7 @@ def finish_publishing(root: Path, iteration: int) -> Path:
     """What is left to do once a step has its name: point the hint at it, and tidy."""
     final = step_folder(root, iteration)
     forget_replaced(final)
-    hint = root / (HINT_FILE + ".new")
-    hint.write_text(f"{iteration}\n", encoding="utf-8")
-    os.replace(hint, root / HINT_FILE)
+    write_atomic(root / HINT_FILE, f"{iteration}\n")
     sync(root)
     return final
 

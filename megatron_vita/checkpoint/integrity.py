@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.streams import ALGORITHM, digest_of, new_digest
+from megatron_vita.checkpoint.streams import digest_of
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import SHA256, XXH3, new_digest
 
 INTEGRITY_FILE = "integrity.json"
 _VERSION = 2
-_ALGORITHM_OF = {1: "sha256", _VERSION: ALGORITHM}
+_ALGORITHM_OF = {1: SHA256, _VERSION: XXH3}
 """Digests by format version."""
 MAX_BYTES = 512 << 20
 """Of a file that is read whole: with 200,000 pieces, as 512 ranks may write, `.metadata` has 27 MB and this file 9."""
@@ -40,7 +41,7 @@ class Integrity:
     def __init__(self, folder: Path, files: Mapping[str, Any], algorithm: str) -> None:
         self.folder = folder
         self.algorithm = algorithm
-        """Name of the digests, as streams.new_digest takes it."""
+        """Name of the digests, as files.new_digest takes it."""
         self.files = files
         self._pieces: dict[tuple[str, int], tuple[int, str]] = {}
         for name, entry in files.items():
@@ -138,8 +139,8 @@ def write_integrity(folder: Path, pieces: Mapping[str, PieceDigests]) -> None:
             assert size == sum(length for length, _ in pieces[name]), f"{name}: its pieces do not make up the file"
             files[name] = {"bytes": size, "pieces": [list(piece) for piece in pieces[name]]}
         else:
-            files[name] = {"bytes": size, ALGORITHM: digest_of(path, 0, size)}
-    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, ALGORITHM)}
+            files[name] = {"bytes": size, XXH3: digest_of(path, 0, size)}
+    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, XXH3)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 

@@ -10,9 +10,7 @@ journal of a process that was killed then knows whether the folder under the nam
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,10 +19,9 @@ from types import TracebackType
 from typing import Any
 
 from megatron_vita import __version__
-from megatron_vita.checkpoint.streams import ALGORITHM, digest_of
+from megatron_vita.checkpoint.streams import digest_of
 from megatron_vita.errors import CheckpointError, ConfigError, VitaError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from megatron_vita.files import XXH3, lock, no_room, readable_size
 
 Entry = Mapping[str, Any]
 """What a writer wants to know of a finished file; JSON values."""
@@ -77,16 +74,11 @@ class Journal:
 
     def _lock(self) -> None:
         """Raises ConfigError if another process has the journal, or has just finished and deleted it."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except OSError:
-            held = False
-        if not held:
+        if not lock(self._file):
             raise ConfigError(f"{self._final}: another process is writing it. Wait for it, or choose another.")
 
     def _unwritable(self, error: OSError) -> VitaError:
-        if error.errno in _FULL:
+        if no_room(error) and error.errno != errno.EROFS:
             return CheckpointError(
                 f"{self._final}: cannot be written ({error}). Make room, or choose another --output."
             )
@@ -138,7 +130,7 @@ class Journal:
         """Note the file that was written last, and whose content tells this folder from every other: all is there, and
         the folder gets its name next."""
         path = self.staging / name
-        self._file.write(json.dumps({"sealed": name, ALGORITHM: digest_of(path, 0, path.stat().st_size)}) + "\n")
+        self._file.write(json.dumps({"sealed": name, XXH3: digest_of(path, 0, path.stat().st_size)}) + "\n")
         self._file.flush()
 
     def __enter__(self) -> Journal:
@@ -168,7 +160,7 @@ def is_sealed(staging: Path, final: Path) -> bool:
     try:
         entry = json.loads(journal_file(staging).read_text(encoding="utf-8", errors="replace").splitlines()[-1])
         path = final / entry["sealed"]
-        return bool(digest_of(path, 0, path.stat().st_size) == entry[ALGORITHM])
+        return bool(digest_of(path, 0, path.stat().st_size) == entry[XXH3])
     except (OSError, CheckpointError, ValueError, LookupError, TypeError):
         return False
 
@@ -191,13 +183,6 @@ def check_room(folder: Path, needed: int, staging: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed - there > free:
         raise CheckpointError(
-            f"{folder}: has {_size(free)} free, {_size(needed - there)} are needed. Nothing was written. "
-            "Make room, or choose another --output."
+            f"{folder}: has {readable_size(free)} free, {readable_size(needed - there)} are needed. Nothing was "
+            "written. Make room, or choose another --output."
         )
-
-
-def _size(count: int) -> str:
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

@@ -20,8 +20,9 @@ from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.checkpoint.storage import WrittenPiece, write_metadata
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.streaming import PlannedPiece, plan_files, stream_files
-from megatron_vita.checkpoint.streams import ALGORITHM, Workers, byte_bar, default_workers, digest_of, raw, sync
+from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of, raw
 from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.files import XXH3, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +145,7 @@ def _write_files(
     digests: dict[str, list[str]] = {}
 
     def intact(path: Path, entry: Entry) -> bool:
-        pieces, found = files[path.name], entry.get(ALGORITHM)
+        pieces, found = files[path.name], entry.get(XXH3)
         if not isinstance(found, list) or len(found) != len(pieces):
             return False
         return path.stat().st_size == _size(pieces) and found == list(
@@ -155,13 +156,13 @@ def _write_files(
         digests[name] = found
         if durable:
             sync(journal.staging / name)
-        journal.add(name, {ALGORITHM: found})
+        journal.add(name, {XXH3: found})
 
     for name, pieces in files.items():
         kept = journal.kept(name, intact)
         if kept is not None:
             log.info("%s was finished by an earlier run and is kept", name)
-            digests[name] = list(kept[ALGORITHM])
+            digests[name] = list(kept[XXH3])
             advance(_size(pieces))
     left = {name: pieces for name, pieces in files.items() if name not in digests}
     stream_files(journal.staging, left, tensors, pool, advance, finished)

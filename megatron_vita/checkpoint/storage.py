@@ -20,8 +20,9 @@ from megatron_vita.checkpoint.archive import frame
 from megatron_vita.checkpoint.dtypes import DType, bits_of, dtype_of
 from megatron_vita.checkpoint.lazy import box, extent, fills, part, runs, whole
 from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor, metadata_bytes
-from megatron_vita.checkpoint.streams import OutputFile, new_digest, raw
+from megatron_vita.checkpoint.streams import OutputFile, raw
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,7 @@ class WrittenPiece:
     length: int
     """Bytes in the file."""
     digest: str
-    """Digest of these bytes (streams.ALGORITHM)."""
+    """Digest of these bytes (files.XXH3)."""
 
 
 @dataclass(frozen=True)

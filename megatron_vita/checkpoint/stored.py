@@ -21,17 +21,9 @@ from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, box, overlap, part, shift
 from megatron_vita.checkpoint.metadata import StoredPiece, parse_metadata
 from megatron_vita.checkpoint.storage import METADATA_FILE
-from megatron_vita.checkpoint.streams import (
-    BLOCK_BYTES,
-    Buffers,
-    Bytes,
-    new_digest,
-    raw,
-    read_exactly,
-    reading,
-    shaped,
-)
+from megatron_vita.checkpoint.streams import BLOCK_BYTES, Buffers, Bytes, raw, read_exactly, reading, shaped
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
 
 _CACHE_BYTES = 128 << 20
 """Pieces that are kept. More are kept where one row of a tensor lies in more: see CheckpointTensors._make_room."""

@@ -18,10 +18,10 @@ from megatron_vita.checkpoint.streams import (
     OutputFile,
     Workers,
     in_turn,
-    new_digest,
     raw,
     shaped,
 )
+from megatron_vita.files import new_digest
 
 FILE_BYTES = 1 << 30
 """A conversion that was killed repeats at most the files it was in."""

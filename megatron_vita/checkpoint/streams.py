@@ -5,7 +5,6 @@ Reading, hashing and writing free Python's lock, so threads share the work and n
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -16,15 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_vita.checkpoint.dtypes import Bits, DType
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import XXH3, new_digest, usable_cores
 
 Bytes = NDArray[np.uint8]
 """One-dimensional memory."""
@@ -40,7 +39,7 @@ _Result = TypeVar("_Result")
 def default_workers() -> int:
     """One thread more than this process may use cores, since one mostly waits for its turn to write; at most
     MAX_WORKERS."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1)
+    return min(MAX_WORKERS, usable_cores() + 1)
 
 
 class Workers:
@@ -207,40 +206,7 @@ class OutputFile:
         self.close()
 
 
-def sync(path: Path) -> None:
-    """Make a file's content durable; of a folder its entries, so that a power cut leaves no name without its files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Digest(Protocol):
-    """What hashlib and xxhash have in common."""
-
-    def update(self, data: bytes | memoryview, /) -> object:
-        """Take more bytes in."""
-
-    def hexdigest(self) -> str:
-        """The digest of all bytes so far, in hexadecimal."""
-
-
-ALGORITHM = "xxh3_128"
-"""Name of the digest that is written. It finds damage, which is all that a digest beside the data can do, at 29 GB/s a
-core; a copy runs at 4 GB/s, and SHA-256, with the processor's instructions for it, at 2.0."""
-_ALGORITHMS: dict[str, Callable[[], Digest]] = {
-    "sha256": hashlib.sha256,
-    ALGORITHM: xxhash.xxh3_128,
-}
-
-
-def new_digest(algorithm: str = ALGORITHM) -> Digest:
-    """An empty digest: `xxh3_128` or `sha256`."""
-    return _ALGORITHMS[algorithm]()
-
-
-def digest_of(path: Path, position: int, length: int, algorithm: str = ALGORITHM) -> str:
+def digest_of(path: Path, position: int, length: int, algorithm: str = XXH3) -> str:
     """Digest of a part of a file, in hexadecimal.
 
     Raises:

@@ -16,19 +16,10 @@ from typing import Any
 
 from megatron_vita.checkpoint.journal import Entry, Journal
 from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, runs, volume, whole
-from megatron_vita.checkpoint.streams import (
-    ALGORITHM,
-    BLOCK_BYTES,
-    OutputFile,
-    Workers,
-    digest_of,
-    in_turn,
-    new_digest,
-    raw,
-    sync,
-)
+from megatron_vita.checkpoint.streams import BLOCK_BYTES, OutputFile, Workers, digest_of, in_turn, raw
 from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import XXH3, new_digest, sync
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +95,17 @@ def write_safetensors(
         digests[name] = digest
         if durable:
             sync(journal.staging / name)
-        journal.add(name, {ALGORITHM: digest})
+        journal.add(name, {XXH3: digest})
 
     for one in files:
 
         def intact(path: Path, entry: Entry, size: int = one.size) -> bool:
-            return path.stat().st_size == size and entry.get(ALGORITHM) == digest_of(path, 0, size)
+            return path.stat().st_size == size and entry.get(XXH3) == digest_of(path, 0, size)
 
         kept = journal.kept(one.name, intact)
         if kept is not None:
             log.info("%s was finished by an earlier run and is kept", one.name)
-            digests[one.name] = str(kept[ALGORITHM])
+            digests[one.name] = str(kept[XXH3])
             advance(one.data_bytes)
     left = [one for one in files if one.name not in digests]
     _write_files(journal.staging, left, tensors, workers, advance, finished)

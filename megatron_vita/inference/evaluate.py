@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megatron_vita.convert import identity, open_model
 from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.files import file_info, write_atomic
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.questions import Question, read_questions
 from megatron_vita.inference.results import Result, ResultFile
@@ -96,7 +97,7 @@ def evaluate(
             file. A single damaged question is not raised but counted (verdict `unreadable`).
     """
     files = {path: read_questions(Path(path), media_root=media_root, limit=limit) for path in data}
-    digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+    digests = {path: file_info(Path(path))["sha256"] for path in files}
     names = _names(models)
     runs = {
         (m, d): settings.digest(identity.fingerprint(open_model(m).path), digests[d], str(media_root))
@@ -117,7 +118,8 @@ def evaluate(
         _ask(parts, results, settings, total, workers)
     finally:
         results.close()
-    _write_json(output / "summary.json", summarise(results.results))
+    summary = json.dumps(summarise(results.results), indent=1, ensure_ascii=False) + "\n"
+    write_atomic(output / "summary.json", summary)
     mine = {(model, d, settings.zero_tiles) for model in names for d in files}
     return [row for row in summarise(results.results) if (row["model"], row["data"], row["zero_tiles"]) in mine]
 
@@ -251,10 +253,3 @@ def _names(models: Sequence[str]) -> dict[str, str]:
     names = {model: model_name(model) for model in models}
     unique = {name for name in names.values() if list(names.values()).count(name) == 1}
     return {model: name if name in unique else model for model, name in names.items()}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write all at once, or not at all."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)

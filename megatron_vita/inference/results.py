@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.errors import DataError
+from megatron_vita.files import write_atomic
 
 Result = dict[str, Any]
 
@@ -64,9 +65,7 @@ class ResultFile:
         dropped = len(self.results) - len(kept)
         if dropped:
             self._file.close()
-            fresh = self.path.with_suffix(".tmp")
-            fresh.write_text("".join(_line(result) for result in kept), encoding="utf-8")
-            fresh.replace(self.path)
+            write_atomic(self.path, "".join(_line(result) for result in kept))
             self.results = kept
             self._file = self.path.open("a", encoding="utf-8")
         return dropped

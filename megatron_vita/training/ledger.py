@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_vita.files import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +58,7 @@ class Ledger:
 def drop_later_lines(path: Path, last: int) -> list[dict[str, Any]]:
     """Keep a ledger's lines up to iteration `last`, replacing the file at once; returns them. No file: an empty one."""
     kept = [line for line in read_ledger(path) if line["iteration"] <= last] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

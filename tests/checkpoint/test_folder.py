@@ -65,7 +65,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
         return change
 
-    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "write_text")):
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "write_bytes")):
         monkeypatch.setattr(owner, name, hooked(getattr(owner, name)))
 
 

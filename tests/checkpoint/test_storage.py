@@ -12,10 +12,10 @@ import torch
 from megatron_vita.checkpoint import storage
 from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT32, bits_of
 from megatron_vita.checkpoint.integrity import write_integrity
-from megatron_vita.checkpoint.storage import Piece, WrittenPiece, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import WrittenPiece, WrittenSlice, write_metadata, write_pieces
 from megatron_vita.checkpoint.stored import CheckpointTensors
-from megatron_vita.checkpoint.streams import new_digest
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
 
 BASE = torch.arange(6 * 10, dtype=torch.float32).reshape(6, 10)
 TENSORS = {
@@ -36,8 +36,8 @@ TENSORS = {
 }
 
 
-def of(key: str, data: torch.Tensor) -> Piece:
-    return Piece(key, tuple(data.shape), (0,) * data.dim(), data)
+def of(key: str, data: torch.Tensor) -> WrittenSlice:
+    return WrittenSlice(key, tuple(data.shape), (0,) * data.dim(), data)
 
 
 def finish(folder: Path, written: list[WrittenPiece]) -> CheckpointTensors:

@@ -51,10 +51,10 @@ class PoisonedBuffers(streams.Buffers):
         self.out[id(taken)] = taken
         return taken
 
-    def accumulate_grad(self, buffer: streams.Bytes) -> None:
+    def give(self, buffer: streams.Bytes) -> None:
         assert self.out.pop(id(buffer), None) is buffer, "given back twice"
         buffer[...] = POISON
-        super().accumulate_grad(buffer)
+        super().give(buffer)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vita.checkpoint import streams
-from megatron_vita.checkpoint.streams import Buffers, OutputFile, Workers, digest_of, new_digest, read_exactly, reading
+from megatron_vita.checkpoint.streams import Buffers, OutputFile, Workers, digest_of, read_exactly, reading
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
 
 
 def test_results_come_in_order_and_few_items_are_begun_ahead() -> None:
@@ -125,7 +126,7 @@ def test_memory_is_kept_up_to_a_limit_and_never_handed_to_two(monkeypatch: pytes
     small, large, third = buffers.take(4), buffers.take(20), buffers.take(16)
     assert [len(one) for one in (small, large, third)] == [16, 20, 16]
     for one in (large, small, third):
-        buffers.accumulate_grad(one)  # the third has no room
+        buffers.give(one)  # the third has no room
     assert buffers.take(20) is large
     assert buffers.take(1) is small
     assert all(buffers.take(1) is not one for one in (small, large, third))

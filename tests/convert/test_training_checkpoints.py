@@ -20,7 +20,7 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint import storage, stored, streams
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.metadata import StoredPiece
-from megatron_vita.checkpoint.storage import Piece, write_metadata, write_pieces
+from megatron_vita.checkpoint.storage import WrittenSlice, write_metadata, write_pieces
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.convert import cli
 from tests.convert import publishers
@@ -43,7 +43,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def of_rank(tensors: CheckpointTensors, rank: int) -> Iterator[Piece]:
+def of_rank(tensors: CheckpointTensors, rank: int) -> Iterator[WrittenSlice]:
     """What one of RANKS tensor-parallel ranks is answerable for: the model, and moments of the optimizer."""
     for key in tensors:
         whole = tensors[key]
@@ -54,8 +54,8 @@ def of_rank(tensors: CheckpointTensors, rank: int) -> Iterator[Piece]:
         part, offsets = whole.tensor_split(count, axis)[rank], [0] * whole.dim()
         offsets[axis] = sum(one.shape[axis] for one in whole.tensor_split(count, axis)[:rank])
         part = part.clone(memory_format=torch.contiguous_format)
-        yield Piece(key, tuple(whole.shape), tuple(offsets), part)
-        yield Piece(f"optimizer.state.exp_avg.{key}", tuple(whole.shape), tuple(offsets), torch.rand_like(part))
+        yield WrittenSlice(key, tuple(whole.shape), tuple(offsets), part)
+        yield WrittenSlice(f"optimizer.state.exp_avg.{key}", tuple(whole.shape), tuple(offsets), torch.rand_like(part))
 
 
 def _others(imported: Path, step: Path) -> CheckpointTensors:

@@ -14,7 +14,7 @@ from megatron_vita.data.compile.record import Compiler, Rules
 from megatron_vita.data.compile.reuse import EarlierSet
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.rejects import code_of
-from megatron_vita.data.shards.set_info import SetInfo, check_example, reference_record
+from megatron_vita.data.shards.manifest import SetInfo, check_example, reference_record
 from megatron_vita.data.shards.writer.intermediate import Body, ChunkWriter, Region
 from megatron_vita.data.shards.writer.plan import chunk_path
 from megatron_vita.data.sources.mix import MixFile

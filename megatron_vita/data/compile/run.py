@@ -27,14 +27,10 @@ from megatron_vita.data.compile.job import ChunkJob, ChunkTask
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Rules
 from megatron_vita.data.compile.reuse import EarlierSet, source_key
-from megatron_vita.data.shards.format import file_info
-from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, TokenizerInfo, load_manifest
-from megatron_vita.data.shards.set_info import SetInfo
+from megatron_vita.data.shards.manifest import Manifest, Reject, SetInfo, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import EntryTable, Plan, chunk_path
-from megatron_vita.data.shards.writer.publish import write_set
-from megatron_vita.data.shards.writer.publishing import work_folder
-from megatron_vita.data.shards.writer.work_folder import hold_work_folder
+from megatron_vita.data.shards.writer.publish import hold_work_folder, work_folder, write_set
 from megatron_vita.data.sources.media_store import store as stores
 from megatron_vita.data.sources.mix import MixFile, load_mix
 from megatron_vita.data.text.tokenizer import (
@@ -48,7 +44,7 @@ from megatron_vita.data.text.tokenizer import (
     VitaTokenizer,
 )
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.files import no_room
+from megatron_vita.files import file_info, no_room
 
 CHUNK = 128
 """Records that a process takes at once."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vita.files import write_at
 from megatron_vita.layout import Int64
 
 TILE = np.dtype(
@@ -120,10 +122,79 @@ def starts(counts: npt.NDArray[np.int64]) -> Int64:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def file_info(path: Path) -> dict[str, Any]:
-    """Bytes and SHA-256 of a file, as the manifest holds them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def blocks(rows: int, size: int = 1 << 20) -> Iterator[slice]:
+    """Slices that cut a long table into parts which fit into memory."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+# ---- megatron-core's indexed container ----
+#
+# Its index for millions of sequences without a Python loop. Layout of an .idx file (`_IndexWriter` of
+# megatron/core/datasets/indexed_dataset.py): magic, version, dtype code, number of sequences, number of document
+# bounds; then lengths (int32), byte offsets (int64) and document bounds (int64).
+
+HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
+MAGIC = b"MMIDIDX\0\0"
+CODES: dict[type[np.integer], int] = {np.uint8: 1, np.int32: 4}
+"""megatron-core's numbers for the element types that are used here (`DType`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """Where things stand in an index of known size, so that processes can write their parts of it."""
+
+    dtype: type[np.integer]
+    sequences: int
+    documents: int
+
+    @property
+    def lengths_at(self) -> int:
+        """Offset of the lengths."""
+        return HEADER.itemsize
+
+    @property
+    def pointers_at(self) -> int:
+        """Offset of the byte offsets."""
+        return self.lengths_at + 4 * self.sequences
+
+    @property
+    def documents_at(self) -> int:
+        """Offset of the document bounds, of which there is one more than documents."""
+        return self.pointers_at + 8 * self.sequences
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.documents_at + 8 * (self.documents + 1)
+
+    def create(self, path: Path, bounds: Int64) -> None:
+        """Make the file with everything but lengths and offsets.
+
+        Args:
+            path: the .idx file.
+            bounds: first sequence of each document, and the number of sequences; `[documents + 1]`.
+        """
+        header = np.array([(MAGIC, 1, CODES[self.dtype], self.sequences, self.documents + 1)], dtype=HEADER)
+        with path.open("wb") as stream:
+            stream.truncate(self.size)
+            stream.write(header.tobytes())
+            stream.seek(self.documents_at)
+            stream.write(np.ascontiguousarray(bounds, dtype="<i8").data)
+
+    def write(self, descriptor: int, first: int, start: int, lengths: npt.NDArray[np.integer]) -> int:
+        """Write the entries of consecutive sequences.
+
+        Args:
+            descriptor: of the file, open for writing.
+            first: number of the first sequence.
+            start: byte offset of its data.
+            lengths: elements of each sequence.
+
+        Returns:
+            Byte offset behind the last one's data.
+        """
+        sizes = lengths.astype(np.int64) * np.dtype(self.dtype).itemsize
+        ends = start + np.cumsum(sizes)
+        write_at(descriptor, lengths.astype("<i4").tobytes(), self.lengths_at + 4 * first)
+        write_at(descriptor, (ends - sizes).astype("<i8").tobytes(), self.pointers_at + 8 * first)
+        return int(ends[-1]) if len(ends) else start

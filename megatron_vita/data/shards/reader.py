@@ -1,4 +1,4 @@
-"""The packed format, and its reader. (Its writer is set_writer.py.)
+"""The packed format, and its reader. (Its writer is writer/publish.py.)
 
 Files behind a prefix, all offsets 64-bit:
 
@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megatron_vita.data.shards.format import REFERENCE, SAMPLE, SMALL_SUFFIXES, TILE, attention_pairs, file_info, starts
-from megatron_vita.data.shards.index import HEADER
+from megatron_vita.data.shards.format import HEADER, REFERENCE, SAMPLE, SMALL_SUFFIXES, TILE, attention_pairs, starts
 from megatron_vita.data.shards.manifest import load_manifest
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import DataError
+from megatron_vita.files import file_info
 from megatron_vita.layout import Int64
 
 Int32 = npt.NDArray[np.int32]

@@ -145,9 +145,9 @@ PLACES = [
     (f"{DATA}.shards.writer.packs:PackWriter.write", 3, "after"),
     (f"{DATA}.shards.writer.publish:_counted", 1, "after"),
     (f"{DATA}.shards.writer.publish:publish", 1, "before"),
-    (f"{DATA}.shards.writer.publishing:_place", 1, "before"),
-    (f"{DATA}.shards.writer.publishing:_place", 6, "after"),
-    (f"{DATA}.shards.writer.publishing:shutil.copyfile", 1, "before"),
+    (f"{DATA}.shards.writer.publish:_place", 1, "before"),
+    (f"{DATA}.shards.writer.publish:_place", 6, "after"),
+    (f"{DATA}.shards.writer.publish:write_atomic", 2, "before"),
 ]
 
 
@@ -302,7 +302,7 @@ def test_the_old_set_stays_whole_until_the_new_one_is_there(
         kill(world, prefix, place, 2, "after", resume=True)
         assert content(prefix) == before
         ShardSet(prefix).verify()
-    kill(world, prefix, f"{DATA}.shards.writer.publishing:_place", 3, "after", resume=True)
+    kill(world, prefix, f"{DATA}.shards.writer.publish:_place", 3, "after", resume=True)
     compiled.clear()
     run(options(world, prefix, resume=True))
     assert not compiled

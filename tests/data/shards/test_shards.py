@@ -14,9 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_vita.data.example import Example, MediaItem, TileSlot
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.shards.format import SMALL_SUFFIXES, SUFFIXES, sample_cost
-from megatron_vita.data.shards.manifest import Reject, SourceCounts, load_manifest
+from megatron_vita.data.shards.manifest import Reject, SourceCounts, load_manifest, reference_record
 from megatron_vita.data.shards.reader import ShardSet
-from megatron_vita.data.shards.set_info import reference_record
 from megatron_vita.data.shards.writer.in_memory import ShardWriter
 from megatron_vita.errors import ConfigError, DataError
 from tests.data import packed

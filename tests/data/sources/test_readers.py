@@ -467,6 +467,7 @@ def write_large(path: Path, form: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", ["array", "line", "record"])
 def test_memory_is_bounded(tmp_path: Path, form: str) -> None:
     path = tmp_path / "large.json"

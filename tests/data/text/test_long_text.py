@@ -106,6 +106,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_line_of_100_mb_is_compiled_within_a_gibibyte(tmp_path: Path) -> None:
     tokenizer_folder(tmp_path / "tok")
     words = "Wörter und mehr ".encode()

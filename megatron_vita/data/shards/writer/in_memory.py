@@ -11,12 +11,18 @@ import numpy as np
 
 from megatron_vita.data.example import Example
 from megatron_vita.data.shards.format import starts
-from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, TokenizerInfo
-from megatron_vita.data.shards.set_info import SetInfo, check_example, reference_record
+from megatron_vita.data.shards.manifest import (
+    Manifest,
+    Reject,
+    SetInfo,
+    SourceCounts,
+    TokenizerInfo,
+    check_example,
+    reference_record,
+)
 from megatron_vita.data.shards.writer.intermediate import Body, ChunkFile, ChunkWriter
 from megatron_vita.data.shards.writer.plan import EntryTable, chunk_path
-from megatron_vita.data.shards.writer.publish import write_set
-from megatron_vita.data.shards.writer.publishing import work_folder
+from megatron_vita.data.shards.writer.publish import work_folder, write_set
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vita.data.shards.format import SAMPLE, TILE, npy_header, sample_cost, starts
-from megatron_vita.data.shards.index import IndexFile, write_at
+from megatron_vita.data.shards.format import SAMPLE, TILE, IndexFile, npy_header, sample_cost, starts
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import Plan, chunk_path
 from megatron_vita.errors import DataError
+from megatron_vita.files import sync_data, write_at
 from megatron_vita.layout import Int64
 
 CRC = np.dtype("<u4")
@@ -133,7 +133,7 @@ class PackWriter:
             self._samples_index.write(files[f"{name}.idx"], first, 4 * int(row["token"]), entries["tokens"])
         self._media_index.write(files["media.idx"], int(row["medium"]), int(row["byte"]), sizes)
         for descriptor in files.values():
-            os.fdatasync(descriptor)
+            sync_data(descriptor)
         done_path(self._work, number).touch()
 
     def _text(self, row: np.void, entries: npt.NDArray[Any], bounds: Int64) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vita.data.shards.format import GrowingTable, starts
-from megatron_vita.data.shards.index import blocks
+from megatron_vita.data.shards.format import GrowingTable, blocks, starts
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.packing import pack_arrays
+from megatron_vita.files import write_atomic
 from megatron_vita.layout import Int64
 
 ENTRY = np.dtype(
@@ -104,9 +104,7 @@ class EntryTable:
         np.save(self.folder / "bounds.npy", bounds)
         ranges, totals = _ranges(samples, bounds)
         np.save(self.folder / "ranges.npy", ranges)
-        partial = self.folder / "totals.json.partial"
-        partial.write_text(json.dumps(totals))
-        partial.replace(self.folder / "totals.json")  # last: without it there is no plan
+        write_atomic(self.folder / "totals.json", json.dumps(totals))  # last: without it there is no plan
         return Plan(self.folder.parent)
 
 

@@ -1,6 +1,7 @@
-"""A planned set is written in a work folder beside its place, in many processes, and published.
+"""Writes a planned set in a work folder beside its place, in many processes, and publishes it: its files first, its
+manifest last, after any kill again.
 
-The format is described in shards.py, which reads it.
+The format is described in shards/reader.py.
 """
 
 from __future__ import annotations
@@ -8,22 +9,42 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
-from megatron_vita.data.compile.engines import Executor, InProcess
-from megatron_vita.data.digests import FollowingDigests
-from megatron_vita.data.shards.format import MEDIA_SUFFIXES, SUFFIXES, file_info
-from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, image_block
-from megatron_vita.data.shards.set_info import SetInfo
+from megatron_vita.data.shards.format import MEDIA_SUFFIXES, SUFFIXES
+from megatron_vita.data.shards.manifest import Manifest, Reject, SetInfo, SourceCounts, image_block, load_manifest
 from megatron_vita.data.shards.writer.packs import PackJob, create_files, done_path, out_path
 from megatron_vita.data.shards.writer.plan import Plan
-from megatron_vita.data.shards.writer.publishing import make_ready, publish
-from megatron_vita.errors import DataError
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import FollowingDigests, file_info, lock_file, sync, write_atomic
+
+log = logging.getLogger(__name__)
 
 _FOLLOWED = {"tokens.bin": ("token", 4), "labels.bin": ("token", 4), "media.bin": ("byte", 1)}
 """Large files: which column of a range says where its part ends, and bytes of one."""
+
+
+class Engine(Protocol):
+    """Who writes the ranges: an executor of data/compile/engines.py."""
+
+    def map(self, job: PackJob, tasks: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        """Write every range of `tasks` in some process; (range, nothing of interest), as they finish."""
+
+
+class _ThisProcess:
+    """One range after the other, here."""
+
+    def map(self, job: PackJob, tasks: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        write = job.open()
+        for number in tasks:
+            yield number, write(number)
 
 
 def write_set(
@@ -33,7 +54,7 @@ def write_set(
     sources: Sequence[SourceCounts],
     rejects: Iterable[Reject],
     *,
-    engine: Executor | None = None,
+    engine: Engine | None = None,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Manifest:
     """Write a planned set and publish it. Ranges that an earlier, killed run has finished are kept.
@@ -59,7 +80,7 @@ def write_set(
     todo = sorted(set(range(len(plan.ranges))) - set(finished))
     with FollowingDigests({suffix: out_path(work, suffix) for suffix in _FOLLOWED}) as digests:
         frontier = _Frontier(plan, digests)
-        for number in itertools.chain(finished, (number for number, _ in (engine or InProcess()).map(job, todo))):
+        for number in itertools.chain(finished, (number for number, _ in (engine or _ThisProcess()).map(job, todo))):
             frontier.add(number)
             progress(int(plan.ranges["samples"][number]))
         files = digests.result()
@@ -161,3 +182,93 @@ def _counted(
     totals["cleaned"] = sum(source.cleaned for source in out)
     totals["dropped"] = sum(source.dropped for source in out)
     return out, totals
+
+
+# ---- from the work folder to the set's own names ----
+
+
+def work_folder(prefix: Path) -> Path:
+    """Where a set is made: beside its place, so that moving it there is instant."""
+    return prefix.parent / f".{prefix.name}.work"
+
+
+def make_ready(work: Path, suffixes: Sequence[str], manifest: Manifest) -> None:
+    """Bring a written set to the disk; from here on nothing is left to do but to publish it."""
+    for suffix in suffixes:
+        sync(out_path(work, suffix))
+    write_atomic(_ready(work), manifest.dumps(), durable=True)
+
+
+def is_ready(work: Path) -> bool:
+    """All of a set is written, but it was not (wholly) published."""
+    return _ready(work).exists()
+
+
+def publish(work: Path, prefix: Path) -> Manifest:
+    """Move a finished set to its names, the manifest last; may be done again when it was cut short.
+
+    In between there is no set under the name, rather than one of mixed files.
+    """
+    manifest = load_manifest(_ready(work).with_suffix(""))
+    final = Path(f"{prefix}.json")
+    final.unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        _place(out_path(work, suffix), Path(f"{prefix}.{suffix}"), suffix in manifest.files)
+    write_atomic(final, manifest.dumps(), durable=True, partial=work / "manifest.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def _place(made: Path, final: Path, wanted: bool) -> None:
+    """Move one file to its name, if that is not done already; remove an older set's that has no successor."""
+    if not wanted:
+        final.unlink(missing_ok=True)
+    elif made.exists():
+        os.replace(made, final)
+
+
+def _ready(work: Path) -> Path:
+    return work / "ready.json"
+
+
+@contextmanager
+def hold_work_folder(prefix: Path, described: str, *, resume: bool) -> Iterator[Manifest | None]:
+    """The work folder of a set, for this run alone. Left where it is when the run is cut short.
+
+    Args:
+        prefix: folder and name of the set.
+        described: of what the folder is made; what an earlier run left of anything else is started over.
+        resume: keep what an earlier run of the same has left.
+
+    Returns:
+        The set's manifest if nothing was left to do but to publish it.
+
+    Raises:
+        ConfigError: nothing can be written there, or another run holds it.
+    """
+    work = work_folder(prefix)
+    lock_path = Path(f"{work}.lock")
+    with ExitStack() as stack:
+        try:
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lock_file(lock_path))
+        except OSError as error:
+            raise ConfigError(f"--output {prefix}: cannot be written ({error}). Choose another.") from None
+        if not held:
+            raise ConfigError(f"--output {prefix}: another run is writing it. Wait, or choose another.")
+        stack.callback(lock_path.unlink, missing_ok=True)
+        note = work / "inputs"
+        left = note.read_text() if note.exists() else None
+        if is_ready(work):  # cut short between the old set and the new one
+            manifest = publish(work, prefix)
+            if left == described and resume:
+                yield manifest
+                return
+        if left != described or not work.exists() or not resume:
+            if work.exists():
+                log.info("%s is of %s: started over", work, "other inputs" if resume else "an earlier run")
+            shutil.rmtree(work, ignore_errors=True)
+            for folder in ("active", "sources"):
+                (work / folder).mkdir(parents=True)
+            note.write_text(described)
+        yield None

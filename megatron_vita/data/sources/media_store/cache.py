@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.files import lock_file
 
 
 def build_once(
@@ -51,8 +51,7 @@ def build_once(
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{stem}.lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file(folder / f"{stem}.lock", wait=True):
             if target.exists() and not anew:
                 return target
             for stale in folder.glob(f"{stem}-*"):  # of a source that has changed, or partial
