@@ -33,7 +33,7 @@ from megatron_vita.parallel import exchange
 from megatron_vita.parallel.attention import document_attention
 from megatron_vita.parallel.groups import init_distributed
 from megatron_vita.parallel.schedule import build_schedule
-from tests.rows import MIXES, packed_rows
+from tests.packed_lengths import MIXES, packed_documents
 
 HEADS, GROUPS, SIZE, SCALE = 8, 2, 64, 0.125
 KINDS = ("p2p", "all_gather", "a2a")
@@ -61,9 +61,9 @@ def count_bytes() -> dict[str, int]:
 
         setattr(exchange, name, watched)
 
-    watch("gather_rows", lambda ranks, _: ranks - 1)
-    watch("reduce_scatter_rows", lambda ranks, _: (ranks - 1) / ranks)
-    watch("exchange_rows", lambda ranks, _: (ranks - 1) / ranks)
+    watch("gather_tokens", lambda ranks, _: ranks - 1)
+    watch("reduce_scatter_tokens", lambda ranks, _: (ranks - 1) / ranks)
+    watch("exchange_tokens", lambda ranks, _: (ranks - 1) / ranks)
     watch("ring_send_recv", lambda *_: 1)
     return counted
 
@@ -103,7 +103,7 @@ def rank_main(rank: int, store: str, rows: dict[str, tuple[int, ...]], repeats: 
 def measure(tokens: int, repeats: int) -> bool:
     """Print CPU time and bytes of every kind; True where all keep the bar."""
     rows = {"one document": (tokens,)}
-    rows |= {f"packed, {mix}": packed_rows(mix, tokens, count=1)[0] for mix in ("pictures", "text")}
+    rows |= {f"packed, {mix}": packed_documents(mix, tokens, count=1)[0] for mix in ("pictures", "text")}
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def count_layouts(tokens: int = 131072) -> None:
     print(f"rows of {tokens} tokens; padding of the row for cp x sp 8: worst over mixes and cp")
     padding = 0.0
     for mix in MIXES:
-        (documents,) = packed_rows(mix, tokens, count=1)
+        (documents,) = packed_documents(mix, tokens, count=1)
         ideal = sum(n * (n + 1) // 2 for n in documents)
         for cp in (2, 4, 8, 16, 32, 64):
             layout = SequenceLayout(documents, cp=cp, sp=8)

@@ -1,4 +1,4 @@
-"""Ownership of tokens and tiles, for any row: nothing lost, nothing twice, the same number for everybody."""
+"""Ownership of tokens and tiles for any documents: every token exactly once, equal counts on all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout import SequenceLayout, TileRoutes
-from tests.rows import MIXES, packed_rows
+from tests.packed_lengths import MIXES, packed_documents
 
 quick = settings(max_examples=60, deadline=None)
 degrees = st.sampled_from([1, 2, 3, 4, 8])
@@ -25,7 +25,7 @@ def layouts(draw: st.DrawFn, *, longest: int = 60) -> SequenceLayout:
 
 @quick
 @given(layouts())
-def test_ranks_partition_the_row_equally(layout: SequenceLayout) -> None:
+def test_ranks_partition_the_packed_sequence_equally(layout: SequenceLayout) -> None:
     owned = [layout.local_positions(rank) for rank in range(layout.cp)]
     assert sorted(np.concatenate(owned).tolist()) == list(range(layout.length))
     for rank, positions in enumerate(owned):
@@ -60,10 +60,10 @@ def test_positions_restart_with_every_document(layout: SequenceLayout) -> None:
 
 @pytest.mark.parametrize("cp", [2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("mix", MIXES)
-def test_work_is_even_on_packed_rows_without_any_padding(mix: str, cp: int) -> None:
-    for documents in packed_rows(mix, 131072, count=2):
+def test_work_is_even_on_packed_documents_without_any_padding(mix: str, cp: int) -> None:
+    for documents in packed_documents(mix, 131072, count=2):
         layout = SequenceLayout(documents, cp=cp, sp=8)
-        assert layout.length == 131072  # no document is padded, and the row needs no padding either
+        assert layout.length == 131072  # no document is padded, and the packed sequence needs no padding either
         work = [layout.attention_work(rank) for rank in range(cp)]
         assert max(work) <= 1.01 * sum(work) / cp
 
@@ -72,14 +72,14 @@ def test_work_is_even_on_packed_rows_without_any_padding(mix: str, cp: int) -> N
     ("documents", "cp", "sp", "message"),
     [((), 1, 1, "at least one token"), ((4, 0), 1, 1, "at least one token"), ((7,), 2, 2, "Pad it to 8")],
 )
-def test_impossible_rows_are_refused(documents: tuple[int, ...], cp: int, sp: int, message: str) -> None:
+def test_impossible_layouts_raise(documents: tuple[int, ...], cp: int, sp: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SequenceLayout(documents, cp=cp, sp=sp)
 
 
 @quick
 @given(layouts(longest=40), st.sampled_from([1, 4]), st.integers(1, 4), st.data())
-def test_feature_rows_arrive_once_at_the_owner(
+def test_visual_tokens_arrive_once_at_the_owner(
     layout: SequenceLayout, tokens_per_tile: int, tp: int, data: st.DataObject
 ) -> None:
     tp = layout.sp if layout.sp > 1 else tp
@@ -95,7 +95,7 @@ def test_feature_rows_arrive_once_at_the_owner(
     for target in group:
         places, counts = routes.receive(target)
         assert len(places) == sum(counts)
-        assert len(set(places.tolist())) == len(places), "two feature rows for one token"
+        assert len(set(places.tolist())) == len(places), "two visual tokens for one placeholder"
         if len(places):
             assert max(places) < layout.local_length // layout.sp
         offset = 0
@@ -103,10 +103,10 @@ def test_feature_rows_arrive_once_at_the_owner(
             picked, sent = routes.send(source)
             assert sent[target] == counts[source]
             start = sum(sent[:target])
-            for row, place in zip(
+            for index, place in zip(
                 picked[start : start + sent[target]], places[offset : offset + counts[source]], strict=True
             ):
-                number = int(row) + routes.tiles_of(source).start * tokens_per_tile
+                number = int(index) + routes.tiles_of(source).start * tokens_per_tile
                 cp_rank, tp_rank = divmod(target, tp)
                 shard = layout.local_length // layout.sp
                 position = layout.local_positions(cp_rank)[place + (tp_rank * shard if layout.sp > 1 else 0)]

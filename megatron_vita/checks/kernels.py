@@ -1,4 +1,4 @@
-"""The fused block kernels against their plain twins, for tools that check a machine before a long job.
+"""The fused block kernels against the reference implementation, for tools that check a machine before a long job.
 
 The CUDA kernels were never run where this was written.
 """
@@ -25,7 +25,7 @@ _SCALE = 0.125
 
 
 def parity(name: str) -> float | str:
-    """How far a kernel is from the plain twins, on blocks of uneven lengths and grouped heads.
+    """How far a kernel is from the reference implementation, on blocks of uneven lengths and grouped heads.
 
     Args:
         name: one of KERNELS.
@@ -56,8 +56,8 @@ def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool)
     wider = lse + 0.5  # as if the row had more keys than the block
     got = out, lse, *backward(grad, q, k, v, out, wider)
     want = (
-        *block_kernels.by_runs(block_kernels.plain_forward, blocks, _SCALE, (q,), (k, v)),
-        *block_kernels.by_runs(block_kernels.plain_backward, blocks, _SCALE, (grad, q), (k, v), (out, wider)),
+        *block_kernels.by_runs(block_kernels.reference_forward, blocks, _SCALE, (q,), (k, v)),
+        *block_kernels.by_runs(block_kernels.reference_backward, blocks, _SCALE, (grad, q), (k, v), (out, wider)),
     )
     return max(_worst(one, other) for one, other in zip(got, want, strict=True))
 

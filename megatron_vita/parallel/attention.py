@@ -1,10 +1,13 @@
-"""Attention over a row of documents, at any context-parallel size, as a megatron-core core-attention module.
+"""Context-parallel attention over packed documents, as a megatron-core core-attention module.
 
-A rank computes the diagonal blocks of its own tokens while the keys and values of others travel (parallel/exchange.py
-says how, in each of Megatron's cp_comm_types), then the off-diagonal blocks of its queries against what arrived, and
-merges them by their log-sum-exp in float32 (float64 for float64). The backward gives every block the log-sum-exp of the
-whole row, which makes its share of the gradients exact, and sends the gradients of keys and values home.
-Legend: t local tokens, s tokens of the row, h query heads, g key/value heads, d head size.
+Each rank computes the diagonal blocks of its own tokens while keys and values are communicated (parallel/exchange.py,
+for each of Megatron's cp_comm_types), then the off-diagonal blocks of its queries against the received keys, and merges
+the outputs by their log-sum-exp in float32 (float64 for float64 inputs). The backward recommunicates keys and values,
+passes to every block the log-sum-exp over all keys of a query, so that the block's gradient contribution is exact, and
+reduces the gradients of keys and values to the ranks that own them.
+
+Legend: s tokens of the packed sequence, t = s/cp tokens of this rank, h query heads, g key/value heads of this
+tensor-parallel rank, d head size.
 """
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ from megatron_vita.parallel.schedule import Schedule
 
 
 class VitaCoreAttention(MegatronModule):
-    """Causal attention within documents, driven by the PackedSeqContext that arrives as `packed_seq_params`."""
+    """The decoder's core attention: causal within documents, as the PackedSeqContext in `packed_seq_params` describes.
+
+    The layer specs name this class; megatron-core's SelfAttention builds it, with the arguments of its own
+    DotProductAttention, and calls it on every rank.
+    """
 
     def __init__(
         self,
@@ -42,7 +49,7 @@ class VitaCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
-        # megatron-core passes a type only where there is context parallelism.
+        # megatron-core passes cp_comm_type only with context parallelism.
         self.cp_comm_type = cp_comm_type or "all_gather"
 
     def forward(
@@ -57,89 +64,103 @@ class VitaCoreAttention(MegatronModule):
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
-        """query [t, 1, h, d], key and value [t, 1, g, d] -> [t, 1, h * d]."""
-        row = packed_seq_params
-        assert row.layout is not None, "attention needs the row's layout"
+        """Rotate queries and keys, then attend.
+
+        Args:
+            query: [t, 1, h, d].
+            key: [t, 1, g, d].
+            value: [t, 1, g, d].
+            attention_mask: ignored; the mask follows from the documents.
+            packed_seq_params: layout, rotary table and, in generation, the KV cache.
+            attn_mask_type: ignored.
+            attention_bias: ignored.
+
+        Returns:
+            [t, 1, h * d], the dtype of `query`.
+        """
+        packed_seq = packed_seq_params
+        assert packed_seq.layout is not None, "attention needs the layout of the packed sequence"
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if row.rotary is not None:
-            q, k = rotate(q, row.rotary), rotate(k, row.rotary)
-        if row.cache is not None:
-            out = _cached_attention(q, k, v, row, self.layer_number, self.scale)
+        if packed_seq.rotary is not None:
+            q, k = rotate(q, packed_seq.rotary), rotate(k, packed_seq.rotary)
+        if packed_seq.cache is not None:
+            out = _cached_attention(q, k, v, packed_seq, self.layer_number, self.scale)
         else:
-            out = document_attention(q, k, v, row.schedule(q.device, self.cp_comm_type), self.cp_group, self.scale)
+            schedule = packed_seq.schedule(q.device, self.cp_comm_type)
+            out = document_attention(q, k, v, schedule, self.cp_group, self.scale)
         return out.reshape(out.shape[0], 1, -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Nothing to store."""
+        """Empty: the module has no parameters."""
         return {}
 
 
 class TowerCoreAttention(MegatronModule):
-    """Attention of every patch of a tile to every other: no documents, no mask, no context parallelism."""
+    """The vision tower's core attention: bidirectional over the patches of each tile, without context parallelism."""
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, /, **_: Any) -> Tensor:
-        """[patches, tiles, heads, d] three times -> [patches, tiles, heads * d]."""
-        q, k, v = (one.permute(1, 2, 0, 3) for one in (query, key, value))
+        """query, key and value [patches, tiles, heads, d] -> [patches, tiles, heads * d]; the mask is ignored."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Nothing to store."""
+        """Empty: the module has no parameters."""
         return {}
 
 
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, cp_group: dist.ProcessGroup | None, scale: float
 ) -> Tensor:
-    """Causal attention within documents over this rank's queries.
+    """Causal attention within documents for this rank's queries; differentiable. All ranks of `cp_group` call it.
 
     Args:
-        q: [t, h, d].
-        k: [t, g, d].
+        q: [t, h, d], rotary embedding applied.
+        k: [t, g, d], rotary embedding applied; under `a2a` g is a multiple of the group's size.
         v: [t, g, d].
-        schedule: this rank's blocks; it says how keys and values, or heads, travel.
-        cp_group: the ranks that share the row; none: this one alone.
-        scale: factor on the scores.
+        schedule: this rank's blocks; `schedule.comm_type` selects the communication.
+        cp_group: the context-parallel ranks of the packed sequence; None with one rank.
+        scale: softmax scale.
 
     Returns:
-        [t, h, d].
+        [t, h, d], the dtype of q.
     """
     if schedule.comm_type != "a2a":
         return _DocumentAttention.apply(q, k, v, schedule, cp_group, scale)
     assert cp_group is not None
     per_rank = [x.unflatten(1, (cp_group.size(), -1)) for x in (q, k, v)]
-    row = exchange.scatter_heads(torch.cat(per_rank, dim=2), schedule, cp_group)
-    heads = row.split([x.shape[2] for x in per_rank], dim=1)
+    qkv = exchange.scatter_heads(torch.cat(per_rank, dim=2), schedule, cp_group)
+    heads = qkv.split([x.shape[2] for x in per_rank], dim=1)
     out = _DocumentAttention.apply(*heads, schedule, None, scale)
     return exchange.gather_heads(out, schedule, cp_group).flatten(1, 2)
 
 
 class _DocumentAttention(torch.autograd.Function):
-    """Forward and backward over a block schedule."""
+    """Attention over a block schedule; saves q, k, v, output and log-sum-exp of this rank's tokens only."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None, scale: float
     ) -> Tensor:
-        keys = _start(k, v, schedule, group)  # travels while the diagonal blocks are computed
+        kv_exchange = _start_exchange(k, v, schedule, group)  # overlaps with the diagonal blocks
         diagonal = schedule.diagonal
         out, lse = block_kernels.forward(
             diagonal.partition(q), diagonal.partition(k), diagonal.partition(v), diagonal.blocks, scale
         )
         out, lse = diagonal.collect(out), diagonal.collect(lse)
-        if keys is not None:
+        if kv_exchange is not None:
             out = out.to(lse.dtype)
-            for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
-                for full in step:
-                    inputs = full.queries.of(q), full.keys.of(row_k), full.keys.of(row_v)
-                    more = block_kernels.forward(*inputs, blocks=full.blocks, scale=scale)
-                    merged = block_kernels.merge(full.queries.of(out), full.queries.of(lse), *more)
+            for (step_k, step_v), blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
+                for off in blocks_of_step:
+                    inputs = off.queries.gather(q), off.keys.gather(step_k), off.keys.gather(step_v)
+                    off_out, off_lse = block_kernels.forward(*inputs, blocks=off.blocks, scale=scale)
+                    merged = block_kernels.merge(off.queries.gather(out), off.queries.gather(lse), off_out, off_lse)
                     for target, values in zip((out, lse), merged, strict=True):
-                        full.queries.put(target, values)
+                        off.queries.scatter_(target, values)
             out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = schedule, group, scale
@@ -149,62 +170,88 @@ class _DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         schedule, group, scale = ctx.settings
-        keys = _start(k, v, schedule, group)
+        kv_exchange = _start_exchange(k, v, schedule, group)
         diagonal = schedule.diagonal
-        own = diagonal.partition(grad)
+        d_out = diagonal.partition(grad)
         if diagonal.padding is not None:
-            own.index_fill_(0, diagonal.padding, 0)  # `partition` made a copy: padding sends no gradient
-        mine = (
+            d_out.index_fill_(0, diagonal.padding, 0)  # in place: `partition` made a copy wherever there is padding
+        saved = (
             diagonal.partition(q),
             diagonal.partition(k),
             diagonal.partition(v),
             diagonal.partition(out),
             diagonal.partition(lse),
         )
-        shares = block_kernels.backward(own, *mine, blocks=diagonal.blocks, scale=scale)
-        dq, dk, dv = (diagonal.collect(share) for share in shares)
-        if keys is not None:
+        grads = block_kernels.backward(d_out, *saved, blocks=diagonal.blocks, scale=scale)
+        dq, dk, dv = (diagonal.collect(x) for x in grads)
+        if kv_exchange is not None:
             dq = dq.to(lse.dtype)
-            for (row_k, row_v), step in zip(keys.steps(), schedule.steps, strict=True):
-                share = torch.zeros(len(row_k), 2, *k.shape[1:], dtype=lse.dtype, device=k.device)
-                for full in step:
-                    of = full.queries.of
-                    inputs = of(grad), of(q), full.keys.of(row_k), full.keys.of(row_v), of(out), of(lse)
-                    more = block_kernels.backward(*inputs, blocks=full.blocks, scale=scale)
-                    full.queries.add(dq, more[0])
-                    for target, values in zip(share.unbind(1), more[1:], strict=True):
-                        full.keys.add(target, values)
-                keys.accumulate_grad(share)
-            dk, dv = (one + more for one, more in zip((dk, dv), keys.finalize_grad().unbind(1), strict=True))
+            for (step_k, step_v), blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
+                d_kv = torch.zeros(len(step_k), 2, *k.shape[1:], dtype=lse.dtype, device=k.device)
+                for off in blocks_of_step:
+                    of_queries = off.queries.gather
+                    inputs = (
+                        of_queries(grad),
+                        of_queries(q),
+                        off.keys.gather(step_k),
+                        off.keys.gather(step_v),
+                        of_queries(out),
+                        of_queries(lse),
+                    )
+                    off_grads = block_kernels.backward(*inputs, blocks=off.blocks, scale=scale)
+                    off.queries.scatter_add_(dq, off_grads[0])
+                    for target, values in zip(d_kv.unbind(1), off_grads[1:], strict=True):
+                        off.keys.scatter_add_(target, values)
+                kv_exchange.accumulate_grad(d_kv)
+            dk, dv = (x + off for x, off in zip((dk, dv), kv_exchange.finalize_grad().unbind(1), strict=True))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None) -> exchange.KVExchange | None:
-    """Every rank of the group joins, also one that needs no keys of others: they need its own."""
+def _start_exchange(
+    k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup | None
+) -> exchange.KVExchange | None:
+    """Start communicating keys and values; None where the schedule has no steps.
+
+    Every rank of the group calls it, also a rank without off-diagonal blocks: other ranks need its keys.
+    """
     if not schedule.steps:
         return None
     assert group is not None
     return exchange.start(k, v, schedule, group)
 
 
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, row: PackedSeqContext, layer: int, scale: float) -> Tensor:
-    """Attention of new tokens to the cached ones of their sequence and, causally, among themselves."""
-    assert row.cache is not None
-    plan = row.decoding(q.device)
-    keys, values = row.cache.append(layer, k, v, plan)
+def _cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed_seq: PackedSeqContext, layer: int, scale: float
+) -> Tensor:
+    """Attention of the new tokens to the KV cache of their sequence and, causally, to each other.
+
+    Args:
+        q: [t, h, d], rotary embedding applied.
+        k: [t, g, d], likewise; appended to the cache of `layer`.
+        v: [t, g, d], likewise.
+        packed_seq: its `cache` is set.
+        layer: megatron-core's layer number.
+        scale: softmax scale.
+
+    Returns:
+        [t, h, d]; zero for padding tokens after a prefill.
+    """
+    assert packed_seq.cache is not None
+    plan = packed_seq.decoding(q.device)
+    keys, values = packed_seq.cache.append(layer, k, v, plan)
     if plan.prefill:
-        return document_attention(q, k, v, row.schedule(q.device), None, scale)
-    sequences, longest, _ = plan.visible.shape
-    padded = q.new_zeros(sequences * longest, *q.shape[1:]).index_copy_(0, plan.queries, q[: plan.known])
+        return document_attention(q, k, v, packed_seq.schedule(q.device), None, scale)
+    sequences, longest, _ = plan.mask.shape
+    padded = q.new_zeros(sequences * longest, *q.shape[1:]).index_copy_(0, plan.padded_index, q[: plan.num_new])
     out = F.scaled_dot_product_attention(
         padded.unflatten(0, (sequences, longest)).transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=plan.visible[:, None],
+        attn_mask=plan.mask[:, None],
         scale=scale,
         enable_gqa=True,
     )
-    found = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.queries)
-    if plan.known == len(q):
-        return found
-    return torch.cat([found, torch.zeros_like(q[plan.known :])])  # documents beyond the sequences are padding
+    unpadded = out.transpose(1, 2).flatten(0, 1).index_select(0, plan.padded_index)
+    if plan.num_new == len(q):
+        return unpadded
+    return torch.cat([unpadded, torch.zeros_like(q[plan.num_new :])])  # documents beyond the sequences are padding

@@ -1,13 +1,14 @@
-"""Blocks of attention with their log-sum-exp, forward and backward: the kernels that the block schedule calls.
+"""Attention over blocks of keys, forward and backward: the kernels that parallel/attention.py calls per schedule entry.
 
-A kernel computes softmax(q k^T * scale) v over the keys of one block only; its log-sum-exp lets blocks be merged
-afterwards. The backward takes the output and the log-sum-exp of the *whole* row and then gives the block's exact share
-of the gradients. `plain_forward` and `plain_backward` are the readable twins, used where no kernel fits and by the
-tests.
+The forward of a block computes softmax(q k^T * scale) v over the block's keys only, and the log-sum-exp of its scores,
+with which `merge` combines blocks. The backward of a block takes the output and log-sum-exp over *all* keys of a query
+and returns the block's exact contribution to the gradients.
 
-On CPU every run of equal blocks is one call of PyTorch's flash kernel; on CUDA in half precision all blocks are one
-call of a variable-length flash kernel (parallel/flash.py). Legend: h query heads, g key/value heads (g divides h; query
-head i reads key head i * g // h), d head size.
+Kernels: on CPU PyTorch's CPU flash attention, one call per run of blocks of equal shape; on CUDA in half precision
+variable-length flash attention (parallel/flash.py), one call for all blocks; else `reference_forward` and
+`reference_backward`, the reference implementation that the tests compare the kernels with. Legend: h query heads, g
+key/value heads (GQA: g divides h; query head i uses key/value head i * g // h), d head size, lq and lk queries and keys
+of a block, n blocks.
 """
 
 from __future__ import annotations
@@ -26,138 +27,145 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Blocks that stand one after another in the rows of q, and of k and v, in runs of equal shape."""
+    """Shapes of consecutive blocks: block i covers the tokens of q, k and v that follow those of block i - 1."""
 
     runs: tuple[tuple[int, int, int], ...]
-    """(blocks, queries of each, keys of each) of every run."""
+    """Run-length encoding, in order: (blocks, queries per block, keys per block)."""
     causal: bool
-    """Query i of a block sees its keys 0..i (queries == keys); otherwise every query sees every key."""
+    """True: query i of a block attends to its keys 0..i, and lq == lk. False: every query attends to every key."""
     bounds: tuple[Tensor, Tensor] | None = None
-    """int32 `[blocks + 1]` twice: where the blocks begin among the queries and among the keys, for kernels that take
-    blocks of any shape; none: for kernels that take runs."""
+    """`cu_seqlens` of the queries and of the keys for variable-length kernels, int32 `[blocks + 1]` each; None on CPU,
+    whose kernel uses `runs`."""
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that a kernel computes, 4 * d operations each (forward)."""
+        """Query-key pairs that a kernel computes; each costs 4 * d floating-point operations in the forward."""
         one = (lambda q, k: q * (q + 1) // 2) if self.causal else (lambda q, k: q * k)
         return sum(blocks * one(queries, keys) for blocks, queries, keys in self.runs)
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Queries of the block with the most, keys of the block with the most."""
+        """(max_seqlen_q, max_seqlen_k): the largest lq and the largest lk of all blocks."""
         return max(queries for _, queries, _ in self.runs), max(keys for _, _, keys in self.runs)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every query to the keys of its block.
+    """Attention of every query to the keys of its own block, by the kernel that fits the device and dtype.
 
     Args:
         q: [queries, h, d].
         k: [keys, g, d].
         v: [keys, g, d].
-        blocks: how the rows are cut.
-        scale: factor on the scores.
+        blocks: shapes of the blocks, which partition queries and keys.
+        scale: softmax scale.
 
     Returns:
-        output [queries, h, d] and log-sum-exp [queries, h], float32 or wider.
+        output [queries, h, d] in the dtype of q, and log-sum-exp [queries, h] in float32 or wider.
     """
     if flash.fits(q):
         assert blocks.bounds is not None, "a schedule for this device has bounds"
         return flash.forward(q, k, v, blocks.bounds, blocks.longest, causal=blocks.causal, scale=scale)
-    return by_runs(plain_forward if q.is_cuda else cpu_forward, blocks, scale, (q,), (k, v))
+    return by_runs(reference_forward if q.is_cuda else cpu_forward, blocks, scale, (q,), (k, v))
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks' shares of the gradients.
+    """Contribution of the blocks to the gradients, by the kernel that fits the device and dtype.
 
     Args:
-        grad: [queries, h, d], gradient of the row's output.
+        grad: [queries, h, d], gradient of the attention output over all keys.
         q: [queries, h, d].
         k: [keys, g, d].
         v: [keys, g, d].
-        out: [queries, h, d], output over all the keys of the row.
-        lse: [queries, h], log-sum-exp over all the keys of the row.
-        blocks: as in the forward.
-        scale: as in the forward.
+        out: [queries, h, d], attention output over all keys of each query, not only the block's.
+        lse: [queries, h], log-sum-exp over all keys of each query.
+        blocks: as in `forward`.
+        scale: as in `forward`.
 
     Returns:
-        gradients of q [queries, h, d], k and v [keys, g, d].
+        gradients of q [queries, h, d], k and v [keys, g, d], to be summed over the blocks.
     """
     if flash.fits(q):
         assert blocks.bounds is not None, "a schedule for this device has bounds"
         bounds, longest = blocks.bounds, blocks.longest
         return flash.backward(grad, q, k, v, out, lse, bounds, longest, causal=blocks.causal, scale=scale)
-    kernel = plain_backward if q.is_cuda else cpu_backward
+    kernel = reference_backward if q.is_cuda else cpu_backward
     return by_runs(kernel, blocks, scale, (grad, q), (k, v), (out, lse))
 
 
 def by_runs(kernel: Callable[..., Any], blocks: Blocks, scale: float, *sides: Sequence[Tensor]) -> Any:
-    """A kernel of blocks of equal shape over every run.
+    """Apply a kernel for blocks of equal shape to every run, and concatenate the results.
 
     Args:
-        kernel: one of the four at the end of this file.
-        blocks: how the rows are cut.
-        scale: factor on the scores.
-        sides: the kernel's inputs as rows [rows, heads, ...]: of queries, of keys, of queries again.
+        kernel: `reference_forward`, `reference_backward`, `cpu_forward` or `cpu_backward`.
+        blocks: shapes of the blocks.
+        scale: softmax scale.
+        sides: the kernel's inputs, each [queries or keys, heads, ...], in groups that alternate: indexed by query, by
+            key, by query.
 
     Returns:
-        the kernel's results, as rows.
+        the kernel's results, each [queries or keys, heads, ...].
     """
     results = []
     at = [0, 0]
     for count, *each in blocks.runs:
         inputs = [
-            rows.narrow(0, at[side % 2], count * each[side % 2]).unflatten(0, (count, -1)).transpose(1, 2)
+            tokens.narrow(0, at[side % 2], count * each[side % 2]).unflatten(0, (count, -1)).transpose(1, 2)
             for side, tensors in enumerate(sides)
-            for rows in tensors
+            for tokens in tensors
         ]
         results.append(kernel(*inputs, causal=blocks.causal, scale=scale))
         at = [start + count * length for start, length in zip(at, each, strict=True)]
-    return tuple(_join(parts) for parts in zip(*results, strict=True))
+    return tuple(_concatenate(of_runs) for of_runs in zip(*results, strict=True))
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys, from the attention over each.
+    """Combine attention over two disjoint sets of keys into attention over their union, in the dtype of `out`.
 
     Args:
-        out: [rows, h, d], float32 or wider.
-        lse: [rows, h], of the same type.
-        other_out: [rows, h, d], of any type.
-        other_lse: [rows, h].
+        out: [queries, h, d], output over the first set, float32 or wider.
+        lse: [queries, h], log-sum-exp over the first set, of the same dtype.
+        other_out: [queries, h, d], output over the second set, of any dtype.
+        other_lse: [queries, h], log-sum-exp over the second set.
+
+    Returns:
+        output [queries, h, d] and log-sum-exp [queries, h] over the union.
     """
-    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # what the other keys weigh
-    return torch.lerp(out, other_out.to(out.dtype), share), torch.logaddexp(lse, other_lse)
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # softmax mass of the second set
+    return torch.lerp(out, other_out.to(out.dtype), weight), torch.logaddexp(lse, other_lse)
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of n blocks of equal shape in elementary operations; holds all scores in memory.
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of n blocks of equal shape, unfused: materialises all scores.
 
     Args:
         q: [n, h, lq, d].
         k: [n, g, lk, d].
         v: [n, g, lk, d].
-        causal: query i sees keys 0..i.
-        scale: factor on the scores.
+        causal: query i attends to keys 0..i only.
+        scale: softmax scale.
 
     Returns:
         output [n, h, lq, d] and log-sum-exp [n, h, lq], float32 or wider.
     """
-    k, v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
+    k, v = _expand_kv_heads(k, q.shape[1]), _expand_kv_heads(v, q.shape[1])
     scores = _scores(q, k, causal, scale)
     lse = torch.logsumexp(scores, dim=-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v.to(scores.dtype)
     return out.to(q.dtype), lse
 
 
-def plain_backward(
+def reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of n blocks of equal shape, [n, h or g, l, d] each, in elementary operations."""
+    """Gradients of q [n, h, lq, d], k and v [n, g, lk, d] for n blocks of equal shape, unfused.
+
+    Arguments as in `reference_forward`; grad and out [n, h, lq, d] and lse [n, h, lq] are over all keys of each query.
+    """
     groups = k.shape[1]
-    wide_k, wide_v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
-    p = (_scores(q, wide_k, causal, scale) - lse.unsqueeze(-1)).exp()  # [n, h, lq, lk], shares of the whole row
+    wide_k, wide_v = _expand_kv_heads(k, q.shape[1]), _expand_kv_heads(v, q.shape[1])
+    p = (_scores(q, wide_k, causal, scale) - lse.unsqueeze(-1)).exp()  # [n, h, lq, lk], probabilities over all keys
     work = p.dtype
     grad, out = grad.to(work), out.to(work)
     dv = p.transpose(-1, -2) @ grad
@@ -165,12 +173,12 @@ def plain_backward(
     ds = p * (dp - (grad * out).sum(-1, keepdim=True)) * scale
     dq = ds @ wide_k.to(work)
     dk = ds.transpose(-1, -2) @ q.to(work)
-    return dq.to(q.dtype), _each_group(dk, groups).to(k.dtype), _each_group(dv, groups).to(v.dtype)
+    return dq.to(q.dtype), _reduce_kv_heads(dk, groups).to(k.dtype), _reduce_kv_heads(dv, groups).to(v.dtype)
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """`plain_forward` by PyTorch's kernel, which wants a key head for every query head."""
-    k, v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
+    """`reference_forward` by PyTorch's CPU flash attention, which needs as many key/value heads as query heads."""
+    k, v = _expand_kv_heads(k, q.shape[1]), _expand_kv_heads(v, q.shape[1])
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out, lse
 
@@ -178,13 +186,13 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) 
 def cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain_backward` by PyTorch's kernel."""
+    """`reference_backward` by PyTorch's CPU flash attention."""
     groups = k.shape[1]
-    k, v = _each_head(k, q.shape[1]), _each_head(v, q.shape[1])
+    k, v = _expand_kv_heads(k, q.shape[1]), _expand_kv_heads(v, q.shape[1])
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, scale=scale
     )
-    return dq, _each_group(dk, groups), _each_group(dv, groups)
+    return dq, _reduce_kv_heads(dk, groups), _reduce_kv_heads(dv, groups)
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
@@ -196,17 +204,17 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return scores
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Results of several runs, [n, heads, l, ...] each, as rows [sum of n * l, heads, ...]."""
-    rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+def _concatenate(results: Sequence[Tensor]) -> Tensor:
+    """Results of all runs, [n, heads, l, ...] each -> [sum of n * l, heads, ...]."""
+    tokens = [result.transpose(1, 2).flatten(0, 1) for result in results]
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
 
-def _each_head(keys: Tensor, heads: int) -> Tensor:
-    """[n, g, l, d] -> [n, heads, l, d]: each key head repeated for the query heads that read it."""
+def _expand_kv_heads(keys: Tensor, heads: int) -> Tensor:
+    """[n, g, l, d] -> [n, heads, l, d]: each key/value head repeated for the query heads that share it."""
     return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
-def _each_group(grad: Tensor, groups: int) -> Tensor:
-    """The adjoint of `_each_head`."""
+def _reduce_kv_heads(grad: Tensor, groups: int) -> Tensor:
+    """[n, h, l, d] -> [n, groups, l, d]: summed over the query heads of a group; the backward of `_expand_kv_heads`."""
     return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)

@@ -1,9 +1,9 @@
-"""The collectives of tensors, each into a buffer that it makes itself.
+"""Tensor collectives that accept any strides.
 
-A backend moves memory in the order in which it lies, not in the order of the indices: a source that is a transposed
-view, or a target made by `empty_like` of one, permutes data without any error (seen under gloo). So every function here
-takes tensors of any strides, sends contiguous memory and receives into contiguous memory, and no other file of this
-room or of the models calls torch.distributed for tensors; a test reads the sources and keeps it so.
+torch.distributed sends and receives raw memory, not logical elements: a non-contiguous input, or an output buffer made
+by `empty_like` of one, silently permutes the data (observed with gloo). Every function here therefore sends a
+contiguous copy and receives into a contiguous buffer that it allocates. Other files of parallel/ and models/ do not
+call torch.distributed collectives on tensors; tests/parallel/test_collectives.py enforces it.
 """
 
 from __future__ import annotations
@@ -17,73 +17,83 @@ from torch import Tensor
 
 
 class AsyncTensor:
-    """A tensor that is under way."""
+    """Handle of an asynchronous collective and its output tensor."""
 
     def __init__(self, tensor: Tensor, works: Sequence[Any], sent: Tensor) -> None:
         self._tensor = tensor
         self._works = works
-        self._sent = sent  # the backend reads it until the work is done
+        self._sent = sent  # keeps the send buffer alive until the work is done
 
     def wait(self) -> Tensor:
-        """The tensor, once it is there (on CUDA: for everything that is launched from now on)."""
+        """Wait for the collective and return its output (on CUDA: order it before later work of the current stream)."""
         for work in self._works:
             work.wait()
         self._works = ()
         return self._tensor
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> AsyncTensor:
-    """[n, ...] of every rank, the same n everywhere -> [ranks * n, ...] in rank order."""
-    mine = rows.contiguous()
-    everyone = mine.new_empty(group.size() * mine.shape[0], *mine.shape[1:])
-    work = dist.all_gather_into_tensor(everyone, mine, group=group, async_op=True)
-    return AsyncTensor(everyone, [work], mine)
+def gather_tokens(tokens: Tensor, group: dist.ProcessGroup) -> AsyncTensor:
+    """Asynchronous all-gather along dimension 0: [n, ...] with the same n on every rank -> [ranks * n, ...]."""
+    local = tokens.contiguous()
+    gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, local, group=group, async_op=True)
+    return AsyncTensor(gathered, [work], local)
 
 
-def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks * n, ...] in rank order, summed over the group -> this rank's [n, ...]."""
-    by_rank = rows.contiguous()
-    mine = by_rank.new_empty(by_rank.shape[0] // group.size(), *by_rank.shape[1:])
-    dist.reduce_scatter_tensor(mine, by_rank, group=group)
-    return mine
+def reduce_scatter_tokens(tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Reduce-scatter (sum) along dimension 0: [ranks * n, ...] in rank order -> this rank's [n, ...]."""
+    by_rank = tokens.contiguous()
+    local = by_rank.new_empty(by_rank.shape[0] // group.size(), *by_rank.shape[1:])
+    dist.reduce_scatter_tensor(local, by_rank, group=group)
+    return local
 
 
-def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All-to-all: `sent[r]` rows go to rank r, in order; `received[r]` come from it -> [sum of received, ...]."""
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+def exchange_tokens(tokens: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all along dimension 0 with uneven splits.
+
+    Args:
+        tokens: [sum of sent, ...], ordered by destination rank.
+        sent: number of tokens for each rank.
+        received: number of tokens from each rank.
+        group: all of its ranks call.
+
+    Returns:
+        [sum of received, ...], ordered by source rank.
+    """
+    out = tokens.new_empty(sum(received), *tokens.shape[1:])
+    dist.all_to_all_single(out, tokens.contiguous(), list(received), list(sent), group=group)
     return out
 
 
 def ring_send_recv(tensor: Tensor, group: dist.ProcessGroup, tag: int) -> AsyncTensor:
-    """Send to the next rank of the group and receive from the one before, the same shape everywhere.
+    """Asynchronously send to the next rank of the group and receive from the previous one.
 
-    Both are posted at once and as one batch, so no order of ranks can block: `AsyncTensor.wait` is what waits.
+    Send and receive are posted as one batch, so no order of ranks can deadlock.
 
     Args:
-        tensor: what goes round.
+        tensor: the same shape and dtype on every rank.
         group: at least two ranks; all of them call.
-        tag: keeps two rings that are under way at once apart under gloo. NCCL has no tags: there the order of calls,
-            the same on every rank, does it.
+        tag: separates two rings in flight under gloo. NCCL ignores tags and matches by the order of calls, which must
+            be the same on every rank.
     """
-    mine = tensor.contiguous()
-    coming = torch.empty_like(mine, memory_format=torch.contiguous_format)
+    local = tensor.contiguous()
+    received = torch.empty_like(local, memory_format=torch.contiguous_format)
     ranks = group.size()
-    after, before = ((group.rank() + step) % ranks for step in (1, -1))
+    following, previous = ((group.rank() + step) % ranks for step in (1, -1))
     works = dist.batch_isend_irecv(
         [
-            dist.P2POp(dist.isend, mine, dist.get_global_rank(group, after), group, tag),
-            dist.P2POp(dist.irecv, coming, dist.get_global_rank(group, before), group, tag),
+            dist.P2POp(dist.isend, local, dist.get_global_rank(group, following), group, tag),
+            dist.P2POp(dist.irecv, received, dist.get_global_rank(group, previous), group, tag),
         ]
     )
-    return AsyncTensor(coming, works, mine)
+    return AsyncTensor(received, works, local)
 
 
 def reduce_(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
-    """Reduce over the group, in place.
+    """All-reduce in place.
 
     Raises:
-        ValueError: the tensor is not contiguous; ranks with other strides would add what does not belong together.
+        ValueError: the tensor is not contiguous: ranks with different strides would add unrelated elements.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor {list(tensor.shape)} with strides {tensor.stride()} cannot be reduced in place")

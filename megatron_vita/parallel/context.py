@@ -1,4 +1,8 @@
-"""What rides with a row through megatron-core's layers: its layout, its blocks and, when generating, its cache."""
+"""Per-forward metadata of the attention layers: layout, block schedule, rotary table, KV cache.
+
+VitaModel.forward builds one PackedSeqContext per packed sequence; VitaCoreAttention reads it. Legend: t tokens of this
+rank, g key/value heads, d head size.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,31 @@ from megatron_vita.parallel.schedule import Schedule, build_schedule
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Where a row's new tokens go in the cache and what they see: the same for every layer."""
+    """Cache slots and attention mask of the new tokens of one forward pass; the same for every layer."""
 
     prefill: bool
-    """Nothing is cached yet: the new tokens are all there is to see."""
-    known: int
-    """New tokens that belong to a sequence; those after them are padding."""
-    needed: int
-    """Tokens of the longest sequence, the new ones included."""
+    """The cache is empty: the new tokens attend to each other only."""
+    num_new: int
+    """New tokens that belong to a sequence; the tokens after them are padding."""
+    max_length: int
+    """Tokens of the longest sequence, new tokens included."""
     sequence: Tensor
-    """int64 [known]: the sequence of each new token."""
+    """int64 [num_new]: sequence of each new token."""
     position: Tensor
-    """int64 [known]: its place in the sequence."""
-    queries: Tensor
-    """int64 [known]: its place when the new tokens of every sequence are padded to the longest run."""
-    visible: Tensor
-    """bool [sequences, longest run, needed]: which cached tokens each new one sees."""
+    """int64 [num_new]: position of each new token in its sequence."""
+    padded_index: Tensor
+    """int64 [num_new]: index of each new token in the flattened [sequences, max_new] batch, where max_new is the
+    largest number of new tokens of a sequence."""
+    mask: Tensor
+    """bool [sequences, max_new, max_length]: True where a new token attends to a cached one."""
 
 
 class KVCache:
-    """Keys and values of sequences that are being generated, for all layers.
+    """Keys and values of all layers for a batch of sequences in generation.
 
-    Document i of a row belongs to sequence i; documents beyond the last sequence are padding and leave no trace. Every
-    layer appends; `advance`, once per forward pass, makes the new tokens part of the past.
+    Document i of a packed sequence continues sequence i; documents beyond the last sequence are padding and are not
+    stored. In each forward pass every layer calls `append`; VitaModel.forward calls `advance` once at its end. Works at
+    context-parallel size 1; each tensor-parallel rank caches its own key/value heads.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -48,100 +54,108 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [sequences, capacity, g, d]
 
     def __len__(self) -> int:
+        """Number of sequences."""
         return len(self.lengths)
 
     def plan(self, documents: Sequence[int], device: torch.device) -> DecodePlan:
-        """Deal a row's documents to the sequences.
+        """Assign the documents of a packed sequence to the sequences of the cache; stores nothing.
+
+        Args:
+            documents: length of each document, as in SequenceLayout.
+            device: of the plan's index tensors.
 
         Raises:
-            ConfigError: a sequence has no document.
+            ConfigError: fewer documents than sequences.
         """
         if len(documents) < len(self):
             raise ConfigError(
-                f"a row of {len(documents)} documents for {len(self)} cached sequences: document i continues sequence "
-                "i, so give each sequence a document, or forget finished ones with KVCache.keep."
+                f"a packed sequence of {len(documents)} documents for {len(self)} cached sequences: document i "
+                "continues sequence i, so give each sequence a document, or forget finished ones with KVCache.keep."
             )
         new = np.array(documents[: len(self)])
-        have = np.array(self.lengths)
-        longest, needed = int(new.max()), int((have + new).max())
+        cached = np.array(self.lengths)
+        max_new, max_length = int(new.max()), int((cached + new).max())
         sequence = np.repeat(np.arange(len(self)), new)
         offset = np.arange(int(new.sum())) - np.repeat(np.cumsum(new) - new, new)
-        last_seen = have[:, None, None] + np.arange(longest)[None, :, None]
-        visible = np.arange(needed)[None, None, :] <= last_seen
-        arrays = (sequence, have[sequence] + offset, sequence * longest + offset, visible)
-        return DecodePlan(not have.any(), int(new.sum()), needed, *(torch.from_numpy(one).to(device) for one in arrays))
+        last_visible = cached[:, None, None] + np.arange(max_new)[None, :, None]
+        mask = np.arange(max_length)[None, None, :] <= last_visible
+        arrays = (sequence, cached[sequence] + offset, sequence * max_new + offset, mask)
+        tensors = (torch.from_numpy(one).to(device) for one in arrays)
+        return DecodePlan(not cached.any(), int(new.sum()), max_length, *tensors)
 
     def append(self, layer: int, key: Tensor, value: Tensor, plan: DecodePlan) -> tuple[Tensor, Tensor]:
-        """Add one row's keys and values behind what each sequence has.
+        """Store the new keys and values of one layer behind the cached ones.
 
         Args:
-            layer: the layer's number.
-            key: [t, g, d], the documents one after another.
+            layer: megatron-core's layer number.
+            key: [t, g, d], the documents concatenated.
             value: [t, g, d].
-            plan: of the row.
+            plan: of this packed sequence.
 
         Returns:
-            all keys and values of the layer, [sequences, needed, g, d]; what lies behind a sequence's end is zero.
+            all keys and values of the layer, views [sequences, max_length, g, d]; zero beyond a sequence's end.
         """
-        keys, values = self._room(layer, key, plan.needed)
-        keys[plan.sequence, plan.position] = key[: plan.known]
-        values[plan.sequence, plan.position] = value[: plan.known]
-        return keys[:, : plan.needed], values[:, : plan.needed]
+        keys, values = self._buffers(layer, key, plan.max_length)
+        keys[plan.sequence, plan.position] = key[: plan.num_new]
+        values[plan.sequence, plan.position] = value[: plan.num_new]
+        return keys[:, : plan.max_length], values[:, : plan.max_length]
 
     def advance(self, documents: Sequence[int]) -> None:
-        """Count the tokens of a row, after its last layer."""
-        self.lengths = [have + new for have, new in zip(self.lengths, documents, strict=False)]
+        """Add the new tokens to `lengths`, once per forward pass, after the last layer has appended them."""
+        self.lengths = [cached + new for cached, new in zip(self.lengths, documents, strict=False)]
 
     def keep(self, sequences: Sequence[int]) -> None:
-        """Forget all but these sequences (indices into the current ones): the others are finished."""
+        """Drop all sequences but these (indices into the current ones, in their new order)."""
         self.lengths = [self.lengths[one] for one in sequences]
-        for layer, held in self._layers.items():
-            index = torch.tensor(list(sequences), dtype=torch.int64, device=held[0].device)
-            self._layers[layer] = held[0].index_select(0, index), held[1].index_select(0, index)
+        for layer, buffers in self._layers.items():
+            index = torch.tensor(list(sequences), dtype=torch.int64, device=buffers[0].device)
+            self._layers[layer] = buffers[0].index_select(0, index), buffers[1].index_select(0, index)
 
-    def _room(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        held = self._layers.get(layer)
-        if held is None or held[0].shape[1] < needed:
-            capacity = -(-needed * 5 // 4 // 64) * 64  # grow by a quarter, so that appending costs little on average
+    def _buffers(self, layer: int, like: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Key and value buffers of a layer with capacity for max_length tokens, reallocated if they are smaller."""
+        buffers = self._layers.get(layer)
+        if buffers is None or buffers[0].shape[1] < max_length:
+            capacity = -(-max_length * 5 // 4 // 64) * 64  # 25 % spare: amortised cost of appending is constant
             shape = (len(self), capacity, *like.shape[1:])
             grown = like.new_zeros(shape), like.new_zeros(shape)
-            for old, new in zip(held or (), grown, strict=False):
+            for old, new in zip(buffers or (), grown, strict=False):
                 new[:, : old.shape[1]] = old
-            held = self._layers[layer] = grown
-        return held
+            buffers = self._layers[layer] = grown
+        return buffers
 
 
 @dataclass
 class PackedSeqContext(PackedSeqParams):
-    """The row that a forward pass sees, in the place where megatron-core carries packed-sequence settings.
+    """The packed sequence of one forward pass, passed as megatron-core's `packed_seq_params`.
 
-    `qkv_format` is `sbhd`: megatron-core then treats the row as one ordinary sequence [s/cp, 1, h] and leaves documents
-    and positions to our attention.
+    `qkv_format` is `sbhd`: megatron-core then treats the packed sequence as one sequence of batch size 1, [s/cp, 1, h],
+    and leaves document masking and rotary embedding to VitaCoreAttention.
     """
 
     qkv_format: str = "sbhd"
     layout: SequenceLayout | None = None
-    """Who owns which token."""
+    """Documents of the packed sequence and their partition over ranks; always set in a forward pass."""
     cp_rank: int = 0
+    """This rank in the context-parallel group."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines of the local tokens' positions, [t, 1, d / 2]; none: no rotary embedding."""
+    """Cosines and sines of the local tokens' position ids, [t, 1, d / 2] each; None: no rotary embedding."""
     cache: KVCache | None = None
-    """Past keys and values, when generating."""
+    """KV cache in generation; None in training."""
     _schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
     _decoding: DecodePlan | None = field(default=None, repr=False)
 
     def schedule(self, device: torch.device, comm_type: str = "all_gather") -> Schedule:
-        """This rank's blocks; built for the first layer, kept for the rest."""
+        """This rank's block schedule; built for the first layer and cached for the others."""
         if comm_type not in self._schedules:
             assert self.layout is not None, "a PackedSeqContext needs a layout"
             self._schedules[comm_type] = build_schedule(self.layout, self.cp_rank, device, comm_type)
         return self._schedules[comm_type]
 
     def decoding(self, device: torch.device) -> DecodePlan:
-        """How the row continues the cached sequences; built for the first layer, kept for the rest.
+        """Cache slots and mask of the new tokens; built for the first layer and cached for the others.
 
         Raises:
-            ConfigError: context parallelism, or a sequence without a document.
+            ConfigError: context-parallel size above 1, or fewer documents than cached sequences.
         """
         if self._decoding is None:
             assert self.layout is not None, "a PackedSeqContext needs a layout"

@@ -1,19 +1,19 @@
-"""How keys and values, or heads, travel in context-parallel attention: the three kinds of Megatron's cp_comm_type.
+"""Communication of context-parallel attention, for each of Megatron's cp_comm_types.
 
-* `all_gather`: every rank gathers the row's keys and values; their gradients come home by reduce-scatter.
-* `p2p`: the ranks' keys and values go round a ring, one hop a step, each hop under way while the blocks of the step
-  before are computed; their gradients go round behind them, one hop further, home.
-* `a2a` (Ulysses): heads are scattered and the row is gathered; then every rank has the whole row for its heads.
+* `all_gather`: all-gather of keys and values before attention; reduce-scatter of their gradients.
+* `p2p`: ring send/recv of keys and values, one hop per step, overlapped with the attention blocks of the previous step.
+  In the backward the gradient accumulators follow their keys around the ring and end at the rank that owns them.
+* `a2a` (Ulysses): all-to-all that scatters heads and gathers tokens, before and after attention.
 
-Only key/value heads travel, never expanded ones. Gradients travel in float32 or wider. With t local tokens, g key/value
-heads, h query heads, d head size, n ranks and e bytes an element (w of float32, or wider), a rank receives
+Keys and values are communicated with their g heads, before GQA expansion, in the dtype of the model; their gradients in
+float32 or wider. Legend: n ranks, s tokens of the packed sequence, t = s/n local tokens, h query heads, g key/value
+heads, d head size, e bytes per element of the model's dtype, w bytes per element of the gradients. Bytes received per
+rank and layer:
 
-    kind         forward                        backward
-    all_gather   (n - 1) t 2 g d e              (n - 1) t 2 g d (e + w)
-    p2p          (n - 1) t 2 g d e              (n - 1) t 2 g d (e + w)
-    a2a          (n - 1) / n t (2 h + 2 g) d e  the same
-
-bytes. Legend: s tokens of the row.
+    cp_comm_type  forward                        backward
+    all_gather    (n - 1) t 2 g d e              (n - 1) t 2 g d (e + w)
+    p2p           (n - 1) t 2 g d e              (n - 1) t 2 g d (e + w)
+    a2a           (n - 1) / n t (2 h + 2 g) d e  the same
 """
 
 from __future__ import annotations
@@ -27,129 +27,147 @@ from torch import Tensor
 
 from megatron_vita.parallel.collectives import (
     AsyncTensor,
-    exchange_rows,
-    gather_rows,
-    reduce_scatter_rows,
+    exchange_tokens,
+    gather_tokens,
+    reduce_scatter_tokens,
     ring_send_recv,
 )
 from megatron_vita.parallel.schedule import Schedule
 
 
 class KVExchange(Protocol):
-    """Keys and values of the ranks, in the steps of a schedule; started before a rank computes its diagonal blocks."""
+    """Communication of keys and values in steps, and of their gradients in the backward.
+
+    Use: create it with `start`, iterate over `steps`; in the backward call `accumulate_grad` once in each step, then
+    `finalize_grad`. All ranks of the group do so in the same order.
+    """
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [rows, g, d] that the blocks of each step read."""
+        """Keys and values of each step of the schedule, [keys, g, d] each; waits for those of the next step."""
 
     def accumulate_grad(self, gradient: Tensor) -> None:
-        """Take the gradient [rows, 2, g, d] of the step at hand. The tensor is the exchange's from now on."""
+        """Add the gradient [keys, 2, g, d] of the current step's keys and values; the tensor may be modified."""
 
     def finalize_grad(self) -> Tensor:
-        """After the last step: what all ranks gave for this rank's keys and values, [t, 2, g, d]."""
+        """Gradient of this rank's keys and values, summed over the group, [t, 2, g, d]. Call it after the last step."""
 
 
 def start(k: Tensor, v: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> KVExchange:
-    """Begin to exchange keys and values [t, g, d]; every rank of the group calls it, forward and backward."""
+    """Start communicating keys and values [t, g, d] without waiting; collective over `group`."""
     # torch.stack is contiguous whatever the strides of k and v.
-    mine = torch.stack([k, v], dim=1)
-    return RingKV(mine, group) if schedule.comm_type == "p2p" else GatheredKV(mine, schedule, group)
+    local_kv = torch.stack([k, v], dim=1)
+    return RingKV(local_kv, group) if schedule.comm_type == "p2p" else GatheredKV(local_kv, schedule, group)
 
 
 class GatheredKV:
-    """One step: the whole row, in row order."""
+    """KVExchange by all-gather and reduce-scatter: one step, with the keys of the whole packed sequence."""
 
-    def __init__(self, mine: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> None:
+    def __init__(self, local_kv: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> None:
+        """Start the all-gather of local_kv [t, 2, g, d]."""
         self._schedule = schedule
         self._group = group
-        self._coming = gather_rows(mine, group)
+        self._gathered = gather_tokens(local_kv, group)
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The row's keys and values, [s, g, d]."""
-        row = self._schedule.to_row_order(self._coming.wait())
-        yield row[:, 0], row[:, 1]
+        """All keys and values by global index, [s, g, d] each."""
+        kv = self._schedule.to_sequence_order(self._gathered.wait())
+        yield kv[:, 0], kv[:, 1]
 
     def accumulate_grad(self, gradient: Tensor) -> None:
-        """Sum over the group; each rank gets its own tokens."""
-        self._home = reduce_scatter_rows(self._schedule.to_rank_order(gradient), self._group)
+        """Reduce-scatter [s, 2, g, d] over the group."""
+        self._grad = reduce_scatter_tokens(self._schedule.to_rank_order(gradient), self._group)
 
     def finalize_grad(self) -> Tensor:
-        """Of this rank's keys and values."""
-        return self._home
+        """Gradient of this rank's keys and values, [t, 2, g, d]."""
+        return self._grad
 
 
 class RingKV:
-    """As many steps as ranks: this rank's own, then those of the rank before, and so on."""
+    """KVExchange by ring send/recv: n steps, the first with this rank's keys, step i with those of rank - i."""
 
-    def __init__(self, mine: Tensor, group: dist.ProcessGroup) -> None:
-        self._mine = mine
+    def __init__(self, local_kv: Tensor, group: dist.ProcessGroup) -> None:
+        """Start sending local_kv [t, 2, g, d] to the next rank."""
+        self._local_kv = local_kv
         self._group = group
-        self._coming = ring_send_recv(mine, group, tag=0)
-        self._own: Tensor | None = None
-        self._gradient: AsyncTensor | None = None
+        self._next_kv = ring_send_recv(local_kv, group, tag=0)
+        self._local_grad: Tensor | None = None
+        self._received_grad: AsyncTensor | None = None
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of one rank, [t, g, d]; the next ones travel meanwhile."""
-        yield self._mine[:, 0], self._mine[:, 1]
-        for left in reversed(range(self._group.size() - 1)):
-            held = self._coming.wait()
-            if left:
-                self._coming = ring_send_recv(held, self._group, tag=0)
-            yield held[:, 0], held[:, 1]
+        """Keys and values of one rank, [t, g, d] each; the next hop is in flight meanwhile."""
+        yield self._local_kv[:, 0], self._local_kv[:, 1]
+        for hops_left in reversed(range(self._group.size() - 1)):
+            kv = self._next_kv.wait()
+            if hops_left:
+                self._next_kv = ring_send_recv(kv, self._group, tag=0)
+            yield kv[:, 0], kv[:, 1]
 
     def accumulate_grad(self, gradient: Tensor) -> None:
-        """Add what the ranks before found for these keys, and send the sum on."""
-        if self._own is None:
-            self._own = gradient
+        """Add the accumulator received for the current step's keys and send the sum to the next rank.
+
+        The first step's gradient, of this rank's own keys, stays here.
+        """
+        if self._local_grad is None:
+            self._local_grad = gradient
             return
-        if self._gradient is not None:
-            gradient += self._gradient.wait()
-        self._gradient = ring_send_recv(gradient, self._group, tag=1)
+        if self._received_grad is not None:
+            gradient += self._received_grad.wait()
+        self._received_grad = ring_send_recv(gradient, self._group, tag=1)
 
     def finalize_grad(self) -> Tensor:
-        """What came home, and this rank's own share."""
-        assert self._own is not None
-        assert self._gradient is not None
-        return self._own + self._gradient.wait()
+        """Sum of the local contribution and the accumulator that went round the ring, [t, 2, g, d]."""
+        assert self._local_grad is not None
+        assert self._received_grad is not None
+        return self._local_grad + self._received_grad.wait()
 
 
-def scatter_heads(packed: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
-    """[t, ranks, heads, d], the heads of each rank -> [s, heads, d]: this rank's heads of the whole row."""
-    return _ScatterHeads.apply(packed, schedule, group)
+def scatter_heads(local: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all from token-parallel to head-parallel; differentiable.
+
+    Args:
+        local: [t, n, heads, d], this rank's tokens; dimension 1 is the rank that gets the heads.
+        schedule: of this rank, with comm_type `a2a`.
+        group: the n context-parallel ranks.
+
+    Returns:
+        [s, heads, d], all tokens by global index, this rank's heads.
+    """
+    return _ScatterHeads.apply(local, schedule, group)
 
 
-def gather_heads(row: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
-    """The way back: [s, heads, d] -> [t, ranks, heads, d]."""
-    return _GatherHeads.apply(row, schedule, group)
+def gather_heads(by_head: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+    """The inverse all-to-all of `scatter_heads`: [s, heads, d] -> [t, n, heads, d]; differentiable."""
+    return _GatherHeads.apply(by_head, schedule, group)
 
 
-def _to_row(packed: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+def _to_head_parallel(local: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
     each = [schedule.tokens] * group.size()
-    return schedule.to_row_order(exchange_rows(packed.transpose(0, 1).flatten(0, 1), each, each, group))
+    return schedule.to_sequence_order(exchange_tokens(local.transpose(0, 1).flatten(0, 1), each, each, group))
 
 
-def _to_local(row: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+def _to_token_parallel(by_head: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
     each = [schedule.tokens] * group.size()
-    back = exchange_rows(schedule.to_rank_order(row), each, each, group)
-    return back.unflatten(0, (group.size(), -1)).transpose(0, 1)
+    received = exchange_tokens(schedule.to_rank_order(by_head), each, each, group)
+    return received.unflatten(0, (group.size(), -1)).transpose(0, 1)
 
 
 class _ScatterHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
         ctx.settings = schedule, group
-        return _to_row(packed, schedule, group)
+        return _to_head_parallel(local, schedule, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_local(grad, *ctx.settings), None, None
+        return _to_token_parallel(grad, *ctx.settings), None, None
 
 
 class _GatherHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, row: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, by_head: Tensor, schedule: Schedule, group: dist.ProcessGroup) -> Tensor:
         ctx.settings = schedule, group
-        return _to_local(row, schedule, group)
+        return _to_token_parallel(by_head, schedule, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_row(grad, *ctx.settings), None, None
+        return _to_head_parallel(grad, *ctx.settings), None, None

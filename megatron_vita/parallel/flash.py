@@ -1,8 +1,8 @@
-"""Flash attention on CUDA: blocks of any lengths in one call, with log-sum-exp. Written, never run.
+"""Variable-length flash attention on CUDA, with log-sum-exp. Not verified: it has never run on a GPU.
 
-flash-attn's variable-length kernels where that package is installed, else the ones that PyTorch ships.
-checks/kernels.py holds both against the plain twins; it is how a machine with a GPU finds out whether they may
-be trusted.
+Uses the flash-attn package if it is installed, else the kernels that PyTorch ships. checks/kernels.py compares both
+with the reference implementation; run tools/check_parallel.py on a GPU before relying on them. Legend: h query heads, g
+key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from torch import Tensor
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("flash_attn") is not None
-"""flash-attn can be imported."""
+"""The flash-attn package is installed."""
 
 Bounds = tuple[Tensor, Tensor]
+"""cu_seqlens_q and cu_seqlens_k, int32 [blocks + 1]."""
 Longest = tuple[int, int]
+"""max_seqlen_q and max_seqlen_k."""
 
 
 def fits(q: Tensor) -> bool:
-    """True where these kernels can serve: CUDA, half precision, heads that are a multiple of 8 and at most 256 wide."""
+    """True if these kernels support q [queries, h, d]: on CUDA, float16 or bfloat16, d a multiple of 8 up to 256."""
     return q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, longest: Longest, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query to the keys of its block.
+    """Attention of every query to the keys of its own block, by one kernel call.
 
     Args:
-        q: [queries, h, d]; k and v: [keys, g, d].
-        k: see q.
-        v: see q.
-        bounds: int32 [blocks + 1] twice, where the blocks begin among queries and keys.
-        longest: queries and keys of the longest block.
-        causal: query i of a block sees its keys 0..i.
-        scale: factor on the scores.
+        q: [queries, h, d], float16 or bfloat16.
+        k: [keys, g, d].
+        v: [keys, g, d].
+        bounds: cu_seqlens of queries and keys, int32 [blocks + 1] each.
+        longest: max_seqlen of queries and keys.
+        causal: query i of a block attends to its keys 0..i only.
+        scale: softmax scale.
 
     Returns:
         output [queries, h, d] and log-sum-exp [queries, h], float32.
@@ -63,7 +65,19 @@ def backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks' shares of the gradients, from the output and log-sum-exp [queries, h] of the whole row.
+    """Contribution of the blocks to the gradients, by one kernel call.
+
+    Args:
+        grad: [queries, h, d], gradient of the attention output over all keys.
+        q: [queries, h, d].
+        k: [keys, g, d].
+        v: [keys, g, d].
+        out: [queries, h, d], attention output over all keys of each query, not only the block's.
+        lse: [queries, h], float32, log-sum-exp over all keys of each query.
+        bounds: as in `forward`.
+        longest: as in `forward`.
+        causal: as in `forward`.
+        scale: as in `forward`.
 
     Returns:
         gradients of q [queries, h, d], k and v [keys, g, d].
@@ -83,16 +97,16 @@ def _torch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     bounds: Bounds, longest: Longest, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    # The random state is read with dropout only.
-    none = torch.empty(0, dtype=torch.uint64, device=q.device)
+    # The kernel reads the RNG state only with dropout.
+    rng_state = torch.empty(0, dtype=torch.uint64, device=q.device)
     dq, dk, dv = _aten._flash_attention_backward(
-        grad, q, k, v, out, lse, *bounds, *longest, 0.0, causal, none, none, scale=scale
+        grad, q, k, v, out, lse, *bounds, *longest, 0.0, causal, rng_state, rng_state, scale=scale
     )
     return dq, dk, dv
 
 
 def _options(causal: bool, scale: float) -> dict[str, Any]:
-    """What flash-attn's functions want to be told (names and defaults of flash-attn 2.7.1 to 2.8)."""
+    """Keyword arguments of flash-attn's functions, versions 2.7.1 to 2.8."""
     return {
         "dropout_p": 0.0,
         "softmax_scale": scale,
@@ -119,11 +133,11 @@ def _flash_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-    shares = tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, v))
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _flash_attn_varlen_backward(
-        grad, q, k, v, out, lse, *shares, *bounds, *longest, **_options(causal, scale), deterministic=False
+        grad, q, k, v, out, lse, *grads, *bounds, *longest, **_options(causal, scale), deterministic=False
     )
-    dq, dk, dv = shares
+    dq, dk, dv = grads
     return dq, dk, dv
 
 
@@ -132,4 +146,4 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "torch flash varlen": (_torch_forward, _torch_backward),
     FLASH_ATTN: (_flash_attn_forward, _flash_attn_backward),
 }
-"""Forward and backward by name; the second is chosen where it is installed."""
+"""Kernel name -> (forward, backward); flash-attn is preferred where it is installed."""

@@ -1,4 +1,4 @@
-"""Gradients made whole after the last micro-batch: megatron-core's reductions, and ours for the tower."""
+"""Gradient reductions after the last micro-batch: megatron-core's, and one over tensor ranks for the vision tower."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def finalize_grads(
     pg_collection: Any = None,
     force_all_reduce: bool = False,
 ) -> None:
-    """Finish the gradients of a step; give it to megatron-core as `TransformerConfig.finalize_model_grads_func`.
+    """Reduce the gradients of a step; set as `TransformerConfig.finalize_model_grads_func`, called by the schedules.
 
-    megatron-core sums over data and context ranks, sums what sequence parallelism split, and divides by the labelled
-    tokens of the global batch. The tower and the projector (marked `partial_over_tp`) are replicated over the tensor
-    ranks while their tiles are spread over them, so each rank holds part of their gradient: summed here, in one place,
-    with sequence parallelism or without.
+    megatron-core's finalize_model_grads reduces over data and context ranks, all-reduces the gradients that sequence
+    parallelism splits, and divides by the labelled tokens of the global batch. Parameters marked `partial_over_tp` are
+    then summed over the tensor ranks: the vision tower and the projector are replicated over them while each rank
+    encodes other tiles, so a rank has a partial gradient, with or without sequence parallelism.
 
     Args:
-        model_chunks: DDP-wrapped chunks of this rank.
-        num_tokens: labelled tokens this rank counted (summed over micro-batches), on the device; none: no division.
-        pg_collection: process groups; none: megatron-core's current ones.
-        force_all_reduce: passed on.
+        model_chunks: DDP-wrapped model chunks of this rank.
+        num_tokens: labelled tokens of this rank, summed over micro-batches, on the device; None: no division.
+        pg_collection: process groups; None: megatron-core's global ones.
+        force_all_reduce: passed to megatron-core.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
@@ -43,7 +43,7 @@ def finalize_grads(
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Nothing, of a given shape, that still owes a gradient to parameters."""
+    """Copies an empty tensor; its backward gives every parameter a zero gradient."""
 
     @staticmethod
     def forward(ctx: Any, empty: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -52,14 +52,21 @@ class _ZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *(torch.zeros_like(one) for one in ctx.saved_tensors)
+        return None, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def attach_zero_gradients(empty: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """`empty` (no elements), made part of the graph so that the trainable parameters get gradients of zero.
+    """Connect an empty tensor to the autograd graph so that the trainable parameters get zero gradients.
 
-    A rank without tiles does not run its tower, yet its gradient buckets wait for every trainable parameter and its
-    backward must join the exchange of features.
+    VitaModel calls it on a rank without tiles, which does not run the vision tower: its DDP gradient buckets still wait
+    for every trainable parameter, and its backward must join the all-to-all of visual tokens.
+
+    Args:
+        empty: a tensor without elements.
+        parameters: trainable and frozen ones; the frozen ones are ignored.
+
+    Returns:
+        `empty` itself without trainable parameters or without grad mode, else a copy that requires grad.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable or not torch.is_grad_enabled():

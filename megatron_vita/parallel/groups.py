@@ -1,7 +1,7 @@
-"""The world, and the process groups of one parallel layout.
+"""torch.distributed initialisation, and the process groups of one parallel layout.
 
-Stages of one run may use different layouts in the same processes: `build_groups` makes a layout's groups and
-`destroy_groups` takes them all away again; the world stays.
+Training stages may use different layouts in the same processes: `build_groups` creates the groups of a layout,
+`destroy_groups` destroys them; the default (world) group stays.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron_vita import device
 from megatron_vita.config import ParallelConfig
 from megatron_vita.parallel.collectives import reduce_
 
-_alone: dist.ProcessGroup | None = None
-"""This rank by itself: the group of everything that is not split, such as the vision tower's matrices."""
+_single_rank: dist.ProcessGroup | None = None
+"""Group of this rank alone, for modules that are not split, such as a replicated vision tower."""
 _timeout_s = 600.0
 
 
 def init_distributed(init_method: str | None = None, timeout_s: float = 600) -> None:
-    """Join the world: torchrun's, or without its environment a world of this one process. Idempotent.
+    """Initialise torch.distributed from torchrun's environment, or with world size 1 without it. Idempotent.
 
     Args:
         init_method: torch's rendezvous URL (`file://...`); by default torchrun's environment. A world of one process
-            meets in memory and opens no port.
-        timeout_s: seconds until a collective that not every rank joins raises.
+            uses an in-memory store and opens no port.
+        timeout_s: seconds after which a collective that not every rank joined raises.
     """
     global _timeout_s
     device.install()
@@ -51,14 +51,14 @@ def init_distributed(init_method: str | None = None, timeout_s: float = 600) -> 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """This rank's place in a layout, and the process groups it shares."""
+    """Coordinates of this rank in a parallel layout, and its process groups."""
 
     collection: Any
     """megatron-core's ProcessGroupCollection of the decoder."""
     tower_collection: Any
-    """A ProcessGroupCollection of this rank alone: the tower and the projector are replicated, not split."""
+    """ProcessGroupCollection whose groups all are this rank alone, for a vision tower replicated on every rank."""
     split_tower_collection: Any
-    """A ProcessGroupCollection of the tensor ranks alone, for a tower that is split over them."""
+    """The same with the decoder's tensor-parallel group as `tp`, for a tensor-parallel vision tower."""
     tp_rank: int
     tp_size: int
     cp_rank: int
@@ -71,7 +71,7 @@ class Groups:
 
     @property
     def group_rank(self) -> int:
-        """Rank in the tensor x context group, as TileRoutes counts it."""
+        """Rank in the tensor x context group, cp_rank * tp_size + tp_rank, as used by TileRoutes."""
         return self.cp_rank * self.tp_size + self.tp_rank
 
     @property
@@ -81,24 +81,24 @@ class Groups:
 
     @property
     def first_stage(self) -> bool:
-        """This rank embeds tokens and holds the tower."""
+        """True on the first pipeline rank: it holds vision tower, projector and embedding."""
         return self.pp_rank == 0
 
     @property
     def last_stage(self) -> bool:
-        """This rank holds the head and computes the loss."""
+        """True on the last pipeline rank: it holds the output layer and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
 
 def build_groups(parallel: ParallelConfig) -> Groups:
-    """Make the process groups of one layout; every rank of the world calls it, after `init_distributed`.
+    """Create the process groups of one layout; collective over the world, after `init_distributed`.
 
-    Order of ranks, fastest first: tensor, context, data, pipeline.
+    Order of ranks, fastest varying first: tensor, context, data, pipeline.
 
     Raises:
-        ConfigError: the world does not divide into whole replicas.
+        ConfigError: the world size is not a multiple of tensor x context x pipeline.
     """
-    global _alone
+    global _single_rank
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -110,11 +110,13 @@ def build_groups(parallel: ParallelConfig) -> Groups:
         distributed_timeout_minutes=_timeout_s / 60,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, timeout=timedelta(seconds=_timeout_s))
+    _single_rank = dist.new_group(
+        [dist.get_rank()], use_local_synchronization=True, timeout=timedelta(seconds=_timeout_s)
+    )
     names = ("tp", "cp", "pp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp", "mp", "dp", "dp_cp", "expt_dp")
-    tower = ProcessGroupCollection(**dict.fromkeys(names, _alone), embd=None, pos_embd=None)
+    tower = ProcessGroupCollection(**dict.fromkeys(names, _single_rank), embd=None, pos_embd=None)
     split_tower = ProcessGroupCollection(
-        **{**dict.fromkeys(names, _alone), "tp": collection.tp}, embd=None, pos_embd=None
+        **{**dict.fromkeys(names, _single_rank), "tp": collection.tp}, embd=None, pos_embd=None
     )
     return Groups(
         collection=collection,
@@ -133,39 +135,39 @@ def build_groups(parallel: ParallelConfig) -> Groups:
 
 
 def destroy_groups() -> None:
-    """Destroy every torch group of the current layout, so that another can be built; every rank calls it.
+    """Destroy all torch process groups of the current layout; collective over the world.
 
-    megatron-core's own destroy_model_parallel only forgets them: after five layouts 89 were still alive.
+    megatron-core's destroy_model_parallel only drops its references: after five layouts 89 groups were still alive.
     """
     from megatron.core import parallel_state
 
     if dist.is_initialized():
-        # A rank that is still inside a collective of a group must not find its peer gone.
+        # No rank may destroy a group while another rank is still inside one of its collectives.
         dist.barrier()
         groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
-        for group in groups + ([_alone] if _alone is not None else []):
+        for group in groups + ([_single_rank] if _single_rank is not None else []):
             if dist.distributed_c10d._world.pg_map.get(group) is not None:
                 dist.destroy_process_group(group)
     forget_groups()
 
 
 def forget_groups() -> None:
-    """What a rank does instead that failed, perhaps alone: waiting for the others, who wait for it, would hang all.
+    """Drop the references to the groups without communication, on a rank that failed: `destroy_groups` would deadlock.
 
-    The torch groups live until the process ends, which breaks the others' collectives.
+    The torch process groups live until the process exits, which makes pending collectives of the other ranks fail.
     """
-    global _alone
+    global _single_rank
     from megatron.core import parallel_state
 
-    _alone = None
+    _single_rank = None
     parallel_state.destroy_model_parallel()
 
 
 def tensor_parallel_sum_(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Sum tensors over a group in place, in one collective."""
+    """All-reduce (sum) tensors of one dtype in place, flattened into one collective. All ranks of `group` call it."""
     if not tensors or group.size() == 1:
         return
-    flat = torch.cat([one.reshape(-1) for one in tensors])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     reduce_(flat, group)
-    for one, summed in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-        one.copy_(summed.view_as(one))
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))

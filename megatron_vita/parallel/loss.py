@@ -1,9 +1,8 @@
-"""Cross entropy over a vocabulary split over tensor-parallel ranks, on labelled rows only, a chunk at a time.
+"""Output layer fused with vocabulary-parallel cross entropy: chunked over labelled tokens, never all logits at once.
 
-The gradient of -log softmax is known as soon as the softmax is, so it is taken in the forward, while a chunk's logits
-are there: three matrix products in all, as without chunks, and never more than one chunk of logits. That serves where
-all rows weigh the same in what is differentiated, as in the sum of a training step; otherwise the backward computes the
-logits again.
+The forward computes the gradients of hidden states and weight too, while a chunk's logits exist: three matrix products,
+as without chunking. The backward scales them, which is exact if all tokens get the same upstream gradient, as under the
+sum of a training step. Otherwise the backward recomputes the logits.
 """
 
 from __future__ import annotations
@@ -16,50 +15,53 @@ from torch import Tensor
 
 from megatron_vita.parallel.collectives import reduce_
 
-_MIN_ROWS = 256
-"""Rows of a chunk: fewer would read the head from memory more often than the products take."""
-_MAX_SHARE = 32
-"""A chunk's logits are at most one part in so many of all the rows' logits."""
+_MIN_TOKENS = 256
+"""Smallest chunk in tokens: with fewer, reading the weight from memory takes longer than the matrix product."""
+_MIN_CHUNKS = 32
+"""A chunk has at most 1/32 of the labelled tokens, unless that were fewer than _MIN_TOKENS."""
 
 
 def vocab_parallel_loss(
-    rows: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup
 ) -> Tensor:
-    """Loss of every row: -log softmax(rows @ weight.T)[label], in float32 or wider.
+    """Per-token loss -log softmax(hidden @ weight.T)[label]. All ranks of `group` call it, with the same tokens.
 
-    Neither the logits of unlabelled tokens nor all the logits of labelled ones ever exist at once. The gradient of
-    `rows` is this rank's share (its part of the vocabulary): sum it over the group.
+    The gradient of `hidden` is this rank's partial sum (its vocabulary shard): the caller all-reduces it over the
+    group.
 
     Args:
-        rows: [n, h], the hidden states that have a label; n may be 0.
-        weight: [padded vocabulary / group size, h], this rank's part of the head.
+        hidden: [n, h], hidden states of the labelled tokens; n may be 0.
+        weight: [padded vocabulary / group size, h], this rank's shard of the output layer.
         labels: int64 [n], in 0..vocab_size - 1.
-        vocab_size: columns that mean something; padding columns take no part in the softmax.
+        vocab_size: vocabulary without padding; padding columns are excluded from the softmax.
         group: the tensor-parallel ranks.
+
+    Returns:
+        [n], float32 or wider, the same on every rank of the group.
     """
     start = group.rank() * weight.shape[0]
-    return _Loss.apply(rows, weight, labels - start, vocab_size - start, group, torch.is_grad_enabled())
+    return _Loss.apply(hidden, weight, labels - start, vocab_size - start, group, torch.is_grad_enabled())
 
 
 class _Loss(torch.autograd.Function):
-    """`labels` and `columns` count from this rank's first vocabulary row and may lie outside its part."""
+    """`labels` and `columns` are relative to this rank's first vocabulary entry and may lie outside its shard."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
         columns: int,
         group: dist.ProcessGroup,
-        differentiated: bool,
+        grad_enabled: bool,
     ) -> Tensor:
-        losses = rows.new_empty(len(rows), dtype=_wide(rows))
-        normaliser = torch.empty_like(losses)
-        wanted = ctx.needs_input_grad[:2] if differentiated else (False, False)
-        d_rows, d_weight = _no_gradients(rows, weight, *wanted)
-        for chunk in _chunks(rows, weight):
-            logits = _logits(rows[chunk], weight, columns)
+        losses = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+        lse = torch.empty_like(losses)
+        wanted = ctx.needs_input_grad[:2] if grad_enabled else (False, False)
+        d_hidden, d_weight = _gradient_buffers(hidden, weight, *wanted)
+        for chunk in _chunks(hidden, weight):
+            logits = _logits(hidden[chunk], weight, columns)
             largest = logits.max(-1).values
             reduce_(largest, group, dist.ReduceOp.MAX)
             logits -= largest.unsqueeze(-1)
@@ -68,84 +70,84 @@ class _Loss(torch.autograd.Function):
             sums = torch.stack([softmax.sum(-1), target])
             reduce_(sums, group)
             losses[chunk] = sums[0].log() - sums[1]
-            normaliser[chunk] = sums[0].log() + largest
+            lse[chunk] = sums[0].log() + largest
             softmax /= sums[0].unsqueeze(-1)
             _subtract_at_label(softmax, labels[chunk])
-            _add_gradients(softmax, chunk, rows, weight, d_rows, d_weight)
-            del logits, softmax  # before the next chunk's are made
-        ctx.save_for_backward(rows, weight, labels, normaliser)
+            _add_gradients(softmax, chunk, hidden, weight, d_hidden, d_weight)
+            del logits, softmax  # free them before the next chunk's are allocated
+        ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.columns = columns
-        ctx.gradients = d_rows, d_weight
+        ctx.gradients = d_hidden, d_weight
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, labels, normaliser = ctx.saved_tensors
-        if ctx.gradients is not None and len(rows) and grad.stride(0) == 0:
-            # One number for all rows, as a sum's backward hands it down.
-            known, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward computes them again
-            scaled = (None if one is None else one.mul_(grad[0]).to(weight.dtype) for one in known)
+        hidden, weight, labels, lse = ctx.saved_tensors
+        if ctx.gradients is not None and len(hidden) and grad.stride(0) == 0:
+            # Stride 0: an expanded scalar, as the backward of a sum returns it.
+            computed, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward recomputes them
+            scaled = (None if x is None else x.mul_(grad[0]).to(weight.dtype) for x in computed)
             return *scaled, None, None, None, None
-        d_rows, d_weight = _no_gradients(rows, weight, *ctx.needs_input_grad[:2])
-        for chunk in _chunks(rows, weight):
-            softmax = _logits(rows[chunk], weight, ctx.columns).sub_(normaliser[chunk].unsqueeze(-1)).exp_()
+        d_hidden, d_weight = _gradient_buffers(hidden, weight, *ctx.needs_input_grad[:2])
+        for chunk in _chunks(hidden, weight):
+            softmax = _logits(hidden[chunk], weight, ctx.columns).sub_(lse[chunk].unsqueeze(-1)).exp_()
             _subtract_at_label(softmax, labels[chunk])
-            _add_gradients(softmax.mul_(grad[chunk].unsqueeze(-1)), chunk, rows, weight, d_rows, d_weight)
+            _add_gradients(softmax.mul_(grad[chunk].unsqueeze(-1)), chunk, hidden, weight, d_hidden, d_weight)
             del softmax
-        return d_rows, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
-def _no_gradients(
-    rows: Tensor, weight: Tensor, wants_rows: bool, wants_weight: bool
+def _gradient_buffers(
+    hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where the gradients of rows (their type) and of the head (float32 or wider) are collected."""
-    d_rows = torch.empty_like(rows) if wants_rows else None
-    return d_rows, torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
+    """Gradient buffers: empty in the dtype of `hidden`, zeros in float32 or wider for `weight`; None if not wanted."""
+    d_hidden = torch.empty_like(hidden) if wants_hidden else None
+    return d_hidden, torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
 
 
 def _add_gradients(
-    d_logits: Tensor, chunk: slice, rows: Tensor, weight: Tensor, d_rows: Tensor | None, d_weight: Tensor | None
+    d_logits: Tensor, chunk: slice, hidden: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None
 ) -> None:
     d_logits = d_logits.to(weight.dtype)
-    if d_rows is not None:
-        torch.mm(d_logits, weight, out=d_rows[chunk])
+    if d_hidden is not None:
+        torch.mm(d_logits, weight, out=d_hidden[chunk])
     if d_weight is not None and d_weight.dtype == d_logits.dtype:
-        d_weight.addmm_(d_logits.t(), rows[chunk])
+        d_weight.addmm_(d_logits.t(), hidden[chunk])
     elif d_weight is not None:
-        d_weight += d_logits.t() @ rows[chunk]
+        d_weight += d_logits.t() @ hidden[chunk]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _chunks(rows: Tensor, weight: Tensor) -> list[slice]:
-    """Runs of rows; none for no rows, so that nothing is exchanged for them.
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Consecutive ranges of tokens; none without tokens, so that no collective is launched for them.
 
-    A chunk's logits are at most 1/32 of all, and no larger than the rows themselves, unless that were under 256 rows.
+    A chunk's logits are at most 1/32 of all logits and no larger than `hidden`, but a chunk has at least 256 tokens.
     """
-    count, width = rows.shape
-    each = max(_MIN_ROWS, min(count // _MAX_SHARE, count * width // weight.shape[0]))
+    count, width = hidden.shape
+    each = max(_MIN_TOKENS, min(count // _MIN_CHUNKS, count * width // weight.shape[0]))
     return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
-def _logits(rows: Tensor, weight: Tensor, columns: int) -> Tensor:
-    """[n, local vocabulary] in float32 or wider; padding columns are minus infinity."""
-    logits = (rows @ weight.t()).to(_wide(rows))
+def _logits(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """[n, vocabulary shard], float32 or wider; -inf in padding columns."""
+    logits = (hidden @ weight.t()).to(_wide(hidden))
     if columns < weight.shape[0]:
         logits[:, max(columns, 0) :] = float("-inf")
     return logits
 
 
 def _at_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """[n] logit at the label where it lies in this rank's part, else 0."""
-    mine = (labels >= 0) & (labels < logits.shape[1])
+    """[n]: the label's logit where the label lies in this rank's vocabulary shard, else 0."""
+    local = (labels >= 0) & (labels < logits.shape[1])
     picked = logits.gather(1, labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return torch.where(mine, picked, 0.0)
+    return torch.where(local, picked, 0.0)
 
 
 def _subtract_at_label(softmax: Tensor, labels: Tensor) -> None:
-    """softmax -= one-hot(label), where the label lies in this rank's part."""
-    mine = (labels >= 0) & (labels < softmax.shape[1])
+    """softmax -= one-hot(label), in place, where the label lies in this rank's vocabulary shard."""
+    local = (labels >= 0) & (labels < softmax.shape[1])
     column = labels.clamp(0, softmax.shape[1] - 1).unsqueeze(1)
-    softmax.scatter_add_(1, column, -mine.to(softmax.dtype).unsqueeze(1))
+    softmax.scatter_add_(1, column, -local.to(softmax.dtype).unsqueeze(1))

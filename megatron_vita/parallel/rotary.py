@@ -1,7 +1,8 @@
-"""Rotary position embedding, gathered by each token's own position.
+"""Rotary position embedding (RoPE) for tokens at arbitrary position ids.
 
-Applied inside our core attention rather than by megatron-core: the cosines are computed once per row instead of in
-every layer, and a rotation's backward is one more rotation.
+VitaCoreAttention applies it instead of megatron-core's SelfAttention: cosines and sines are computed once per packed
+sequence instead of once per layer, and the backward is a rotation by the negative angle. Pairs are (x[i], x[i + d/2]),
+as in Hugging Face transformers (not interleaved).
 """
 
 from __future__ import annotations
@@ -16,41 +17,57 @@ from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
 
 
 def llama3_scaling(frequencies: Tensor, factor: float) -> Tensor:
-    """Llama 3.1's rotary scaling of inverse frequencies, any shape.
+    """Llama 3.1's RoPE scaling (transformers: rope_type llama3).
 
-    A wave longer than LLAMA3_LENGTH / LLAMA3_LOW tokens turns `factor` times slower, one shorter than LLAMA3_LENGTH /
-    LLAMA3_HIGH as before, one in between by a mixture of the two. (transformers: rope_type llama3.)
+    Frequencies with a wavelength above LLAMA3_LENGTH / LLAMA3_LOW tokens are divided by `factor`, those with a
+    wavelength below LLAMA3_LENGTH / LLAMA3_HIGH are unchanged, those between are interpolated linearly.
+
+    Args:
+        frequencies: inverse frequencies, any shape.
+        factor: rope_scaling.factor of the Hugging Face config.
+
+    Returns:
+        scaled inverse frequencies, the same shape.
     """
-    waves = LLAMA3_LENGTH * frequencies / (2 * math.pi)  # in the original context
+    waves = LLAMA3_LENGTH * frequencies / (2 * math.pi)  # periods in the original context length
     kept = ((waves - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clamp(0, 1)
     return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines for tokens at any positions, in any order."""
+    """Computes cosines and sines of position ids; has no parameters and no buffers."""
 
     def __init__(self, head_dim: int, base: float, scaling_factor: float | None = None) -> None:
-        """`scaling_factor`: of Llama 3.1's scaling; none: none."""
+        """Compute the inverse frequencies.
+
+        Args:
+            head_dim: d, even.
+            base: rope_theta.
+            scaling_factor: factor of Llama 3.1's scaling; None: no scaling.
+        """
         super().__init__()
-        # Published models compute this in float32; wider arithmetic would move their logits at far positions.
+        # float32 as in the published models: float64 would change their logits at far positions.
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        # No buffer: megatron-core's Float16Module would make a bfloat16 one of it, and far positions fall together.
+        # Not a buffer: megatron-core's Float16Module would cast it to bfloat16, which cannot tell far positions apart.
         frequency = 1.0 / (base**exponent)
         self._inverse_frequency = frequency if scaling_factor is None else llama3_scaling(frequency, scaling_factor)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """int64 [1, t] -> cosines and sines [t, 1, head_dim / 2], computed in float32, in `dtype`."""
+        """Position ids int64 [1, t] -> cosines and sines [t, 1, d / 2] each, computed in float32, cast to `dtype`."""
         self._inverse_frequency = self._inverse_frequency.to(positions.device)
         angles = positions.reshape(-1, 1, 1).float() * self._inverse_frequency
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its token's angle.
+    """Rotate queries or keys by the angles of their tokens; differentiable in x.
 
     Args:
         x: [t, heads, d].
-        table: cosines and sines [t, 1, d / 2].
+        table: cosines and sines [t, 1, d / 2] each, from RotaryTable.
+
+    Returns:
+        [t, heads, d], contiguous.
     """
     return _Rotate.apply(x, *table)
 
@@ -59,15 +76,15 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _apply_rotation(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _apply_rotation(grad, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     low, high = out.chunk(2, dim=-1)

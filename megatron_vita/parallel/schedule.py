@@ -1,17 +1,19 @@
-"""Which blocks of attention one rank computes for a row: index arithmetic, done once per row for all its layers.
+"""The attention block schedule of one rank: computed once per packed sequence, used by all its layers.
 
-A rank owns spans of documents. Each span is one diagonal block (its own keys) and, unless it starts its document, sees
-all the document's keys before it (off-diagonal blocks). How these keys arrive decides how they are cut:
+A context-parallel rank owns spans of documents (`layout.Span`). Attention of a span is one diagonal block (causal,
+against its own keys) and, unless the span starts its document, off-diagonal blocks (unmasked, against the document's
+earlier keys). `cp_comm_type` decides which keys a step brings, hence how the off-diagonal blocks are cut:
 
-* `all_gather`: one step, against the keys of the whole row: one off-diagonal block a span.
-* `p2p`: one step a rank of the ring, against that rank's keys: those of the document that come before the span, which
-  are the first ones of that rank's run. Nothing to see, no block: no block is ever masked in full.
-* `a2a`: no off-diagonal blocks. The rank has the whole row for some of its heads, so a span is a document.
+* `all_gather`: one step with the keys of the whole packed sequence; one off-diagonal block per span.
+* `p2p`: one step per rank of the ring, with that rank's keys. A block covers those of the document that precede the
+  span, which are the first ones that rank owns of the document. Fully masked blocks are never scheduled.
+* `a2a`: no off-diagonal blocks. A rank has all tokens for its slice of the heads, so every document is one span.
 
-Blocks are read where they lie: neighbours of equal shape go through one call, as a view. Only where blocks are so short
-that a call costs more than copying them are they brought together first, and short causal ones padded to equal shape,
-within `_WASTE` of the rank's work: no real query sees padding at the end, and padding sends no gradient. (Off the CPU
-one call takes blocks of any shape: more off-diagonal blocks are brought together, and nothing is padded.)
+Blocks are views where possible: adjacent blocks of equal shape are one kernel call without a copy. Only where blocks
+are so short that a kernel call costs more than copying them are they gathered first. On CPU, whose kernel takes blocks
+of equal shape, short diagonal blocks are then padded to a common length, which adds at most `_WASTE` of the rank's
+query-key pairs: padding stands last, so no real query attends to it, and its gradient is zeroed. On CUDA one
+variable-length call takes blocks of any shapes: nothing is padded, and more off-diagonal blocks are gathered.
 """
 
 from __future__ import annotations
@@ -21,51 +23,48 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_vita.layout import SequenceLayout, Span
+from megatron_vita.layout import Int64, SequenceLayout, Span
 from megatron_vita.parallel.block_kernels import Blocks
 
 _COPIED_PER_CALL = 24
-"""Tokens that are copied through all tensors of a forward and backward in the time of one more call (CPU, measured at 8
-heads of 64)."""
+"""Tokens that can be copied, over all tensors of a forward and backward, in the time of one kernel call (measured on
+CPU with 8 heads of size 64)."""
 _PAD_BELOW = 512
-"""Longest diagonal block that may be padded."""
+"""Longest diagonal block, in tokens, that may be padded."""
 _WASTE = 0.01
-"""Query-key pairs that padding may add, as a share of the pairs that the rank's blocks need."""
+"""Query-key pairs that padding may add, as a fraction of the pairs of the rank's blocks."""
 _SHORT_ON_CPU, _SHORT = 32, 4096
-"""Full blocks with at most so many queries, and 4 times as many keys, are gathered into few calls; longer ones are
-calls of their own, on views. Where one call takes blocks of any shape, more are worth gathering."""
-
-Int64 = npt.NDArray[np.int64]
+"""Off-diagonal blocks with at most this many queries and 4 times as many keys are gathered into few kernel calls, on
+CPU and on other devices. A longer block is a call of its own, on views."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of a tensor: a contiguous run, taken as a view, or a list, gathered."""
+class TokenIndex:
+    """Tokens selected along dimension 0 of a tensor: a contiguous range (a view) or an index list (a copy)."""
 
     start: int
     count: int
     index: Tensor | None = None
-    """int64 [count]; none: the run [start, start + count)."""
+    """int64 [count]; None: the range [start, start + count)."""
 
-    def of(self, source: Tensor) -> Tensor:
-        """Those rows of `source`."""
+    def gather(self, source: Tensor) -> Tensor:
+        """[tokens, ...] -> [count, ...]: a view for a contiguous range, else a copy."""
         if self.index is None:
             return source.narrow(0, self.start, self.count)
         return source.index_select(0, self.index)
 
-    def put(self, target: Tensor, values: Tensor) -> None:
-        """Write `values` into those rows of `target`."""
+    def scatter_(self, target: Tensor, values: Tensor) -> None:
+        """target[selected] = values, in place; values [count, ...]."""
         if self.index is None:
             target.narrow(0, self.start, self.count).copy_(values)
         else:
             target.index_copy_(0, self.index, values)
 
-    def add(self, target: Tensor, values: Tensor) -> None:
-        """Add `values` to those rows of `target`; a row that is listed twice gets both."""
+    def scatter_add_(self, target: Tensor, values: Tensor) -> None:
+        """target[selected] += values, in place; values [count, ...]. Values of a repeated token are summed."""
         if self.index is None:
             target.narrow(0, self.start, self.count).add_(values)
         else:
@@ -74,78 +73,80 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class DiagonalBlocks:
-    """Every token of the rank, once, partitioned into runs of equal diagonal blocks that stand one after another."""
+    """The diagonal blocks of a rank, and the permutation of its t tokens into block order (p places with padding)."""
 
     blocks: Blocks
-    read: Tensor | None
-    """int64 [partitioned]: the token that stands at each place; padding repeats the last token of its block. None: the
-    tokens as they are."""
-    place: Tensor | None
-    """int64 [t]: where each token stands."""
+    to_blocks: Tensor | None
+    """int64 [p]: local index of the token at each place of the block order; padding repeats the last token of its
+    block. None: block order is local order (then p == t)."""
+    from_blocks: Tensor | None
+    """int64 [t]: place of each local token in the block order; None with `to_blocks`."""
     padding: Tensor | None
-    """int64: the places that are padding; none: no padding."""
+    """int64: places of the block order that are padding; None: no padding."""
 
-    def partition(self, rows: Tensor) -> Tensor:
-        """[t, ...] -> [partitioned, ...]."""
-        return rows if self.read is None else rows.index_select(0, self.read)
+    def partition(self, tokens: Tensor) -> Tensor:
+        """[t, ...] in local order -> [p, ...] in block order."""
+        return tokens if self.to_blocks is None else tokens.index_select(0, self.to_blocks)
 
     def collect(self, partitioned: Tensor) -> Tensor:
-        """[partitioned, ...] -> [t, ...], in the order of the tokens."""
-        return partitioned if self.place is None else partitioned.index_select(0, self.place)
+        """[p, ...] in block order -> [t, ...] in local order, padding dropped."""
+        return partitioned if self.from_blocks is None else partitioned.index_select(0, self.from_blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class OffDiagonalBlocks:
-    """Blocks without a mask that go through the kernels together."""
+    """Unmasked blocks of one kernel call."""
 
     blocks: Blocks
-    queries: Rows
-    """Rows among this rank's tokens."""
-    keys: Rows
-    """Rows among the keys of the step."""
+    queries: TokenIndex
+    """The blocks' queries among this rank's t tokens."""
+    keys: TokenIndex
+    """The blocks' keys among the keys of the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All the blocks of one rank for one row."""
+    """All attention blocks of one context-parallel rank for one packed sequence."""
 
     comm_type: str
+    """`p2p`, `all_gather` or `a2a`; always `all_gather` with one context-parallel rank."""
     diagonal: DiagonalBlocks
     steps: tuple[tuple[OffDiagonalBlocks, ...], ...]
-    """What is computed against the keys of each step; no step where keys do not travel (a2a, and one rank)."""
+    """Off-diagonal blocks of each communication step; no step under `a2a` or with one context-parallel rank."""
     tokens: int
-    """Tokens that this rank owns, t."""
-    from_ranks: Tensor | None
-    """int64 [s]: where each row position lies when the ranks' tokens stand one after another."""
-    to_ranks: Tensor | None
-    """int64 [s]: its inverse, the row positions in rank order. Both only where a row is put together."""
+    """Tokens of this rank, t."""
+    rank_order_index: Tensor | None
+    """int64 [s]: place of each token (by global index) when the ranks' local tokens are concatenated in rank order.
+    None under `p2p` and with one rank, which never assemble the packed sequence."""
+    sequence_order_index: Tensor | None
+    """int64 [s]: the inverse, global indices in rank order; None with `rank_order_index`."""
 
-    def to_row_order(self, by_rank: Tensor) -> Tensor:
-        """[s, ...] in rank order -> in row order."""
-        assert self.from_ranks is not None
-        return by_rank.index_select(0, self.from_ranks)
+    def to_sequence_order(self, by_rank: Tensor) -> Tensor:
+        """[s, ...] concatenated in rank order -> [s, ...] by global index."""
+        assert self.rank_order_index is not None
+        return by_rank.index_select(0, self.rank_order_index)
 
-    def to_rank_order(self, row: Tensor) -> Tensor:
-        """[s, ...] in row order -> in rank order."""
-        assert self.to_ranks is not None
-        return row.index_select(0, self.to_ranks)
+    def to_rank_order(self, by_position: Tensor) -> Tensor:
+        """[s, ...] by global index -> [s, ...] concatenated in rank order."""
+        assert self.sequence_order_index is not None
+        return by_position.index_select(0, self.sequence_order_index)
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that this rank's kernels compute for each head it has, padding included."""
+        """Query-key pairs that this rank's kernels compute per head, padding included."""
         return self.diagonal.blocks.pairs + sum(one.blocks.pairs for step in self.steps for one in step)
 
 
 def build_schedule(
     layout: SequenceLayout, cp_rank: int, device: torch.device, comm_type: str = "all_gather"
 ) -> Schedule:
-    """The blocks of one context-parallel rank; index tensors on `device`.
+    """Compute the block schedule of one context-parallel rank. No communication.
 
     Args:
-        layout: the row.
-        cp_rank: whose blocks.
-        device: where attention runs.
-        comm_type: `p2p`, `all_gather` or `a2a`; with one context-parallel rank they are the same.
+        layout: partition of the packed sequence.
+        cp_rank: the rank whose blocks are computed.
+        device: where attention runs and the index tensors are put.
+        comm_type: `p2p`, `all_gather` or `a2a`; no difference with one context-parallel rank.
     """
     comm_type = comm_type if layout.cp > 1 else "all_gather"
     whole = comm_type == "a2a" or layout.cp == 1
@@ -155,19 +156,19 @@ def build_schedule(
         sources = [layout.local_positions((cp_rank - step) % layout.cp) for step in range(layout.cp)]
     elif not whole:
         sources = [np.arange(layout.length)]
-    from_ranks = to_ranks = None
+    rank_order_index = sequence_order_index = None
     if layout.cp > 1 and comm_type != "p2p":
         rank, index = layout.owner
-        from_ranks = torch.from_numpy(rank * layout.local_length + index).to(device)
+        rank_order_index = torch.from_numpy(rank * layout.local_length + index).to(device)
         order = np.concatenate([layout.local_positions(one) for one in range(layout.cp)])
-        to_ranks = torch.from_numpy(order).to(device)
+        sequence_order_index = torch.from_numpy(order).to(device)
     return Schedule(
         comm_type=comm_type,
         diagonal=_diagonal_blocks(spans, device),
-        steps=tuple(_full_blocks(_segments(spans, layout.starts, source), device) for source in sources),
+        steps=tuple(_off_diagonal_blocks(_segments(spans, layout.starts, source), device) for source in sources),
         tokens=layout.local_length,
-        from_ranks=from_ranks,
-        to_ranks=to_ranks,
+        rank_order_index=rank_order_index,
+        sequence_order_index=sequence_order_index,
     )
 
 
@@ -180,33 +181,33 @@ def _diagonal_blocks(spans: Sequence[Span], device: torch.device) -> DiagonalBlo
     groups = _groups(spans) if device.type == "cpu" else []
     if not groups or sum(lengths) >= _COPIED_PER_CALL * (len(runs) - len(groups)):
         return DiagonalBlocks(_blocks(runs, True, device), None, None, None)
-    return _dealt_blocks(groups, device)
+    return _padded_blocks(groups, device)
 
 
-def _dealt_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> DiagonalBlocks:
-    """The spans of each group padded to equal length, in one run."""
-    runs, reads, pads = [], [], []
+def _padded_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> DiagonalBlocks:
+    """Diagonal blocks in which the spans of each group are padded to the longest of the group: one run per group."""
+    runs, orders, pads = [], [], []
     for group in groups:
         lengths = np.array([span.stop - span.start for span in group])[:, None]
         starts = np.array([span.local_start for span in group])[:, None]
         each = int(lengths.max())
         token = np.arange(each)[None, :]
-        reads.append((starts + np.minimum(token, lengths - 1)).reshape(-1))
+        orders.append((starts + np.minimum(token, lengths - 1)).reshape(-1))
         pads.append((token >= lengths).reshape(-1))
         runs.append((len(group), each, each))
-    read, pad = np.concatenate(reads), np.concatenate(pads)
-    place = np.empty(len(read) - int(pad.sum()), dtype=np.int64)
-    place[read[~pad]] = np.flatnonzero(~pad)
+    to_blocks, pad = np.concatenate(orders), np.concatenate(pads)
+    from_blocks = np.empty(len(to_blocks) - int(pad.sum()), dtype=np.int64)
+    from_blocks[to_blocks[~pad]] = np.flatnonzero(~pad)
     padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
-    index = torch.from_numpy(read).to(device), torch.from_numpy(place).to(device)
+    index = torch.from_numpy(to_blocks).to(device), torch.from_numpy(from_blocks).to(device)
     return DiagonalBlocks(_blocks(runs, True, device), *index, padding)
 
 
 def _groups(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans whose diagonal blocks share a call: as unequal as the allowance for padding permits."""
+    """Group spans whose diagonal blocks share a kernel call: the coarsest groups whose padding stays within _WASTE."""
     needed = sum((one.stop - one.start) * (one.stop + one.start + 1) // 2 for one in spans)
     own = sum(_triangle(one.stop - one.start) for one in spans)
-    ordered = sorted(spans, key=lambda one: one.start - one.stop)  # longest first, row order among equals
+    ordered = sorted(spans, key=lambda one: one.start - one.stop)  # longest first; stable among equal lengths
     for slack in (8, 16, 32, 64, 128):
         groups = _groups_within(ordered, slack)
         padded = sum(len(group) * _triangle(max(one.stop - one.start for one in group)) for group in groups)
@@ -216,7 +217,7 @@ def _groups(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _groups_within(ordered: Sequence[Span], slack: int | None) -> list[list[Span]]:
-    """Spans in groups whose lengths differ by at most 1/slack of the longest (none: not at all)."""
+    """Group spans (longest first) whose lengths differ by at most 1/slack of the longest (None: equal lengths only)."""
     groups: list[list[Span]] = []
     longest = allowed = 0
     for span in ordered:
@@ -238,10 +239,11 @@ def _triangle(length: int) -> int:
 
 
 def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
-    """The off-diagonal blocks of spans against keys at the (ascending) row positions `source`.
+    """Off-diagonal blocks of spans against the keys of one step, `source` (global indices, ascending).
 
     Returns:
-        int64 `[blocks, 4]`: first query row, queries, first key row, keys; in the order of the queries.
+        int64 `[blocks, 4]`: first query (local index), number of queries, first key (index into `source`), number of
+        keys; ascending by query.
     """
     own = np.array([(one.document, one.start, one.stop - one.start, one.local_start) for one in spans], dtype=np.int64)
     begins = starts[own[:, 0]]
@@ -249,7 +251,7 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
     keys = np.searchsorted(source, begins + own[:, 1]) - first
     found = np.stack([own[:, 3], own[:, 2], first, keys], axis=1)[keys > 0]
     merged: list[Int64] = []
-    for one in found:  # both spans of a document see the same keys of a rank that lies between: one block
+    for one in found:  # both spans of a document may attend to the same keys: merged into one block
         last = merged[-1] if merged else None
         if last is not None and last[0] + last[1] == one[0] and (last[2:] == one[2:]).all():
             last[1] += one[1]
@@ -258,7 +260,7 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
     return np.array(merged, dtype=np.int64).reshape(-1, 4)
 
 
-def _full_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBlocks, ...]:
+def _off_diagonal_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBlocks, ...]:
     short = _SHORT_ON_CPU if device.type == "cpu" else _SHORT
     alone = (segments[:, 1] > short) | (segments[:, 3] > 4 * short)
     few = [_one_call(one[None], device) for one in segments[alone]]
@@ -269,21 +271,21 @@ def _full_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBloc
 def _one_call(segments: Int64, device: torch.device) -> OffDiagonalBlocks:
     shapes, kind = np.unique(segments[:, [1, 3]], axis=0, return_inverse=True)
     changes = np.flatnonzero(np.diff(kind.reshape(-1))) + 1
-    if len(changes) >= len(shapes):  # equal shapes apart: bring them together
+    if len(changes) >= len(shapes):  # blocks of equal shape are not adjacent: sort by shape
         segments = segments[np.argsort(kind.reshape(-1), kind="stable")]
         changes = np.flatnonzero((np.diff(segments[:, [1, 3]], axis=0) != 0).any(axis=1)) + 1
     runs = [(len(run), int(run[0, 1]), int(run[0, 3])) for run in np.split(segments, changes)]
-    rows = (_rows(segments[:, 0], segments[:, 1], device), _rows(segments[:, 2], segments[:, 3], device))
-    return OffDiagonalBlocks(_blocks(runs, False, device), *rows)
+    queries, keys = (_token_index(segments[:, side], segments[:, side + 1], device) for side in (0, 2))
+    return OffDiagonalBlocks(_blocks(runs, False, device), queries, keys)
 
 
-def _rows(starts: Int64, counts: Int64, device: torch.device) -> Rows:
-    """Rows of runs: a view where each begins where the one before ends."""
+def _token_index(starts: Int64, counts: Int64, device: torch.device) -> TokenIndex:
+    """Index of consecutive ranges: a contiguous range where each starts at the end of the previous one."""
     total = int(counts.sum())
     if np.array_equal(starts[1:], (starts + counts)[:-1]):
-        return Rows(int(starts[0]), total)
+        return TokenIndex(int(starts[0]), total)
     index = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(total)
-    return Rows(0, total, torch.from_numpy(index).to(device))
+    return TokenIndex(0, total, torch.from_numpy(index).to(device))
 
 
 def _blocks(runs: Sequence[tuple[int, int, int]], causal: bool, device: torch.device) -> Blocks:

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 KINDS = ("p2p", "all_gather", "a2a")
-ROWS = {
+DOCUMENTS = {
     "one document": (72,),
     "documents of one token": (1, 1, 70),
     "many": (13, 27, 5, 19, 8),
@@ -32,7 +32,7 @@ HEADS = {"h = g": (4, 4), "h = 2 g": (4, 2), "h = 4 g": (8, 2), "g = 1": (4, 1)}
 
 
 def _inputs(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v and the output's gradient of the whole row, [length, heads, 16] each."""
+    """q, k, v and the output's gradient of the whole packed sequence, [length, heads, 16] each."""
     generator = torch.Generator().manual_seed(length + heads)
     return [torch.randn(length, n, 16, generator=generator, dtype=dtype) for n in (heads, groups, groups, heads)]
 
@@ -76,7 +76,7 @@ def _compare(
         assert worst <= tolerance, f"{kind}, cp {cp}, documents {documents}, heads {heads}, {name}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("documents", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_one_rank_equals_the_definition(documents: tuple[int, ...], strided: bool) -> None:
     for heads in HEADS.values():
@@ -90,13 +90,13 @@ def _check_all(cp: int) -> None:
         for heads in HEADS.values():
             if kind == "a2a" and heads[1] % cp:
                 continue
-            for number, documents in enumerate(ROWS.values()):
+            for number, documents in enumerate(DOCUMENTS.values()):
                 if sum(documents) % cp == 0:
                     _compare(documents, heads=heads, kind=kind, strided=number % 2 == 0, **here)
         groups_of_four = (8, 4) if kind == "a2a" else (4, 2)
         if cp != 3:
-            _compare(ROWS["many"], heads=groups_of_four, kind=kind, dtype=torch.float32, tolerance=1e-5, **here)
-            _compare(ROWS["many"], heads=groups_of_four, kind=kind, dtype=torch.bfloat16, tolerance=0.02, **here)
+            _compare(DOCUMENTS["many"], heads=groups_of_four, kind=kind, dtype=torch.float32, tolerance=1e-5, **here)
+            _compare(DOCUMENTS["many"], heads=groups_of_four, kind=kind, dtype=torch.bfloat16, tolerance=0.02, **here)
     destroy_groups()
 
 
@@ -110,7 +110,7 @@ def _check_eight() -> None:
     here = {"cp": 8, "cp_rank": groups.cp_rank, "group": groups.collection.cp}
     for kind in KINDS:
         for name in ("one document", "many", "nothing but single tokens"):
-            _compare(ROWS[name], heads=(8, 8) if kind == "a2a" else (4, 2), kind=kind, **here)
+            _compare(DOCUMENTS[name], heads=(8, 8) if kind == "a2a" else (4, 2), kind=kind, **here)
     destroy_groups()
 
 

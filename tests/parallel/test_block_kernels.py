@@ -1,4 +1,4 @@
-"""Block kernels: against their readable twins, and merged."""
+"""Block kernels against the reference implementation, and `merge`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CAUSAL = Blocks(((3, 17, 17), (1, 40, 40), (2, 1, 1)), causal=True)
 FULL = Blocks(((3, 17, 5), (1, 1, 40), (2, 30, 1)), causal=False)
 
 
-def _rows(blocks: Blocks, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def _random_inputs(blocks: Blocks, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(groups)
     queries, keys = (sum(run[0] * run[side] for run in blocks.runs) for side in (1, 2))
     shapes = [(queries, 4, 16), (keys, groups, 16), (keys, groups, 16), (queries, 4, 16)]
@@ -23,33 +23,33 @@ def _rows(blocks: Blocks, groups: int, dtype: torch.dtype) -> list[torch.Tensor]
 @pytest.mark.parametrize("blocks", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_kernels_equal_their_plain_twins(blocks: Blocks, dtype: torch.dtype, groups: int) -> None:
-    q, k, v, grad = _rows(blocks, groups, dtype)
+def test_kernels_equal_the_reference(blocks: Blocks, dtype: torch.dtype, groups: int) -> None:
+    q, k, v, grad = _random_inputs(blocks, groups, dtype)
     close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
     out, lse = block_kernels.forward(q, k, v, blocks, 0.3)
-    want = block_kernels.by_runs(block_kernels.plain_forward, blocks, 0.3, (q,), (k, v))
+    want = block_kernels.by_runs(block_kernels.reference_forward, blocks, 0.3, (q,), (k, v))
     for one, other in zip((out, lse), want, strict=True):
         torch.testing.assert_close(one, other, **close)
     # A log-sum-exp over more keys than the block's, in another memory order than the kernel's own.
     wider = (lse + 0.5).contiguous()
     got = block_kernels.backward(grad, q, k, v, out, wider, blocks, 0.3)
-    want = block_kernels.by_runs(block_kernels.plain_backward, blocks, 0.3, (grad, q), (k, v), (out, wider))
+    want = block_kernels.by_runs(block_kernels.reference_backward, blocks, 0.3, (grad, q), (k, v), (out, wider))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, **close)
 
 
-def test_plain_twins_are_autograd_of_the_definition() -> None:
-    q, k, v, grad = (x[:17].transpose(0, 1)[None].requires_grad_() for x in _rows(CAUSAL, 2, torch.float64))
-    out, lse = block_kernels.plain_forward(q, k, v, causal=True, scale=0.3)
+def test_reference_is_autograd_of_the_definition() -> None:
+    q, k, v, grad = (x[:17].transpose(0, 1)[None].requires_grad_() for x in _random_inputs(CAUSAL, 2, torch.float64))
+    out, lse = block_kernels.reference_forward(q, k, v, causal=True, scale=0.3)
     wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True, scale=0.3)
     torch.testing.assert_close(out, want)
-    got = block_kernels.plain_backward(grad, q, k, v, out, lse, causal=True, scale=0.3)
+    got = block_kernels.reference_backward(grad, q, k, v, out, lse, causal=True, scale=0.3)
     torch.testing.assert_close(got, torch.autograd.grad(want, (q, k, v), grad))
 
 
 def test_merging_two_halves_of_the_keys_gives_the_whole() -> None:
-    q, k, v, _ = _rows(Blocks(((1, 40, 40),), causal=False), 4, torch.float64)
+    q, k, v, _ = _random_inputs(Blocks(((1, 40, 40),), causal=False), 4, torch.float64)
     whole = block_kernels.forward(q, k, v, Blocks(((1, 40, 40),), causal=False), 1.0)
     parts = []
     for keys in (slice(0, 13), slice(13, 40)):

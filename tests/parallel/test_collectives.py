@@ -1,4 +1,4 @@
-"""Collectives: whatever the strides of what is sent, what arrives is what was meant."""
+"""Collectives give the same result for inputs of any strides."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.ranks import run_ranks
 ROOT = Path(megatron_vita.__file__).parent
 
 
-def _values(rank: int, rows: int) -> torch.Tensor:
-    """[rows, 3, 2] that tell rank and place."""
-    return rank * 1000 + torch.arange(rows * 6, dtype=torch.float64).view(rows, 3, 2)
+def _values(rank: int, count: int) -> torch.Tensor:
+    """float64 [count, 3, 2], different for every rank and element."""
+    return rank * 1000 + torch.arange(count * 6, dtype=torch.float64).view(count, 3, 2)
 
 
 def _check_strides() -> None:
@@ -27,24 +27,24 @@ def _check_strides() -> None:
     views = {
         "contiguous": lambda x: x,
         "dense, in another order": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
-        "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+        "every other token": lambda x: x.repeat_interleave(2, dim=0)[::2],
         "expanded": lambda x: x[:, :, :1].expand(-1, -1, 2),
     }
     for name, view in views.items():
-        everyone = [view(_values(one, 4)) for one in range(size)]
-        mine = view(_values(rank, 4))  # rank 0 sends another memory order than the others: none may show through
-        mine = mine if rank else mine.contiguous()
-        got = collectives.gather_rows(mine, group).wait()
-        torch.testing.assert_close(got, torch.cat(everyone), msg=f"gather_rows, {name}")
-        got = collectives.ring_send_recv(mine, group, tag=3).wait()
-        torch.testing.assert_close(got, everyone[rank - 1], msg=f"ring_send_recv, {name}")
+        all_ranks = [view(_values(one, 4)) for one in range(size)]
+        local = view(_values(rank, 4))  # rank 0 sends another memory order than the others
+        local = local if rank else local.contiguous()
+        got = collectives.gather_tokens(local, group).wait()
+        torch.testing.assert_close(got, torch.cat(all_ranks), msg=f"gather_tokens, {name}")
+        got = collectives.ring_send_recv(local, group, tag=3).wait()
+        torch.testing.assert_close(got, all_ranks[rank - 1], msg=f"ring_send_recv, {name}")
         each = 4 // size
-        got = collectives.exchange_rows(mine, [each] * size, [each] * size, group)
-        want = torch.cat([one[rank * each : (rank + 1) * each] for one in everyone])
-        torch.testing.assert_close(got, want, msg=f"exchange_rows, {name}")
-        got = collectives.reduce_scatter_rows(mine, group)
-        want = torch.stack(everyone).sum(0)[rank * each : (rank + 1) * each]
-        torch.testing.assert_close(got, want, msg=f"reduce_scatter_rows, {name}")
+        got = collectives.exchange_tokens(local, [each] * size, [each] * size, group)
+        want = torch.cat([one[rank * each : (rank + 1) * each] for one in all_ranks])
+        torch.testing.assert_close(got, want, msg=f"exchange_tokens, {name}")
+        got = collectives.reduce_scatter_tokens(local, group)
+        want = torch.stack(all_ranks).sum(0)[rank * each : (rank + 1) * each]
+        torch.testing.assert_close(got, want, msg=f"reduce_scatter_tokens, {name}")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -87,11 +87,11 @@ COLLECTIVES = {
     and not name.endswith(("_object", "_object_list"))
     and callable(getattr(dist, name))
 }
-FILES = sorted(path for room in ("parallel", "models") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(path for package in ("parallel", "models") for path in (ROOT / package).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tensors_travel_through_the_guarded_collectives_only(path: Path) -> None:
+def test_tensors_are_sent_by_the_collectives_of_parallel_only(path: Path) -> None:
     if path.name == "collectives.py":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Layouts follow one another in the same processes, and leave nothing behind."""
+"""Groups of several layouts, one after the other in the same processes."""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ from megatron_vita.parallel.loss import vocab_parallel_loss
 from tests.ranks import run_ranks
 
 
-def _check(tp: int, vocab: int, padded: int, rows: int, least: int) -> None:
-    """Values and gradients, where all rows weigh the same and where they do not."""
-    loss_module._MIN_ROWS = least
+def _check(tp: int, vocab: int, padded: int, tokens: int, least: int) -> None:
+    """Losses and gradients, with equal and with different upstream gradients of the tokens."""
+    loss_module._MIN_TOKENS = least
     groups = build_groups(ParallelConfig(tensor_model_parallel_size=tp))
     group = groups.collection.tp
-    generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 12, generator=generator, dtype=torch.float64)
     weight = torch.randn(padded, 12, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
-    for factors in (torch.tensor(0.7).double(), torch.rand(rows, generator=generator, dtype=torch.float64)):
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    for factors in (torch.tensor(0.7).double(), torch.rand(tokens, generator=generator, dtype=torch.float64)):
         whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         want = F.cross_entropy((whole[0] @ whole[1].t())[:, :vocab], labels, reduction="none")
         mine = weight.chunk(tp)[groups.tp_rank].clone().requires_grad_()
@@ -40,16 +40,16 @@ def _check(tp: int, vocab: int, padded: int, rows: int, least: int) -> None:
 
 CASES = [
     (33, 34, 9, 256),
-    (33, 36, 9, 2),  # chunks of two rows, the last of one
+    (33, 36, 9, 2),  # chunks of two tokens, the last of one
     (16, 34, 9, 256),  # the last rank holds nothing but padding
     (33, 34, 0, 256),
     (33, 34, 1, 256),
 ]
 
 
-@pytest.mark.parametrize(("vocab", "padded", "rows", "least"), CASES)
-def test_one_rank(vocab: int, padded: int, rows: int, least: int) -> None:
-    run_ranks(1, _check, 1, vocab, padded, rows, least)
+@pytest.mark.parametrize(("vocab", "padded", "tokens", "least"), CASES)
+def test_one_rank(vocab: int, padded: int, tokens: int, least: int) -> None:
+    run_ranks(1, _check, 1, vocab, padded, tokens, least)
 
 
 def _check_all() -> None:
@@ -63,16 +63,16 @@ def test_two_ranks() -> None:
 
 def _check_frozen_and_low() -> None:
     groups = build_groups(ParallelConfig())
-    rows = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.bfloat16)
     labels = torch.tensor([0, 3, 10, 4, 4])
-    got = vocab_parallel_loss(rows, weight, labels, vocab_size=11, group=groups.collection.tp)
+    got = vocab_parallel_loss(hidden, weight, labels, vocab_size=11, group=groups.collection.tp)
     assert got.dtype == torch.float32
-    want = F.cross_entropy((rows.detach() @ weight.t()).float(), labels, reduction="none")
+    want = F.cross_entropy((hidden.detach() @ weight.t()).float(), labels, reduction="none")
     torch.testing.assert_close(got, want)
     got.sum().backward()
-    assert rows.grad is not None
-    assert rows.grad.dtype == torch.bfloat16
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
     destroy_groups()
 
 
@@ -100,16 +100,16 @@ def test_bfloat16_gradients() -> None:
 
 def _check_twice_and_never() -> None:
     groups = build_groups(ParallelConfig())
-    rows, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     labels = torch.arange(6)
-    total = vocab_parallel_loss(rows, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
+    total = vocab_parallel_loss(hidden, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
     total.backward(retain_graph=True)
-    once = [one.grad.clone() for one in (rows, weight)]
+    once = [one.grad.clone() for one in (hidden, weight)]
     total.backward()
-    for one, first in zip((rows, weight), once, strict=True):
+    for one, first in zip((hidden, weight), once, strict=True):
         torch.testing.assert_close(one.grad, 2 * first)
     with torch.no_grad():
-        again = vocab_parallel_loss(rows, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
+        again = vocab_parallel_loss(hidden, weight, labels, vocab_size=11, group=groups.collection.tp).sum()
     torch.testing.assert_close(again, total.detach())
     destroy_groups()
 
@@ -119,12 +119,12 @@ def test_a_second_backward_and_none_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "vocab", "each"),
+    ("tokens", "width", "vocab", "each"),
     [(100, 64, 1000, 256), (32768, 5120, 19008, 1024), (32768, 896, 151936, 256), (0, 8, 8, None)],
 )
-def test_a_chunk_holds_a_small_part_of_the_logits(rows: int, width: int, vocab: int, each: int | None) -> None:
-    found = loss_module._chunks(torch.empty(rows, width, device="meta"), torch.empty(vocab, width, device="meta"))
-    assert sum(chunk.stop - chunk.start for chunk in found) == rows
+def test_a_chunk_holds_a_small_part_of_the_logits(tokens: int, width: int, vocab: int, each: int | None) -> None:
+    found = loss_module._chunks(torch.empty(tokens, width, device="meta"), torch.empty(vocab, width, device="meta"))
+    assert sum(chunk.stop - chunk.start for chunk in found) == tokens
     assert all(chunk.stop - chunk.start <= (each or 0) for chunk in found)
-    if rows > 256:
+    if tokens > 256:
         assert found[0].stop == each

@@ -1,4 +1,4 @@
-"""Every feature row reaches the owner of its token, once; its gradient comes back, once."""
+"""Every visual token reaches the owner of its placeholder once; its gradient comes back once."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _check(layouts: list[dict[str, Any]]) -> None:
 def _check_one(groups: Any, first: Any) -> None:
     layout = SequenceLayout((13, 9, 20, 5, 1), cp=groups.cp_size, sp=groups.sequence_shards)
     routes = TileRoutes(layout, first, 4, tp=groups.tp_size)
-    rows = len(first) * 4
-    features = torch.arange(rows * 3, dtype=torch.float64).view(rows, 3) + 1
+    visual_tokens = len(first) * 4
+    features = torch.arange(visual_tokens * 3, dtype=torch.float64).view(visual_tokens, 3) + 1
     mine = routes.tiles_of(groups.group_rank)
     local = features[mine.start * 4 : mine.stop * 4].clone().requires_grad_()
     got, index = exchange_features(local, routes, groups)
@@ -47,7 +47,7 @@ def _check_one(groups: Any, first: Any) -> None:
     filled = torch.zeros(len(positions), 3, dtype=torch.float64).index_copy(0, index, got)
     torch.testing.assert_close(filled, expected[torch.from_numpy(positions)])
 
-    # The gradient of a row is its position in the row, the same on all copies; it must come back unmultiplied.
+    # The gradient of a visual token is its global index, the same on all copies; it must come back unmultiplied.
     got.backward(torch.from_numpy(positions)[index].double()[:, None].expand(-1, 3))
     want = torch.from_numpy(places[mine.start * 4 : mine.stop * 4]).double()[:, None].expand(-1, 3)
     torch.testing.assert_close(local.grad, want)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vita.parallel.collectives import gather_rows
+from megatron_vita.parallel.collectives import gather_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def gather_uneven(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup)
     longest = max(counts)
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
-    everyone = gather_rows(padded, group).wait()
+    everyone = gather_tokens(padded, group).wait()
     return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""Rows of packed documents as the stages see them: lengths only."""
+"""Document lengths of packed sequences like those of the training stages, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 MIXES = ("text", "pictures", "videos", "pages and books", "one document")
 
 
-def packed_rows(mix: str, length: int, *, count: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """`count` rows of exactly `length` tokens; the last document of each is cut, or is the padding."""
+def packed_documents(mix: str, length: int, *, count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """`count` packed sequences of exactly `length` tokens; the last document of each is cut, or is the padding."""
     generator = np.random.default_rng(seed)
     out = []
     for _ in range(count):
