@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert import decoders, intern_vit
+from megatron_vita.convert.processor_files import read_side_file, with_norm
 from megatron_vita.convert.rules import Rule, rename
+from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError
 
 MODEL_TYPE = "long_vita"
@@ -23,6 +26,12 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     model = decoders.read_config(config, where)
     tower, _ = intern_vit.read_config({"model_type": "intern_vit_6b", **visual}, f"{where}: visual")
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=tower.hidden_size, bias=False))
+
+
+def read_spec(folder: Path, vision: VisionConfig) -> PreprocessSpec:
+    """How a published model wants its pictures: in Long-VITA's own token layout, normalised as its settings say."""
+    own = PreprocessSpec.for_tower(with_norm(folder, vision))
+    return read_side_file(folder, vision) or replace(own, layout="long_vita")
 
 
 def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:

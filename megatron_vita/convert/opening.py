@@ -18,6 +18,7 @@ from megatron_vita.convert import (
     decoders,
     intern_vit,
     internvl,
+    internvl_processor,
     long_vita,
     megatron_layouts,
     processor_files,
@@ -210,9 +211,9 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
     check_not_quantised(config, where)
     model = _FAMILIES[kind].read_config(config, where)
     preprocess = None
-    if model.vision is not None:  # Long-VITA's published models were trained in its own token layout
-        layout = "long_vita" if kind == long_vita.MODEL_TYPE else "internvl"
-        preprocess = processor_files.read_spec(folder, model.vision, layout=layout)
+    if model.vision is not None:
+        read_spec = long_vita.read_spec if kind == long_vita.MODEL_TYPE else internvl_processor.read_spec
+        preprocess = read_spec(folder, model.vision)
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
     for part in (model, model.vision):

@@ -1,4 +1,4 @@
-"""How a Hugging Face folder wants its pictures, read and written: processor settings, and what these cannot say.
+"""Processor settings of a Hugging Face folder: those that we write, what they cannot say, and how a tower's are read.
 
 transformers 4 keeps the image processor's settings in preprocessor_config.json. transformers 5 saves them inside
 processor_config.json, and reads them there or, if there are none, in the old place; so that is where ours are written.
@@ -7,58 +7,61 @@ processor_config.json, and reads them there or, if there are none, in the old pl
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert.hf_config import flag, optional_integer, read_json, section
+from megatron_vita.convert.hf_config import (
+    flag,
+    mistyped,
+    number,
+    optional_integer,
+    read_json,
+    refuse,
+    section,
+)
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-_NESTED = "image_processor"
-"""Key of PROCESSOR_FILE."""
 SIDECAR = "megatron_vita.json"
 """What an exported folder remembers beyond what stock files can say."""
-_BICUBIC = 3
+BICUBIC = 3
 """PIL's number."""
-_READ = ("image_mean", "image_std", "min_patches", "max_patches", "crop_to_patches")
+PIXEL_SETTINGS = {
+    *("size", "default_to_square", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std", "min_patches", "max_patches", "do_convert_rgb", "do_center_crop", "crop_size"),
+    *("do_pad", "pad_size"),
+}
+"""Keys of an image processor that stock code obeys."""
+_RELATIVE = 1e-6
+"""Difference of means and deviations that float32 pixels do not show."""
 
 
-def read_spec(folder: Path, vision: VisionConfig, *, layout: str) -> PreprocessSpec:
-    """How a model wants its pictures: from our own side file where we wrote the folder, else from the stock settings.
-
-    Args:
-        folder: the model's.
-        vision: its tower.
-        layout: token layout, which no stock file says.
+def read_side_file(folder: Path, vision: VisionConfig) -> PreprocessSpec | None:
+    """What a folder that we wrote says of pictures beyond stock settings; none where another wrote it.
 
     Raises:
-        CheckpointError: settings that say two things, or nothing that we can do.
+        CheckpointError: it is damaged, or does not fit the tower.
     """
-    where: Path = folder / SIDECAR
+    where = folder / SIDECAR
+    if not where.is_file():
+        return None
     try:
-        if where.is_file():
-            spec = PreprocessSpec.from_dict(read_json(where)["preprocess"])
-            _check_side(spec.image_size, vision, where)
-            return spec
-        values, where = _settings(folder)
-        default = dataclasses.replace(PreprocessSpec.for_tower(vision), layout=layout)
-        _check_size(values, vision, where)
-        tiles = values.get("crop_to_patches", True)
-        return dataclasses.replace(
-            default,
-            image_norm=_norm_name(values, where, default.image_norm),
-            min_tiles=int(values.get("min_patches", default.min_tiles)) if tiles else 1,
-            max_tiles=int(values.get("max_patches", default.max_tiles)) if tiles else 1,
-        )
+        spec = PreprocessSpec.from_dict(read_json(where)["preprocess"])
     except KeyError as error:
         raise CheckpointError(f"{where}: has no {error}. Download it again.") from None
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: these settings of pictures are not usable: {error}") from None
+    check_side(spec.image_size, vision, str(where))
+    return spec
 
 
 def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
@@ -67,9 +70,15 @@ def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
     Raises:
         CheckpointError: settings that say two things, or nothing that we can do.
     """
-    values, where = _settings(folder)
-    _check_size(values, vision, where)
-    return dataclasses.replace(vision, image_norm=_norm_name(values, where, vision.image_norm))
+    values, where = image_settings(folder)
+    # What enters the tower is the crop if there is one, else what is resized to.
+    key = "crop_size" if values.get("do_center_crop") and values.get("crop_size") is not None else "size"
+    if values.get(key) is not None:
+        check_side(side_of(values[key], key, where), vision, where)
+    mean, std = IMAGE_NORMS[vision.image_norm]
+    said = {key: values[key] for key in values if key not in ("image_mean", "image_std") or values[key] is not None}
+    name = norm_name({"image_mean": list(mean), "image_std": list(std), **said}, where)
+    return dataclasses.replace(vision, image_norm=name)
 
 
 def with_own_projector(folder: Path, model: ModelConfig) -> ModelConfig:
@@ -109,7 +118,7 @@ def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[
         "do_convert_rgb": True,
         "image_mean": list(mean),
         "image_std": list(std),
-        "resample": _BICUBIC,
+        "resample": BICUBIC,
     }
     tiles = {"crop_to_patches": spec.max_tiles > 1, "min_patches": spec.min_tiles, "max_patches": spec.max_tiles}
     processor = {"processor_class": "InternVLProcessor"}
@@ -136,50 +145,99 @@ def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[
     }
 
 
-def _settings(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The image processor's settings and the file that holds them, the new place before the old one; empty if none."""
-    old, new = folder / PREPROCESSOR_FILE, folder / PROCESSOR_FILE
-    values = read_json(old) if old.is_file() else {}
-    nested = read_json(new).get(_NESTED) if new.is_file() else None
-    if nested is None:
-        return values, old
-    if not isinstance(nested, dict):
-        raise CheckpointError(f"{new}: {_NESTED} must be an object, got {nested!r}. Download it again.")
-    for key in _READ if values else ():
-        if key in values and key in nested and values[key] != nested[key]:
-            raise CheckpointError(
-                f"{new}: says {_NESTED}.{key}={nested[key]!r}, {old.name} beside it {values[key]!r}, and releases of "
-                "transformers differ in which they believe. Remove the one that is wrong."
-            )
-    return {**values, **nested}, new
+def side_of(size: Any, key: str, where: str) -> int:
+    """Side of the square that a size names: one number, two equal ones, or an object of equal ones.
 
-
-def _norm_name(values: Mapping[str, Any], where: Path, default: str) -> str:
-    pair = (values.get("image_mean"), values.get("image_std"))
-    if pair == (None, None):
-        return default
-    for name, (mean, std) in IMAGE_NORMS.items():
-        if list(mean) == pair[0] and list(std) == pair[1]:
-            return name
-    raise CheckpointError(f"{where}: unknown image_mean and image_std {pair}.")
-
-
-def _check_size(values: Mapping[str, Any], vision: VisionConfig, where: Path) -> None:
-    """What enters the tower is as large as the tower asks: the crop if there is one, else what is resized to."""
-    cropped = values.get("do_center_crop") and values.get("crop_size") is not None
-    key = "crop_size" if cropped else "size"
-    size = values.get(key)
-    if size is None:
-        return
+    Raises:
+        CheckpointError: it is none.
+    """
     sides = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list) else [size]
     if not sides or any(type(one) is not int or one != sides[0] for one in sides):
         raise CheckpointError(f"{where}: {key}={size!r} is no side of a square.")
-    _check_side(sides[0], vision, where)
+    return int(sides[0])
 
 
-def _check_side(side: int, vision: VisionConfig, where: Path) -> None:
+def check_side(side: int, vision: VisionConfig, where: str) -> None:
+    """Refuse pictures of another size than the tower's.
+
+    Raises:
+        CheckpointError: saying both sizes.
+    """
     if side != vision.image_size:
         raise CheckpointError(
             f"{where}: makes pictures of {side} pixels a side, but the tower in config.json has "
             f"image_size={vision.image_size}. Correct the one that is wrong."
         )
+
+
+def norm_name(values: Mapping[str, Any], where: str) -> str:
+    """Name of the mean and deviation by which an image processor normalises pixels.
+
+    Args:
+        values: its settings; image_mean and image_std must be there.
+
+    Raises:
+        CheckpointError: pixels become something that no normalisation of ours gives.
+    """
+    scale = 255.0  # of the largest pixel; mean and deviation are known for pixels of 0..1
+    if switch(values, "do_rescale", where, default=True):
+        scale *= number({"rescale_factor": 1 / 255, **values}, "rescale_factor", where)
+    if not switch(values, "do_normalize", where, default=True):
+        raise refuse(where, "do_normalize", False, "pixels are always normalised")
+    pair = tuple(_channels(values, key, where) for key in ("image_mean", "image_std"))
+    for name, norms in IMAGE_NORMS.items():
+        if all(
+            math.isclose(one / scale, wanted, rel_tol=_RELATIVE)
+            for given, known in zip(pair, norms, strict=True)
+            for one, wanted in zip(given, known, strict=True)
+        ):
+            return name
+    rescaled = "" if math.isclose(scale, 1) else f" of pixels of 0..{scale:g} (do_rescale, rescale_factor)"
+    raise CheckpointError(
+        f"{where}: unknown image_mean and image_std {(values['image_mean'], values['image_std'])}{rescaled}."
+    )
+
+
+def switch(values: Mapping[str, Any], key: str, where: str, *, default: bool = False) -> bool:
+    """A flag of an image processor: stock code takes null for false, also where its default is true."""
+    return values.get(key, default) is not None and flag(values, key, default, where)
+
+
+def _channels(values: Mapping[str, Any], key: str, where: str) -> list[float]:
+    """A number for each of three channels, or one for all."""
+    value = values[key]
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) != 3 or any(not isinstance(one, int | float) or isinstance(one, bool) for one in numbers):
+        raise mistyped(where, key, "a number, or one for each of three channels", value)
+    return [float(one) for one in numbers]
+
+
+def image_settings(folder: Path) -> tuple[dict[str, Any], str]:
+    """Settings of a folder's image processor and the file that holds them, as transformers 5 reads them: what
+    processor_config.json has inside, else preprocessor_config.json. Empty where there are none.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    old, new = folder / PREPROCESSOR_FILE, folder / PROCESSOR_FILE
+    values = read_json(old) if old.is_file() else {}
+    nested = nested_settings(new, "image_processor")
+    if nested is None:
+        return values, str(old)
+    differing = sorted(key for key in values.keys() & nested.keys() & PIXEL_SETTINGS if values[key] != nested[key])
+    if differing:
+        log.warning(
+            "%s: is believed, as transformers 5 does; %s beside it, which transformers 4 reads, says otherwise of %s",
+            new,
+            old.name,
+            ", ".join(differing),
+        )
+    return nested, str(new)
+
+
+def nested_settings(path: Path, key: str) -> dict[str, Any] | None:
+    """Settings of one processor inside processor_config.json, or none."""
+    value = read_json(path).get(key) if path.is_file() else None
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {key} must be an object, got {value!r}. Download it again.")
+    return value

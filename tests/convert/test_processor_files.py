@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.convert.internvl_processor import read_spec
+from megatron_vita.convert.long_vita import read_spec as read_long_vita_spec
 from megatron_vita.convert.opening import open_model, open_tower
-from megatron_vita.convert.processor_files import processor_files, read_spec, with_norm, with_own_projector
+from megatron_vita.convert.processor_files import processor_files, with_norm, with_own_projector
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
@@ -40,7 +42,7 @@ def test_the_new_place_and_the_old_one_are_read_alike(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).mkdir()
         _write(tmp_path / name, **files)
-        assert read_spec(tmp_path / name, TOWER, layout="internvl") == WANTED, name
+        assert read_spec(tmp_path / name, TOWER) == WANTED, name
         assert with_norm(tmp_path / name, TOWER).image_norm == "siglip", name
 
 
@@ -49,7 +51,7 @@ def test_settings_as_transformers_saves_them(tmp_path: Path) -> None:
     module = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
     stock = module.GotOcr2ImageProcessorPil(**HALF, **TILES)
     _write(tmp_path, processor_config={"image_processor": stock.to_dict(), "processor_class": "InternVLProcessor"})
-    assert read_spec(tmp_path, TOWER, layout="internvl") == WANTED
+    assert read_spec(tmp_path, TOWER) == WANTED
 
 
 def test_a_model_and_a_tower_are_opened_by_it(tmp_path: Path) -> None:
@@ -65,13 +67,9 @@ def test_a_model_and_a_tower_are_opened_by_it(tmp_path: Path) -> None:
 
 
 def test_nothing_said_is_what_the_tower_asks(tmp_path: Path) -> None:
-    assert read_spec(tmp_path, TOWER, layout="long_vita") == PreprocessSpec(
-        layout="long_vita", image_size=16, patch_size=4
-    )
+    assert read_long_vita_spec(tmp_path, TOWER) == PreprocessSpec(layout="long_vita", image_size=16, patch_size=4)
+    assert read_spec(tmp_path, TOWER) == PreprocessSpec(image_size=16, patch_size=4)
     assert with_norm(tmp_path, TOWER) == TOWER
-    _write(tmp_path, preprocessor_config={**TILES, "crop_to_patches": False})
-    spec = read_spec(tmp_path, TOWER, layout="internvl")
-    assert (spec.min_tiles, spec.max_tiles) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +79,16 @@ def test_nothing_said_is_what_the_tower_asks(tmp_path: Path) -> None:
         ({"size": 32}, "makes pictures of 32 pixels"),
         ({"size": {"shortest_edge": 32}}, "makes pictures of 32 pixels"),
         ({"size": {"height": 16, "width": 32}}, "is no side of a square"),
-        (
-            {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
-            "of 8 pixels",
-        ),
+        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}, "of 8 pixels"),
         ({"image_mean": [0.1] * 3, "image_std": [0.1] * 3}, "unknown image_mean"),
+        ({"rescale_factor": 1 / 127.5}, "unknown image_mean .* of pixels of 0..2 "),
+        ({"do_normalize": False}, "do_normalize=False"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_of_a_tower_that_do_not_fit_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     _write(tmp_path, processor_config={"image_processor": values})
-    for read in (lambda: read_spec(tmp_path, TOWER, layout="internvl"), lambda: with_norm(tmp_path, TOWER)):
-        with pytest.raises(CheckpointError, match=f"{tmp_path}/processor_config.json: .*{message}"):
-            read()
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/processor_config.json: .*{message}"):
+        with_norm(tmp_path, TOWER)
 
 
 def test_a_crop_decides_over_what_is_resized(tmp_path: Path) -> None:
@@ -100,32 +96,24 @@ def test_a_crop_decides_over_what_is_resized(tmp_path: Path) -> None:
     assert with_norm(tmp_path, TOWER) == TOWER
 
 
-@pytest.mark.parametrize(
-    "values", [{"min_patches": "many"}, {"min_patches": 9, "max_patches": 2}, {"max_patches": None}]
-)
-def test_numbers_of_tiles_that_are_none(values: dict[str, Any], tmp_path: Path) -> None:
-    _write(tmp_path, preprocessor_config=values)
-    with pytest.raises(CheckpointError, match="not usable"):
-        read_spec(tmp_path, TOWER, layout="internvl")
-
-
-def test_two_places_that_disagree_are_refused(tmp_path: Path) -> None:
-    _write(tmp_path, preprocessor_config=TILES, processor_config={"image_processor": {**TILES, "max_patches": 6}})
-    with pytest.raises(CheckpointError, match=r"image_processor.max_patches=6, preprocessor_config.json beside it 5"):
-        read_spec(tmp_path, TOWER, layout="internvl")
-    _write(tmp_path, processor_config={"image_processor": 3})
-    with pytest.raises(CheckpointError, match="image_processor must be an object"):
-        read_spec(tmp_path, TOWER, layout="internvl")
+def test_of_two_places_the_new_one_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tower's, too. (A whole InternVL's: test_internvl_processor.py.)"""
+    _write(tmp_path, preprocessor_config={}, processor_config={"image_processor": HALF})
+    assert with_norm(tmp_path, TOWER).image_norm == "siglip"
+    assert not caplog.text
+    _write(tmp_path, preprocessor_config={"image_mean": [0.1] * 3})
+    assert with_norm(tmp_path, TOWER).image_norm == "siglip"
+    assert "says otherwise of image_mean" in caplog.text
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     model = dataclasses.replace(MODEL, projector=ProjectorConfig(ffn_hidden_size=60, bias=False))
     files = processor_files(model, dataclasses.replace(WANTED, max_fps=2.0))
     _write(tmp_path, **{name.removesuffix(".json"): values for name, values in files.items()})
-    assert read_spec(tmp_path, TOWER, layout="internvl").max_fps == 2.0
+    assert read_spec(tmp_path, TOWER).max_fps == 2.0
     assert with_own_projector(tmp_path, MODEL) == model
     (tmp_path / "megatron_vita.json").unlink()
-    assert read_spec(tmp_path, TOWER, layout="internvl") == WANTED
+    assert read_spec(tmp_path, TOWER) == WANTED
     assert with_own_projector(tmp_path, MODEL) == MODEL
 
 
@@ -148,4 +136,4 @@ def test_a_side_file_that_says_nonsense(projector: Any, message: str, tmp_path: 
 def test_a_side_file_without_settings_is_named(tmp_path: Path) -> None:
     _write(tmp_path, megatron_vita={"format_version": 1})
     with pytest.raises(CheckpointError, match=r"megatron_vita.json: has no 'preprocess'"):
-        read_spec(tmp_path, TOWER, layout="internvl")
+        read_spec(tmp_path, TOWER)
