@@ -15,7 +15,7 @@ from megatron_vita.checks.compare import NEGLIGIBLE, Comparison, Outcome, merge
 from megatron_vita.checks.reference import Reference, make_reference
 from megatron_vita.checks.tiny import make_packs
 from megatron_vita.config import StageConfig
-from megatron_vita.models.build import build_model, global_name, local_part
+from megatron_vita.models.build import build_model, global_name, local_shard
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
 from megatron_vita.training.optimizer import build_optimizer
@@ -153,4 +153,4 @@ def _named(models: Sequence[VitaModel]) -> Iterator[tuple[str, VitaModel, torch.
 
 def _mine(whole: Tensor, parameter: torch.nn.Parameter, name: str, model: VitaModel) -> Tensor:
     """This rank's part of a whole tensor."""
-    return local_part(whole, parameter, name, model.model, model.groups)
+    return local_shard(whole, parameter, name, model.model, model.groups)

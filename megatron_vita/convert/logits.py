@@ -78,7 +78,7 @@ def our_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
                     layout=layout,
                     routes=routes,
                     tiles=prompt.tiles.to(place),
-                    logit_rows=torch.arange(length, device=place),
+                    logits_indices=torch.arange(length, device=place),
                 )
                 .float()
                 .cpu()

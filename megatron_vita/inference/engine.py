@@ -269,7 +269,7 @@ class Engine:
             layout=layout,
             routes=TileRoutes(layout, np.asarray(first, dtype=np.int64), self.spec.tokens_per_tile),
             tiles=torch.cat([prompt.tiles for prompt in prompts]).to(device),
-            logit_rows=torch.from_numpy(last).to(device),
+            logits_indices=torch.from_numpy(last).to(device),
             cache=cache,
         )
 
@@ -284,7 +284,7 @@ class Engine:
             layout=layout,
             routes=TileRoutes(layout, np.empty(0, dtype=np.int64), self.spec.tokens_per_tile),
             tiles=torch.empty((0, 3, side, side), dtype=torch.uint8, device=tokens.device),
-            logit_rows=torch.arange(count, device=tokens.device),
+            logits_indices=torch.arange(count, device=tokens.device),
             cache=cache,
         )
 

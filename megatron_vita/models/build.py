@@ -1,4 +1,4 @@
-"""From settings to this rank's part of the model, with fresh weights that no layout changes."""
+"""Build this rank's model chunks from a StageConfig, with initial weights that do not depend on the parallel layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vita.config.pipeline import PipelineSplit, pipeline_split
 from megatron_vita.models import fused
 from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.vision.tower import VisionTower, undrawn
+from megatron_vita.models.vision.tower import VisionTower, no_init
 from megatron_vita.models.vita import VitaModel, checkpoint_name
 from megatron_vita.parallel.groups import Groups
 
@@ -25,26 +25,27 @@ from megatron_vita.parallel.groups import Groups
 def build_model(
     stage: StageConfig, groups: Groups, *, dtype: torch.dtype | None = None, fresh: bool = True
 ) -> list[VitaModel]:
-    """This rank's model chunks, one for each of its virtual pipeline stages, on the device, frozen parts frozen.
+    """Build this rank's model chunks, one per virtual pipeline stage; called on every rank, without communication.
 
-    The first chunk of the first rank holds tower, projector and embedding, the last of the last rank norm and head.
+    The chunks are on the rank's device; frozen parts have requires_grad False. The first chunk of the first pipeline
+    rank holds vision tower, projector and embedding; the last chunk of the last one final norm and output layer.
 
     Args:
-        stage: the merged settings of the stage.
-        groups: this rank's place; the process groups must be alive.
+        stage: the merged settings of the training stage.
+        groups: coordinates and process groups of this rank, alive.
         dtype: of the parameters; by default bfloat16 with train.bf16, else float32.
-        fresh: draw fresh weights. False leaves whatever the memory held: only where weights are loaded right after
-            (drawing those of a 14B model takes minutes).
+        fresh: initialise the weights. False leaves them uninitialised, for callers that load weights right after
+            (initialising a 14B model takes minutes).
 
     Raises:
-        ConfigError: model.transformer_impl asks for what is not installed, or the layers do not fit the pipeline.
+        ConfigError: model.transformer_impl=te without Transformer Engine, or the layers do not fit the pipeline.
     """
     dtype = dtype or (torch.bfloat16 if stage.train.bf16 else torch.float32)
     device.seed_all(stage.train.seed, tp_rank=groups.tp_rank)
     implementation = choose_implementation(stage.model.transformer_impl)
     config = decoder_config(stage, dtype, implementation)
     split = pipeline_split(stage.parallel, stage.model.num_layers)
-    # megatron-core's layout and its choice of schedule ask for it globally.
+    # megatron-core reads it from its global state, in the pipeline layout and to choose the schedule.
     parallel_state.set_virtual_pipeline_model_parallel_world_size(split.virtual if split.virtual > 1 else None)
     chunks = [_chunk(stage, groups, config, split, number) for number in range(split.virtual)]
     for chunk in chunks:
@@ -57,7 +58,7 @@ def build_model(
 def _chunk(
     stage: StageConfig, groups: Groups, config: TransformerConfig, split: PipelineSplit, number: int
 ) -> VitaModel:
-    """One of the rank's model chunks, its weights not yet set."""
+    """Model chunk `number` (its virtual pipeline stage) of this rank, weights uninitialised."""
     model = stage.model
     implementation = choose_implementation(model.transformer_impl)
     first = groups.first_stage and number == 0
@@ -76,17 +77,17 @@ def _chunk(
     )
     vision_model = vision_projection = None
     if model.vision is not None and first:
-        together = model.vision.tensor_parallel and groups.tp_size > 1
-        collection = groups.split_tower_collection if together else groups.tower_collection
+        tower_tp = model.vision.tensor_parallel and groups.tp_size > 1
+        collection = groups.split_tower_collection if tower_tp else groups.tower_collection
         vision_model = VisionTower(
             model.vision, dtype=config.params_dtype, implementation=implementation, collection=collection
         )
         vision_projection = Projector(model, config.params_dtype)
-        # Tiles are spread over the ranks that hold copies, so each copy has part of the gradient. A split tower sees
-        # the tiles of all its ranks: what it splits and what it replicates has the whole gradient.
-        for parameter in (*(() if together else vision_model.parameters()), *vision_projection.parameters()):
+        # Replicas encode different tiles, so each has a partial gradient. A tensor-parallel tower encodes the tiles of
+        # all its ranks: its parameters, split or replicated, get the full gradient.
+        for parameter in (*(() if tower_tp else vision_model.parameters()), *vision_projection.parameters()):
             parameter.partial_over_tp = True
-            # Replicated, whatever the linears' constructors marked: norms and clipping count it once.
+            # Replicated, whatever the linear layers' constructors set: gradient norm and clipping count it once.
             parameter.tensor_model_parallel = False
     return VitaModel(
         model=model,
@@ -98,7 +99,16 @@ def _chunk(
 
 
 def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) -> TransformerConfig:
-    """megatron-core's settings for the decoder; the same object for all chunks of a rank."""
+    """megatron-core's TransformerConfig of the decoder, shared by all chunks of a rank.
+
+    Args:
+        stage: the merged settings of the training stage.
+        dtype: of parameters and pipeline communication.
+        implementation: `local` or `te`, from `choose_implementation`.
+
+    Raises:
+        ConfigError: the layers do not fit the pipeline.
+    """
     model, parallel = stage.model, stage.parallel
     split = pipeline_split(parallel, model.num_layers)
     interleaved = split.virtual > 1
@@ -121,7 +131,7 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=split.virtual if interleaved else None,
         pipeline_model_parallel_layout=split.stages() if split.ranks > 1 else None,
-        # Megatron's own defaults: an interleaved pipeline exchanges while it computes, which rules batching out.
+        # Megatron's defaults: the interleaved schedule overlaps p2p communication, which excludes batched p2p.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
@@ -135,13 +145,14 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
-        # `initialise` below draws by name. Not perform_initialization=False: then megatron-core would also not mark
-        # which weights are split, and norms would count them once instead of once for each part.
-        init_method=undrawn,
-        output_layer_init_method=undrawn,
-        embedding_init_method=undrawn,
-        # SwiGLU: megatron-core's fusion is a torch.compile, half a minute of it on CPU; there our own module stands in
-        # the socket that this switch opens (no Transformer Engine involved, whatever its name).
+        # `initialise` below sets the weights. Not perform_initialization=False: megatron-core then would not set the
+        # tensor_model_parallel attributes either, and the gradient norm would count one shard of a split weight only.
+        init_method=no_init,
+        output_layer_init_method=no_init,
+        embedding_init_method=no_init,
+        # SwiGLU: megatron-core's fusion needs torch.compile, which takes half a minute on CPU. There
+        # use_te_activation_func makes the MLP build its `activation_func` submodule, our SwiGLU (despite the name
+        # without Transformer Engine).
         bias_activation_fusion=device.has_accelerator(),
         gradient_accumulation_fusion=fused.accumulates_gradients(),
         use_te_activation_func=not device.has_accelerator() and implementation == "local",
@@ -151,9 +162,14 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
 
 
 def initialise(model: VitaModel, run_seed: int) -> None:
-    """Fresh weights: every parameter is drawn whole, from a seed of its own name, then cut to this rank's part.
+    """Initialise all parameters of a chunk, in place: each is drawn in full from a seed derived from its name, then
+    sharded.
 
-    So a weight does not depend on the layout, on the rank, or on which other parameters exist.
+    A weight therefore depends neither on the layout nor on the rank nor on the other parameters.
+
+    Args:
+        model: one chunk, on CPU.
+        run_seed: train.seed.
     """
     settings = model.model
     with torch.no_grad():
@@ -162,7 +178,7 @@ def initialise(model: VitaModel, run_seed: int) -> None:
 
 
 def global_name(name: str, model: VitaModel) -> str:
-    """A parameter's name in checkpoints: its layer counted over all pipeline stages, Transformer Engine's names."""
+    """Map a chunk's parameter name to its name in checkpoints: global layer number, Transformer Engine's norm names."""
     name = checkpoint_name(name)
     prefix = "language_model.decoder.layers."
     if name.startswith(prefix):
@@ -190,13 +206,13 @@ def _fill(parameter: nn.Parameter, name: str, settings: ModelConfig, run_seed: i
             std = settings.embedding_init_method_std
         elif part == "language_model" and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2.0 * settings.num_layers)  # residual branches add up over the layers
-        whole = torch.empty(_whole_shape(parameter, name, settings, groups))
-        whole.normal_(0.0, std, generator=seed.generator(run_seed, "weights", name))
-        parameter.copy_(local_part(whole, parameter, name, settings, groups))
+        full = torch.empty(_full_shape(parameter, name, settings, groups))
+        full.normal_(0.0, std, generator=seed.generator(run_seed, "weights", name))
+        parameter.copy_(local_shard(full, parameter, name, settings, groups))
 
 
-def _whole_shape(parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups) -> list[int]:
-    """Shape of a parameter before it is split over tensor ranks and its vocabulary padded."""
+def _full_shape(parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups) -> list[int]:
+    """Shape of a parameter in checkpoints: before tensor-parallel split and vocabulary padding."""
     shape = list(parameter.shape)
     if _is_vocabulary(name):
         shape[0] = settings.vocab_size
@@ -205,27 +221,30 @@ def _whole_shape(parameter: nn.Parameter, name: str, settings: ModelConfig, grou
     return shape
 
 
-def local_part(
-    whole: torch.Tensor, parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups
+def local_shard(
+    full: torch.Tensor, parameter: nn.Parameter, name: str, settings: ModelConfig, groups: Groups
 ) -> torch.Tensor:
-    """This tensor rank's part of a whole tensor that belongs to `parameter` (a weight, or its gradient).
+    """This tensor rank's shard of a full weight or gradient.
 
     Args:
-        whole: as in a checkpoint: the vocabulary unpadded, `linear_fc1` of the decoder as [gate; up].
-        parameter: tells by megatron-core's marks whether and where it is split.
+        full: as in checkpoints: vocabulary unpadded, the decoder's `linear_fc1` as [gate; up].
+        parameter: the local parameter; its attributes tensor_model_parallel and partition_dim say how it is split.
         name: the parameter's name in checkpoints.
         settings: the model.
-        groups: this rank's place.
+        groups: coordinates of this rank.
+
+    Returns:
+        the shape of `parameter`.
     """
     if _is_vocabulary(name):
         padding = settings.padded_vocab_size(groups.tp_size) - settings.vocab_size
-        whole = F.pad(whole, (0, 0, 0, padding))
+        full = F.pad(full, (0, 0, 0, padding))
     if not getattr(parameter, "tensor_model_parallel", False):
-        return whole
+        return full
     if name.startswith("language_model.") and ".mlp.linear_fc1." in name:
-        gate, up = (half.chunk(groups.tp_size)[groups.tp_rank] for half in whole.chunk(2))
+        gate, up = (half.chunk(groups.tp_size)[groups.tp_rank] for half in full.chunk(2))
         return torch.cat([gate, up])
-    return whole.chunk(groups.tp_size, dim=parameter.partition_dim)[groups.tp_rank]  # type: ignore[attr-defined]
+    return full.chunk(groups.tp_size, dim=parameter.partition_dim)[groups.tp_rank]  # type: ignore[attr-defined]
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -238,6 +257,6 @@ def _freeze(model: VitaModel, stage: StageConfig) -> None:
         (model.vision_projection, stage.train.freeze_vision_projection),
         (model.language_model, stage.train.freeze_language_model),
     )
-    for part, keep in frozen:
-        if part is not None and keep:
-            part.requires_grad_(False)
+    for module, freeze in frozen:
+        if module is not None and freeze:
+            module.requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Which classes a layer is made of: megatron-core's own (`local`), or Transformer Engine's (`te`).
+"""megatron-core layer specs of decoder and vision tower, with megatron-core's layers (`local`) or Transformer Engine's.
 
-Both give the same checkpoint keys: `local` keeps its norms beside the linears and maps their names to Transformer
-Engine's, which keeps them inside.
+Both implementations have the same checkpoint keys: Transformer Engine fuses a norm with the linear layer behind it;
+`local` has separate norm modules and maps their names to Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TE_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Local names of a layer's norms -> their names in checkpoints, which are Transformer Engine's."""
+"""Prefixes of norm parameters in a `local` layer -> prefixes in checkpoints, which are Transformer Engine's."""
 
 
 def choose_implementation(wanted: str) -> str:
-    """`local` or `te`, from model.transformer_impl.
+    """Resolve model.transformer_impl (`auto`, `local` or `te`) to `local` or `te`; auto is te where it is installed.
 
     Raises:
-        ConfigError: `te` is asked for and does not import.
+        ConfigError: `te` is set, but Transformer Engine is not installed.
     """
     found = importlib.util.find_spec("transformer_engine") is not None
     if wanted == "te" and not found:
@@ -51,12 +51,12 @@ def choose_implementation(wanted: str) -> str:
 
 
 def decoder_spec(implementation: str, layers: int, *, qk_layernorm: bool = False) -> TransformerBlockSubmodules:
-    """The decoder's layers on one pipeline stage: RMSNorm, causal attention within documents, SwiGLU.
+    """Layer specs of the decoder on one pipeline stage: RMSNorm, causal attention within documents, SwiGLU.
 
     Args:
         implementation: `local` or `te`.
-        layers: how many.
-        qk_layernorm: norms on each query and key head.
+        layers: number of layers of the stage.
+        qk_layernorm: RMSNorm on every query and key head (Qwen3).
     """
     final_norm: Any = RMSNorm
     if implementation == "te":
@@ -74,7 +74,12 @@ def decoder_spec(implementation: str, layers: int, *, qk_layernorm: bool = False
 
 
 def tower_spec(implementation: str, vision: VisionConfig) -> TransformerBlockSubmodules:
-    """The tower's layers up to the selected one: attention of every patch to every other; no norm after the last."""
+    """Layer specs of the vision tower, up to the selected layer: bidirectional attention; no norm after the last layer.
+
+    Args:
+        implementation: `local` or `te`.
+        vision: settings of the tower.
+    """
     layer_class = LayerScaleLayer if vision.family.layer_scale else TransformerLayer
     if implementation == "te":
         layer = get_gpt_layer_with_transformer_engine_spec()  # its norms follow config.normalization
@@ -94,7 +99,7 @@ def tower_spec(implementation: str, vision: VisionConfig) -> TransformerBlockSub
 
 @functools.cache
 def _without_bias(linear: Any) -> type:
-    """A linear layer's class that takes no bias whatever it is told: megatron-core has one switch for all linears."""
+    """Subclass of a linear layer that ignores `bias`: megatron-core's add_bias_linear applies to all linear layers."""
 
     class WithoutBias(linear):
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
@@ -106,6 +111,7 @@ def _without_bias(linear: Any) -> type:
 def _local_layer(
     layer_class: type, norm: type, core_attention: type, mask: Any, activation: type | None = None
 ) -> ModuleSpec:
+    """Spec of one transformer layer of megatron-core's own modules."""
     return ModuleSpec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(

@@ -1,4 +1,4 @@
-"""Norms that megatron-core's layer specs can build: with sequence parallelism, without Apex or Transformer Engine."""
+"""RMSNorm and LayerNorm modules for megatron-core's layer specs, without Apex or Transformer Engine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / rms(x) * weight; statistics in float32 or wider.
+    """x / rms(x) * weight over the last dimension; statistics in float32 or wider.
 
-    torch has a fused kernel on CUDA alone; on CPU its backward is a chain of a dozen passes, ours of five.
+    torch.nn.RMSNorm is fused on CUDA only; on CPU this class uses an autograd function with fewer passes over memory.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Under sequence parallelism each tensor rank sees only its tokens: megatron-core sums marked gradients.
+        # Each tensor rank sees 1/tp of the tokens: megatron-core all-reduces the gradients of marked parameters.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class HeadRMSNorm(RMSNorm):
-    """RMSNorm of each head by itself, for megatron-core's query and key norm sockets (Qwen3).
+    """RMSNorm over each head (q_layernorm and k_layernorm of Qwen3); x is [tokens, 1, heads, d], weight [d].
 
-    A tensor rank has some of the heads and all tokens, with sequence parallelism or without: it has part of the
-    gradient, which parallel/grads.py sums. (megatron-core would do so by the parameter's name, and with it sum a second
-    time what a tower's norms of the same name have.)
+    A tensor rank has all tokens of some heads, with or without sequence parallelism, so its gradient is partial:
+    `partial_over_tp` makes parallel/grads.py sum it. (megatron-core selects q_layernorm and k_layernorm by name, which
+    would also sum the tower's norms of these names, whose gradients are complete.)
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -60,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """(x - mean) / std * weight + bias."""
+    """(x - mean) / std * weight + bias over the last dimension."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -1,4 +1,4 @@
-"""From the tower's patches to the decoder's tokens: pixel shuffle, then LayerNorm, linear, GELU, linear."""
+"""Projector from vision tower to decoder: pixel shuffle, then LayerNorm, linear, GELU, linear."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron_vita.config import ModelConfig
 
 
 def pixel_shuffle(patches: Tensor) -> Tensor:
-    """Join each 2 x 2 cell of patches into one token with four times the channels.
+    """Concatenate the channels of each 2 x 2 cell of patches (space-to-depth).
 
-    Y[A, B, m] = X[2A + m // 2C, 2B + (m mod 2C) // C, m mod C]: the channel blocks are top-left, top-right,
-    bottom-left, bottom-right; patches and tokens are row-major.
+    Y[A, B, m] = X[2A + m // 2C, 2B + (m mod 2C) // C, m mod C]: the channel order is top-left, top-right, bottom-left,
+    bottom-right. Patches and output tokens are in row-major order.
 
     Args:
         patches: [n, side * side, C], side even.
 
     Returns:
-        [n, side * side / 4, 4 C].
+        [n, side * side / 4, 4 * C].
     """
     tiles, count, channels = patches.shape
     side = round(count**0.5)
@@ -29,7 +29,10 @@ def pixel_shuffle(patches: Tensor) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Two linears behind a LayerNorm of its own epsilon (torch's default in every published model)."""
+    """LayerNorm, linear, GELU, linear; replicated on every rank that holds a vision tower.
+
+    The LayerNorm has an epsilon of its own, model.projector.norm_epsilon.
+    """
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,6 +48,6 @@ class Projector(nn.Module):
         )
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[n, patches, tower width] -> [n, patches / 4, decoder width]."""
+        """Patch states [n, patches, tower width] -> visual tokens [n, patches / 4, decoder width]."""
         tokens: Tensor = self.encoder(self.pre_proj_layernorm(pixel_shuffle(patches)))
         return tokens

@@ -1,7 +1,7 @@
-"""The whole model: tower, projector, splice, decoder, head on the labelled rows.
+"""The vision-language model: vision tower, projector, decoder, output layer and loss on labelled tokens.
 
-Legend: s tokens of the row, h decoder width, t local tokens: s / cp, and s / (cp * tp) between splice and head under
-sequence parallelism.
+Legend: s tokens of the packed sequence, h decoder width, t local tokens: s/cp, and s/(cp * tp) between embedding and
+output layer under sequence parallelism; S side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
-from megatron_vita.models.vision.micro_batches import Turn, encode_in_micro_batches, gather_uneven, make_turns, take_own
+from megatron_vita.models.vision.micro_batches import (
+    EncoderMicroBatch,
+    encode_in_micro_batches,
+    gather_uneven,
+    select_local,
+    split_tiles,
+)
 from megatron_vita.models.vision.tower import VisionTower
 from megatron_vita.parallel.context import KVCache, PackedSeqContext
 from megatron_vita.parallel.grads import attach_zero_gradients
@@ -31,11 +37,14 @@ from megatron_vita.parallel.tiles import exchange_features
 
 
 class VitaModel(MegatronModule):
-    """One (virtual) pipeline stage of the model; the first holds tower, projector and embedding, the last norm and
-    head."""
+    """One (virtual) pipeline stage of the model, built by models/build.py and driven by megatron-core's schedules.
+
+    The first stage holds vision tower, projector and embedding, the last one final norm and output layer. The whole
+    packed sequence is one micro-batch of batch size 1.
+    """
 
     tower_tokens = 8192
-    """Patches of one micro-chunk: more tiles go through the tower in turns."""
+    """Largest number of tower positions (patches and class tokens) of one encoder micro-batch."""
 
     def __init__(
         self,
@@ -68,55 +77,59 @@ class VitaModel(MegatronModule):
         routes: TileRoutes,
         tiles: Tensor,
         labels: Tensor | None = None,
-        logit_rows: Tensor | None = None,
+        logits_indices: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """One pass of one row.
+        """Forward pass of one packed sequence. All ranks of its tensor x context group call it.
 
         Args:
-            tokens: int64 [1, s/cp], placeholders included.
-            positions: int64 [1, s/cp], counted as the stage's reset rule says; the rotary table is gathered by them.
-            layout: who owns which token.
-            routes: which feature row goes to which token.
-            tiles: uint8 [n_local, 3, S, S], the tiles this rank encodes; n_local may be 0.
-            labels: int64 [1, s/cp], -100 where there is no loss; last stage only.
-            logit_rows: int64 [n], local token indices whose logits are wanted instead; last stage only.
-            cache: past keys and values, when generating.
+            tokens: int64 [1, s/cp], this context rank's token ids, image placeholders included.
+            positions: int64 [1, s/cp], position ids for the rotary embedding; they restart at every document under
+                document masking.
+            layout: documents and their partition over ranks.
+            routes: tiles of the packed sequence and the destinations of their visual tokens.
+            tiles: uint8 [n_local, 3, S, S], the tiles that this rank encodes; n_local may be 0. First stage only.
+            labels: int64 [1, s/cp], shifted, -100 where there is no loss. Last stage only.
+            logits_indices: int64 [n], indices into the s/cp local tokens whose logits are returned. Last stage only,
+                and only without labels.
+            cache: KV cache in generation; updated in place.
 
         Returns:
-            not the last stage: hidden states [t, 1, h]. Last stage: with labels, the losses of this context rank's
-            labelled rows, float32 or wider [n], n may be 0; with logit_rows, logits [n, vocab_size], gathered and
-            cut; with neither, hidden states [t, 1, h] after the final norm.
+            Not the last stage: hidden states [t, 1, h]. Last stage with labels: losses of this context rank's labelled
+            tokens, [n], float32 or wider, n may be 0, equal on its tensor ranks. Last stage with logits_indices: logits
+            [n, vocab_size], all-gathered over the tensor ranks, padding removed. Last stage with neither: hidden states
+            [t, 1, h] after the final norm.
         """
         hidden = self._embed(tokens, routes, tiles) if self.pre_process else None
         rotary = self.rotary(positions, self.config.params_dtype)
-        row = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
-        hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=row)
+        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
+        hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq)
         if cache is not None:
             cache.advance(layout.documents)
-        if not self.post_process or (labels is None and logit_rows is None):
+        if not self.post_process or (labels is None and logits_indices is None):
             return hidden
-        if logit_rows is not None:
-            return self._logits(hidden, logit_rows)
+        if logits_indices is not None:
+            return self._logits(hidden, logits_indices)
         return self._losses(hidden, labels)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the previous stage's hidden states (megatron-core's schedules call this)."""
+        """Set the hidden states received from the previous stage; megatron-core's schedules call it."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The table that embedding and head share (megatron-core sums its gradients over the two stages)."""
+        """Weight shared by embedding and output layer; megatron-core all-reduces its gradient over the two stages."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def encode(self, tiles: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Features of this rank's tiles, a micro-chunk at a time.
+        """Encode this rank's tiles in encoder micro-batches. First stage only.
 
         Args:
             tiles: uint8 [n, 3, S, S]; n may be 0.
-            counts: n of every tensor rank, whose split tower encodes all their tiles together; none: this rank alone.
+            counts: n on every tensor-parallel rank; needed by a tensor-parallel tower, which encodes the tiles of all
+                these ranks together and must be called by all of them. None: this rank only.
 
         Returns:
-            [n * tokens_per_tile, h].
+            visual tokens [n * tokens_per_tile, h].
         """
         tower, projector = self._tower()
         parameters = [*tower.parameters(), *projector.parameters()]
@@ -126,21 +139,23 @@ class VitaModel(MegatronModule):
             weight = projector.pre_proj_layernorm.weight
             empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
             return attach_zero_gradients(empty, parameters)
-        turns = make_turns(tiles, counts, max(1, self.tower_tokens // tower.vision.num_positions // len(counts)))
+        micro_batches = split_tiles(
+            tiles, counts, max(1, self.tower_tokens // tower.vision.num_positions // len(counts))
+        )
         shape = (tower.vision.tokens_per_tile, self.config.hidden_size)
-        return encode_in_micro_batches(self._encode, turns, shape, parameters).flatten(0, 1)
+        return encode_in_micro_batches(self._encode, micro_batches, shape, parameters).flatten(0, 1)
 
-    def _encode(self, turn: Turn) -> Tensor:
-        """[n, 3, S, S] -> [n, tokens_per_tile, h]; a frozen tower keeps nothing for a backward."""
+    def _encode(self, micro_batch: EncoderMicroBatch) -> Tensor:
+        """One micro-batch of n tiles -> visual tokens [n, tokens_per_tile, h]; a frozen tower runs without grad."""
         tower, projector = self._tower()
         frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             if tower.split:
                 group = self.groups.collection.tp
-                together = tower(gather_uneven(turn.tiles, turn.counts, group))
-                patches = take_own(together, turn.counts, group)
+                states = tower(gather_uneven(micro_batch.tiles, micro_batch.counts, group))
+                patches = select_local(states, micro_batch.counts, group)
             else:
-                patches = tower(turn.tiles)
+                patches = tower(micro_batch.tiles)
         tokens: Tensor = projector(patches)
         return tokens
 
@@ -150,15 +165,16 @@ class VitaModel(MegatronModule):
         return self.vision_model, self.vision_projection
 
     def _embed(self, tokens: Tensor, routes: TileRoutes, tiles: Tensor) -> Tensor:
-        """Decoder input [t, 1, h]: embedded tokens, with this rank's feature rows in their places."""
+        """Decoder input [t, 1, h]: token embeddings with the visual tokens at the placeholders."""
         embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=None)
         if self.vision_model is not None:
             first = self.groups.cp_rank * self.groups.tp_size
             counts = [len(routes.tiles_of(first + rank)) for rank in range(self.groups.tp_size)]
-            rows, index = exchange_features(self.encode(tiles, counts), routes, self.groups)
-            embedded = embedded.index_copy(0, index, rows.to(embedded.dtype).unsqueeze(1))
+            visual, index = exchange_features(self.encode(tiles, counts), routes, self.groups)
+            embedded = embedded.index_copy(0, index, visual.to(embedded.dtype).unsqueeze(1))
         if torch.is_grad_enabled() and not embedded.requires_grad and self._trains_before_decoder():
-            # A rank whose loss needs no gradient would skip its backward and leave the others waiting in theirs.
+            # Otherwise a rank without visual tokens would skip its backward, and the other ranks' all-to-all would
+            # hang.
             embedded.requires_grad_(True)
         return embedded
 
@@ -166,20 +182,21 @@ class VitaModel(MegatronModule):
         parts = [self.language_model.embedding, self.vision_model, self.vision_projection]
         return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
 
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """[t, 1, h] -> [s/cp, h], the context rank's tokens on each of its tensor ranks."""
+    def _gather_sequence(self, hidden: Tensor) -> Tensor:
+        """[t, 1, h] -> [s/cp, h]: undo the sequence-parallel split."""
         if self.groups.sequence_parallel:
             hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
         return hidden.squeeze(1)
 
-    def _head_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[n, h]: some of the local tokens; the tensor ranks sum their gradients, each from its own vocabulary part."""
-        picked = self._whole(hidden).index_select(0, rows)
+    def _output_layer_input(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """[n, h]: the selected tokens; the backward sums gradients over the tensor ranks (one per vocabulary shard)."""
+        selected = self._gather_sequence(hidden).index_select(0, index)
         if self.groups.sequence_parallel:
-            return picked  # the gather's backward sums
-        return mappings.copy_to_tensor_model_parallel_region(picked, group=self.groups.collection.tp)
+            return selected  # the backward of the gather is a reduce-scatter
+        return mappings.copy_to_tensor_model_parallel_region(selected, group=self.groups.collection.tp)
 
-    def _head_weight(self) -> Tensor:
+    def _output_layer_weight(self) -> Tensor:
+        """[padded vocabulary / tp, h]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight: Tensor = self.language_model.output_layer.weight
@@ -190,15 +207,15 @@ class VitaModel(MegatronModule):
         flat = labels.reshape(-1)
         labelled = (flat >= 0).nonzero().squeeze(1)
         return vocab_parallel_loss(
-            self._head_rows(hidden, labelled),
-            self._head_weight(),
+            self._output_layer_input(hidden, labelled),
+            self._output_layer_weight(),
             flat.index_select(0, labelled),
             vocab_size=self.model.vocab_size,
             group=self.groups.collection.tp,
         )
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        local = self._head_rows(hidden, rows) @ self._head_weight().t()
+    def _logits(self, hidden: Tensor, index: Tensor) -> Tensor:
+        local = self._output_layer_input(hidden, index) @ self._output_layer_weight().t()
         group = self.groups.collection.tp
         logits = mappings.gather_from_tensor_model_parallel_region(local, group=group)
         return logits[:, : self.model.vocab_size]
@@ -206,10 +223,10 @@ class VitaModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What a distributed checkpoint stores of this stage: the same keys for any layout and any layer classes."""
+        """This stage's entry in a distributed checkpoint; keys depend neither on layout nor on layer implementation."""
         metadata = {
             **(metadata or {}),
-            "non_homogeneous_layers": True,  # layers keep their own keys
+            "non_homogeneous_layers": True,  # one key per layer, not one stacked tensor
             "dp_cp_group": self.groups.collection.dp_cp,
         }
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
@@ -221,7 +238,7 @@ class VitaModel(MegatronModule):
         return state
 
     def _sharded(self, parameter: nn.Parameter, key: str) -> Any:
-        """How a checkpoint stores one parameter of tower or projector, by megatron-core's marks on it."""
+        """ShardedTensor of one parameter of tower or projector, from its `tensor_model_parallel` attributes."""
         tensor_rank, data_rank = self.groups.tp_rank, self.groups.collection.dp_cp.rank()
         if not getattr(parameter, "tensor_model_parallel", False):
             return make_sharded_tensor_for_checkpoint(parameter, key, replica_id=(0, tensor_rank, data_rank))
@@ -236,7 +253,7 @@ class VitaModel(MegatronModule):
 
 
 def checkpoint_name(name: str) -> str:
-    """A parameter's name in checkpoints, from its name in whichever layer classes built it."""
+    """Map a parameter's name in the model, of either layer implementation, to its name in checkpoints."""
     for local, stored in TE_NAMES.items():
         name = name.replace(f".{local}", f".{stored}")
     return name

@@ -87,14 +87,14 @@ def _our_logits(folder: str, prompt: ProbePrompt, parallel: dict[str, Any]) -> t
     out = torch.empty(length, model.vocab_size)
     with torch.no_grad():
         if stages == 1:
-            out = part.eval()(**inputs, logit_rows=torch.arange(length)).float()
+            out = part.eval()(**inputs, logits_indices=torch.arange(length)).float()
         elif groups.first_stage:
             dist.send(part.eval()(**inputs), rank + groups.tp_size)
         else:
             hidden = torch.empty(length, 1, model.hidden_size)
             dist.recv(hidden, rank - groups.tp_size)
             part.set_input_tensor([hidden])
-            out = part.eval()(**inputs, logit_rows=torch.arange(length)).float()
+            out = part.eval()(**inputs, logits_indices=torch.arange(length)).float()
     if stages > 1:
         out = out.contiguous()  # gloo sends the memory behind a view as it lies
         dist.broadcast(out, last)

@@ -186,7 +186,7 @@ def _two_rank_logits(folder: str, prompt: ProbePrompt, wanted: torch.Tensor) -> 
                 layout=layout,
                 routes=routes,
                 tiles=prompt.tiles[list(routes.tiles_of(groups.group_rank))],
-                logit_rows=torch.arange(len(mine)),
+                logits_indices=torch.arange(len(mine)),
             )
         torch.testing.assert_close(got, wanted[mine], rtol=0, atol=1e-4)
         destroy_groups()

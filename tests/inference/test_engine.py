@@ -67,7 +67,7 @@ def plain_logits(engine: Engine, prompt: Prompt, more: list[int]) -> torch.Tenso
         layout=layout,
         routes=TileRoutes(layout, first, SPEC.tokens_per_tile),
         tiles=prompt.tiles,
-        logit_rows=torch.tensor([len(tokens) - 1]),
+        logits_indices=torch.tensor([len(tokens) - 1]),
     )
     return logits[0]
 

@@ -1,4 +1,4 @@
-"""A tiny model, two rows of data, and one training step without the update, in any parallel layout."""
+"""A tiny model, two packed sequences, and one training step without the update, in any parallel layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, TrainConfig, VisionConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
-from megatron_vita.models.build import build_model, global_name, local_part
+from megatron_vita.models.build import build_model, global_name, local_shard
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
@@ -33,16 +33,17 @@ MODEL = ModelConfig(
 )
 TOKENS_PER_TILE = VISION.tokens_per_tile
 
-ROWS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+SPECS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
     ((13, 9, 20, 5, 1), (1, 14, 22, 27, 33)),
     ((30, 2, 16), (3, 34, 40)),
 )
-"""Documents of each row, and the first token of each of its tiles. Tiles straddle every boundary of the layouts."""
+"""(documents, global index of the first placeholder of each tile) of each packed sequence. Tiles straddle every
+boundary between ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A whole row, before anybody owns a part of it."""
+class PackedSequence:
+    """A full packed sequence, before it is partitioned over ranks."""
 
     documents: tuple[int, ...]
     first_token: tuple[int, ...]
@@ -51,11 +52,11 @@ class Row:
     tiles: torch.Tensor
 
 
-def make_rows(rows: Any = ROWS, *, vocab: int = MODEL.vocab_size) -> list[Row]:
-    """The same rows on every rank. The last document of a row has no label, and most tokens have none."""
+def make_packed(specs: Any = SPECS, *, vocab: int = MODEL.vocab_size) -> list[PackedSequence]:
+    """The same packed sequences on every rank. The last document of each and about 60 % of all tokens have no label."""
     generator = torch.Generator().manual_seed(7)
     out = []
-    for documents, first_token in rows:
+    for documents, first_token in specs:
         length = sum(documents)
         tokens = torch.randint(0, vocab, (length,), generator=generator)
         labels = torch.randint(0, vocab, (length,), generator=generator)
@@ -63,24 +64,24 @@ def make_rows(rows: Any = ROWS, *, vocab: int = MODEL.vocab_size) -> list[Row]:
         labels[length - documents[-1] :] = -100
         size = VISION.image_size
         tiles = torch.randint(0, 256, (len(first_token), 3, size, size), generator=generator, dtype=torch.uint8)
-        out.append(Row(documents, first_token, tokens, labels, tiles))
+        out.append(PackedSequence(documents, first_token, tokens, labels, tiles))
     return out
 
 
-def inputs_of(row: Row, groups: Groups, *, reset: bool = True) -> dict[str, Any]:
-    """What VitaModel takes on this rank."""
-    documents = row.documents if reset else (sum(row.documents),)
+def inputs_of(packed_seq: PackedSequence, groups: Groups, *, reset: bool = True) -> dict[str, Any]:
+    """VitaModel.forward's keyword arguments on this rank."""
+    documents = packed_seq.documents if reset else (sum(packed_seq.documents),)
     layout = SequenceLayout(documents, cp=groups.cp_size, sp=groups.sequence_shards)
-    routes = TileRoutes(layout, np.array(row.first_token, dtype=np.int64), TOKENS_PER_TILE, tp=groups.tp_size)
+    routes = TileRoutes(layout, np.array(packed_seq.first_token, dtype=np.int64), TOKENS_PER_TILE, tp=groups.tp_size)
     mine = torch.from_numpy(layout.local_positions(groups.cp_rank))
-    tiles = row.tiles[list(routes.tiles_of(groups.group_rank))] if groups.first_stage else row.tiles[:0]
+    tiles = packed_seq.tiles[list(routes.tiles_of(groups.group_rank))] if groups.first_stage else packed_seq.tiles[:0]
     return {
-        "tokens": row.tokens[mine][None],
+        "tokens": packed_seq.tokens[mine][None],
         "positions": torch.from_numpy(layout.positions_in_document)[mine][None],
         "layout": layout,
         "routes": routes,
         "tiles": tiles,
-        "labels": row.labels[mine][None],
+        "labels": packed_seq.labels[mine][None],
     }
 
 
@@ -90,14 +91,14 @@ def stage_of(parallel: dict[str, Any], *, model: ModelConfig = MODEL, **train: A
 
 def one_step(
     stage: StageConfig,
-    rows: list[Row],
+    packed_seqs: list[PackedSequence],
     *,
     dtype: torch.dtype = torch.float64,
     reset: bool = True,
     distributed_optimizer: bool = False,
     after: Callable[[Any], float] | None = None,
 ) -> tuple[list[VitaModel], Groups, float]:
-    """Build, run all rows through megatron-core's schedule and finish the gradients.
+    """Build, run all packed sequences through megatron-core's schedule and finish the gradients.
 
     Returns:
         this rank's chunks with `main_grad` on their trainable parameters, the groups (still alive), and the loss (sum /
@@ -119,7 +120,7 @@ def one_step(
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
-    mine = rows[groups.dp_rank :: groups.dp_size]
+    mine = packed_seqs[groups.dp_rank :: groups.dp_size]
     losses: list[torch.Tensor] = []
 
     def sum_of(count: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -127,7 +128,7 @@ def one_step(
         losses.append(total.detach())
         return total, count, {}
 
-    def step(rest: Iterator[Row], chunk: Any) -> Any:
+    def step(rest: Iterator[PackedSequence], chunk: Any) -> Any:
         inputs = inputs_of(next(rest), groups, reset=reset)
         if not chunk.module.post_process:
             return chunk(**{**inputs, "labels": None}), None
@@ -139,7 +140,7 @@ def one_step(
         data_iterator=[iter(mine) for _ in wrapped],
         model=wrapped,
         num_microbatches=len(mine),
-        seq_length=sum(rows[0].documents),
+        seq_length=sum(packed_seqs[0].documents),
         micro_batch_size=1,
         forward_only=False,
     )
@@ -147,13 +148,13 @@ def one_step(
         return models, groups, after(wrapped)
     total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype)
     torch.distributed.all_reduce(total, group=groups.collection.dp_cp)
-    labels = sum(int((row.labels >= 0).sum()) for row in rows)
+    labels = sum(int((packed_seq.labels >= 0).sum()) for packed_seq in packed_seqs)
     return models, groups, float(total) / max(labels, 1)
 
 
-def reference_step(path: str, train: dict[str, Any], rows: Any, reset: bool) -> None:
+def reference_step(path: str, train: dict[str, Any], specs: Any, reset: bool) -> None:
     """One process: write loss and all gradients to `path`."""
-    models, _, loss = one_step(stage_of({}, **train), make_rows(rows), reset=reset)
+    models, _, loss = one_step(stage_of({}, **train), make_packed(specs), reset=reset)
     grads = {name: p.main_grad.clone() for name, p in named(*models) if p.requires_grad}
     torch.save({"loss": loss, "grads": grads}, path)
 
@@ -169,13 +170,13 @@ def compare_step(
     reference: str,
     parallel: dict[str, Any],
     train: dict[str, Any],
-    rows: Any = ROWS,
+    specs: Any = SPECS,
     reset: bool = True,
     tolerance: float = 1e-9,
 ) -> None:
     """Run one step in a layout; loss and every gradient must be the reference's, relative to the tensor's largest."""
     want = torch.load(reference, weights_only=True)
-    models, groups, loss = one_step(stage_of(parallel, **train), make_rows(rows), reset=reset)
+    models, groups, loss = one_step(stage_of(parallel, **train), make_packed(specs), reset=reset)
     if groups.last_stage:
         assert abs(loss - want["loss"]) <= tolerance * max(1.0, abs(want["loss"])), (loss, want["loss"])
     for name, parameter in named(*models):
@@ -183,7 +184,7 @@ def compare_step(
         if not parameter.requires_grad:
             continue
         whole = want["grads"][name]
-        mine = local_part(whole, parameter, name, models[0].model, groups)
+        mine = local_shard(whole, parameter, name, models[0].model, groups)
         worst = float((parameter.main_grad - mine).abs().max() / whole.abs().max().clamp_min(1e-12))
         assert worst <= tolerance, f"{name}: relative difference {worst:.1e} in {parallel}"
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -192,9 +193,9 @@ def compare_step(
     destroy_groups()
 
 
-def write_reference(path: Path, train: dict[str, Any], rows: Any = ROWS, reset: bool = True) -> str:
+def write_reference(path: Path, train: dict[str, Any], specs: Any = SPECS, reset: bool = True) -> str:
     """Run the reference in a process of its own."""
     from tests.ranks import run_ranks
 
-    run_ranks(1, reference_step, str(path), train, rows, reset)
+    run_ranks(1, reference_step, str(path), train, specs, reset)
     return str(path)

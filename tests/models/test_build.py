@@ -1,4 +1,4 @@
-"""What a built model promises the rooms around it: names in checkpoints, fresh weights, marks, refusals."""
+"""build_model: parameter names in checkpoints, initial weights, parameter attributes, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_vita.models.layer_specs import choose_implementation
 from megatron_vita.models.norms import RMSNorm
 from megatron_vita.models.projector import pixel_shuffle
 from megatron_vita.parallel.groups import build_groups, destroy_groups
-from tests.models.parity import MODEL, VISION, inputs_of, make_rows, named, one_step, stage_of
+from tests.models.parity import MODEL, VISION, inputs_of, make_packed, named, one_step, stage_of
 from tests.models.test_vita_parallel import CP2, PP2, SP2, TP2
 from tests.ranks import run_ranks
 
@@ -141,13 +141,13 @@ def test_fresh_weights_follow_the_seed_and_the_settings() -> None:
 
 
 def _check_chunks() -> None:
-    (row, *_) = make_rows()
+    (packed_seq, *_) = make_packed()
     features, grads = [], []
     for tokens in (10_000, 2 * (VISION.num_patches + 1)):  # all five tiles at once, then two at a time
         vita.VitaModel.tower_tokens = tokens
         groups = build_groups(ParallelConfig())
         (model,) = build_model(stage_of({}), groups, dtype=torch.float64)
-        inputs = inputs_of(row, groups)
+        inputs = inputs_of(packed_seq, groups)
         features.append(model.encode(inputs["tiles"]))
         model(**inputs).sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
@@ -156,16 +156,16 @@ def _check_chunks() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_tiles_in_turns_are_the_same() -> None:
+def test_encoder_micro_batches_change_nothing() -> None:
     run_ranks(1, _check_chunks)
 
 
 def _check_bfloat16(layouts: list[dict[str, Any]]) -> None:
-    rows = make_rows()
-    _, _, exact = one_step(stage_of({}), rows)
+    packed_seqs = make_packed()
+    _, _, exact = one_step(stage_of({}), packed_seqs)
     destroy_groups()
     for parallel in layouts:
-        models, groups, loss = one_step(stage_of(parallel), rows, dtype=torch.bfloat16)
+        models, groups, loss = one_step(stage_of(parallel), packed_seqs, dtype=torch.bfloat16)
         if groups.last_stage:
             assert abs(loss - exact) < 0.03 * exact, (parallel, loss, exact)
         for name, parameter in named(*models):
@@ -196,27 +196,27 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 12, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     x, grad = torch.randn(2, 5, 3, 12, dtype=dtype)
-    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    mine, reference = (x.clone().requires_grad_() for _ in range(2))
     got = norm(mine)
     got.backward(grad)
     d_weight, norm.weight.grad = norm.weight.grad, None
-    want = torch.nn.functional.rms_norm(theirs, (12,), norm.weight, 1e-5)
+    want = torch.nn.functional.rms_norm(reference, (12,), norm.weight, 1e-5)
     want.backward(grad)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(mine.grad, reference.grad)
     torch.testing.assert_close(d_weight, norm.weight.grad)
 
 
 def test_swiglu_equals_autograd() -> None:
     x, grad = torch.randn(6, 3, 10, dtype=torch.float64), torch.randn(6, 3, 5, dtype=torch.float64)
-    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    mine, reference = (x.clone().requires_grad_() for _ in range(2))
     got = SwiGLU(None)(mine)
     got.backward(grad)
-    gate, up = theirs.chunk(2, dim=-1)
+    gate, up = reference.chunk(2, dim=-1)
     want = torch.nn.functional.silu(gate) * up
     want.backward(grad)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(mine.grad, reference.grad)
 
 
 def test_transformer_engine_is_refused_where_it_is_not() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vita.models.build import local_part
+from megatron_vita.models.build import local_shard
 from megatron_vita.parallel.groups import destroy_groups
-from tests.models.parity import make_rows, named, one_step, stage_of
+from tests.models.parity import make_packed, named, one_step, stage_of
 from tests.models.test_vita_parallel import CP2, PP2, SP2, TP2
 from tests.models.test_vita_pipeline import SIX_LAYERS, VPP2
 from tests.ranks import run_ranks
@@ -29,7 +29,11 @@ def _updated(parallel: dict[str, Any]) -> Any:
         return float(norm)
 
     return one_step(
-        stage_of(parallel, model=SIX_LAYERS), make_rows(), dtype=torch.float32, after=update, distributed_optimizer=True
+        stage_of(parallel, model=SIX_LAYERS),
+        make_packed(),
+        dtype=torch.float32,
+        after=update,
+        distributed_optimizer=True,
     )
 
 
@@ -44,7 +48,7 @@ def _compare(path: str, layouts: list[dict[str, Any]]) -> None:
         models, groups, norm = _updated(parallel)
         assert abs(norm / want["norm"] - 1) < 1e-4, (parallel, norm, want["norm"])
         for name, parameter in named(*models):
-            mine = local_part(want["weights"][name], parameter, name, models[0].model, groups)
+            mine = local_shard(want["weights"][name], parameter, name, models[0].model, groups)
             torch.testing.assert_close(
                 parameter, mine, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
             )

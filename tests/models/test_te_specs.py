@@ -1,4 +1,4 @@
-"""The `te` layer specs write and read the checkpoints of the `local` ones; their layers are stand-ins on CPU."""
+"""The `te` layer specs write and read the checkpoints of the `local` ones; their layers are stubs on CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.models.build import build_model
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from tests.checkpoint import tiny
-from tests.models.parity import MODEL, VISION, inputs_of, make_rows, named, stage_of
-from tests.models.te_twins import transformer_engine_twins
+from tests.models.parity import MODEL, VISION, inputs_of, make_packed, named, stage_of
+from tests.models.te_stubs import transformer_engine_stubs
 from tests.models.test_build import KEYS
 from tests.models.test_vita_parallel import SP2
 from tests.models.test_vita_towers import TOWERS
@@ -26,9 +26,9 @@ def _check_keys() -> None:
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
     groups = build_groups(ParallelConfig())
-    with transformer_engine_twins():
+    with transformer_engine_stubs():
         (model,) = build_model(stage_of({}), groups)
-    assert any("_extra_state" in name for name in model.state_dict()), "the twins have what must not be stored"
+    assert any("_extra_state" in name for name in model.state_dict()), "the stubs have what must not be stored"
     assert {name: tuple(one.shape) for name, one in named(model)} == KEYS
     state = model.sharded_state_dict()
     apply_factories(state)
@@ -47,12 +47,12 @@ def _check_exchange(root: str, tower: dict[str, Any], te_saves: bool) -> None:
     model = dataclasses.replace(MODEL, vision=vision)
     settings = stage_of(SP2, model=model)
     groups = build_groups(settings.parallel)
-    (row, *_) = make_rows()
+    (packed_seq, *_) = make_packed()
 
     def built(te: bool, fresh: bool) -> Any:
         if not te:
             return build_model(settings, groups, dtype=torch.float64, fresh=fresh)
-        with transformer_engine_twins():
+        with transformer_engine_stubs():
             return build_model(settings, groups, dtype=torch.float64, fresh=fresh)
 
     one = built(te_saves, True)
@@ -63,7 +63,7 @@ def _check_exchange(root: str, tower: dict[str, Any], te_saves: bool) -> None:
     other = built(not te_saves, False)
     checkpoint.load_weights(folder, other)
     assert not any("_extra_state" in key for key in checkpoint.tensor_digests(folder))
-    want, got = (chunks[0](**inputs_of(row, groups)) for chunks in (one, other))
+    want, got = (chunks[0](**inputs_of(packed_seq, groups)) for chunks in (one, other))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     destroy_groups()
 

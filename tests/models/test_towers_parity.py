@@ -78,7 +78,7 @@ def _stock(vision: VisionConfig) -> Any:
 
 
 def _embeddings(tower: Any, stock: Any) -> list[tuple[Any, Any]]:
-    """(ours, theirs) of everything before and after the blocks."""
+    """(mcore module, hf module) of everything before and after the blocks."""
     inner = getattr(stock, "vision_model", stock)
     embeddings = inner.embeddings
     if tower.vision.model_type == "intern_vit":
@@ -100,7 +100,7 @@ def _embeddings(tower: Any, stock: Any) -> list[tuple[Any, Any]]:
 
 
 def _block(mine: Any, other: Any, vision: VisionConfig) -> list[tuple[Any, Any]]:
-    """(ours, theirs) of one block; theirs is a list where ours joins queries, keys and values."""
+    """(mcore module, hf module) of one block; a list of hf modules where mcore fuses queries, keys and values."""
     if vision.model_type == "intern_vit":
         norms, attention = (other.layernorm_before, other.layernorm_after), other.attention
         proj = attention.projection_layer
@@ -118,8 +118,8 @@ def _block(mine: Any, other: Any, vision: VisionConfig) -> list[tuple[Any, Any]]
         (mine.mlp.linear_fc1, other.mlp.fc1),
         (mine.mlp.linear_fc2, other.mlp.fc2),
     ]
-    for ours, theirs in modules:
-        pairs += [(one, dict(theirs.named_parameters())[leaf]) for leaf, one in ours.named_parameters()]
+    for mcore, hf in modules:
+        pairs += [(one, dict(hf.named_parameters())[leaf]) for leaf, one in mcore.named_parameters()]
     three = [attention.q_proj, attention.k_proj, attention.v_proj]
     for leaf, one in mine.self_attention.linear_qkv.named_parameters():
         pairs += [(one, [getattr(part, leaf) for part in three])]
@@ -145,10 +145,10 @@ def _check(name: str) -> None:
     assert {id(one) for one, _ in pairs} == {id(one) for one in tower.parameters()}, "every parameter is compared"
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for mine, theirs in pairs:
-            for one in theirs if isinstance(theirs, list) else [theirs]:
+        for mine, hf in pairs:
+            for one in hf if isinstance(hf, list) else [hf]:
                 one.copy_(torch.randn(one.shape, generator=generator) * 0.2)
-            source = _joined(theirs, vision.num_attention_heads) if isinstance(theirs, list) else theirs
+            source = _joined(hf, vision.num_attention_heads) if isinstance(hf, list) else hf
             mine.copy_(source.reshape(mine.shape))
     tiles = torch.randint(0, 256, (3, 3, 24, 24), generator=generator, dtype=torch.uint8)
     mean, std = (torch.tensor(one).view(3, 1, 1) for one in IMAGE_NORMS[vision.image_norm])
@@ -163,10 +163,10 @@ def _check(name: str) -> None:
     grad = torch.randn(want.shape, generator=generator)
     got.backward(grad)
     want.backward(grad)
-    for mine, theirs in pairs:
-        theirs_grad = _joined([one.grad for one in theirs], 2) if isinstance(theirs, list) else theirs.grad
-        scale = float(theirs_grad.abs().max())
-        torch.testing.assert_close(mine.grad, theirs_grad.reshape(mine.shape), rtol=1e-3, atol=1e-4 * max(scale, 1e-2))
+    for mine, hf in pairs:
+        hf_grad = _joined([one.grad for one in hf], 2) if isinstance(hf, list) else hf.grad
+        scale = float(hf_grad.abs().max())
+        torch.testing.assert_close(mine.grad, hf_grad.reshape(mine.shape), rtol=1e-3, atol=1e-4 * max(scale, 1e-2))
     destroy_groups()
 
 

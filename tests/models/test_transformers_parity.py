@@ -70,8 +70,8 @@ def _stock() -> Any:
     return InternVLForConditionalGeneration(config).float().eval()
 
 
-def _pairs(ours: VitaModel, theirs: Any) -> list[tuple[torch.nn.Parameter, list[tuple[torch.nn.Parameter, Any]]]]:
-    """(our parameter, the stock parameters it is made of, each with the rows it fills), written out by hand."""
+def _pairs(mcore: VitaModel, hf: Any) -> list[tuple[torch.nn.Parameter, list[tuple[torch.nn.Parameter, Any]]]]:
+    """(mcore parameter, [(hf parameter, rows of the mcore parameter that it fills)]), written out by hand."""
     pairs: list[tuple[torch.nn.Parameter, list[tuple[torch.nn.Parameter, Any]]]] = []
 
     def same(mine: torch.nn.Parameter, other: torch.nn.Parameter) -> None:
@@ -90,7 +90,7 @@ def _pairs(ours: VitaModel, theirs: Any) -> list[tuple[torch.nn.Parameter, list[
             others = [(getattr(one, leaf), index) for one, index in zip(projections, rows, strict=True)]
             pairs.append((getattr(linear, leaf), others))
 
-    tower, stock = ours.vision_model, theirs.model.vision_tower
+    tower, stock = mcore.vision_model, hf.model.vision_tower
     same(tower.class_token, stock.embeddings.cls_token)
     same(tower.position_embeddings.weight, stock.embeddings.position_embeddings)
     same(tower.conv1.weight, stock.embeddings.patch_embeddings.projection.weight)
@@ -109,14 +109,14 @@ def _pairs(ours: VitaModel, theirs: Any) -> list[tuple[torch.nn.Parameter, list[
             same(getattr(mine.mlp.linear_fc1, leaf), getattr(other.mlp.fc1, leaf))
             same(getattr(mine.mlp.linear_fc2, leaf), getattr(other.mlp.fc2, leaf))
     for leaf in ("weight", "bias"):
-        projector = theirs.model.multi_modal_projector
-        same(getattr(ours.vision_projection.pre_proj_layernorm, leaf), getattr(projector.layer_norm, leaf))
-        same(getattr(ours.vision_projection.encoder.linear_fc1, leaf), getattr(projector.linear_1, leaf))
-        same(getattr(ours.vision_projection.encoder.linear_fc2, leaf), getattr(projector.linear_2, leaf))
-    decoder, text = ours.language_model, theirs.model.language_model
+        projector = hf.model.multi_modal_projector
+        same(getattr(mcore.vision_projection.pre_proj_layernorm, leaf), getattr(projector.layer_norm, leaf))
+        same(getattr(mcore.vision_projection.encoder.linear_fc1, leaf), getattr(projector.linear_1, leaf))
+        same(getattr(mcore.vision_projection.encoder.linear_fc2, leaf), getattr(projector.linear_2, leaf))
+    decoder, text = mcore.language_model, hf.model.language_model
     same(decoder.embedding.word_embeddings.weight, text.embed_tokens.weight)
     same(decoder.decoder.final_layernorm.weight, text.norm.weight)
-    same(decoder.output_layer.weight, theirs.lm_head.weight)
+    same(decoder.output_layer.weight, hf.lm_head.weight)
     for mine, other in zip(decoder.decoder.layers, text.layers, strict=True):
         attention = other.self_attn
         heads, groups = MODEL.num_attention_heads, MODEL.num_query_groups
@@ -144,12 +144,12 @@ def _stirred(model: VitaModel) -> VitaModel:
 
 def _check_against_stock() -> None:
     groups = build_groups(StageConfig().parallel)
-    (ours,) = build_model(StageConfig(model=MODEL), groups)
-    _stirred(ours).eval()
-    theirs = _stock()
-    pairs = _pairs(ours, theirs)
-    assert {id(mine) for mine, _ in pairs} == {id(one) for one in ours.parameters()}
-    assert len({id(other) for _, others in pairs for other, _ in others}) == len(list(theirs.parameters()))
+    (mcore,) = build_model(StageConfig(model=MODEL), groups)
+    _stirred(mcore).eval()
+    hf = _stock()
+    pairs = _pairs(mcore, hf)
+    assert {id(mine) for mine, _ in pairs} == {id(one) for one in mcore.parameters()}
+    assert len({id(other) for _, others in pairs for other, _ in others}) == len(list(hf.parameters()))
     with torch.no_grad():
         for mine, others in pairs:
             for other, rows in others:
@@ -159,11 +159,11 @@ def _check_against_stock() -> None:
     mean, std = (torch.tensor(one).view(3, 1, 1) for one in IMAGE_NORMS["imagenet"])
     pixels = (tiles.float() / 255 - mean) / std
 
-    want = theirs.model.vision_tower(pixels).last_hidden_state[:, 1:]
-    torch.testing.assert_close(ours.vision_model(tiles), want, rtol=1e-4, atol=1e-4)
-    features = ours.encode(tiles)
-    want = theirs.model.multi_modal_projector(
-        theirs.model.pixel_shuffle(want.reshape(3, 6, 6, -1), scale_factor=0.5).flatten(1, 2)
+    want = hf.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(mcore.vision_model(tiles), want, rtol=1e-4, atol=1e-4)
+    features = mcore.encode(tiles)
+    want = hf.model.multi_modal_projector(
+        hf.model.pixel_shuffle(want.reshape(3, 6, 6, -1), scale_factor=0.5).flatten(1, 2)
     )
     torch.testing.assert_close(features, want.flatten(0, 1), rtol=1e-4, atol=1e-4)
 
@@ -176,14 +176,14 @@ def _check_against_stock() -> None:
     routes = TileRoutes(layout, starts, count)
     positions = torch.arange(60)[None]
     inputs = {"tokens": tokens[None], "positions": positions, "layout": layout, "routes": routes, "tiles": tiles}
-    logits = ours(**inputs, logit_rows=torch.arange(60))
-    want = theirs(input_ids=tokens[None], pixel_values=pixels).logits[0]
+    logits = mcore(**inputs, logits_indices=torch.arange(60))
+    want = hf(input_ids=tokens[None], pixel_values=pixels).logits[0]
     assert float(want.abs().max()) > 1, "logits too small to compare"
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
 
     labels = torch.full((60,), -100)
     labels[30:59] = tokens[31:60]
-    ours(**inputs, labels=labels[None]).sum().backward()
+    mcore(**inputs, labels=labels[None]).sum().backward()
     torch.nn.functional.cross_entropy(want, labels, reduction="sum").backward()
     for mine, others in pairs:
         scale = float(mine.grad.abs().max())

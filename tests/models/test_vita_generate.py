@@ -28,18 +28,18 @@ def _forward(
     documents = tuple(len(one) for one in tokens)
     spare = -sum(documents) % groups.sequence_shards  # sequence parallelism needs a multiple: a document of padding
     layout = SequenceLayout(documents + (spare,) * bool(spare), sp=groups.sequence_shards)
-    row = torch.cat([*tokens, torch.zeros(spare, dtype=torch.int64)])[None]
+    packed_seq = torch.cat([*tokens, torch.zeros(spare, dtype=torch.int64)])[None]
     positions = [torch.arange(len(one)) + start for one, start in zip(tokens, starts, strict=True)]
     routes = TileRoutes(layout, np.array(tiles.get("first", []), dtype=np.int64), TOKENS_PER_TILE, tp=groups.tp_size)
     pixels = tiles.get("pixels", torch.zeros(0, 3, VISION.image_size, VISION.image_size, dtype=torch.uint8))
     with torch.no_grad():
         return model(
-            tokens=row,
+            tokens=packed_seq,
             positions=torch.cat([*positions, torch.arange(spare)])[None],
             layout=layout,
             routes=routes,
             tiles=pixels[list(routes.tiles_of(groups.group_rank))],
-            logit_rows=torch.arange(sum(documents)),
+            logits_indices=torch.arange(sum(documents)),
             cache=cache,
         )
 

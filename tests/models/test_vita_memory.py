@@ -1,4 +1,4 @@
-"""What is held at once: one micro-chunk of the tower however many tiles there are; no tensor beyond a rank's share."""
+"""Peak memory: one encoder micro-batch for any number of tiles; no tensor larger than a rank's share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.models import vita
 from megatron_vita.models.build import build_model
 from megatron_vita.parallel.groups import build_groups, destroy_groups
-from tests.models.parity import MODEL, VISION, inputs_of, make_rows, one_step, stage_of
+from tests.models.parity import MODEL, VISION, inputs_of, make_packed, one_step, stage_of
 from tests.models.test_vita_parallel import CP2, RING2, SP2, ULYSSES2
 from tests.models.watch import Watch
 from tests.ranks import run_ranks
@@ -45,7 +45,7 @@ def _check_flat(tensor_parallel: bool, train: dict[str, Any]) -> None:
     one = _peak(model, AT_ONCE)
     peaks = {count: _peak(model, count) for count in (8, 64, 512)}
     assert peaks[512] <= peaks[8] + 0.2 * one, (one, peaks)  # Python frees some a little later
-    assert peaks[512] <= 1.8 * one, (one, peaks)  # the sums of gradients, beside those of the turn
+    assert peaks[512] <= 1.8 * one, (one, peaks)  # accumulated gradients beside those of the current micro-batch
     destroy_groups()
 
 
@@ -53,23 +53,23 @@ def _check_flat(tensor_parallel: bool, train: dict[str, Any]) -> None:
     "train", [{}, {"freeze_vision_model": True}, {"freeze_vision_model": True, "freeze_vision_projection": True}]
 )
 @pytest.mark.parametrize("ranks", [1, 2], ids=["whole", "split"])
-def test_the_tower_holds_one_micro_chunk_from_8_to_512_tiles(ranks: int, train: dict[str, Any]) -> None:
+def test_the_tower_holds_one_encoder_micro_batch_from_8_to_512_tiles(ranks: int, train: dict[str, Any]) -> None:
     run_ranks(ranks, _check_flat, ranks == 2, train)
 
 
 ONE_TILE = VISION.num_positions
 # Narrow inside, so that not even megatron-core's projections are wider than the hidden states they come from.
 NARROW = dataclasses.replace(MODEL, ffn_hidden_size=8, kv_channels=2)
-# Long, so that a share is more than all parameters together, which are nobody's activations.
-LONG_ROW = (((2201, 1800, 95), tuple(range(3, 3900, 67))), ((3850, 246), tuple(range(0, 3800, 50))))
+# Long, so that a share is more than all parameters together, which are not activations.
+LONG_SPECS = (((2201, 1800, 95), tuple(range(3, 3900, 67))), ((3850, 246), tuple(range(0, 3800, 50))))
 
 
 def _check_shares(layouts: list[dict[str, Any]]) -> None:
     vita.VitaModel.tower_tokens = ONE_TILE
     for parallel in layouts:
         stage = stage_of(parallel, model=NARROW)
-        rows = make_rows(LONG_ROW)
-        length = sum(rows[0].documents)
+        packed_seqs = make_packed(LONG_SPECS)
+        length = sum(packed_seqs[0].documents)
         share = length // parallel["context_parallel_size"] * NARROW.hidden_size
         large: list[str] = []
 
@@ -78,18 +78,18 @@ def _check_shares(layouts: list[dict[str, Any]]) -> None:
                 large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
 
         with Watch(seen):
-            one_step(stage, rows)
+            one_step(stage, packed_seqs)
         assert not large, f"{parallel}: more than {share} elements: {large[:5]}"
         destroy_groups()
 
 
 def test_no_tensor_exceeds_a_context_ranks_share_of_hidden_states() -> None:
-    """Where keys and values travel in a ring or by heads; `all_gather` holds those of the whole row by its nature."""
+    """With p2p and a2a; `all_gather` holds the keys and values of the whole packed sequence by design."""
     run_ranks(4, _check_shares, [{**SP2, **RING2}, {**RING2, "context_parallel_size": 4}, ULYSSES2])
 
 
 EXEMPT = ("tensor_parallel/mappings.py", "tensor_parallel/layers.py", "common/embeddings/")
-"""megatron-core looks words up for the whole context rank and scatters them over the tensor ranks."""
+"""megatron-core embeds all tokens of the context rank and scatters them over the tensor ranks."""
 
 
 def _check_splice() -> None:
@@ -97,10 +97,10 @@ def _check_splice() -> None:
     groups = build_groups(ParallelConfig(**parallel))
     (model,) = build_model(stage_of(parallel, model=NARROW), groups, dtype=torch.float64)
     vita.VitaModel.tower_tokens = ONE_TILE
-    model.language_model.requires_grad_(False)  # the backward of looking words up is megatron-core's as well
-    for row in make_rows(LONG_ROW):
-        inputs = inputs_of(row, groups)
-        share = sum(row.documents) // 4 * NARROW.hidden_size
+    model.language_model.requires_grad_(False)  # the backward of the embedding is megatron-core's as well
+    for packed_seq in make_packed(LONG_SPECS):
+        inputs = inputs_of(packed_seq, groups)
+        share = sum(packed_seq.documents) // 4 * NARROW.hidden_size
         large: list[str] = []
 
         def seen(tensor: torch.Tensor, callers: list[str], share: int = share, large: list[str] = large) -> None:

@@ -14,8 +14,8 @@ from megatron_vita.config import ModelConfig, ParallelConfig
 from megatron_vita.models.build import build_model
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from tests.checkpoint import tiny
-from tests.models.parity import MODEL, ROWS, compare_step, make_rows, named, one_step, stage_of, write_reference
-from tests.models.test_vita_frozen import ROWS as PICTURELESS
+from tests.models.parity import MODEL, SPECS, compare_step, make_packed, named, one_step, stage_of, write_reference
+from tests.models.test_vita_frozen import SPECS as PICTURELESS
 from tests.models.test_vita_frozen import STAGE1
 from tests.models.test_vita_parallel import CORE, CP2, FULL, PP2, SP2, TP2
 from tests.ranks import run_ranks
@@ -30,9 +30,9 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
 OVERLAP = {"overlap_grad_reduce": True}
 
 
-def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], rows: Any) -> None:
+def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], specs: Any) -> None:
     for parallel in layouts:
-        compare_step(reference, parallel, train, rows)
+        compare_step(reference, parallel, train, specs)
 
 
 @pytest.mark.parametrize("model", [SIX_LAYERS, TIED], ids=["untied", "tied"])
@@ -42,22 +42,22 @@ def test_pipelines_on_two_ranks_equal_one_process(tmp_path: Path, model: ModelCo
     layouts = [VPP2, VPP3, UNEVEN, BARE_ENDS]
     if model is SIX_LAYERS:
         layouts += [{**VPP3, **FULL}, {**VPP2, **BLOCK}, {**VPP3, **CORE}, {**VPP2, **OVERLAP}, {**UNEVEN, **BLOCK}]
-    run_ranks(2, _check, layouts, reference, train, ROWS)
+    run_ranks(2, _check, layouts, reference, train, SPECS)
 
 
 @pytest.mark.slow
 def test_pipelines_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
     train = {"model": SIX_LAYERS}
-    rows = ROWS * 2  # two for each of two data ranks
-    reference = write_reference(tmp_path / "reference", train, rows)
+    specs = SPECS * 2  # two for each of two data ranks
+    reference = write_reference(tmp_path / "reference", train, specs)
     four = {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|tt|ttt|tL"}
     layouts = [{**VPP2, **TP2}, {**VPP3, **SP2, **FULL}, {**VPP2, **CP2}, {**VPP3, **OVERLAP}, four, {**UNEVEN, **CP2}]
-    run_ranks(4, _check, layouts, reference, train, rows)
+    run_ranks(4, _check, layouts, reference, train, specs)
 
 
 @pytest.mark.parametrize("case", PICTURELESS)
-def test_frozen_stages_wait_for_nobody(tmp_path: Path, case: str) -> None:
-    """Only the projector trains: whole stages have no trainable parameter, and some rows no picture."""
+def test_frozen_stages_do_not_deadlock(tmp_path: Path, case: str) -> None:
+    """Only the projector trains: some stages have no trainable parameter, some packed sequences no picture."""
     train = {**STAGE1, "model": SIX_LAYERS}
     reference = write_reference(tmp_path / "reference", train, PICTURELESS[case])
     layouts = [PP2, VPP2, {**VPP3, **FULL}, {**VPP2, **OVERLAP}]
@@ -67,14 +67,14 @@ def test_frozen_stages_wait_for_nobody(tmp_path: Path, case: str) -> None:
 def test_a_tied_and_frozen_decoder_works_over_stages(tmp_path: Path) -> None:
     train = {**STAGE1, "model": TIED}
     reference = write_reference(tmp_path / "reference", train)
-    run_ranks(2, _check, [PP2, VPP2], reference, train, ROWS, timeout_s=60)
+    run_ranks(2, _check, [PP2, VPP2], reference, train, SPECS, timeout_s=60)
 
 
 def _check_bfloat16() -> None:
-    rows = make_rows()
-    _, _, exact = one_step(stage_of({}, model=SIX_LAYERS), rows)
+    packed_seqs = make_packed()
+    _, _, exact = one_step(stage_of({}, model=SIX_LAYERS), packed_seqs)
     destroy_groups()
-    models, groups, loss = one_step(stage_of(VPP2, model=SIX_LAYERS), rows, dtype=torch.bfloat16)
+    models, groups, loss = one_step(stage_of(VPP2, model=SIX_LAYERS), packed_seqs, dtype=torch.bfloat16)
     assert [model.vp_stage for model in models] == [0, 1]
     if groups.last_stage:
         assert abs(loss - exact) < 0.03 * exact
@@ -104,7 +104,7 @@ def _save_and_load(root: str, one: dict[str, Any], other: dict[str, Any]) -> Non
     whole = _gathered(trainer.models)
     destroy_groups()
     trainer = tiny.Trainer(_settings(other, 2))
-    assert keys != sorted(name for name, _ in named(*trainer.models)), "the layouts deal the layers differently"
+    assert keys != sorted(name for name, _ in named(*trainer.models)), "the layouts partition the layers differently"
     checkpoint.load_training(saved, trainer.models, trainer.optimizer, trainer.schedule)
     assert trainer.step() == pytest.approx(norm, rel=1e-5)
     loaded = _gathered(trainer.models)
@@ -132,10 +132,12 @@ def test_checkpoints_go_from_any_pipeline_to_any_other(
 
 def _check_fresh_flag() -> None:
     groups = build_groups(stage_of({}).parallel)
-    (drawn,) = build_model(stage_of({}), groups)
-    (undrawn,) = build_model(stage_of({}), groups, fresh=False)
-    assert {name for name, _ in drawn.named_parameters()} == {name for name, _ in undrawn.named_parameters()}
-    assert not torch.equal(drawn.vision_model.conv1.weight, undrawn.vision_model.conv1.weight)
+    (initialised,) = build_model(stage_of({}), groups)
+    (uninitialised,) = build_model(stage_of({}), groups, fresh=False)
+    assert {name for name, _ in initialised.named_parameters()} == {
+        name for name, _ in uninitialised.named_parameters()
+    }
+    assert not torch.equal(initialised.vision_model.conv1.weight, uninitialised.vision_model.conv1.weight)
     destroy_groups()
 
 

@@ -1,4 +1,4 @@
-"""Towers that are split over tensor ranks, and tiles that go through a tower in turns: the same as in one process."""
+"""Tensor-parallel vision towers and encoder micro-batches give the results of one process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_vita.config import ModelConfig, ParallelConfig
 from megatron_vita.models import vita
 from megatron_vita.parallel.groups import destroy_groups
 from tests.checkpoint import tiny
-from tests.models.parity import MODEL, ROWS, VISION, compare_step, named, write_reference
-from tests.models.test_vita_frozen import ROWS as PICTURELESS
+from tests.models.parity import MODEL, SPECS, VISION, compare_step, named, write_reference
+from tests.models.test_vita_frozen import SPECS as PICTURELESS
 from tests.models.test_vita_frozen import STAGE1
 from tests.models.test_vita_parallel import CP2, FULL, PP2, SP2, TP2
 from tests.ranks import run_ranks
@@ -33,45 +33,47 @@ TOWERS = {
 }
 
 
-def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], rows: Any, at_once: int) -> None:
+def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], specs: Any, at_once: int) -> None:
     vita.VitaModel.tower_tokens = at_once * (VISION.num_patches + 1)
     for parallel in layouts:
-        compare_step(reference, parallel, train, rows)
+        compare_step(reference, parallel, train, specs)
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_every_tower_whole_or_split_equals_one_process(tmp_path: Path, name: str) -> None:
     reference = write_reference(tmp_path / "reference", {"model": _model(**TOWERS[name])})
     split = {"model": _model(**TOWERS[name], tensor_parallel=True)}
-    run_ranks(2, _check, [SP2, CP2, PP2], reference, {"model": _model(**TOWERS[name])}, ROWS, 100)
-    run_ranks(2, _check, [TP2, SP2, {**SP2, **FULL}, {**SP2, "overlap_grad_reduce": True}], reference, split, ROWS, 100)
+    run_ranks(2, _check, [SP2, CP2, PP2], reference, {"model": _model(**TOWERS[name])}, SPECS, 100)
+    run_ranks(
+        2, _check, [TP2, SP2, {**SP2, **FULL}, {**SP2, "overlap_grad_reduce": True}], reference, split, SPECS, 100
+    )
 
 
 @pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("train", [{}, STAGE1, {"freeze_vision_model": True}], ids=["all", "projector", "frozen tower"])
-def test_tiles_in_turns_equal_one_process(tmp_path: Path, train: dict[str, Any], tensor_parallel: bool) -> None:
-    """Five and three tiles a row, two or four at once: some ranks have a turn without a tile of their own."""
+def test_encoder_micro_batches_equal_one_process(tmp_path: Path, train: dict[str, Any], tensor_parallel: bool) -> None:
+    """Five and three tiles per packed sequence, two or four per micro-batch: some ranks have an empty micro-batch."""
     reference = write_reference(tmp_path / "reference", train)
     train = {**train, "model": _model(tensor_parallel=tensor_parallel)}
-    run_ranks(2, _check, [TP2, SP2, CP2, {**SP2, "overlap_grad_reduce": True}], reference, train, ROWS, 2)
+    run_ranks(2, _check, [TP2, SP2, CP2, {**SP2, "overlap_grad_reduce": True}], reference, train, SPECS, 2)
 
 
 @pytest.mark.parametrize("case", PICTURELESS)
 @pytest.mark.parametrize("train", [{}, STAGE1], ids=["all", "projector"])
-def test_a_split_tower_waits_for_nobody(tmp_path: Path, case: str, train: dict[str, Any]) -> None:
+def test_a_split_tower_does_not_deadlock_without_tiles(tmp_path: Path, case: str, train: dict[str, Any]) -> None:
     reference = write_reference(tmp_path / "reference", train, PICTURELESS[case])
     train = {**train, "model": _model(tensor_parallel=True)}
     run_ranks(2, _check, [TP2, {**SP2, **FULL}, CP2], reference, train, PICTURELESS[case], 1, timeout_s=60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [ROWS, *PICTURELESS.values()], ids=["tiles", *PICTURELESS])
+@pytest.mark.parametrize("specs", [SPECS, *PICTURELESS.values()], ids=["tiles", *PICTURELESS])
 @pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
-def test_towers_on_four_ranks_equal_one_process(tmp_path: Path, rows: Any, tensor_parallel: bool) -> None:
+def test_towers_on_four_ranks_equal_one_process(tmp_path: Path, specs: Any, tensor_parallel: bool) -> None:
     """More tiles than ranks, fewer, and none; each encoded once in its tensor x context group."""
-    reference = write_reference(tmp_path / "reference", {}, rows)
+    reference = write_reference(tmp_path / "reference", {}, specs)
     train = {"model": _model(tensor_parallel=tensor_parallel)}
-    run_ranks(4, _check, [{**TP2, **CP2}, {**SP2, **CP2}, {**SP2, **PP2}], reference, train, rows, 1)
+    run_ranks(4, _check, [{**TP2, **CP2}, {**SP2, **CP2}, {**SP2, **PP2}], reference, train, specs, 1)
 
 
 def _reshard(root: str, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -107,16 +109,16 @@ def _check_once() -> None:
     """Each tile goes through the tower exactly once, to within one of even over context ranks."""
     from megatron_vita.models.build import build_model
     from megatron_vita.parallel.groups import build_groups
-    from tests.models.parity import inputs_of, make_rows, stage_of
+    from tests.models.parity import inputs_of, make_packed, stage_of
 
     for parallel in (SP2, CP2):
         groups = build_groups(ParallelConfig(**parallel))
         (model,) = build_model(stage_of(parallel), groups, dtype=torch.float64)
         seen: list[int] = []
         model.vision_model.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(len(args[0])))
-        (row, *_) = make_rows()
+        (packed_seq, *_) = make_packed()
         with torch.no_grad():
-            model(**inputs_of(row, groups))
+            model(**inputs_of(packed_seq, groups))
         counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
         torch.distributed.all_gather(counts, torch.tensor(sum(seen)))
         assert sorted(int(one) for one in counts) == [2, 3]

@@ -1,4 +1,4 @@
-"""What InternViT's blocks have and megatron-core's lack: layer scale, and a norm over all heads of queries or keys."""
+"""InternViT's additions to megatron-core's transformer layer: LayerScale, and QK norm over all heads together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class LayerScaleLayer(TransformerLayer):
-    """h += ls1 * (attention + bias); h += ls2 * (MLP + bias): the scale multiplies after the bias."""
+    """TransformerLayer with LayerScale: h += ls1 * (attention + bias), then h += ls2 * (MLP + bias)."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -27,14 +27,20 @@ def _scaled(out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, scale
 
 
 class WidthRMSNorm(nn.Module):
-    """RMSNorm over all heads of a token together, for megatron-core's query and key norm sockets.
+    """RMSNorm over all heads of a token, as q_layernorm or k_layernorm of megatron-core's SelfAttention (InternViT-6B).
 
-    megatron-core's own norms each head by itself. In a tensor-parallel tower a rank holds some of the heads: the mean
-    of squares is then taken over the tensor ranks.
+    megatron-core's QK norm is per head. In a tensor-parallel tower a rank holds some of the heads: the sum of squares
+    is all-reduced over the tensor ranks, forward and backward.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        """`hidden_size` is one head's, as the socket passes it."""
+        """Create this rank's shard of the weight.
+
+        Args:
+            config: the tower's TransformerConfig.
+            hidden_size: size of one head, as SelfAttention passes it.
+            eps: epsilon.
+        """
         super().__init__()
         split = config.tensor_model_parallel_size
         self.width = hidden_size * config.num_attention_heads
@@ -49,12 +55,12 @@ class WidthRMSNorm(nn.Module):
         wide = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(-1, keepdim=True)
         if self.weight.shape[0] < self.width:
-            # Summed forward; and backward, where each rank knows what its own heads made of the sum.
+            # All-reduce in the forward (reduce) and of the gradient in the backward (copy).
             squares = mappings.reduce_from_tensor_model_parallel_region(squares)
             squares = mappings.copy_to_tensor_model_parallel_region(squares)
         normed = wide * torch.rsqrt(squares / self.width + self.eps)
         return (self.weight * normed.to(x.dtype)).view_as(x)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Nothing of its own: VitaModel stores the tower by its parameters' marks."""
+        """Empty: VitaModel.sharded_state_dict stores the tower's parameters."""
         return {}

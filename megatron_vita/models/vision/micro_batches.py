@@ -1,7 +1,7 @@
-"""Many tiles through the tower, a micro-chunk at a time, in the memory of one.
+"""Encoder micro-batches: the vision tower runs on a few tiles at a time, with activation recomputation.
 
-Beyond the tiles (uint8) and their features, which are written where they belong as they come, only one micro-chunk's
-activations are ever held: each is encoded again in the backward. Legend: n tiles, P patches, T tokens of a tile.
+At any time only the activations of one micro-batch exist, beside the uint8 tiles and the visual tokens; the backward
+encodes each micro-batch again. Legend: n tiles of this rank, P patches per tile, T tokens_per_tile, h decoder width.
 """
 
 from __future__ import annotations
@@ -18,91 +18,99 @@ from megatron_vita.parallel.collectives import gather_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One micro-chunk."""
+class EncoderMicroBatch:
+    """Tiles of one forward pass through the vision tower."""
 
     tiles: Tensor
-    """uint8 [n, 3, S, S], a view of the rank's tiles."""
+    """uint8 [n, 3, S, S], a view of this rank's tiles; n may be 0."""
     counts: tuple[int, ...]
-    """n of every rank that encodes together with this one; of this one alone where nobody does."""
+    """n on every tensor-parallel rank of a tensor-parallel tower; of this rank only for a replicated tower."""
 
 
-def make_turns(tiles: Tensor, counts: Sequence[int], at_once: int) -> list[Turn]:
-    """Cut a rank's tiles into turns, the same number on every rank that encodes together.
+def split_tiles(tiles: Tensor, counts: Sequence[int], at_once: int) -> list[EncoderMicroBatch]:
+    """Split a rank's tiles into micro-batches, equally many on all ranks of `counts`.
 
     Args:
-        tiles: uint8 [n, 3, S, S], this rank's.
-        counts: n of every rank that encodes together.
-        at_once: most tiles that a rank gives to one turn.
+        tiles: uint8 [n, 3, S, S], of this rank.
+        counts: n on every tensor-parallel rank of a tensor-parallel tower, else (n,).
+        at_once: largest number of tiles of one rank in a micro-batch.
     """
     starts = range(0, max(counts), at_once)
     return [
-        Turn(tiles[start : start + at_once], tuple(min(max(count - start, 0), at_once) for count in counts))
+        EncoderMicroBatch(
+            tiles[start : start + at_once], tuple(min(max(count - start, 0), at_once) for count in counts)
+        )
         for start in starts
     ]
 
 
 def encode_in_micro_batches(
-    encode: Callable[[Turn], Tensor],
-    turns: Sequence[Turn],
+    encode: Callable[[EncoderMicroBatch], Tensor],
+    micro_batches: Sequence[EncoderMicroBatch],
     shape: tuple[int, int],
     parameters: Sequence[nn.Parameter],
 ) -> Tensor:
-    """Features of all turns' tiles, in order.
+    """Encode micro-batches one after the other; recomputed in the backward unless there is only one.
 
     Args:
-        encode: a turn's tiles -> [n, T, h]; differentiable in `parameters` and in nothing else.
-        turns: at least one.
+        encode: a micro-batch -> [n, T, h], differentiable in `parameters` only. Under tensor parallelism it contains
+            collectives: all ranks pass equally many micro-batches.
+        micro_batches: at least one.
         shape: (T, h).
-        parameters: everything that `encode` uses.
+        parameters: all parameters that `encode` uses, trainable or frozen.
 
     Returns:
-        [n of all turns, T, h], in the parameters' dtype.
+        [sum of n, T, h], in the dtype of the parameters.
     """
     trainable = [one for one in parameters if one.requires_grad]
-    if len(turns) == 1:
-        return encode(turns[0])
+    if len(micro_batches) == 1:
+        return encode(micro_batches[0])
     if trainable and torch.is_grad_enabled():
-        out: Tensor = _Turns.apply(encode, turns, shape, *trainable)
+        out: Tensor = _RecomputedEncode.apply(encode, micro_batches, shape, *trainable)
         return out
-    return _fill(encode, turns, shape, parameters[0])
+    return _fill(encode, micro_batches, shape, parameters[0])
 
 
-def _fill(encode: Callable[[Turn], Tensor], turns: Sequence[Turn], shape: tuple[int, int], like: Tensor) -> Tensor:
-    out = like.new_empty(sum(len(turn.tiles) for turn in turns), *shape)
+def _fill(
+    encode: Callable[[EncoderMicroBatch], Tensor],
+    micro_batches: Sequence[EncoderMicroBatch],
+    shape: tuple[int, int],
+    like: Tensor,
+) -> Tensor:
+    out = like.new_empty(sum(len(micro_batch.tiles) for micro_batch in micro_batches), *shape)
     start = 0
     with torch.no_grad():
-        for turn in turns:
-            stop = start + len(turn.tiles)
-            out[start:stop] = encode(turn)
+        for micro_batch in micro_batches:
+            stop = start + len(micro_batch.tiles)
+            out[start:stop] = encode(micro_batch)
             start = stop
     return out
 
 
-class _Turns(torch.autograd.Function):
-    """No graph of the forward is kept; the backward builds that of one turn after the other."""
+class _RecomputedEncode(torch.autograd.Function):
+    """The forward keeps no graph; the backward recomputes and differentiates one micro-batch after the other."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        encode: Callable[[Turn], Tensor],
-        turns: Sequence[Turn],
+        encode: Callable[[EncoderMicroBatch], Tensor],
+        micro_batches: Sequence[EncoderMicroBatch],
         shape: tuple[int, int],
         *trainable: Tensor,
     ) -> Tensor:
-        ctx.encode, ctx.turns = encode, turns
+        ctx.encode, ctx.micro_batches = encode, micro_batches
         ctx.save_for_backward(*trainable)
-        return _fill(encode, turns, shape, trainable[0])
+        return _fill(encode, micro_batches, shape, trainable[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         trainable = ctx.saved_tensors
         sums: list[Tensor] | None = None
         start = 0
-        for turn in ctx.turns:
+        for micro_batch in ctx.micro_batches:
             with torch.enable_grad():
-                features = ctx.encode(turn)
-            stop = start + len(turn.tiles)
+                features = ctx.encode(micro_batch)
+            stop = start + len(micro_batch.tiles)
             grads = torch.autograd.grad(features, trainable, grad[start:stop])
             if sums is None:
                 sums = [one.clone() for one in grads]
@@ -113,40 +121,40 @@ class _Turns(torch.autograd.Function):
         return None, None, None, *(sums or ())
 
 
-def gather_uneven(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Every rank's rows, as the ranks of a split tower encode their tiles together. Not differentiable.
+def gather_uneven(local: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All-gather along dimension 0 with a different length on every rank. Not differentiable.
 
     Args:
-        rows: [n, ...], this rank's.
-        counts: n of every rank of the group.
-        group: the tensor-parallel ranks.
+        local: [n, ...], of this rank.
+        counts: n on every rank of the group.
+        group: all of its ranks call.
 
     Returns:
         [sum of counts, ...], in rank order.
     """
     longest = max(counts)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyone = gather_tokens(padded, group).wait()
-    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+    padded = local.new_zeros(longest, *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = gather_tokens(padded, group).wait()
+    return torch.cat([one[:count] for one, count in zip(gathered.split(longest), counts, strict=True)])
 
 
-def take_own(states: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """This rank's tiles of what all ranks of a split tower hold; the backward puts everybody's gradients together.
+def select_local(states: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Select this rank's tiles from the output of a tensor-parallel tower; the backward all-gathers the gradients.
 
     Args:
-        states: [sum of counts, P, h], the same on every rank.
-        counts: tiles of every rank of the group.
-        group: the tensor-parallel ranks.
+        states: [sum of counts, P, tower width], the same on every rank.
+        counts: number of tiles of every rank of the group.
+        group: the tensor-parallel ranks; all of them call, forward and backward.
 
     Returns:
-        [counts[rank], P, h].
+        [counts[rank], P, tower width], a copy.
     """
-    out: Tensor = _TakeOwn.apply(states, tuple(counts), group)
+    out: Tensor = _SelectLocal.apply(states, tuple(counts), group)
     return out
 
 
-class _TakeOwn(torch.autograd.Function):
+class _SelectLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
         ctx.counts, ctx.group = counts, group

@@ -1,8 +1,8 @@
-"""The vision tower: patches, learned positions, pre-norm blocks. One module for every family of config/vision.py.
+"""The vision tower (ViT encoder): patch embedding, learned position embedding, pre-norm transformer blocks.
 
-A tower that is small beside the decoder stands whole on every rank of a tensor x context group, and each encodes its
-share of the tiles: inside it nothing is split, its process groups have one rank. With model.vision.tensor_parallel its
-blocks are split over the tensor ranks by megatron-core's own layers.
+One module covers every family of config/vision.py. By default the tower is replicated on every rank of a tensor x
+context group and each rank encodes different tiles; its process groups then contain one rank. With
+model.vision.tensor_parallel its blocks are split over the tensor ranks, which encode every tile together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ from megatron_vita.models.norms import LayerNorm
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu}
 
 
-def undrawn(weight: Tensor) -> None:
-    """An init method that leaves the weight alone: fresh weights are drawn by name once the model stands."""
+def no_init(weight: Tensor) -> None:
+    """megatron-core init_method that does nothing: models/build.py initialises all weights by name afterwards."""
 
 
 def tower_config(vision: VisionConfig, dtype: torch.dtype, tensor_parallel_size: int = 1) -> TransformerConfig:
-    """megatron-core's settings for the tower: its own epsilon and activation, biases everywhere (but where
-    add_qkv_bias takes those of queries, keys and values away, see layer_specs.py)."""
+    """megatron-core's TransformerConfig of the tower.
+
+    All linear layers have biases; model.vision.add_qkv_bias=false removes those of queries, keys and values in
+    layer_specs.py.
+
+    Args:
+        vision: settings of the tower.
+        dtype: of the parameters.
+        tensor_parallel_size: ranks that the blocks are split over.
+    """
     return TransformerConfig(
         num_layers=vision.built_layers,
         hidden_size=vision.hidden_size,
@@ -47,8 +55,8 @@ def tower_config(vision: VisionConfig, dtype: torch.dtype, tensor_parallel_size:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
-        init_method=undrawn,
-        output_layer_init_method=undrawn,
+        init_method=no_init,
+        output_layer_init_method=no_init,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -56,27 +64,27 @@ def tower_config(vision: VisionConfig, dtype: torch.dtype, tensor_parallel_size:
 
 
 class VisionTower(MegatronModule):
-    """uint8 tiles -> patch states of the selected block, class token dropped."""
+    """uint8 tiles -> hidden states of the selected layer (model.vision.select_layer), without the class token."""
 
     def __init__(self, vision: VisionConfig, *, dtype: torch.dtype, implementation: str, collection: Any) -> None:
-        """Build without weights.
+        """Build the modules, weights uninitialised.
 
         Args:
-            vision: the tower's settings.
+            vision: settings of the tower.
             dtype: of the parameters.
-            implementation: `local` or `te`.
-            collection: process groups that the blocks are split over: one rank, or the tensor-parallel ranks.
+            implementation: layer classes, `local` or `te`.
+            collection: ProcessGroupCollection of the blocks: Groups.tower_collection or split_tower_collection.
         """
         config = tower_config(vision, dtype, collection.tp.size())
         super().__init__(config=config)
         self.vision = vision
         self.split = config.tensor_model_parallel_size > 1
-        """The blocks are split over ranks, which encode each tile together."""
+        """The blocks are tensor-parallel: all tensor ranks must call `forward` with the same tiles."""
         hidden, patch, family = vision.hidden_size, vision.patch_size, vision.family
         if family.class_token:
             self.class_token = nn.Parameter(torch.empty(1, 1, hidden, dtype=dtype))
         self.position_embeddings = nn.Embedding(vision.num_positions, hidden, dtype=dtype)
-        # Holds the weights under their names; cutting patches first and multiplying is the same and faster.
+        # Holds the weights under their checkpoint names; `forward` uses an equal, faster matrix product.
         self.conv1 = nn.Conv2d(3, hidden, kernel_size=patch, stride=patch, bias=family.patch_bias, dtype=dtype)
         if family.pre_norm:
             self.ln_pre = LayerNorm(config, hidden, vision.norm_epsilon)
@@ -86,14 +94,15 @@ class VisionTower(MegatronModule):
         if vision.post_norm:
             self.ln_post = LayerNorm(config, hidden, vision.norm_epsilon)
         mean, std = (torch.tensor(one, dtype=torch.float32) for one in IMAGE_NORMS[vision.image_norm])
-        # No buffers: megatron-core's Float16Module would round them to bfloat16.
+        # Not buffers: megatron-core's Float16Module would cast them to bfloat16.
         self._mean, self._std = mean.view(3, 1, 1) * 255, std.view(3, 1, 1) * 255
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S], n > 0 -> [n, patches, h]."""
+        """uint8 [n, 3, S, S], n > 0 -> patch states [n, patches, tower width] in the dtype of the parameters."""
         family = self.vision.family
         pixels = self.normalise(tiles)
-        states = F.linear(self._cut(pixels).to(self.conv1.weight.dtype), self.conv1.weight.flatten(1), self.conv1.bias)
+        patches = self._patchify(pixels).to(self.conv1.weight.dtype)
+        states = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
         if family.class_token:
             states = torch.cat([self.class_token.expand(len(tiles), -1, -1), states], dim=1)
         states = (states + self.position_embeddings.weight).transpose(0, 1).contiguous()  # [positions, n, h]
@@ -105,13 +114,13 @@ class VisionTower(MegatronModule):
         return states[int(family.class_token) :].transpose(0, 1)
 
     def normalise(self, tiles: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] -> float32, each channel with the mean and deviation of model.vision.image_norm."""
+        """uint8 [n, 3, S, S] -> float32 of the same shape, (x / 255 - mean) / std as model.vision.image_norm says."""
         self._mean, self._std = self._mean.to(tiles.device), self._std.to(tiles.device)
         return (tiles.float() - self._mean) / self._std
 
-    def _cut(self, pixels: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, patches, 3 P P], each patch as the convolution's kernel reads it."""
+    def _patchify(self, pixels: Tensor) -> Tensor:
+        """[n, 3, S, S] -> [n, patches, 3 * P * P] for patch size P, each patch in the order of the conv weight."""
         size = self.vision.patch_size
         side = self.vision.image_size // size
-        cut = pixels.view(-1, 3, side, size, side, size).permute(0, 2, 4, 1, 3, 5)
-        return cut.reshape(len(pixels), side * side, 3 * size * size)
+        patches = pixels.view(-1, 3, side, size, side, size).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(len(pixels), side * side, 3 * size * size)

@@ -1,4 +1,4 @@
-"""Plain stand-ins for Transformer Engine's layers, so that the `te` layer specs can be built without a GPU.
+"""Stubs of Transformer Engine's layers, so that the `te` layer specs can be built without a GPU.
 
 Each has the parameters, the names and the shapes that megatron-core's wrapper of the real one declares: `weight` and
 `bias`, `layer_norm_weight` and `layer_norm_bias` inside the linear behind a norm, and a pickled `_extra_state`. What is
@@ -31,11 +31,11 @@ class _ExtraState:
         assert state is None, "_extra_state was asked for"  # None: megatron-core's own linears put it there
 
 
-class RowTwin(_ExtraState, RowParallelLinear):
+class StubRowParallelLinear(_ExtraState, RowParallelLinear):
     """TERowParallelLinear."""
 
 
-class NormColumnTwin(_ExtraState, ColumnParallelLinear):
+class StubLayerNormColumnParallelLinear(_ExtraState, ColumnParallelLinear):
     """TELayerNormColumnParallelLinear."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
@@ -70,18 +70,18 @@ class Provider(transformer_engine_spec_provider.TESpecProvider):
     """megatron-core's provider, which names the real classes."""
 
     def column_parallel_layer_norm_linear(self) -> type:
-        return NormColumnTwin
+        return StubLayerNormColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
-        return RowTwin
+        return StubRowParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm
 
 
 @contextmanager
-def transformer_engine_twins() -> Iterator[None]:
-    """Models built inside take the te specs, made of the twins."""
+def transformer_engine_stubs() -> Iterator[None]:
+    """Models built inside take the te specs, made of the stubs."""
     with (
         mock.patch.object(gpt_layer_specs, "TESpecProvider", Provider, create=True),
         mock.patch.object(transformer_engine, "TENorm", RMSNorm),
