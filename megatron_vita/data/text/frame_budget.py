@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.media.video.frames import most_that_fit
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example, frame_costs
@@ -23,7 +22,7 @@ class Clip(Protocol):
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
         """Frames that would be taken."""
 
-    def times_of(self, count: int) -> list[float]:
+    def times_of(self, spec: PreprocessSpec, count: int) -> list[float]:
         """When they are shown."""
 
 
@@ -57,7 +56,7 @@ def frames_that_fit(
 
     def rendered(limit: int) -> int:
         """Tokens of everything with one frame each."""
-        taken = (clip.times_of(min(count, limit))[0] for clip, count in zip(clips, counts, strict=True))
+        taken = (clip.times_of(spec, min(count, limit))[0] for clip, count in zip(clips, counts, strict=True))
         frames = [[MediaItem(b"", 1, 1, frame=True, time=time)] for time in taken]
         return len(build_example(sample, images, frames, tokenizer=tokenizer, spec=spec).tokens)
 
@@ -66,7 +65,7 @@ def frames_that_fit(
         def length(limit: int) -> int:
             further = 0
             for clip, count in zip(clips, counts, strict=True):
-                times = clip.times_of(min(count, limit))
+                times = clip.times_of(spec, min(count, limit))
                 further += int(frame_costs(tokenizer, spec, len(times), times)[1:].sum())
             return rendered(limit) + further
 
@@ -85,3 +84,21 @@ def _added(tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int) -> npt.N
     """Tokens that so many frames have more than one has, int64 `[frames]`; the same for every sample."""
     costs = frame_costs(tokenizer, spec, frames)
     return np.asarray(np.cumsum(costs) - costs[0])
+
+
+def most_that_fit(most: int, room: int, length: Callable[[int], int]) -> int:
+    """The largest number of frames up to `most` whose `length` (in tokens) is at most `room`; 0 if none is.
+
+    Args:
+        most: frames that would be taken at best.
+        room: tokens there are.
+        length: tokens of so many frames; a frame more is many tokens more.
+    """
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if length(middle) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low

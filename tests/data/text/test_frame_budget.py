@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.media.video.frames import count_frames, sample_frames
+from megatron_vita.data.media.video.clip import count_frames, sample_frames
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
@@ -34,12 +34,12 @@ class Clip:
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
         return count_frames(len(self.times), self.fps, max_frames, spec.max_fps)
 
-    def times_of(self, count: int) -> list[float]:
+    def times_of(self, spec: PreprocessSpec, count: int) -> list[float]:
         return [self.times[number] for number in sample_frames(len(self.times), count)]
 
     def items(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
         count = self.count(spec, max_frames)
-        return [MediaItem(b"", 448, 448, frame=True, time=time) for time in self.times_of(count)]
+        return [MediaItem(b"", 448, 448, frame=True, time=time) for time in self.times_of(spec, count)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A video that has been opened: how many frames it has to give, and the frames as they are stored."""
+"""A video that has been opened: which of its frames are sampled, and those frames as they are stored."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from PIL import Image
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.image import MAX_PIXELS
 from megatron_vita.data.media.tiling import shrink_frame
-from megatron_vita.data.media.video.frames import count_frames, frame_rate, sample_frames
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.spec import PreprocessSpec
 
 PNG_MOST_PIXELS = 64 * 64
 """Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
-_LEAST_PLAYED = 0.9
-"""Share of a clip's frames that must come out: a recording may begin or end between two key frames."""
+_ROUNDED = 0.01
+"""Frames: many containers round times to milliseconds, and ten seconds must stay ten frames at one a second."""
+_MILLISECOND = 1.001e-3
 
 Times = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
 
 
-class ShortError(Exception):
-    """Fewer frames came out of the decoder than the container has packets."""
-
-    def __init__(self, played: int) -> None:
-        self.played = played
+class MissedError(Exception):
+    """A frame that was expected did not come out of the decoder, or not at its time."""
 
 
 class VideoFile(ABC):
@@ -39,14 +37,18 @@ class VideoFile(ABC):
     def __init__(self, name: str, times: Times, fps: float | None = None) -> None:
         self.name = name
         """For messages."""
+        self.set_times(times, fps)
+        if self.total < 1:
+            raise reject("video_broken", f"{name}: no frame in it.")
+
+    def set_times(self, times: Times, fps: float | None = None) -> None:
+        """Tell when each frame is shown, in any clock's seconds, ascending."""
         self.times = np.round(times - times[:1], 3)
         """Seconds into the clip at which each frame is shown, to the millisecond, float64 `[total]`."""
         self.total = len(times)
         """Frames of the clip."""
         self.fps = frame_rate(times) if fps is None else fps
         """Frames a second; 0 if that cannot be said."""
-        if self.total < 1:
-            raise reject("video_broken", f"{name}: no frame in it.")
 
     def __enter__(self) -> VideoFile:
         return self
@@ -58,12 +60,21 @@ class VideoFile(ABC):
         """Let go of the file."""
 
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
-        """Frames that would be taken."""
-        return count_frames(self.total, self.fps, max_frames, spec.max_fps)
+        """Frames that would be taken: at most `max_frames`, and at most `spec.max_fps` a second, at least one."""
+        if is_even(self.times):
+            return count_frames(self.total, self.fps, max_frames, spec.max_fps)
+        return max(1, min(len(thinned(self.times, spec.max_fps)), max_frames))
 
-    def times_of(self, count: int) -> list[float]:
-        """When the frames are shown that `frames` takes if it takes `count`; seconds into the clip."""
-        return [float(self.times[number]) for number in sample_frames(self.total, count)]
+    def numbers(self, spec: PreprocessSpec, count: int) -> list[int]:
+        """Numbers of the frames that `frames` takes if it takes `count`."""
+        if is_even(self.times):
+            return sample_frames(self.total, count)
+        kept = thinned(self.times, spec.max_fps)
+        return [int(kept[place]) for place in sample_frames(len(kept), min(count, len(kept)))]
+
+    def times_of(self, spec: PreprocessSpec, count: int) -> list[float]:
+        """When these frames are shown; seconds into the clip."""
+        return [float(self.times[number]) for number in self.numbers(spec, count)]
 
     def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
         """The sampled frames as they are stored.
@@ -73,22 +84,36 @@ class VideoFile(ABC):
         """
         try:
             return self._sampled(spec, self.count(spec, max_frames))
-        except ShortError as error:
-            if error.played < _LEAST_PLAYED * self.total:
-                raise reject(
-                    "video_broken", f"{self.name}: only {error.played} of {self.total} frames can be decoded."
-                ) from None
-            self.times, self.total = self.times[: error.played], error.played
-            return self._sampled(spec, self.count(spec, max_frames))
+        except MissedError:
+            self.learn()
+            try:
+                return self._sampled(spec, self.count(spec, max_frames))
+            except MissedError:
+                raise reject("video_broken", f"{self.name}: its frames come out differently each time.") from None
+
+    def learn(self) -> None:
+        """Decode the whole clip to see which frames it has and when they are shown: the container told it wrongly.
+
+        Raises:
+            DataError: video_broken, where too few come out.
+        """
+        raise reject("video_broken", f"{self.name}: not all of its {self.total} frames can be decoded.")
 
     def _sampled(self, spec: PreprocessSpec, count: int) -> list[MediaItem]:
-        pictures = self.read(sample_frames(self.total, count))
-        items = (encode_frame(shrink_frame(picture, spec)) for picture in pictures)
-        return [dataclasses.replace(item, time=time) for item, time in zip(items, self.times_of(count), strict=True)]
+        numbers = self.numbers(spec, count)
+        items = [encode_frame(shrink_frame(picture, spec)) for picture in self.read(numbers)]
+        return [
+            dataclasses.replace(item, time=float(self.times[number]))
+            for item, number in zip(items, numbers, strict=True)
+        ]
 
     @abstractmethod
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory."""
+        """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory.
+
+        Raises:
+            MissedError: `times` is wrong about the clip; `learn` mends that.
+        """
 
     def check_size(self, width: int, height: int) -> None:
         """Refuse frames of enormous size.
@@ -98,6 +123,56 @@ class VideoFile(ABC):
         """
         if width * height > MAX_PIXELS:
             raise reject("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
+
+
+# ---------------------------------------------------------------------------------------- which frames are sampled
+
+
+def count_frames(total: int, fps: float, max_frames: int, max_fps: float) -> int:
+    """Frames taken of a clip of constant rate: at most `max_fps` a second, at most `max_frames`, at least one."""
+    by_time = int(total * max_fps / fps + _ROUNDED) if fps > 0 else total
+    return max(1, min(total, by_time, max_frames))
+
+
+def sample_frames(total: int, count: int) -> list[int]:
+    """`count` frame numbers spread evenly over a clip of `total` frames, first and last included; ascending.
+
+    One frame is the middle one.
+    """
+    if count == 1:
+        return [total // 2]
+    return [(2 * k * (total - 1) + count - 1) // (2 * (count - 1)) for k in range(count)]
+
+
+def frame_rate(times: Sequence[float] | Times) -> float:
+    """Frames a second of a clip, from when each frame is shown; 0 if that says nothing.
+
+    Headers name rates of their own, which decoders read differently; from the times all get the same.
+    """
+    span = float(times[-1] - times[0]) if len(times) > 1 else 0.0
+    return (len(times) - 1) / span if span > 0 else 0.0
+
+
+def is_even(times: Times) -> bool:
+    """Is the clip of a constant rate: does every frame stand within half a frame of its place at the mean rate?"""
+    if len(times) < 3:
+        return True
+    places = np.linspace(times[0], times[-1], len(times))
+    return bool(np.abs(times - places).max() <= max(_MILLISECOND, (times[-1] - times[0]) / (len(times) - 1) / 2))
+
+
+def thinned(times: Times, max_fps: float) -> Numbers:
+    """Numbers of frames that are at least 1 / `max_fps` seconds apart, as many as there can be, the last one included.
+
+    Of a clip of variable rate frames are sampled among these, so that a burst of frames yields no more than a still
+    scene of the same length.
+    """
+    gap = 1 / max_fps - _MILLISECOND
+    kept = [0]
+    while (place := max(int(np.searchsorted(times, times[kept[-1]] + gap)), kept[-1] + 1)) < len(times):
+        kept.append(place)
+    kept[-1] = len(times) - 1 if len(kept) > 1 else len(times) // 2
+    return np.array(kept, dtype=np.int64)
 
 
 def encode_frame(picture: Image.Image) -> MediaItem:
