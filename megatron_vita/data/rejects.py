@@ -21,6 +21,8 @@ CODES: dict[str, str] = {
     "media_bomb": "the picture has too many pixels",
     "media_size": "the picture has no area",
     "video_broken": "the video cannot be decoded",
+    "video_codec": "this build has no decoder for the video's codec",
+    "video_inexact": "decord does not give the frames that were asked for",
     "video_timeout": "decoding the video took longer than --video-timeout",
     "video_memory": "decoding the video took more memory than --video-memory",
     "media_crash": "decoding the medium killed its process",

@@ -1,4 +1,4 @@
-"""Containers and codecs as datasets have them: both decoders see the same frames at the same times."""
+"""Containers as datasets have them: whole and damaged, regions of archives, edit lists, folders of frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as Pil
 
 from megatron_vita.data.media.image import decode
-from megatron_vita.data.media.video.clip import count_frames, frame_rate, most_that_fit, sample_frames
+from megatron_vita.data.media.video.clip import count_frames, frame_rate, sample_frames
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -57,13 +57,9 @@ def frames(file: MediaFile, backend: str) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_both_decoders_see_the_same_frames(clips: Path, name: str) -> None:
-    file = MediaFile(path=str(clips / name))
-    times, greys = frames(file, "auto")
+def test_frames_are_shown_at_the_times_told(clips: Path, name: str) -> None:
+    times, greys = frames(MediaFile(path=str(clips / name)), "auto")
     assert np.abs(np.subtract(greys, GREYS)).mean() < 2  # one frame further is 5
-    pyav_times, pyav_greys = frames(file, "pyav")
-    assert times == pyav_times
-    assert greys == pytest.approx(pyav_greys, abs=1)
     rate = CLIPS[name].get("rate", 10 if name != "raw.h264" else 25)
     wanted = [ms / 1000 for ms in IRREGULAR] if "irregular" in name else [number / rate for number in range(40)]
     assert times == pytest.approx(wanted, abs=0.002)
@@ -91,15 +87,16 @@ def test_truncated_clips_are_refused(clips: Path, name: str) -> None:
             open_video(MediaFile(data=data[: int(part * len(data))]), limits=None)
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_the_packets_count_and_not_what_the_header_says(clips: Path, backend: str) -> None:
+def test_the_packets_count_and_not_what_the_header_says(clips: Path) -> None:
     data = bytearray((clips / "reordered.avi").read_bytes())
     for mark, place in ((b"avih", 16), (b"strh", 32)):
         start = data.find(mark) + 8 + place
         data[start : start + 4] = (4000).to_bytes(4, "little")
-    times, greys = frames(MediaFile(data=bytes(data)), backend)
+    times, greys = frames(MediaFile(data=bytes(data)), "pyav")
     assert np.abs(np.subtract(greys, GREYS)).mean() < 2  # one frame further is 5
     assert len(times) == 40
+    with pytest.raises(DataError, match="video_inexact"):  # decord counts 4,000
+        frames(MediaFile(data=bytes(data)), "decord")
 
 
 def test_a_recording_that_begins_between_key_frames(clips: Path) -> None:
@@ -178,8 +175,3 @@ def test_rates_come_from_the_times() -> None:
     rounded = [round(number / 30, 3) for number in range(300)]  # as Matroska has them
     assert count_frames(300, frame_rate(rounded), 64, 1.0) == 10
     assert sample_frames(300, 10)[-1] == 299
-
-
-def test_most_that_fit() -> None:
-    for room in range(0, 60):
-        assert most_that_fit(5, room, lambda count: 7 + 10 * count) == min(5, max(0, (room - 7) // 10))

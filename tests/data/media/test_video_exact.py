@@ -15,6 +15,7 @@ from megatron_vita.data.media.image import decode
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import DataError
 from tests.data.videos import read_number, write_numbered
 
 FRAMES, RATE = 150, 25
@@ -138,3 +139,17 @@ def test_every_frame_is_the_one_asked_for(clips: Path, name: str) -> None:
             numbers, times = shown(video.frames(ALL, count))
             assert numbers == sample(FRAMES, count), count
             assert times == pytest.approx([number / RATE for number in numbers], abs=0.0011), count
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_decord_gives_the_frame_asked_for_or_the_clip_is_rejected(clips: Path, name: str) -> None:
+    pytest.importorskip("decord")
+    file = clip(clips, name)
+    try:
+        with open_video(file, "decord", limits=None) as video:
+            numbers, times = shown(video.frames(ALL, 12))
+    except DataError as error:
+        assert str(error).startswith(("video_inexact: ", "video_broken: ")), error
+        return
+    assert numbers == sample(FRAMES, 12)
+    assert times == pytest.approx([number / RATE for number in numbers], abs=0.0011)

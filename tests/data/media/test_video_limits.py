@@ -1,6 +1,6 @@
 """Videos in their child process: what hangs, crashes or eats memory is refused, and the next clip is decoded.
 
-The misbehaving decoder is a `decord` of our own on the module search path, which the child takes over.
+The misbehaving decoder is an `av` of our own on the module search path, which the child takes over.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ from megatron_vita.errors import ConfigError, DataError
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_frames=8)
 
 FAKE = """
-import ctypes, mmap, os, time
+import contextlib, ctypes, mmap, os, time
+from fractions import Fraction
+from types import SimpleNamespace
 import numpy as np
 
-class logging:
-    QUIET = 0
-    set_level = staticmethod(lambda level: None)
-
-def cpu(number):
-    return number
+__version__ = "18.0.0"
+logging = SimpleNamespace(PANIC=0, INFO=1, get_level=lambda: 0, set_level=lambda level: None)
 
 def misbehave(what):
     if what == "hang":
@@ -60,34 +58,46 @@ def misbehave(what):
     elif what == "raise":
         raise KeyError("odd")
 
-class Batch:
-    def __init__(self, frames):
-        self.frames = frames
-    def asnumpy(self):
-        return self.frames
+class Frame(SimpleNamespace):
+    width = height = 8
+    interlaced_frame, side_data, format = False, (), SimpleNamespace(components=())
+    def to_ndarray(self, format, threads):
+        return np.full((8, 8, 3), 77, np.uint8)
 
-class VideoReader:
-    def __init__(self, source, ctx, num_threads):
-        when, self.what = os.path.basename(source).split(".")[0].split("-")
-        if when == "open":
-            misbehave(self.what)
-    def __len__(self):
-        return 4
-    def get_avg_fps(self):
-        return 1.0
-    def get_frame_timestamp(self, numbers):
-        return [(n, n + 1) for n in numbers]
-    def get_batch(self, numbers):
+class Packet(SimpleNamespace):
+    is_discard = is_keyframe = False
+    def decode(self):
         misbehave(self.what)
-        return Batch(np.full((len(numbers), 8, 8, 3), 77, np.uint8))
+        return [Frame(pts=self.pts)] if self.size else []
+
+@contextlib.contextmanager
+def open(source, container_options):
+    when, what = os.path.basename(source).split(".")[0].split("-")
+    if when == "open":
+        misbehave(what)
+    context = SimpleNamespace(name="fake", width=8, height=8, extradata=None)
+    one = Fraction(1)
+    stream = SimpleNamespace(disposition=4, index=0, codec_context=context, average_rate=one, time_base=one)
+    stream.sample_aspect_ratio = None
+    packets = [Packet(pts=number, dts=number, size=9, what=what) for number in range(4)]
+    packets.append(Packet(pts=None, dts=None, size=0, what="nothing"))
+    yield SimpleNamespace(
+        streams=SimpleNamespace(video=[stream]),
+        format=SimpleNamespace(name="fake"),
+        demux=lambda stream: iter(packets),
+        dumps_format=lambda: "",
+    )
 """
 
 
 @pytest.fixture
 def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for clips, whose names say how the decoder shall behave: `open-hang.mp4`, `read-crash.mp4`."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "decord.py").write_text(FAKE)
+    (tmp_path / "modules" / "av").mkdir(parents=True)
+    (tmp_path / "modules" / "av" / "__init__.py").write_text(FAKE)
+    (tmp_path / "modules" / "av" / "stream.py").write_text(
+        "class Disposition:\n    attached_pic, timed_thumbnails, default = 1, 2, 4\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     decoder.stop()
     yield tmp_path
@@ -100,7 +110,7 @@ def clip(folder: Path, name: str) -> MediaFile:
 
 
 def frames(file: MediaFile, limits: VideoLimits) -> int:
-    with open_video(file, "decord", limits=limits) as video:
+    with open_video(file, "pyav", limits=limits) as video:
         items = video.frames(SPEC, 4)
     assert {int(np.asarray(decode(item)).mean()) for item in items} == {77}
     return len(items)
@@ -131,8 +141,8 @@ def test_a_clip_that_misbehaves_costs_itself_alone(clips: Path, when: str, what:
 
 def test_videos_open_at_once_survive_the_loss_of_their_process(clips: Path) -> None:
     limits = VideoLimits(memory=256)
-    with open_video(clip(clips, "read-well.mp4"), "decord", limits=limits) as good:
-        with open_video(clip(clips, "read-exit.mp4"), "decord", limits=limits) as bad:
+    with open_video(clip(clips, "read-well.mp4"), "pyav", limits=limits) as good:
+        with open_video(clip(clips, "read-exit.mp4"), "pyav", limits=limits) as bad:
             assert (good.count(SPEC, 8), bad.count(SPEC, 8)) == (4, 4)
             with pytest.raises(DataError, match="media_crash"):
                 bad.frames(SPEC, 4)
@@ -180,7 +190,7 @@ def test_the_child_dies_with_its_parent(clips: Path, what: str) -> None:
         "from megatron_vita.data.media.video.open import VideoLimits, open_video\n"
         "from megatron_vita.data.media.video.worker import decoder\n"
         f"limits = VideoLimits(timeout={seconds}, memory=256)\n"
-        f"video = open_video(MediaFile(path={file.path!r}), 'decord', limits=limits)\n"
+        f"video = open_video(MediaFile(path={file.path!r}), 'pyav', limits=limits)\n"
         "print(decoder.child(limits).pid, flush=True)\n"
         "decoder._lose = lambda *_: threading.Event().wait()\n"
         "video.frames(PreprocessSpec(image_size=16, patch_size=4), 4)\n"

@@ -15,7 +15,7 @@ from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example, frame_costs
-from megatron_vita.data.text.frame_budget import frames_that_fit
+from megatron_vita.data.text.frame_budget import frames_that_fit, most_that_fit
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
 from tests.data.kit import blank, tokenizer_folder
@@ -132,3 +132,8 @@ def test_real_videos_at_the_boundary(tok: VitaTokenizer, tmp_path: Path, layout:
             for seq_length, fit in ((exact - 1, wanted - 1), (exact, wanted), (exact + 1, wanted)):
                 got = frames_that_fit(sample, [], [video], tokenizer=tok, spec=spec, seq_length=seq_length)
                 assert got == (fit, 12)
+
+
+def test_most_that_fit() -> None:
+    for room in range(0, 60):
+        assert most_that_fit(5, room, lambda count: 7 + 10 * count) == min(5, max(0, (room - 7) // 10))

@@ -1,25 +1,27 @@
 """The process that decodes videos for another one: it may hang, crash or eat memory, and nobody else is hurt.
 
-Started by `data/media/video/open.py` and told what to do over a socket.
-It leaves as soon as the other end of that is closed.
+Started by `worker.py` and told what to do over a connection; it leaves as soon as the other end of that is closed. A
+message is a JSON object and byte strings. No pickle: what a decoder was made to do by a hostile file must not reach the
+process that trains.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import select
 import signal
-import socket
 import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.decode import open_here
-from megatron_vita.data.media.video.wire import ClosedError, receive, send
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -29,17 +31,50 @@ _GRACE = 5.0
 """Seconds behind the time limit at which the kernel ends this process, should nobody be left to do it."""
 _NO_MEMORY = ("cannot allocate memory", "bad_alloc", "out of memory")
 
+_MOST_HEADER = 1 << 24
+
 Reply = tuple[dict[str, Any], list[bytes]]
+
+
+class ClosedError(Exception):
+    """The other side is gone, or what came is no message."""
+
+
+def send(link: Connection, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+    """Write a message.
+
+    Raises:
+        ClosedError: the other side is gone.
+    """
+    try:
+        link.send_bytes(json.dumps({**message, "blobs": len(blobs)}).encode())
+        for blob in blobs:
+            link.send_bytes(blob)
+    except OSError:
+        raise ClosedError from None
+
+
+def receive(link: Connection) -> Reply:
+    """Read a message.
+
+    Raises:
+        ClosedError: the other side is gone, or what came is no message.
+    """
+    try:
+        message = json.loads(link.recv_bytes(_MOST_HEADER))
+        return message, [link.recv_bytes() for _ in range(message.pop("blobs"))]
+    except (EOFError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ClosedError from None
 
 
 def main(descriptor: int, memory: int) -> None:
     """Serve until the other side is gone.
 
     Args:
-        descriptor: of the socket.
+        descriptor: of the connection.
         memory: MiB of data that may be allocated over what the process needs by itself.
     """
-    link = socket.socket(fileno=descriptor)
+    link = Connection(descriptor)
     import av  # here, so that what the libraries need themselves does not count
 
     av.logging.set_level(av.logging.PANIC)
@@ -51,7 +86,7 @@ def main(descriptor: int, memory: int) -> None:
         _serve(link)
 
 
-def _serve(link: socket.socket) -> None:
+def _serve(link: Connection) -> None:
     send(link, {"ready": True})
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)  # decoders write about every damaged frame
@@ -60,9 +95,8 @@ def _serve(link: socket.socket) -> None:
         request, blobs = receive(link)
         # default action, by the kernel: it also ends a decoder that never gives Python its turn
         signal.setitimer(signal.ITIMER_REAL, float(request["seconds"]) + _GRACE)
-        answer, parts = _answer(videos, request, blobs)
+        send(link, *_answer(videos, request, blobs))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        send(link, answer, parts)
 
 
 def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
@@ -121,7 +155,7 @@ def _limit(memory: int) -> None:
 
 
 def _leave_with(descriptor: int) -> None:
-    """End this process when the other end of the socket is closed, whatever a decoder is doing."""
+    """End this process when the other end of the connection is closed, whatever a decoder is doing."""
     watch = select.poll()
     watch.register(descriptor, 0)  # hang-ups and errors are always told
     while not watch.poll():

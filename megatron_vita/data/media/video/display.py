@@ -38,8 +38,11 @@ class Display:
         Raises:
             DataError: media_bomb, if pixels so wide or high make an enormous picture.
         """
+        import av
+
+        single = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}  # before, there were no others
         alpha = any(component.is_alpha for component in frame.format.components)
-        pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+        pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", **single)
         left, right, top, bottom = self._crop
         if left + right < pixels.shape[1] and top + bottom < pixels.shape[0]:
             pixels = pixels[top : pixels.shape[0] - bottom, left : pixels.shape[1] - right]

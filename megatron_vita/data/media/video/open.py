@@ -1,17 +1,17 @@
 """Videos: opened once, asked how many frames they have to give, then for the frames.
 
-Decoders are large programs that read strangers' files. They run in a child process with limits (`video_process.py`)
-unless told otherwise; what they do there is in `video_decode.py`, and which frames are taken in `video_frames.py`.
+Decoders are large programs that read strangers' files. They run in a child process with limits (`worker.py`, and
+`child.py` inside it) unless told otherwise; what they do there is in `decode.py`, which frames are taken in `clip.py`.
 """
 
 from __future__ import annotations
 
 from megatron_vita.data.media.video.clip import VideoFile
-from megatron_vita.data.media.video.decode import open_here
+from megatron_vita.data.media.video.decode import BACKENDS, decoder_name, open_here
 from megatron_vita.data.media.video.worker import ChildVideo, VideoLimits
 from megatron_vita.data.sample import MediaFile
 
-__all__ = ["VideoFile", "VideoLimits", "open_video"]
+__all__ = ["BACKENDS", "VideoFile", "VideoLimits", "decoder_name", "open_video"]
 
 _DEFAULT = VideoLimits()
 
@@ -21,7 +21,8 @@ def open_video(file: MediaFile, backend: str = "auto", *, limits: VideoLimits | 
 
     Args:
         file: where the clip lies.
-        backend: `decord`, `pyav`, or `auto`: decord where it is installed and can open the file, else PyAV.
+        backend: `pyav`; `auto`: the fastest decoder that is proven to give the frames asked for, which is PyAV, since
+            proving decord takes a decoding by PyAV; `decord`: decord, whose frames are compared with PyAV's.
         limits: what decoding may cost in the child process; None decodes in this process, without limits, for files
             that one has made oneself.
 
@@ -29,8 +30,9 @@ def open_video(file: MediaFile, backend: str = "auto", *, limits: VideoLimits | 
         The video, to be used as a context manager. Its `frames` may raise video_timeout, video_memory and media_crash.
 
     Raises:
-        DataError: media_missing; video_broken if no decoder can read it; video_timeout, video_memory or media_crash if
-            opening it alone does that.
+        DataError: media_missing; video_codec, if there is no decoder; video_broken, if it cannot be read;
+            video_inexact, if decord gives other frames; video_timeout, video_memory or media_crash if opening it alone
+            does that.
         ConfigError: the named backend is not installed.
     """
     return open_here(file, backend) if limits is None else ChildVideo(file, backend, limits)

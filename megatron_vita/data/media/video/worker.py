@@ -10,13 +10,13 @@ import atexit
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,8 +24,8 @@ import psutil
 from PIL import Image
 
 from megatron_vita.data.example import MediaItem
+from megatron_vita.data.media.video.child import ClosedError, Reply, receive, send
 from megatron_vita.data.media.video.clip import VideoFile
-from megatron_vita.data.media.video.wire import ClosedError, receive, send
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -62,7 +62,7 @@ class _Child:
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
-        ours, theirs = socket.socketpair()
+        self.link, theirs = Pipe()
         path = [entry or os.getcwd() for entry in sys.path]
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs:
@@ -73,8 +73,6 @@ class _Child:
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, **single},
             )
-        self.link = ours
-        self.link.settimeout(_LOOK)
         self._usage = psutil.Process(self._process.pid)
         deadline = time.monotonic() + _START
 
@@ -83,7 +81,7 @@ class _Child:
                 raise ClosedError
 
         try:
-            receive(self.link, late)
+            self.hear(late)
             self._resting = self._resident()
         except (ClosedError, psutil.Error):
             self.end()
@@ -96,6 +94,19 @@ class _Child:
     def pid(self) -> int:
         """Process number."""
         return self._process.pid
+
+    def hear(self, look: Callable[[], None]) -> Reply:
+        """Its next message; meanwhile `look` is called again and again, and may raise to give up.
+
+        Raises:
+            ClosedError: it is gone.
+        """
+        try:
+            while not self.link.poll(_LOOK):
+                look()
+        except OSError:
+            raise ClosedError from None
+        return receive(self.link)
 
     def used(self) -> int:
         """Resident bytes over what the child needs by itself."""
@@ -130,7 +141,7 @@ class _Decoder:
 
     def ask(
         self, name: str, limits: VideoLimits, seconds: float, message: dict[str, Any], blobs: Sequence[bytes] = ()
-    ) -> tuple[dict[str, Any], list[bytes]]:
+    ) -> Reply:
         """Send a request and wait for the answer, no longer than `seconds`.
 
         Raises:
@@ -152,8 +163,8 @@ class _Decoder:
                     self._lose(name, limits, "video_timeout")
 
             try:
-                send(child.link, {**message, "name": name, "seconds": seconds}, blobs, look)
-                answer, parts = receive(child.link, look)
+                send(child.link, {**message, "name": name, "seconds": seconds}, blobs)
+                answer, parts = child.hear(look)
             except ClosedError:
                 status = child.last_words()
                 if status == -signal.SIGALRM:
@@ -276,7 +287,7 @@ class ChildVideo(VideoFile):
         self._where = decoder.started
         return float(answer["fps"]), np.frombuffer(blobs[0], dtype="<f8")
 
-    def _ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
+    def _ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> Reply:
         start = time.monotonic()
         left = max(0.001, self._limits.timeout - self._spent)
         try:
