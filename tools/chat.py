@@ -48,6 +48,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint folder, or exported Hugging Face folder")
     parser.add_argument("--image", nargs="+", action="extend", default=[], help="pictures, in order")
     parser.add_argument("--video", nargs="+", action="extend", default=[], help="video, or folder of frames")
+    parser.add_argument("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes the video")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token always")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_vita.inference.sampling import SamplingConfig
 
         sampling = SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-        engine = Engine.load(args.model, dtype=getattr(torch, args.dtype))
+        engine = Engine.load(args.model, dtype=getattr(torch, args.dtype), video_backend=args.video_backend)
         answer = engine.generate([sample], max_new_tokens=args.max_new_tokens, sampling=sampling)[0]
     except VitaError as error:
         print(f"chat: {error}", file=sys.stderr)

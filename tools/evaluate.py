@@ -30,6 +30,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and summary.json")
     parser.add_argument("--media-root", type=Path, help="folder of the media (default: each data file's own)")
     parser.add_argument("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
+    parser.add_argument("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
     parser.add_argument("--limit", type=int, help="only the first so many lines of each file")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="prompt tokens answered together")
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = EvalSettings(
             task=args.task,
             zero_tiles=args.zero_tiles,
+            video_backend=args.video_backend,
             max_new_tokens=args.max_new_tokens,
             batch_tokens=args.batch_tokens,
             sampling=SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),

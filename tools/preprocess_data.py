@@ -19,7 +19,7 @@ from megatron_vita.config import IMAGE_NORMS, LAYOUTS
 from megatron_vita.data.compile.engines import ENGINES
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.run import run
-from megatron_vita.data.media.video.open import VideoLimits
+from megatron_vita.data.media.video.open import BACKENDS, VideoLimits
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import VitaError
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--video-timestamps", action="store_true", help="tell when each frame of a video is shown (internvl only)")
     add("--video-timeout", type=float, default=LIMITS.timeout, metavar="SECONDS", help="decoding one video may take")
     add("--video-memory", type=int, default=LIMITS.memory, metavar="MIB", help="decoding one video may hold")
+    add("--video-backend", choices=BACKENDS, default="auto", help="auto: pyav; decord: only where it is proven exact")
     add("--overlong", choices=("reject", "truncate", "reduce-frames"), default="reduce-frames", help="policy")
     add("--seed", type=int, default=0, help="decides which records a ratio takes, and their order")
     add("--media", choices=("embed", "reference"), default="embed", help="store pictures, or refer to their files")
@@ -83,8 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             video_timestamps=args.video_timestamps,
         )
         limits = VideoLimits(timeout=args.video_timeout, memory=args.video_memory)
-        names = ("data_config", "tokenizer", "output", "seq_length", "overlong", "seed", "media", "verify_media")
-        given = {name: getattr(args, name) for name in (*names, "workers", "resume", "engine", "max_rejected")}
+        names = (
+            "data_config",
+            "tokenizer",
+            "output",
+            "seq_length",
+            "overlong",
+            "seed",
+            "media",
+            "verify_media",
+            "video_backend",
+        )
+        more = ("video_backend", "workers", "resume", "engine", "max_rejected")
+        given = {name: getattr(args, name) for name in (*names, *more)}
         manifest = run(Options(spec=spec, video_limits=limits, **given))
     except VitaError as error:
         print(f"error: {error}", file=sys.stderr)

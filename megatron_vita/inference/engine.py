@@ -64,7 +64,14 @@ class Engine:
     """A model with its tokenizer and preprocessing, on one rank."""
 
     def __init__(
-        self, model: VitaModel, config: ModelConfig, tokenizer: VitaTokenizer, spec: PreprocessSpec, path: Path
+        self,
+        model: VitaModel,
+        config: ModelConfig,
+        tokenizer: VitaTokenizer,
+        spec: PreprocessSpec,
+        path: Path,
+        *,
+        video_backend: str = "auto",
     ) -> None:
         """Wrap parts that are loaded already; `Engine.load` loads them."""
         self.model = model.eval()
@@ -72,15 +79,17 @@ class Engine:
         self.tokenizer = tokenizer
         self.spec = spec
         self.path = path
+        self._video_backend = video_backend
         self._ends = frozenset(tokenizer.token_id(name) for name in (IM_END, END_OF_TEXT))
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Engine:
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, video_backend: str = "auto") -> Engine:
         """Open a checkpoint (a step's folder or the folder above) or a Hugging Face folder of any format we convert.
 
         Args:
             path: which it is shows in its files.
             dtype: of weights and activations.
+            video_backend: what decodes videos; see `open_video`.
 
         Raises:
             ConfigError: no such folder, or no tokenizer in it.
@@ -95,7 +104,7 @@ class Engine:
         checkpoint.load_tensors(opened.tensors, [model], str(path))
         vision = opened.model.vision
         spec = opened.preprocess or (PreprocessSpec.for_tower(vision) if vision else PreprocessSpec())
-        return cls(model, opened.model, tokenizer, spec, path)
+        return cls(model, opened.model, tokenizer, spec, path, video_backend=video_backend)
 
     def close(self) -> None:
         """Let go of the weights, so that the next model has room."""
@@ -121,7 +130,7 @@ class Engine:
             raise ConfigError(
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
             )
-        images, videos = read_items(sample, self.spec)
+        images, videos = read_items(sample, self.spec, video_backend=self._video_backend)
         example = build_example(
             sample, images, videos, tokenizer=self.tokenizer, spec=self.spec, generation_prompt=True
         )

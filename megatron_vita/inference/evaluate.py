@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_vita.convert import identity, open_model
+from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.files import file_info, write_atomic
 from megatron_vita.inference.engine import Engine, model_name
@@ -41,6 +42,8 @@ class EvalSettings:
     """Longest answer."""
     sampling: SamplingConfig = GREEDY
     """How tokens are chosen."""
+    video_backend: str = "auto"
+    """What decodes videos; see `open_video`. Another version of it counts as another setting."""
     batch_tokens: int = 4096
     """Prompt tokens that are answered together; decides speed and memory, not answers."""
 
@@ -54,6 +57,7 @@ class EvalSettings:
     def digest(self, *more: str) -> str:
         """16 hex digits that change with any setting that changes answers, and with `more`."""
         deciding = {key: value for key, value in asdict(self).items() if key != "batch_tokens"}
+        deciding["video_backend"] = decoder_name(self.video_backend)
         return hashlib.sha256(json.dumps([deciding, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -158,7 +162,7 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
     for part in parts:
         if not part.questions:
             continue
-        engine = Engine.load(part.model)
+        engine = Engine.load(part.model, video_backend=settings.video_backend)
         outcomes = engine.stream(
             (question.sample for _, _, question in part.questions),
             max_new_tokens=settings.max_new_tokens,

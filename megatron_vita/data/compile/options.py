@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vita.data.compile.engines import ENGINES
 from megatron_vita.data.compile.record import OVERLONG
-from megatron_vita.data.media.video.open import VideoLimits
+from megatron_vita.data.media.video.open import BACKENDS, VideoLimits
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError
 
@@ -27,6 +27,8 @@ class Options:
     verify_media: str = "structure"
     video_limits: VideoLimits = VideoLimits()
     """What decoding one video may cost."""
+    video_backend: str = "auto"
+    """What decodes videos; see `open_video`."""
     workers: int = 1
     resume: bool = False
     engine: str = "local"
@@ -39,6 +41,7 @@ class Options:
             ("overlong", OVERLONG),
             ("media", ("embed", "reference")),
             ("verify_media", ("structure", "decode")),
+            ("video_backend", BACKENDS),
             ("engine", ENGINES),
         ):
             if getattr(self, name) not in known:

@@ -38,6 +38,7 @@ class Rules:
     """`reject`; `truncate`: shorten the longest question, then the end; `reduce-frames`: take fewer frames."""
     verify_media: str = "structure"
     video_limits: VideoLimits = VideoLimits()
+    video_backend: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Compiler:
         opened: list[VideoFile] = []
         try:
             for file in sample.videos:
-                opened.append(open_video(file, limits=rules.video_limits))
+                opened.append(open_video(file, rules.video_backend, limits=rules.video_limits))
             if not opened:
                 return [], False
             fit, most = frames_that_fit(

@@ -27,6 +27,7 @@ from megatron_vita.data.compile.job import ChunkJob, ChunkTask
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Rules
 from megatron_vita.data.compile.reuse import EarlierSet, source_key
+from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.data.shards.manifest import Manifest, Reject, SetInfo, SourceCounts, TokenizerInfo, load_manifest
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import EntryTable, Plan, chunk_path
@@ -130,12 +131,14 @@ def _prepare(options: Options) -> _Run:
             tokenizer.token_id(token)
     tokenizer.token_id(IM_END)
     open_executor(options.engine, options.workers)  # complains if ray is missing
+    decoder = decoder_name(options.video_backend)
     settings: dict[str, Any] = {
         "spec": options.spec.to_dict(),
         "seq_length": options.seq_length,
         "overlong": options.overlong,
         "media": options.media,
         "verify_media": options.verify_media,
+        "video_decoder": decoder,
         "video_limits": [options.video_limits.timeout, options.video_limits.memory],
         "tokenizer": tokenizer.sha256,
         "template": tokenizer.template_sha256,
@@ -151,6 +154,7 @@ def _prepare(options: Options) -> _Run:
         tokenizer=TokenizerInfo(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id),
         template_sha256=tokenizer.template_sha256,
         media=options.media,
+        video_decoder=decoder,
         packing={"seed": options.seed, "inputs": inputs},
     )
     return _Run(options=options, files=files, info=info, keys=keys)
@@ -190,6 +194,7 @@ def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Executor) -> None:
             overlong=options.overlong,
             verify_media=options.verify_media,
             video_limits=options.video_limits,
+            video_backend=options.video_backend,
         ),
         info=job.info,
         files=job.files,

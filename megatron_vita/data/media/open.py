@@ -53,7 +53,12 @@ def locate(root: str, path: str) -> str | None:
 
 
 def read_items(
-    sample: Sample, spec: PreprocessSpec, *, max_frames: int | None = None, verify: str = "structure"
+    sample: Sample,
+    spec: PreprocessSpec,
+    *,
+    max_frames: int | None = None,
+    verify: str = "structure",
+    video_backend: str = "auto",
 ) -> tuple[list[MediaItem], list[list[MediaItem]]]:
     """Every picture of a Sample, and the sampled frames of every video.
 
@@ -62,6 +67,7 @@ def read_items(
         spec: frames a second and most frames of a video, tile size.
         max_frames: a lower bound on frames for each video, where the sequence holds fewer.
         verify: see `read_image`.
+        video_backend: see `open_video`.
 
     Returns:
         (one item for each of sample.images, one list of frames for each of sample.videos).
@@ -73,6 +79,6 @@ def read_items(
     most = min(spec.max_frames, max_frames or spec.max_frames)
     videos = []
     for file in sample.videos:
-        with open_video(file) as video:
+        with open_video(file, video_backend) as video:
             videos.append(video.frames(spec, most))
     return images, videos

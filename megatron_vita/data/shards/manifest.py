@@ -91,7 +91,7 @@ class Manifest:
     image: Mapping[str, Any]
     """size, patch, tokens_per_tile, mean, std, min_tiles, max_tiles, resample; and norm, the name of mean and std."""
     video: Mapping[str, Any]
-    """max_frames, max_fps, timestamps."""
+    """max_frames, max_fps, timestamps; decoder, its name and version, where the set has media."""
     packing: Mapping[str, Any]
     """policy, seed, fill."""
     media: str
@@ -149,6 +149,8 @@ class SetInfo:
     """Digest of the chat template."""
     media: str = "embed"
     """`embed` or `reference`."""
+    video_decoder: str = ""
+    """Name and version of what decoded the videos."""
     packing: Mapping[str, Any] = field(default_factory=dict)
     """Further facts for the manifest's packing block (`seed`, `inputs`)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from megatron_vita.data.compile import run as preprocess
 from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Compiler
 from megatron_vita.data.compile.run import run
+from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.shards.writer import plan
 from megatron_vita.data.spec import PreprocessSpec
@@ -321,3 +323,28 @@ def test_a_damaged_old_set_is_not_taken_over(world: Path, whole: dict[str, bytes
         run(options(world, prefix, resume=True))
     run(options(world, prefix))
     assert content(prefix) == whole
+
+
+def test_nothing_is_taken_from_a_set_that_another_decoder_made(
+    world: Path, tmp_path: Path, compiled: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "set"
+    given = options(world, prefix, "small", resume=True)
+    assert run(given).video["decoder"] == decoder_name("auto")
+    first = list(compiled)
+    run(given)
+    assert compiled == first  # the same decoder: kept
+    monkeypatch.setattr(preprocess, "decoder_name", lambda backend: "pyav 99.0")
+    assert run(given).video["decoder"] == "pyav 99.0"
+    assert compiled == [*first, *first]
+    if importlib.util.find_spec("decord"):
+        monkeypatch.undo()
+        assert (
+            run(options(world, prefix, "small", resume=True, video_backend="decord")).video["decoder"][:7] == "decord "
+        )
+        assert run(given).video["decoder"] == decoder_name("auto")
+
+
+def test_a_decoder_that_is_not_known_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--video-backend opencv: choose one of auto, pyav, decord"):
+        options(world, tmp_path / "set", video_backend="opencv")

@@ -19,8 +19,8 @@ from megatron_vita.data.media.image import MAX_PIXELS, decode, read_image
 from megatron_vita.data.media.open import read_items, safe_path
 from megatron_vita.data.media.tiling import plan_tiles, render_tiles
 from megatron_vita.data.media.video import clip as video_file
-from megatron_vita.data.media.video.decode import natural_key
 from megatron_vita.data.media.video.clip import count_frames, sample_frames
+from megatron_vita.data.media.video.decode import natural_key
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec

@@ -84,7 +84,7 @@ class PyAvVideo(VideoFile):
         if stamps is None and total == self._packets:
             stamps = self._stamps(self._decoded)
         if stamps is not None:
-            return stamps * self._step, None
+            return stamps.astype(np.float64) * self._step, None
         rate = self._rate if np.isfinite(self._rate) and self._rate > 0 else 25.0
         return np.arange(total, dtype=np.float64) / rate, rate
 

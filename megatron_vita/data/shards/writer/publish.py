@@ -101,6 +101,7 @@ def write_set(
             "max_frames": info.spec.max_frames,
             "max_fps": info.spec.max_fps,
             "timestamps": info.spec.video_timestamps,
+            **({"decoder": info.video_decoder} if info.video_decoder and not absent else {}),
         },
         packing={"policy": "best-fit-decreasing", "seed": 0, **info.packing, "fill": round(fill, 6)},
         media="none" if absent else info.media,
