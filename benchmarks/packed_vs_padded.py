@@ -106,7 +106,6 @@ def our_batch(samples: Sequence[Sample]) -> Batch:
         tiles=torch.from_numpy(np.concatenate([sample.tiles for sample in samples])),
         tile_ids=torch.arange(len(first)),
         routes=routes,
-        num_labels_global=int((labels >= 0).sum()),
         sample_ids=tuple(range(len(samples))),
     )
 
@@ -126,7 +125,7 @@ def our_side(packs: Sequence[Sequence[Sample]]) -> Callable[[], object]:
         micro_batches=batches,
         pack_ids=tuple(range(len(packs))),
         sample_ids=(),
-        num_labels=sum(batch.num_labels_global for batch in batches),
+        num_labels=sum(int((batch.labels >= 0).sum()) for batch in batches),
         failed=(),
         consumed_packs=len(packs),
     )

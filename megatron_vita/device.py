@@ -38,6 +38,11 @@ def torch_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else _CPU
 
 
+def on_accelerator(what: torch.Tensor | torch.device) -> bool:
+    """A tensor lies on a GPU, or a device is one. (Tests let "meta" stand for it.)"""
+    return (what.device if isinstance(what, torch.Tensor) else what).type != "cpu"
+
+
 def backend() -> str:
     """The communication backend for tensors on `torch_device()`."""
     return "nccl" if has_accelerator() else "gloo"

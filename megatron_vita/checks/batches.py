@@ -23,7 +23,7 @@ def step_batches(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> S
     rows = [packs[start : start + size] for start in range(0, len(packs), size)]
     labels = sum(int((pack.labels >= 0).sum()) for pack in packs)
     return StepBatches(
-        micro_batches=[_batch(stage, groups, row, labels) for row in rows[groups.dp_rank :: groups.dp_size]],
+        micro_batches=[_batch(stage, groups, row) for row in rows[groups.dp_rank :: groups.dp_size]],
         pack_ids=tuple(range(len(packs))),
         sample_ids=(),
         num_labels=labels,
@@ -32,7 +32,7 @@ def step_batches(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> S
     )
 
 
-def _batch(stage: StageConfig, groups: Groups, packs: Sequence[Pack], num_labels: int) -> Batch:
+def _batch(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> Batch:
     """Packs joined end to end and padded at the end by a document of its own."""
     starts = np.cumsum([0, *(len(pack.tokens) for pack in packs)])
     padding = stage.data.seq_length * len(packs) - int(starts[-1])
@@ -55,7 +55,6 @@ def _batch(stage: StageConfig, groups: Groups, packs: Sequence[Pack], num_labels
         tiles=tiles[own.start : own.stop],
         tile_ids=torch.arange(own.start, own.stop),
         routes=routes,
-        num_labels_global=num_labels,
         sample_ids=(),
     )
 

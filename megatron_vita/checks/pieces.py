@@ -1,7 +1,7 @@
-"""Every fused piece against its plain twin. A piece that cannot run here says so; it does not pass.
+"""Every fused piece against its reference implementation. A piece that cannot run here says so; it does not pass.
 
-Those of optional packages and of CUDA bring their checks along (models/fused.py, checks/kernels.py); here are
-the ones that serve everywhere.
+Those of optional packages are in checks/fused.py, the attention kernels in checks/kernels.py; here are the ones that
+serve everywhere.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vita import device
-from megatron_vita.checks import kernels as kernel_parity
-from megatron_vita.models import fused
+from megatron_vita.checks import fused, kernels
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.norms import RMSNorm
 from megatron_vita.parallel.rotary import rotate
@@ -49,9 +48,9 @@ def check_kernels() -> Iterator[KernelCheck]:
     yield KernelCheck("RMSNorm (ours)", _verdict(_norm(), _CLOSE))
     yield KernelCheck("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
     yield KernelCheck("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
-    for name in kernel_parity.KERNELS:
-        allowed = _CLOSE if name == kernel_parity.CPU_KERNEL else _HALF
-        yield KernelCheck(f"block attention ({name})", _verdict(kernel_parity.parity(name), allowed))
+    for name in kernels.KERNELS:
+        allowed = _CLOSE if name == kernels.CPU_KERNEL else _HALF
+        yield KernelCheck(f"block attention ({name})", _verdict(kernels.parity(name), allowed))
     for name, check in fused.checks():
         yield KernelCheck(name, check())
 

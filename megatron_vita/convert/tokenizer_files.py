@@ -169,6 +169,8 @@ def with_vision_tokens(source: Path, target: Path) -> int:
 
         try:
             tokenizer = Tokenizer.from_file(str(source / TOKENIZER_FILE))
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises bare Exception on what it cannot read
             raise CheckpointError(f"{source / TOKENIZER_FILE}: not a tokenizer that can be read: {error}") from None
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])

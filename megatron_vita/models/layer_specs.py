@@ -7,7 +7,6 @@ Both implementations have the same checkpoint keys: Transformer Engine fuses a n
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vita.config import VisionConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.models.activations import SwiGLU
+from megatron_vita.models.fused import has_transformer_engine
 from megatron_vita.models.norms import HeadRMSNorm, LayerNorm, RMSNorm
 from megatron_vita.models.vision.layers import LayerScaleLayer, WidthRMSNorm
 from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
@@ -41,7 +41,7 @@ def choose_implementation(wanted: str) -> str:
     Raises:
         ConfigError: `te` is set, but Transformer Engine is not installed.
     """
-    found = importlib.util.find_spec("transformer_engine") is not None
+    found = has_transformer_engine()
     if wanted == "te" and not found:
         raise ConfigError(
             "model.transformer_impl=te, but transformer_engine cannot be imported. Install the `cuda` extra, "

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vita.device import on_accelerator
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """x / rms(x) * weight over the last dimension; statistics in float32 or wider.
@@ -21,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        if x.is_cuda:
+        if on_accelerator(x):
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vita.device import on_accelerator
 from megatron_vita.parallel import flash
 
 _aten = torch.ops.aten
@@ -65,7 +66,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tu
     if flash.fits(q):
         assert blocks.bounds is not None, "a schedule for this device has bounds"
         return flash.forward(q, k, v, blocks.bounds, blocks.longest, causal=blocks.causal, scale=scale)
-    return by_runs(reference_forward if q.is_cuda else cpu_forward, blocks, scale, (q,), (k, v))
+    return by_runs(reference_forward if on_accelerator(q) else cpu_forward, blocks, scale, (q,), (k, v))
 
 
 def backward(
@@ -90,7 +91,7 @@ def backward(
         assert blocks.bounds is not None, "a schedule for this device has bounds"
         bounds, longest = blocks.bounds, blocks.longest
         return flash.backward(grad, q, k, v, out, lse, bounds, longest, causal=blocks.causal, scale=scale)
-    kernel = reference_backward if q.is_cuda else cpu_backward
+    kernel = reference_backward if on_accelerator(q) else cpu_backward
     return by_runs(kernel, blocks, scale, (grad, q), (k, v), (out, lse))
 
 

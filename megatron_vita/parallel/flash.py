@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vita.device import on_accelerator
+
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("flash_attn") is not None
@@ -27,7 +29,7 @@ Longest = tuple[int, int]
 
 def fits(q: Tensor) -> bool:
     """True if these kernels support q [queries, h, d]: on CUDA, float16 or bfloat16, d a multiple of 8 up to 256."""
-    return q.is_cuda and q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return on_accelerator(q) and q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def forward(

@@ -70,9 +70,7 @@ def train(session: Session, folder: Path) -> Path:
                     ledger.write(line)
                 progress.step(line)
                 session.state = dataclasses.replace(
-                    session.state,
-                    iteration=iteration,
-                    consumed_packs=session.state.consumed_packs + stage.train.global_batch_size,
+                    session.state, iteration=iteration, consumed_packs=step.consumed_packs
                 )
                 every, save_every = stage.train.eval_interval, stage.checkpoint.save_interval
                 if iteration == last or (every and iteration % every == 0):

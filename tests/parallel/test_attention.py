@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vita.checks import attention as reference
 from megatron_vita.config import ParallelConfig
 from megatron_vita.layout import SequenceLayout
-from megatron_vita.parallel import reference
 from megatron_vita.parallel.attention import document_attention
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from megatron_vita.parallel.schedule import build_schedule

@@ -118,14 +118,16 @@ def pack_report(shards: ShardSet, pack: int) -> str:
         f"{length} of {seq_length} tokens ({length / seq_length:.2%} full)",
         f"query-key pairs of attention: {reset} with reset per document, {joint} without",
         "",
-        f"{'sample':>9} {'begins at':>10} {'tokens':>8} {'with loss':>9} {'tiles':>6}  source",
+        f"{'sample':>9} {'begins at':>10} {'tokens':>8} {'with loss':>9} {'tiles':>6} {'of cost':>8}  source",
     ]
     start = 0
+    cost = int(shards.samples["cost"][rows.start : rows.stop].sum())
     for sample in rows:
         record = shards.samples[sample]
         name = shards.manifest.sources[int(record["source"])].name
         lines.append(
-            f"{sample:>9} {start:>10} {record['length']:>8} {record['labels']:>9} {record['tiles']:>6}  "
+            f"{sample:>9} {start:>10} {record['length']:>8} {record['labels']:>9} {record['tiles']:>6} "
+            f"{record['cost'] / max(1, cost):>8.1%}  "
             f"{name}, record {record['line']}"
         )
         start += int(record["length"])

@@ -32,7 +32,5 @@ class Batch:
     """int64 `[n_local]`; global row numbers of those tiles in the shards' tiles file."""
     routes: TileRoutes
     """Which feature row goes to which token; the same on every rank of the tensor x context group."""
-    num_labels_global: int
-    """Labelled tokens of the whole global batch this micro-batch belongs to."""
     sample_ids: tuple[int, ...]
     """Samples of the row (row numbers in the shards' samples file)."""

@@ -51,6 +51,11 @@ class RankCoords:
         """Rank in the tensor x context group that shares the tiles."""
         return self.cp_rank * self.tp_size + self.tp_rank
 
+    @property
+    def prefix(self) -> str:
+        """The rank's name, as an error begins with it."""
+        return f"data rank {self.dp_rank}, context rank {self.cp_rank}, tensor rank {self.tp_rank}, "
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatches:
@@ -144,9 +149,8 @@ class PackLoader:
     def __next__(self) -> StepBatches:
         """The next step; waits for its tiles where they are not decoded yet."""
         if self._threads is None:
-            packs, rows = self._step(self._next)
-            self._next += len(packs)
-            return self._assemble(packs, self._next, [self._slice(row) for row in rows])
+            packs, consumed, rows = self._take()
+            return self._assemble(packs, consumed, [self._slice(row) for row in rows])
         while len(self._ahead) < 2:  # the step that is asked for, and the one after it
             self._submit()
         packs, consumed, futures = self._ahead.popleft()
@@ -164,21 +168,21 @@ class PackLoader:
         if self._threads:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _step(self, consumed: int) -> tuple[Int64, list[list[int]]]:
-        """Packs of the step that begins there, and this rank's rows of packs."""
-        packs = self.order.packs(consumed)
+    def _take(self) -> tuple[Int64, int, list[list[int]]]:
+        """Packs of the next step, packs consumed after it, and the packs of each of this rank's packed sequences."""
+        packs = self.order.packs(self._next)
+        self._next += len(packs)
         mine = assign_packs(packs, self.order.work[packs], self._coords.dp_size)[self._coords.dp_rank].tolist()
         size = self._train.micro_batch_size
-        return packs, [mine[start : start + size] for start in range(0, len(mine), size)]
+        return packs, self._next, [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def _submit(self) -> None:
         assert self._threads is not None
-        packs, rows = self._step(self._next)
-        self._next += len(packs)
-        self._ahead.append((packs, self._next, [self._threads.submit(self._slice, row) for row in rows]))
+        packs, consumed, rows = self._take()
+        self._ahead.append((packs, consumed, [self._threads.submit(self._slice, row) for row in rows]))
 
     def _slice(self, packs: list[int]) -> _Slice:
-        """One micro-batch, all but the count of labels."""
+        """One micro-batch."""
         coords, shards = self._coords, self.shards
         row = build_packed_sequence(
             shards, packs, seq_length=self._data.seq_length, reset=self._data.reset_per_document
@@ -198,7 +202,6 @@ class PackLoader:
             tiles=tiles,
             tile_ids=torch.from_numpy(tile_ids),
             routes=routes,
-            num_labels_global=0,
             sample_ids=tuple(row.sample_ids.tolist()),
         )
         return _Slice(batch, row, failed)
@@ -206,9 +209,9 @@ class PackLoader:
     def _read(self, tiles: torch.Tensor, tile_ids: Int64) -> Callable[[], list[int]]:
         """Decode a run of tiles: by a worker where there are any. What is returned waits, and names what failed."""
         if self._threads is None:
-            failed = read_tiles_into(tiles, self.shards, tile_ids)
+            failed = read_tiles_into(tiles, self.shards, tile_ids, self._coords.prefix)
             return lambda: failed
-        return self._threads.submit(read_tiles_into, tiles, self.shards, tile_ids).result
+        return self._threads.submit(read_tiles_into, tiles, self.shards, tile_ids, self._coords.prefix).result
 
     def _assemble(self, packs: Int64, consumed: int, slices: list[_Slice]) -> StepBatches:
         failed = {sample for one in slices for wait in one.failed for sample in wait()}
@@ -216,7 +219,7 @@ class PackLoader:
         counts = self.shards.samples["labels"][ids]
         num_labels = int(counts.sum())
         return StepBatches(
-            micro_batches=[dataclasses.replace(one.batch, num_labels_global=num_labels) for one in slices],
+            micro_batches=[one.batch for one in slices],
             pack_ids=tuple(packs.tolist()),
             sample_ids=tuple(ids),
             num_labels=num_labels,
@@ -259,5 +262,5 @@ def mask_samples(step: StepBatches, failed_ids: Iterable[int]) -> StepBatches:
             for index in gone.tolist():
                 first, last = np.searchsorted(local, row.sample_starts[index : index + 2]).tolist()
                 labels[0, first:last] = IGNORE_INDEX
-        batches.append(dataclasses.replace(batch, labels=labels, num_labels_global=num_labels))
+        batches.append(dataclasses.replace(batch, labels=labels))
     return dataclasses.replace(step, micro_batches=batches, num_labels=num_labels, masked=step.masked | new)

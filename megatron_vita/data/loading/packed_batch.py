@@ -16,6 +16,7 @@ from megatron_vita.data.example import IGNORE_INDEX, MediaItem, TileSlot
 from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.shards.format import starts
 from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.errors import DataError, VitaError
 from megatron_vita.layout import Int64, SequenceLayout
 
 log = logging.getLogger(__name__)
@@ -117,15 +118,7 @@ def picture_runs(shards: ShardSet, tile_ids: Int64, most: int) -> list[slice]:
 
 
 def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[int]]:
-    """Decode tiles.
-
-    Args:
-        shards: the set.
-        tile_ids: rows of the tiles file; the tiles of one picture side by side, so that it is decoded once.
-
-    Returns:
-        (uint8 `[n, 3, S, S]`, samples of pictures that failed to decode, ascending: their tiles are zero).
-    """
+    """Decode tiles: (uint8 `[n, 3, S, S]`, samples that failed), see `read_tiles_into`."""
     pixels = blank_tiles(shards, len(tile_ids))
     return pixels, read_tiles_into(pixels, shards, tile_ids)
 
@@ -136,21 +129,48 @@ def blank_tiles(shards: ShardSet, number: int) -> torch.Tensor:
     return torch.zeros((number, 3, size, size), dtype=torch.uint8)
 
 
-def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64) -> list[int]:
-    """`read_tiles` into room that is zero, uint8 `[n, 3, S, S]`; returns the samples that failed, ascending."""
+def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64, who: str = "") -> list[int]:
+    """Decode tiles into a tensor of zeros.
+
+    Args:
+        pixels: uint8 `[n, 3, S, S]`, zero.
+        shards: the set.
+        tile_ids: rows of the tiles file, `[n]`; the tiles of one picture side by side, so that it is decoded once.
+        who: begins the message of an error that ends the run.
+
+    Returns:
+        Samples with a picture that cannot be decoded, ascending; the tiles of such pictures stay zero.
+
+    Raises:
+        VitaError: there is not enough memory.
+        RuntimeError: anything else that is no fault of the picture: a defect of ours, a disk that fails.
+    """
     failed: set[int] = set()
     records = shards.tiles(tile_ids)
     slots = _slots(records)
     for first, last in pairwise(_picture_bounds(records)):
         try:
             tiles = render_tiles(_media_item(shards, records[first]), slots[first:last], shards.spec)
-        except Exception as error:  # whatever a decoder raises on a broken file costs the sample, not the run
-            sample = int(shards.sample_of_tile(tile_ids[first : first + 1])[0])
-            failed.add(sample)
-            log.warning("sample %d: picture %d fails to decode: %s", sample, records[first]["media"], error)
-        else:
             pixels[first:last] = torch.from_numpy(tiles)
+        except DataError as error:  # the picture's fault: it costs the sample, not the run
+            sample, picture = _names(shards, tile_ids[first], records[first])
+            failed.add(sample)
+            log.warning("sample %d: picture %d fails to decode: %s", sample, picture, error)
+        except Exception as error:
+            sample, picture = _names(shards, tile_ids[first], records[first])
+            where = f"{who}sample {sample}, picture {picture}"
+            if isinstance(error, MemoryError):
+                raise VitaError(
+                    f"{where}: there is not enough memory to decode it. Lower data.num_workers, or start fewer ranks "
+                    f"on a machine; tools/inspect_data.py --sample {sample} shows the picture."
+                ) from error
+            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
     return sorted(failed)
+
+
+def _names(shards: ShardSet, tile: np.int64, record: np.void) -> tuple[int, int]:
+    """The sample and the picture that a tile belongs to."""
+    return int(shards.sample_of_tile(np.array([tile]))[0]), int(record["media"])
 
 
 def _picture_bounds(tiles: npt.NDArray[Any]) -> list[int]:

@@ -55,6 +55,8 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
             decode(item)
     except DataError as error:
         raise _named(error, file.name) from None
+    except MemoryError:
+        raise reject("media_bomb", f"{file.name}: decoding it asks for more memory than there is.") from None
     return item
 
 
@@ -66,22 +68,24 @@ def decode(item: MediaItem) -> Image.Image:
 
     Raises:
         DataError: media_broken, media_truncated, media_bomb or media_size.
+        MemoryError: it asks for more memory than there is; whose fault that is, the caller knows.
     """
     picture = open_picture(io.BytesIO(item.data))
     try:
         picture.load()
-        if picture.format != "TIFF":  # that one Pillow has turned already
-            turn = _TURNS.get(parse_header(Window(item.data, len(item.data))).orientation)
-            if turn is not None:
-                picture = picture.transpose(turn)
-        return to_rgb(picture)
-    except DataError:
-        raise
     except MemoryError:
-        raise reject("media_bomb", "decoding it asks for more memory than there is.") from None
+        raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
         code = "media_truncated" if "truncated" in str(error) else "media_broken"
         raise reject(code, f"the picture cannot be decoded ({error}). Replace the file or drop the sample.") from None
+    if picture.format != "TIFF":  # that one Pillow has turned already
+        turn = _TURNS.get(parse_header(Window(item.data, len(item.data))).orientation)
+        if turn is not None:
+            picture = picture.transpose(turn)
+    try:
+        return to_rgb(picture)
+    except (OSError, ValueError) as error:  # a mode that Pillow does not convert
+        raise reject("media_broken", f"its pixels are no colours ({error}). Drop the sample.") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

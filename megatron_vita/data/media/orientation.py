@@ -67,6 +67,8 @@ def _exif_by_pillow(block: bytes) -> int | None:
             warnings.simplefilter("ignore")
             exif.load(block)
             value = exif.get(ORIENTATION)
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF is no reason to refuse a picture
         return None
     return value if isinstance(value, int) else 0 if value is not None else None

@@ -94,6 +94,7 @@ def open_picture(stream: IO[bytes]) -> Image.Image:
 
     Raises:
         DataError: media_broken, media_bomb or media_size.
+        MemoryError: its header asks for more memory than there is.
     """
     try:
         picture = Image.open(stream, formats=FORMATS)
@@ -102,7 +103,7 @@ def open_picture(stream: IO[bytes]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise reject("media_bomb", f"{error}") from None
     except MemoryError:
-        raise reject("media_bomb", "its header asks for more memory than there is.") from None
+        raise
     except Exception as error:  # Pillow's plugins raise nearly anything on a damaged header
         raise reject("media_broken", f"the header cannot be read ({error}).") from None
     check_size(*picture.size)
@@ -117,6 +118,8 @@ def _ask_pillow(window: Window) -> tuple[str, int, int, int]:
             return kind, *picture.size, 1
         try:
             value = picture.getexif().get(ORIENTATION, 1)
+        except MemoryError:
+            raise
         except Exception:  # damaged EXIF is no reason to refuse a picture: viewers show it as it lies
             value = 1
         return kind, *picture.size, value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -43,7 +43,7 @@ SAMPLE = np.dtype(
             "line",
             "length",
             "tiles",
-            "cost",  # see sample_cost
+            "cost",  # see sample_cost; for people (inspect_data --pack): training asks pack_work
             "labels",  # tokens that carry loss
             "shortened",  # 1: text was cut or frames were left out to fit the sequence
             "cleaned",  # answers that lost leading line breaks

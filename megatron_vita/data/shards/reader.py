@@ -62,11 +62,15 @@ class ShardSet:
             self._media = None if self.manifest.media == "none" else _open_index(f"{prefix}.media", np.uint8)
             self._tiles = None if self._media is None else np.load(f"{prefix}.tiles.npy", mmap_mode="r")
             self._crc: npt.NDArray[np.uint32] = np.load(f"{prefix}.crc32.npy", mmap_mode="r")
-            intact = self._consistent()
-        except Exception:  # numpy's reader of headers raises nearly anything on damage, tokenize.TokenError for one
-            intact = False
-        if not intact:
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # numpy's reader of headers raises nearly anything on damage, tokenize.TokenError too
             self.verify(full=True)  # names the file
+            raise DataError(f"{prefix}: cannot be opened ({type(error).__name__}: {error}). {_REMEDY}") from error
+        if not self._consistent():
+            self.verify(full=True)
             raise DataError(f"{prefix}: the files do not fit together. {_REMEDY}")
 
     def __len__(self) -> int:

@@ -101,6 +101,8 @@ class ChatTemplate:
             messages.append({"role": role, "content": content})
         try:
             rendered = self._template.render(messages=messages, add_generation_prompt=generation_prompt)
+        except MemoryError:
+            raise
         except Exception as error:  # a template may fail in any way: it is somebody's program
             raise ConfigError(f"{self._where}: the chat template cannot render roles and parts: {error}") from None
         expected = [(n, p, kind) for n, (_, kinds) in enumerate(shape) for p, kind in enumerate(kinds)]

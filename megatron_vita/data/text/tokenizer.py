@@ -89,6 +89,8 @@ class VitaTokenizer:
         backend: _HuggingFace | _SentencePiece
         try:
             backend = _SentencePiece(content) if file.suffix == ".model" else _HuggingFace(content)
+        except MemoryError:
+            raise
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise ConfigError(f"{file}: not a tokenizer that can be read: {error}") from None
         template = DEFAULT_TEMPLATE.read_text(encoding="utf-8")

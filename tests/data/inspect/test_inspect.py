@@ -197,3 +197,13 @@ def test_usage_errors(made: Path, tool: ModuleType, tmp_path: Path, capsys: pyte
         printed = capsys.readouterr()
         assert message in printed.err
         assert not printed.out  # told before anything is read
+
+
+def test_a_pack_says_what_each_sample_costs(tmp_path: Path) -> None:
+    """Attention and tower together, as the samples table has it: what makes a pack dear is seen."""
+    packed.write(tmp_path / "set", packed.examples(12))
+    shards = ShardSet(tmp_path / "set")
+    lines = inspect.pack_report(shards, 0).splitlines()
+    costs = shards.samples["cost"][list(shards.pack_samples(0))]
+    shown = [float(line.split("%")[0].split()[-1]) for line in lines[5:]]
+    assert shown == [round(100 * cost / costs.sum(), 1) for cost in costs]

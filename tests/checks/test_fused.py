@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vita.models import fused
+from megatron_vita.checks import fused
 
 without_accelerator = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on CPU")
 
@@ -19,7 +19,7 @@ def test_what_is_not_there_is_named_and_does_not_pass() -> None:
     assert set(results.values()) == {fused.NOT_INSTALLED}
 
 
-def test_pieces_that_need_no_package_agree_with_their_twins() -> None:
+def test_pieces_that_need_no_package_agree_with_their_references() -> None:
     assert fused._check_torch_norm() == fused.OK
     assert fused._check_adam() == fused.OK
 
