@@ -27,6 +27,11 @@ CODES: dict[str, str] = {
     "video_memory": "decoding the video took more memory than --video-memory",
     "media_crash": "decoding the medium killed its process",
     "undeclared_media": "the record holds media, but its source declares none",
+    "media_unread": "the record names a medium that nothing reads",
+    "tools_unread": "the record holds functions or calls of them, which nothing teaches",
+    "reasoning_unread": "the record holds reasoning, for which the chat template has no place",
+    "video_span": "the record asks for a part of a video",
+    "loss_weight": "a mark says that something is learnt by a weight, or that a question is",
     "overlong": "the sample is longer than a pack",
 }
 """Every reason code with its meaning."""

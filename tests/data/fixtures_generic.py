@@ -82,8 +82,8 @@ def openai(root: Path) -> Iterator[Promise]:
         ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}, answer]},
          Good(shown, [dot(5), dot(4), dot(4)], [clip(5)])),
         ({"messages": [{"role": "user", "content": "q"}, answer]}, qa()),
-        ({"messages": [{"role": "user", "content": "q"}, answer | {"tool_calls": [{}]}]}, "bad_role"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, answer]}, "bad_record"),
+        ({"messages": [{"role": "user", "content": "q"}, answer | {"tool_calls": [{}]}]}, "tools_unread"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, answer]}, "media_unread"),
     ]  # fmt: skip
     yield lines(root / "openai.jsonl", "openai", pairs)
 

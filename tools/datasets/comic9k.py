@@ -23,7 +23,7 @@ from common import Built, run, write_records
 from megatron_vita.data.media.names import natural_key
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG
-from megatron_vita.data.sources.mappers import ROLES, map_messages
+from megatron_vita.data.sources.mappers import map_messages
 from megatron_vita.data.sources.media_store import open_archive, unpack
 from megatron_vita.data.sources.media_store.members import REFUSED
 from megatron_vita.data.sources.readers import open_reader
@@ -66,12 +66,11 @@ def build_comic(summary: Path, pages: Path, output: Path) -> Built:
             raise reject("media_missing", "`images` must be a list of pages.")
         found = [_page(known, name) for name in names]
         talk: list[tuple[str, str]] = []
-        for role, text in draft.turns:
-            if role not in ROLES or not isinstance(text, str):
-                raise reject(
-                    "bad_role" if role not in ROLES else "bad_record", f"a turn of {role!r} with {text!r:.40}."
-                )
-            talk.append((ROLES[role], text))
+        for turn in draft.turns:
+            if turn.ours is None or not isinstance(turn.content, str):
+                code = "bad_role" if turn.ours is None else "bad_record"
+                raise reject(code, f"a turn of {turn.role!r} with {turn.content!r:.40}.")
+            talk.append((turn.ours, turn.content))
         asked = "".join(text for role, text in talk if role == "user")
         if IMAGE_TAG not in asked:
             talk = _with_tags(talk, len(found))

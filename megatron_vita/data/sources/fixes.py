@@ -5,66 +5,66 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sources.mappers import ROLES, Draft
+from megatron_vita.data.sources.draft import ROLES, Draft
 from megatron_vita.errors import ConfigError
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 _ZERO_WIDTH = str.maketrans("", "", "\u200b\u200c\u200d\ufeff")
-_USERS = tuple(role for role, ours in ROLES.items() if ours == "user")
-_ANSWERERS = tuple(role for role, ours in ROLES.items() if ours == "assistant")
-_SYSTEMS = tuple(role for role, ours in ROLES.items() if ours == "system")
 
 
 def _each_text(change: Callable[[str, str], str]) -> Callable[[Draft], None]:
     def fix(draft: Draft) -> None:
-        draft.turns = [(role, change(role, c) if isinstance(c, str) else c) for role, c in draft.turns]
+        for turn in draft.turns:
+            if isinstance(turn.content, str):
+                turn.content = change(turn.role, turn.content)
 
     return fix
 
 
+def _in_questions(change: Callable[[str], str]) -> Callable[[Draft], None]:
+    return _each_text(lambda role, text: text if ROLES.get(role) == "assistant" else change(text))
+
+
 def _drop_leading_nonuser(draft: Draft) -> None:
-    while draft.turns and draft.turns[0][0] not in (*_USERS, *_SYSTEMS):
+    while draft.turns and draft.turns[0].ours not in ("user", "system"):
         del draft.turns[0]
 
 
 def _drop_trailing_user(draft: Draft) -> None:
-    while draft.turns and draft.turns[-1][0] not in _ANSWERERS:
+    while draft.turns and draft.turns[-1].ours != "assistant":
         del draft.turns[-1]
 
 
 def _drop_bad_role(draft: Draft) -> None:
-    draft.turns = [turn for turn in draft.turns if turn[0] in ROLES]
+    draft.turns = [turn for turn in draft.turns if turn.ours is not None]
 
 
 def _relabel_alternating_if_bad(draft: Draft) -> None:
     """Roles are wrong, the order of the turns is right: the user speaks first, and then they take turns."""
-    system = draft.turns[:1] if draft.turns and draft.turns[0][0] in _SYSTEMS else []
-    turns = draft.turns[len(system) :]
-    if any(role not in ((_USERS, _ANSWERERS)[number % 2]) for number, (role, _) in enumerate(turns)):
-        wanted = ("user", "assistant")
-        draft.turns = [*system, *((wanted[number % 2], content) for number, (_, content) in enumerate(turns))]
+    turns = draft.turns[1:] if draft.turns and draft.turns[0].ours == "system" else draft.turns
+    wanted = [("user", "assistant")[number % 2] for number in range(len(turns))]
+    if any(turn.ours != role for turn, role in zip(turns, wanted, strict=True)):
+        for turn, role in zip(turns, wanted, strict=True):
+            turn.role = role
 
 
 def _alias_image_tag_to_video(draft: Draft) -> None:
     """Some video sets write `<image>` for a video."""
     if draft.videos and not draft.images:
-        draft.turns = [
-            (role, c.replace(IMAGE_TAG, VIDEO_TAG) if isinstance(c, str) and role not in _ANSWERERS else c)
-            for role, c in draft.turns
-        ]
+        _in_questions(lambda text: text.replace(IMAGE_TAG, VIDEO_TAG))(draft)
 
 
 def _ensure_placeholder(draft: Draft) -> None:
     """Media without a single placeholder go before the first question, in order."""
-    asked = "".join(c for role, c in draft.turns if isinstance(c, str) and role not in _ANSWERERS)
+    asked = "".join(t.content for t in draft.turns if isinstance(t.content, str) and t.ours != "assistant")
     tags = ""
     if draft.images and IMAGE_TAG not in asked:
         tags += f"{IMAGE_TAG}\n" * len(draft.images)
     if draft.videos and VIDEO_TAG not in asked:
         tags += f"{VIDEO_TAG}\n" * len(draft.videos)
-    for number, (role, content) in enumerate(draft.turns):
-        if tags and role in _USERS and isinstance(content, str):
-            draft.turns[number] = (role, tags + content)
+    for turn in draft.turns:
+        if tags and turn.ours == "user" and isinstance(turn.content, str):
+            turn.content = tags + turn.content
             return
 
 
@@ -73,31 +73,28 @@ def _dedupe_placeholder(draft: Draft) -> None:
     if len(draft.images) != 1:
         return
     seen = False
-    for number, (role, content) in enumerate(draft.turns):
-        if not isinstance(content, str) or role in _ANSWERERS or IMAGE_TAG not in content:
+    for turn in draft.turns:
+        if not isinstance(turn.content, str) or turn.ours == "assistant" or IMAGE_TAG not in turn.content:
             continue
-        before, _, after = content.partition(IMAGE_TAG)
-        kept = before + ("" if seen else IMAGE_TAG) + after.replace(IMAGE_TAG, "")
-        draft.turns[number] = (role, kept)
+        before, _, after = turn.content.partition(IMAGE_TAG)
+        turn.content = before + ("" if seen else IMAGE_TAG) + after.replace(IMAGE_TAG, "")
         seen = True
 
 
 def _strip_orphan_placeholder(draft: Draft) -> None:
     """No medium of a kind: its placeholders in questions are taken out, and the record stays as text."""
     for tag, media in ((IMAGE_TAG, draft.images), (VIDEO_TAG, draft.videos)):
-        if not media:
-            draft.turns = [
-                (role, c.replace(f"{tag}\n", "").replace(tag, "") if isinstance(c, str) and role in _USERS else c)
-                for role, c in draft.turns
-            ]
+        for turn in draft.turns:
+            if not media and turn.ours == "user" and isinstance(turn.content, str):
+                turn.content = turn.content.replace(f"{tag}\n", "").replace(tag, "")
 
 
 def _default_prompt(prompt: str) -> Callable[[Draft], None]:
     def fix(draft: Draft) -> None:
-        for number, (role, content) in enumerate(draft.turns):
-            if role in _USERS and isinstance(content, str):
-                if not content.replace(IMAGE_TAG, "").replace(VIDEO_TAG, "").strip():
-                    draft.turns[number] = (role, f"{content.rstrip()}\n{prompt}")
+        for turn in draft.turns:
+            if turn.ours == "user" and isinstance(turn.content, str):
+                if not turn.content.replace(IMAGE_TAG, "").replace(VIDEO_TAG, "").strip():
+                    turn.content = f"{turn.content.rstrip()}\n{prompt}"
                 return
 
     return fix
@@ -117,7 +114,7 @@ _SIMPLE: dict[str, Callable[[Draft], None]] = {
 }
 _WITH_ARGUMENT: dict[str, Callable[[str], Callable[[Draft], None]]] = {
     "strip_prefix": lambda prefix: _each_text(
-        lambda role, text: text.removeprefix(prefix) if role in _ANSWERERS else text
+        lambda role, text: text.removeprefix(prefix) if ROLES.get(role) == "assistant" else text
     ),
     "default_prompt": _default_prompt,
 }

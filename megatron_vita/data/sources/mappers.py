@@ -5,47 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import Image, Part, Role, Text, Video
+from megatron_vita.data.sources import fields as names
+from megatron_vita.data.sources.draft import Draft, Frames, Kind, Turn
+from megatron_vita.data.sources.marks import is_mark, turn_learnt
+from megatron_vita.data.sources.parts import read_part
 
-ROLES: dict[str, Role] = {
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "system": "system", "developer": "system",
-}  # fmt: skip
-"""Role as datasets write it -> ours."""
-
-Content = str | list[Part]
-"""Text in which `<image>` and `<video>` stand for media, or explicit parts in which they stand for themselves."""
 Fields = Mapping[str, Any]
-
-
-@dataclass
-class Draft:
-    """A conversation on its way to a Sample."""
-
-    turns: list[tuple[str, Content]] = field(default_factory=list)
-    """(role as the dataset writes it, content)."""
-    images: list[Any] = field(default_factory=list)
-    """Media references as the record holds them: path, URL, bytes, struct."""
-    videos: list[Any] = field(default_factory=list)
-    text: str | None = None
-    """Plain text to learn as it is; then there are no turns."""
-    declared: set[str] = field(default_factory=set)
-    """Kinds of media (`image`, `video`) whose field the record has; a tag of another kind is plain text."""
 
 
 def map_turns(record: Any, fields: Fields) -> Draft:
     """ShareGPT, LLaVA: `conversations: [{from, value}]`; keys may also be `role` and `content`."""
-    turns = _list(record, fields.get("list", ("conversations", "items")))
-    draft = Draft([(_text(turn, ("from", "role")), _text(turn, ("value", "content"))) for turn in map(_dict, turns)])
-    system = record.get(fields.get("system", "system"))
-    if isinstance(system, str) and system.strip() and draft.turns and ROLES.get(draft.turns[0][0]) != "system":
-        draft.turns.insert(0, ("system", system))
-    return draft
+    return _conversation(_list(record, fields.get("list", ("conversations", "items"))), fields, ("from", "role"))
 
 
 def map_messages(record: Any, fields: Fields) -> Draft:
@@ -56,16 +29,25 @@ def map_messages(record: Any, fields: Fields) -> Draft:
         turns = _list(record, "conversations")  # Long-VITA's rule: it wins if it is there and not empty
     else:
         turns = _list(record, fields.get("list", "messages"))
-    draft = Draft()
-    for turn in map(_dict, turns):
-        if turn.get("tool_calls"):
-            raise reject("bad_role", "tool calls are not supported.")
-        role = _text(turn, ("role", "from"))
-        content = _first(turn, ("content", "value"))
+    return _conversation(turns, fields, ("role", "from"))
+
+
+def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) -> Draft:
+    draft = _draft(fields)
+    texts = ("value", "content") if role_keys[0] == "from" else ("content", "value")
+    for raw in map(_dict, turns):
+        role = _text(raw, role_keys)
+        content = _first(raw, texts)
+        if not names.is_empty(raw.get(texts[1])) and content != raw[texts[1]]:
+            raise reject("bad_record", "`value` and `content` of a turn differ; which counts?")
+        turn = Turn(role, "", turn_learnt(raw, role, draft), _turn_media(raw))
+        media = [key for key, value in raw.items() if _kind_of(key, value) is not None]
+        draft.leave_out(raw, (*role_keys, *texts, *media, *filter(is_mark, raw)), "turn.")
         if isinstance(content, list):
-            draft.turns.append((role, [_openai_part(part, draft) for part in content]))
+            turn.content = [read_part(part, draft) for part in content]
         else:
-            draft.turns.append((role, _text(turn, ("content", "value"))))
+            turn.content = _text(raw, texts)
+        draft.turns.append(turn)
     return draft
 
 
@@ -79,26 +61,25 @@ def map_pair(record: Any, fields: Fields) -> Draft:
     extra = fields.get("user_join_if_absent")
     if extra and record.get(extra) not in (None, "") and _text(record, extra) not in asked[0]:
         asked.append(_text(record, extra))
-    draft = Draft()
-    system = record.get(fields.get("system", "system"))
-    if isinstance(system, str) and system.strip():
-        draft.turns.append(("system", system))
+    draft = _draft(fields)
     history = record.get(fields.get("history", "history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise reject("bad_record", "`history` must be a list of [question, answer].")
-        draft.turns += [("user", _written(pair[0], "history")), ("assistant", _written(pair[1], "history"))]
+        draft.turns += _pair(_written(pair[0], "history"), _written(pair[1], "history"))
     answer = _text(record, fields.get("assistant", "output"))
-    draft.turns += [("user", "\n\n".join(asked)), ("assistant", answer)]
+    draft.turns += _pair("\n\n".join(asked), answer)
     return draft
 
 
 def map_pairs_list(record: Any, fields: Fields) -> Draft:
     """the_cauldron: `texts: [{user, assistant}]`, each one more question about the same pictures."""
-    draft = Draft()
+    draft = _draft(fields)
+    asked, answered = fields.get("user", "user"), fields.get("assistant", "assistant")
     for pair in map(_dict, _list(record, fields.get("list", "texts"))):
-        draft.turns.append(("user", _text(pair, fields.get("user", "user"))))
-        draft.turns.append(("assistant", _text(pair, fields.get("assistant", "assistant"))))
+        draft.turns += _pair(_text(pair, asked), _text(pair, answered))
+        draft.turns[-1].learnt = turn_learnt(pair, "assistant", draft)
+        draft.leave_out(pair, (asked, answered, *filter(is_mark, pair)), "turn.")
     return draft
 
 
@@ -107,7 +88,7 @@ def map_str_turns(record: Any, fields: Fields) -> Draft:
     turns = _list(record, fields.get("list", "conversations"))
     if not all(isinstance(turn, str) for turn in turns):
         raise reject("bad_record", "every turn must be text.")
-    return Draft([(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)])
+    return _draft(fields, [Turn(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)])
 
 
 def map_context_qa(record: Any, fields: Fields) -> Draft:
@@ -118,11 +99,11 @@ def map_context_qa(record: Any, fields: Fields) -> Draft:
     if len(questions) != len(answers) or not questions:
         raise reject("bad_record", f"{len(questions)} questions, but {len(answers)} answers.")
     context = _text(record, fields.get("context", "context"))
-    draft = Draft()
+    draft = _draft(fields)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         asked = _written(question, "questions")
         asked = f"{context}\n\n{asked}" if number == 0 else asked
-        draft.turns += [("user", asked), ("assistant", _written(answer, "answers"))]
+        draft.turns += _pair(asked, _written(answer, "answers"))
     return draft
 
 
@@ -132,12 +113,14 @@ def map_chatml(record: Any, fields: Fields) -> Draft:
     turns = _CHATML.findall(text)
     if not turns or _CHATML.sub("", text).strip():
         raise reject("bad_record", "the text is not ChatML throughout.")
-    return Draft([(role, content) for role, content in turns])
+    return _draft(fields, [Turn(role, content) for role, content in turns])
 
 
 def map_any(record: Any, fields: Fields) -> Draft:
-    """Whichever of messages, context with questions and answers, or ChatML text the record holds."""
+    """Whichever of messages, context with questions and answers, pairs, or ChatML text the record holds."""
     if isinstance(record, dict):
+        if isinstance(record.get("texts"), list) and record["texts"]:
+            return map_pairs_list(record, fields)
         if isinstance(record.get("questions"), list):
             return map_context_qa(record, fields)
         if isinstance(_first(record, fields.get("chatml", "chatml")), str):
@@ -163,32 +146,36 @@ MAPPERS: dict[str, Callable[[Any, Fields], Draft]] = {
 }
 
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
-_PART_KEYS = {
-    "image_url": ("image_url", "url"),
-    "input_image": ("image_url", "url"),
-    "image": ("image", "image_url", "url", "path"),
-    "video": ("video", "video_url", "url", "path"),
-    "video_url": ("video_url", "url"),
-}
 
 
-def _openai_part(part: Any, draft: Draft) -> Part:
-    if isinstance(part, str):
-        return Text(part)
-    part = _dict(part)
-    kind = part.get("type")
-    if kind in ("text", "input_text", "output_text"):
-        return Text(_text(part, "text"))
-    if not isinstance(kind, str) or kind not in _PART_KEYS:
-        raise reject("bad_record", f"a part of type {kind!r} is not supported.")
-    reference = _first(part, _PART_KEYS[kind])
-    if isinstance(reference, dict) and reference.get("url") is not None:
-        reference = reference["url"]
-    if kind.startswith("video"):
-        draft.videos.append(reference)
-        return Video(len(draft.videos) - 1)
-    draft.images.append(reference)
-    return Image(len(draft.images) - 1)
+def _draft(fields: Fields, turns: list[Turn] | None = None) -> Draft:
+    ignore = fields.get("ignore", ())
+    return Draft(turns or [], ignore=frozenset((ignore,) if isinstance(ignore, str) else map(str, ignore)))
+
+
+def _pair(question: str, answer: str) -> list[Turn]:
+    return [Turn("user", question), Turn("assistant", answer)]
+
+
+def _kind_of(key: str, value: Any) -> Kind | None:
+    """What kind of media a field of a turn holds."""
+    name = names.plain(key)
+    if not names.holds_media(name, value):
+        return None
+    return "image" if name in names.IMAGE_NAMES else "video"
+
+
+def _turn_media(turn: Mapping[str, Any]) -> dict[Kind, list[Any]]:
+    """References that stand in a turn itself."""
+    media: dict[Kind, list[Any]] = {}
+    for key, value in turn.items():
+        kind = _kind_of(key, value)
+        if kind is not None and kind in media:
+            raise reject("bad_record", f"a turn holds {kind}s under several names, one of them `{key}`; which count?")
+        if kind is not None:
+            found = names.listed(value)
+            media[kind] = [Frames(tuple(found))] if names.plain(key) in names.FRAMES_NAMES else found
+    return media
 
 
 def _dict(value: Any) -> dict[str, Any]:

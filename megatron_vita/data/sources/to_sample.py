@@ -23,13 +23,20 @@ from megatron_vita.data.sample import (
     check_text,
     clean_answer,
 )
+from megatron_vita.data.sources import fields as names
+from megatron_vita.data.sources.draft import KINDS, Bare, Draft, Frames, Kind, Turn
 from megatron_vita.data.sources.fixes import find_fix, unwrap
-from megatron_vita.data.sources.mappers import MAPPERS, ROLES, Content, Draft
+from megatron_vita.data.sources.mappers import MAPPERS
+from megatron_vita.data.sources.marks import mark_turns
 from megatron_vita.data.sources.media_store.store import MediaStore
+from megatron_vita.data.sources.placement import place
+from megatron_vita.data.sources.record_media import gather, is_generic
 from megatron_vita.data.sources.registry import DatasetSpec
 
-_TAG = re.compile(r"<image>|<video>")
-_MEDIA_KEYS = ("image", "images", "video", "videos")
+_SYSTEM = ("system", "system_prompt", "system_message")
+_STRUCT = ("bytes", "base64", "data", "path", "url", "file", "file_path", "file_name", "uri", "image_url", "video_url")
+"""Where a struct holds a medium, what it is before where it lies."""
+_TAGS: dict[str, Kind] = {"<image>": "image", "<video>": "video"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +47,26 @@ class Changes:
     """Answers that lost leading line breaks."""
     dropped: int = 0
     """Turns that the fixes of its row took out."""
+    tags_as_text: int = 0
+    """Tags `<image>` and `<video>` in questions for which the record has no medium, in a source that has some."""
+    unread: frozenset[str] = frozenset()
+    """Fields with words in them that nothing reads."""
+
+
+class _Read(dict[str, Any]):
+    """A record that remembers which of its fields were asked for."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(record)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
 
 
 def record_to_sample(
@@ -61,25 +88,31 @@ def record_to_sample(
         DataError: whose message begins with a reason code.
     """
     record = unwrap(record)
-    draft = MAPPERS[row.map](record, row.fields)
+    seen = _Read(record) if isinstance(record, dict) else _Read({})
+    draft = MAPPERS[row.map](seen if isinstance(record, dict) else record, row.fields)
+    plain_record = dict(seen.items())
+    held, read = gather(plain_record, row, draft)
+    read |= seen.asked | mark_turns(plain_record, draft) | _add_system(plain_record, row, draft)
+    draft.leave_out(plain_record, read)
     if draft.text is not None:
-        _no_undeclared(record, row)
         check_text(draft.text)
-        return Document(draft.text, source, line), Changes()
-    if isinstance(record, dict):
-        draft.images += _field(record, row.image, "image", draft)
-        draft.videos += _field(record, row.video, "video", draft)
-    _no_undeclared(record, row)
+        return Document(draft.text, source, line), Changes(unread=frozenset(draft.unread))
+    explicit = place(draft, held, generic=is_generic(row))
+    if draft.spans and draft.videos:
+        raise reject("video_span", f"`{draft.spans[0]}` asks for a part of a video; videos are taken whole. Cut them.")
     if row.media and not draft.images and not draft.videos:
-        names = ", ".join(f"`{key}`" for key in row.image + row.video)
-        raise reject("media_missing", f"every record of `{row.name}` has a picture or video in {names}; this has none.")
+        listed = ", ".join(f"`{key}`" for key in row.image + row.video)
+        raise reject(
+            "media_missing", f"every record of `{row.name}` has a picture or video in {listed}; this has none."
+        )
     turns = len(draft.turns)
     for fix in row.fix:
         find_fix(fix)(draft)
     if not draft.turns:
         raise reject("bad_order", "there is no turn, or none is left.")
+    messages, tags_as_text = _messages(draft, explicit)
     sample = Sample(
-        _messages(draft),
+        messages,
         tuple(_media(reference, store) for reference in draft.images),
         tuple(_media(reference, store) for reference in draft.videos),
         source,
@@ -87,7 +120,12 @@ def record_to_sample(
     )
     sample, cleaned = clean_answers(sample)
     sample.check()
-    return sample, Changes(cleaned=cleaned, dropped=turns - len(draft.turns))
+    return sample, Changes(
+        cleaned=cleaned,
+        dropped=turns - len(draft.turns),
+        tags_as_text=tags_as_text if row.image or row.video else 0,
+        unread=frozenset(draft.unread),
+    )
 
 
 def clean_answers(sample: Sample) -> tuple[Sample, int]:
@@ -105,84 +143,80 @@ def clean_answers(sample: Sample) -> tuple[Sample, int]:
     return (dataclasses.replace(sample, messages=tuple(messages)), changed) if changed else (sample, 0)
 
 
-def _field(record: dict[str, Any], names: tuple[str, ...], kind: str, draft: Draft) -> list[Any]:
-    """The media of one kind: those of the one field that holds any."""
-    found = {key: _flatten(record[key]) for key in names if key in record}
-    if found:
-        draft.declared.add(kind)
-    holding = [key for key, media in found.items() if media]
-    for key in holding[1:]:
-        if key in _MEDIA_KEYS and found[key] != found[holding[0]]:
-            raise reject("bad_record", f"`{holding[0]}` and `{key}` hold different media; which count?")
-    return found[holding[0]] if holding else []
+def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[str]:
+    """A field for the system's turn counts where no turn is one. Returns the fields that were read."""
+    name = row.fields.get("system")
+    keys = _SYSTEM if name is None else (name,)
+    for key in keys:
+        system = record.get(key)
+        if isinstance(system, str) and system.strip() and draft.turns and key not in draft.ignore:
+            if draft.turns[0].ours != "system":
+                draft.turns.insert(0, Turn("system", system))
+            return set(keys)
+    return set()
 
 
-def _no_undeclared(record: Any, row: DatasetSpec) -> None:
-    """Media that the row does not know of must not be passed over in silence."""
-    if isinstance(record, dict):
-        for key in _MEDIA_KEYS:
-            if key not in (*row.image, *row.video) and _flatten(record.get(key)):
-                raise reject("undeclared_media", f"`{key}` holds media, but source `{row.name}` does not declare it.")
-
-
-def _flatten(value: Any) -> list[Any]:
-    if value is None or value in ("", []):
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _messages(draft: Draft) -> tuple[Message, ...]:
-    counts = {"image": 0, "video": 0}
-    kinds = {kind for kind, media in (("image", draft.images), ("video", draft.videos)) if media} | draft.declared
-    explicit = any(not isinstance(content, str) for _, content in draft.turns)
-    if explicit:  # who writes parts does not write tags
-        kinds = set()
+def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], int]:
+    """(turns of the Sample, tags that were left as text for want of a medium)."""
+    counts: dict[Kind, int] = {"image": 0, "video": 0}
+    kinds = {kind for kind in KINDS if draft.media(kind)} | draft.declared
+    tags = {tag: kind for tag, kind in _TAGS.items() if kind in kinds} | {
+        tag: kind for tag, (kind, _) in draft.tags.items()
+    }
     messages = []
-    for role, content in draft.turns:
-        if role not in ROLES:
-            raise reject("bad_role", f"role {role!r} is not known.")
-        ours = ROLES[role]
-        parts = _parts(content, ours, kinds, counts)
-        if ours == "system" and not any(not isinstance(p, Text) or p.text.strip() for p in parts):
+    orphans = 0
+    for turn in draft.turns:
+        role = turn.ours
+        if role is None:
+            raise reject("bad_role", f"role {turn.role!r} is not known.")
+        if not isinstance(turn.content, str):
+            parts = tuple(
+                p for p in turn.content if not isinstance(p, Bare) and not (isinstance(p, Text) and not p.text)
+            )
+        elif role == "assistant" or explicit:  # who writes parts does not write tags
+            parts = (Text(turn.content),)
+        else:
+            parts = _cut(turn.content, tags, draft, counts)
+            orphans += sum(part.text.count(tag) for tag in _TAGS for part in parts if isinstance(part, Text))
+        if role == "system" and not any(not isinstance(part, Text) or part.text.strip() for part in parts):
             continue  # an empty system turn says nothing and is none
-        messages.append(Message(ours, parts))
-    for kind, media in (("image", draft.images), ("video", draft.videos)):
-        if not explicit and counts[kind] != len(media):
-            raise reject("media_count", f"{len(media)} {kind}s, but {counts[kind]} placeholders `<{kind}>`.")
-    return tuple(messages)
+        messages.append(Message(role, parts, turn.learnt))
+    for kind in KINDS:
+        if not explicit and counts[kind] != len(draft.media(kind)):
+            raise reject(
+                "media_count", f"{len(draft.media(kind))} {kind}s, but {counts[kind]} placeholders `<{kind}>`."
+            )
+    return tuple(messages), orphans
 
 
-def _parts(content: Content, role: str, kinds: set[str], counts: dict[str, int]) -> tuple[Part, ...]:
-    """Cut text at the tags that stand for media. In an answer, and of a kind that the record has no field for, a tag is
-    text."""
-    if not isinstance(content, str):
-        return tuple(part for part in content if not isinstance(part, Text) or part.text)
-    if role == "assistant":
-        return (Text(content),)
+def _cut(text: str, tags: dict[str, Kind], draft: Draft, counts: dict[Kind, int]) -> tuple[Part, ...]:
+    """Cut text at the tags that stand for media. A tag of a kind that the record has no field for is text."""
+    if not tags or "<" not in text:
+        return (Text(text),)
     parts: list[Part] = []
     start = 0
-    for match in _TAG.finditer(content):
-        kind = match.group()[1:-1]
-        if kind not in kinds:
-            continue
+    for match in re.finditer("|".join(map(re.escape, sorted(tags, key=len, reverse=True))), text):
+        kind = tags[match.group()]
         if match.start() > start:
-            parts.append(Text(content[start : match.start()]))
-        parts.append(Image(counts[kind]) if kind == "image" else Video(counts[kind]))
+            parts.append(Text(text[start : match.start()]))
+        _, number = draft.tags.get(match.group(), (kind, counts[kind]))
+        parts.append(Image(number) if kind == "image" else Video(number))
         counts[kind] += 1
         start = match.end()
-    if start < len(content) or not parts:
-        parts.append(Text(content[start:]))
+    if start < len(text) or not parts:
+        parts.append(Text(text[start:]))
     return tuple(parts)
 
 
 def _media(reference: Any, store: MediaStore) -> MediaFile:
     if isinstance(reference, MediaFile):  # a member of the archive that the record itself came from
         return reference
+    if isinstance(reference, Frames):
+        pictures = tuple(_media(one, store) for one in reference.pictures)
+        return MediaFile(label=f"{len(pictures)} frames from {pictures[0].name}", frames=pictures)
     if isinstance(reference, dict):
-        if reference.get("bytes"):
-            reference = reference["bytes"]
-        else:
-            reference = reference.get("path") or reference.get("url")
+        reference = next((found for key in _STRUCT if (found := reference.get(key))), None)
+        return _media(reference, store)
     if isinstance(reference, bytes | bytearray):
         return MediaFile(data=bytes(reference))
     if reference is None or reference == "":
@@ -191,7 +225,9 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
         raise reject("bad_record", f"a medium is a path, an address or bytes, this is {type(reference).__name__}.")
     if reference.startswith("data:"):
         return MediaFile(data=_data_url(reference))
-    if reference.startswith(("http://", "https://")):
+    if names.is_base64(reference):
+        return MediaFile(data=_base64(reference, "a medium"))
+    if names.is_address(reference):
         raise reject("media_remote", f"{reference} is a web address; fetch it and give the path.")
     if reference.startswith("file://"):
         try:
@@ -205,7 +241,11 @@ def _data_url(url: str) -> bytes:
     head, _, body = url.partition(",")
     if not head.endswith(";base64"):
         raise reject("media_broken", "a data: address must be base64.")
+    return _base64(body, "a data: address")
+
+
+def _base64(text: str, what: str) -> bytes:
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise reject("media_broken", "a data: address that is not base64.") from None
+        raise reject("media_broken", f"{what} that is not base64.") from None

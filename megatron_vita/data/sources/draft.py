@@ -1,0 +1,127 @@
+"""A conversation on its way to a Sample, and what becomes of fields that no mapper asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_vita.data.rejects import reject
+from megatron_vita.data.sample import Part, Role
+from megatron_vita.data.sources import fields as names
+
+ROLES: dict[str, Role] = {
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "system": "system", "developer": "system",
+}  # fmt: skip
+"""Role as datasets write it -> ours."""
+
+Kind = Literal["image", "video"]
+KINDS: tuple[Kind, Kind] = ("image", "video")
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """A part that stands for a medium without saying which: the next one of the record's list."""
+
+    kind: Kind
+    index: int | None = None
+    """Its place in the list, where the part says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """A video that is given as a list of pictures."""
+
+    pictures: tuple[Any, ...]
+
+
+Content = str | list[Part | Bare]
+"""Text in which `<image>` and `<video>` stand for media, or explicit parts in which they stand for themselves."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn of a Draft."""
+
+    role: str
+    """As the dataset writes it."""
+    content: Content
+    learnt: bool = True
+    """Of an answer: it carries loss."""
+    media: dict[Kind, list[Any]] = field(default_factory=dict)
+    """References that stand in the turn itself, beside its content."""
+
+    @property
+    def ours(self) -> Role | None:
+        """The role, if it is known."""
+        return ROLES.get(self.role)
+
+
+@dataclass
+class Draft:
+    """A conversation on its way to a Sample."""
+
+    turns: list[Turn] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    """References as the record holds them: path, URL, bytes, struct. While a mapper works, those of explicit parts."""
+    videos: list[Any] = field(default_factory=list)
+    text: str | None = None
+    """Plain text to learn as it is; then there are no turns."""
+    declared: set[str] = field(default_factory=set)
+    """Kinds of media whose field the record has; a tag of another kind is plain text."""
+    ignore: frozenset[str] = frozenset()
+    """Fields that the row or the mix says to leave out."""
+    tags: dict[str, tuple[Kind, int]] = field(default_factory=dict)
+    """Tags that stand for one medium each -> its kind and number. (`<image>` stands for the next picture.)"""
+    spans: list[str] = field(default_factory=list)
+    """Fields that say which part of a video is meant."""
+    unread: set[str] = field(default_factory=set)
+    """Fields with words in them that nothing reads."""
+
+    def media(self, kind: Kind) -> list[Any]:
+        """References of a kind."""
+        return self.images if kind == "image" else self.videos
+
+    def leave_out(self, content: Mapping[str, Any], read: Container[str], prefix: str = "") -> None:
+        """Decide what becomes of the fields that were not read.
+
+        Where a record comes from and what was measured of it is left out. What would change what is taught rejects the
+        record. Other words are left out, and told at the end.
+
+        Args:
+            content: a record, a turn or a part.
+            read: names of fields that were read, as the record writes them.
+            prefix: for messages, of the field's name.
+
+        Raises:
+            DataError: media_unread, tools_unread, reasoning_unread or loss_weight.
+        """
+        for key, value in content.items():
+            if key in read or key in self.ignore or names.is_empty(value):
+                continue
+            name, shown = names.plain(str(key)), f"`{prefix}{key}`"
+            if name in names.TOOLS:
+                raise reject("tools_unread", f"{shown}: nothing teaches calls of functions.{_HINT}")
+            if name in names.REASONING:
+                raise reject("reasoning_unread", f"{shown}: the chat template has no place for it.{_HINT}")
+            if name in names.TRAIN_ON_INPUT:
+                raise reject("loss_weight", f"{shown}: loss lies on answers alone.{_HINT}")
+            if name in names.SPANS:
+                if value != 0:  # from the beginning on
+                    self.spans.append(f"{prefix}{key}")
+            elif name in names.UNREAD_MEDIA and not isinstance(value, bool | int | float):
+                raise reject("media_unread", f"{shown} names media that nothing reads.{_HINT}")
+            elif not names.is_metadata(name):
+                self._unknown(value, f"{prefix}{key}")
+
+    def _unknown(self, value: Any, name: str) -> None:
+        where = names.find_medium(value)
+        if where is not None:
+            raise reject("media_unread", f"`{name}{where}` looks like a medium, and nothing reads it.{_HINT}")
+        if names.has_text(value):
+            self.unread.add(name)
+
+
+_HINT = " To teach the record without it, list the field under `fields: {ignore: [...]}` in the data mix."

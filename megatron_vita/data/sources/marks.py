@@ -1,0 +1,113 @@
+"""Which answers are learnt: the marks that datasets put on turns and records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_vita.data.rejects import reject
+from megatron_vita.data.sources import fields as names
+from megatron_vita.data.sources.draft import ROLES, Draft
+
+_WEIGHTS = frozenset(("weight", "loss_weight", "loss_scale", "sample_weight", "weights", "loss_weights"))
+_LEARNT = frozenset((
+    "loss", "loss_mask", "train", "trainable", "training", "train_on_turn", "train_on", "is_trained", "learn",
+    "calculate_loss", "compute_loss", "has_loss", "need_loss",
+))  # fmt: skip
+_MASKED = frozenset(("mask", "masked", "is_masked", "mask_loss", "no_loss", "ignore_loss", "ignore"))
+_LAST = frozenset(("mask_history", "train_on_last_turn", "train_on_last_turn_only", "last_turn_only", "only_last_turn"))
+_SPANS = frozenset(("train_detail", "training_detail", "train_details", "loss_spans"))
+MARKS = _WEIGHTS | _LEARNT | _MASKED | _SPANS
+"""Names of fields of a turn that say whether it is learnt, as `fields.plain` writes them."""
+_WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def is_mark(key: str) -> bool:
+    """Does a field of a turn say whether it is learnt?"""
+    return names.plain(key) in MARKS
+
+
+def turn_learnt(turn: Mapping[str, Any], role: str, draft: Draft) -> bool:
+    """Is an answer learnt, by the marks of its turn?
+
+    OpenAI's `weight`, axolotl's `train`, `loss` of LLaMA-Factory, ms-swift and XTuner, and their like.
+
+    Raises:
+        DataError: loss_weight, if a mark cannot be kept: a weight between 0 and 1, a question to be learnt.
+    """
+    said: dict[bool, str] = {}
+    answer = ROLES.get(role) == "assistant"
+    for key, value in turn.items():
+        name = names.plain(str(key))
+        if name in MARKS and key not in draft.ignore and not _absent(value):
+            learnt = _learnt(name, value, key)
+            if answer or name not in _WEIGHTS:  # a weight weighs the loss of answers alone
+                said[learnt] = key
+    if len(said) == 2:
+        raise reject("loss_weight", f"`{said[True]}` says that a turn is learnt, `{said[False]}` that it is not.")
+    if True in said and not answer:
+        raise reject(
+            "loss_weight", f"`{said[True]}` marks a turn of {role!r} to be learnt; loss lies on answers alone."
+        )
+    return False not in said
+
+
+def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
+    """Apply the marks of a record to its turns: one for all, or a list with one for each.
+
+    Returns:
+        Names of the fields that were read.
+
+    Raises:
+        DataError: loss_weight.
+    """
+    read: set[str] = set()
+    for key, value in record.items():
+        name = names.plain(str(key))
+        if key in draft.ignore or name not in MARKS | _LAST:
+            continue
+        read.add(key)
+        if _absent(value):
+            continue
+        if isinstance(value, str) and name in _MASKED and value.lower() in ROLES:  # NeMo: whose turns carry no loss
+            _apply(draft, (turn.ours != ROLES[value.lower()] for turn in draft.turns))
+        elif name in _LAST:
+            last = max((n for n, turn in enumerate(draft.turns) if turn.ours == "assistant"), default=-1)
+            if _learnt(name, value, key):
+                _apply(draft, (n == last for n in range(len(draft.turns))))
+        elif isinstance(value, list | tuple):
+            if len(value) != len(draft.turns):
+                raise reject("loss_weight", f"`{key}` marks {len(value)} turns, but there are {len(draft.turns)}.")
+            marks = [_absent(one) or _learnt(name, one, key) for one in value]
+            for turn, one, mark in zip(draft.turns, value, marks, strict=True):
+                if mark and turn.ours != "assistant" and not _absent(one) and name not in _WEIGHTS:
+                    raise reject("loss_weight", f"`{key}` marks a question to be learnt; loss lies on answers alone.")
+            _apply(draft, marks)
+        else:
+            learnt = _learnt(name, value, key)
+            _apply(draft, (learnt for _ in draft.turns))
+    return read
+
+
+def _apply(draft: Draft, marks: Iterable[bool]) -> None:
+    for turn, learnt in zip(draft.turns, marks, strict=True):
+        turn.learnt = turn.learnt and learnt
+
+
+def _absent(value: Any) -> bool:
+    return value is not False and names.is_empty(value)
+
+
+def _learnt(name: str, value: Any, key: str) -> bool:
+    if isinstance(value, str):
+        value = _WORDS.get(value.strip().lower(), value)
+    number_says = name not in _MASKED  # `mask: 1` means either, depending on who wrote it
+    if isinstance(value, bool):
+        return value != (name in _MASKED)
+    if name not in _SPANS and number_says and isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise reject(
+        "loss_weight",
+        f"`{key}: {str(value)[:40]}`: an answer is learnt or not; nothing keeps other weights. If the field says "
+        "something else, list it under `fields: {ignore: [...]}` in the data mix.",
+    )
