@@ -38,7 +38,7 @@ class Group:
         self._archive, self._stream = archive, stream
         self._key = split_name(members[0].name)[0]
         self._parts: dict[str, Member] = {}
-        for member in members:
+        for member in sorted(members, key=lambda one: natural_key(one.name)):
             part = split_name(member.name)[1]
             if member.kind in REFUSED:
                 code, why = REFUSED[member.kind]
