@@ -32,6 +32,7 @@ FRAMES_NAMES, FILE_NAMES = tuple(_NAMES["frames"]), tuple(_NAMES["file"])
 TOOLS, REASONING, SPANS, TRAIN_ON_INPUT, METADATA = (
     frozenset(_NAMES[group]) for group in ("tools", "reasoning", "span", "train_on_input", "metadata")
 )
+STRUCT = tuple(_NAMES["struct"])
 NUMBERED = re.compile(r"^(image|img|picture|pic|photo|video|clip)_?(\d+)$")
 """`image_1`, `image_2`: one medium each, in the order of their numbers."""
 _METADATA_SHAPE = re.compile(
@@ -92,7 +93,7 @@ def is_base64(value: str) -> bool:
 def is_embedded(value: Any) -> bool:
     """Is it the medium itself: bytes, base64, a data: address, a member of an archive?"""
     if isinstance(value, dict):
-        return any(is_embedded(value.get(key)) for key in ("bytes", "base64", "data", "url", "image_url"))
+        return any(is_embedded(value.get(key)) for key in STRUCT)
     if isinstance(value, str):
         return value.startswith("data:") or is_base64(value)
     return isinstance(value, bytes | bytearray | MediaFile) and value != b""

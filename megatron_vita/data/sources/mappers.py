@@ -42,7 +42,7 @@ def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) 
             raise reject("bad_record", "`value` and `content` of a turn differ; which counts?")
         turn = Turn(role, "", turn_learnt(raw, role, draft), _turn_media(raw))
         media = [key for key, value in raw.items() if _kind_of(key, value) is not None]
-        draft.leave_out(raw, (*role_keys, *texts, *media, *filter(is_mark, raw)), "turn.")
+        draft.leave_out(raw, (*role_keys, *texts, *media, *_marks(raw)), "turn.")
         if isinstance(content, list):
             turn.content = [read_part(part, draft) for part in content]
         else:
@@ -79,7 +79,7 @@ def map_pairs_list(record: Any, fields: Fields) -> Draft:
     for pair in map(_dict, _list(record, fields.get("list", "texts"))):
         draft.turns += _pair(_text(pair, asked), _text(pair, answered))
         draft.turns[-1].learnt = turn_learnt(pair, "assistant", draft)
-        draft.leave_out(pair, (asked, answered, *filter(is_mark, pair)), "turn.")
+        draft.leave_out(pair, (asked, answered, *_marks(pair)), "turn.")
     return draft
 
 
@@ -155,6 +155,10 @@ def _draft(fields: Fields, turns: list[Turn] | None = None) -> Draft:
 
 def _pair(question: str, answer: str) -> list[Turn]:
     return [Turn("user", question), Turn("assistant", answer)]
+
+
+def _marks(turn: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in turn.items() if is_mark(key, value)]
 
 
 def _kind_of(key: str, value: Any) -> Kind | None:

@@ -22,9 +22,9 @@ MARKS = _WEIGHTS | _LEARNT | _MASKED | _SPANS
 _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def is_mark(key: str) -> bool:
-    """Does a field of a turn say whether it is learnt?"""
-    return names.plain(key) in MARKS
+def is_mark(key: str, value: Any) -> bool:
+    """Does a field of a turn say whether it is learnt? (The `mask` of a picture is another picture.)"""
+    return names.plain(key) in MARKS and names.find_medium(value) is None
 
 
 def turn_learnt(turn: Mapping[str, Any], role: str, draft: Draft) -> bool:
@@ -39,7 +39,7 @@ def turn_learnt(turn: Mapping[str, Any], role: str, draft: Draft) -> bool:
     answer = ROLES.get(role) == "assistant"
     for key, value in turn.items():
         name = names.plain(str(key))
-        if name in MARKS and key not in draft.ignore and not _absent(value):
+        if is_mark(key, value) and key not in draft.ignore and not _absent(value):
             learnt = _learnt(name, value, key)
             if answer or name not in _WEIGHTS:  # a weight weighs the loss of answers alone
                 said[learnt] = key
@@ -64,7 +64,7 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
     read: set[str] = set()
     for key, value in record.items():
         name = names.plain(str(key))
-        if key in draft.ignore or name not in MARKS | _LAST:
+        if key in draft.ignore or not (name in _LAST or is_mark(key, value)):
             continue
         read.add(key)
         if _absent(value):

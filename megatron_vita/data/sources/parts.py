@@ -14,7 +14,7 @@ _KINDS: dict[str, Kind] = {
     "image": "image", "image_url": "image", "input_image": "image", "img": "image", "picture": "image",
     "video": "video", "video_url": "video", "input_video": "video",
 }  # fmt: skip
-_WHERE = ("source", "bytes", "base64", "data", "path", "file", "file_path", "url", "uri")
+_WHERE = ("source", *names.STRUCT)
 _TOOLS = ("tool_use", "tool_result", "tool_call", "function_call", "function", "tool")
 _REASONING = ("thinking", "redacted_thinking", "reasoning")
 _UNREAD = ("audio", "audio_url", "input_audio", "file", "input_file", "document", "image_file", "pdf", "point_cloud")

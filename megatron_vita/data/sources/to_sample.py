@@ -34,8 +34,6 @@ from megatron_vita.data.sources.record_media import gather, is_generic
 from megatron_vita.data.sources.registry import DatasetSpec
 
 _SYSTEM = ("system", "system_prompt", "system_message")
-_STRUCT = ("bytes", "base64", "data", "path", "url", "file", "file_path", "file_name", "uri", "image_url", "video_url")
-"""Where a struct holds a medium, what it is before where it lies."""
 _TAGS: dict[str, Kind] = {"<image>": "image", "<video>": "video"}
 
 
@@ -47,8 +45,8 @@ class Changes:
     """Answers that lost leading line breaks."""
     dropped: int = 0
     """Turns that the fixes of its row took out."""
-    tags_as_text: int = 0
-    """Tags `<image>` and `<video>` in questions for which the record has no medium, in a source that has some."""
+    tag_as_text: bool = False
+    """A question spells `<image>` or `<video>`, and the record has no such medium, though others of its source may."""
     unread: frozenset[str] = frozenset()
     """Fields with words in them that nothing reads."""
 
@@ -110,7 +108,7 @@ def record_to_sample(
         find_fix(fix)(draft)
     if not draft.turns:
         raise reject("bad_order", "there is no turn, or none is left.")
-    messages, tags_as_text = _messages(draft, explicit)
+    messages, tags = _messages(draft, explicit)
     sample = Sample(
         messages,
         tuple(_media(reference, store) for reference in draft.images),
@@ -123,7 +121,7 @@ def record_to_sample(
     return sample, Changes(
         cleaned=cleaned,
         dropped=turns - len(draft.turns),
-        tags_as_text=tags_as_text if row.image or row.video else 0,
+        tag_as_text=bool(tags & {kind for kind, declared in (("image", row.image), ("video", row.video)) if declared}),
         unread=frozenset(draft.unread),
     )
 
@@ -156,15 +154,15 @@ def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[s
     return set()
 
 
-def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], int]:
-    """(turns of the Sample, tags that were left as text for want of a medium)."""
+def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Kind]]:
+    """(turns of the Sample, kinds of media whose tags were left as text for want of a medium)."""
     counts: dict[Kind, int] = {"image": 0, "video": 0}
     kinds = {kind for kind in KINDS if draft.media(kind)} | draft.declared
     tags = {tag: kind for tag, kind in _TAGS.items() if kind in kinds} | {
         tag: kind for tag, (kind, _) in draft.tags.items()
     }
     messages = []
-    orphans = 0
+    orphans: set[Kind] = set()
     for turn in draft.turns:
         role = turn.ours
         if role is None:
@@ -177,7 +175,7 @@ def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], int]:
             parts = (Text(turn.content),)
         else:
             parts = _cut(turn.content, tags, draft, counts)
-            orphans += sum(part.text.count(tag) for tag in _TAGS for part in parts if isinstance(part, Text))
+            orphans |= {kind for tag, kind in _TAGS.items() if tag in turn.content and kind not in kinds}
         if role == "system" and not any(not isinstance(part, Text) or part.text.strip() for part in parts):
             continue  # an empty system turn says nothing and is none
         messages.append(Message(role, parts, turn.learnt))
@@ -215,7 +213,7 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
         pictures = tuple(_media(one, store) for one in reference.pictures)
         return MediaFile(label=f"{len(pictures)} frames from {pictures[0].name}", frames=pictures)
     if isinstance(reference, dict):
-        reference = next((found for key in _STRUCT if (found := reference.get(key))), None)
+        reference = next((found for key in names.STRUCT if (found := reference.get(key))), None)
         return _media(reference, store)
     if isinstance(reference, bytes | bytearray):
         return MediaFile(data=bytes(reference))

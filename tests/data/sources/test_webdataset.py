@@ -153,24 +153,26 @@ def test_a_failed_download_says_why(tmp_path: Path) -> None:
 
 
 QUESTION = talk("<image>\nq", "a")
+TWO = talk("<image><image>q", "a")
+EMBEDDED = said({**QUESTION, "image": "data:image/png;base64,iVBORw0KGgo="})
 GOOD: list[tuple[list[tuple[str, bytes]], list[bytes]]] = [
     ([("k.jpg", jpg(1)), ("k.json", said(QUESTION)), ("k.txt", b"a")], [jpg(1)]),  # the caption is the answer
     ([("k.jpg", jpg(1)), ("k.json", said({**QUESTION, "image": "old/name.jpg"}))], [jpg(1)]),
-    ([("k.jpg", jpg(1)), ("k.json", said({**QUESTION, "image": "k.jpg", "image_url": "https://x.invalid/y"}))], [jpg(1)]),
+    ([("k.jpg", jpg(1)), ("k.json", said({**QUESTION, "image": "k.jpg", "image_url": "http://x.invalid"}))], [jpg(1)]),
     ([("k.jpg", jpg(1)), ("k.cls", b"7"), ("k.id", b"x"), ("k.json", said(QUESTION))], [jpg(1)]),
-    ([("k.1.jpg", jpg(1)), ("k.0.jpg", jpg(2)), ("k.json", said(talk("<image><image>q", "a")))], [jpg(2), jpg(1)]),
-    ([("k.img10.jpg", jpg(1)), ("k.img9.jpg", jpg(2)), ("k.json", said(talk("<image><image>q", "a")))], [jpg(2), jpg(1)]),
-    ([("k.0.JPG", jpg(1)), ("k.1.png", dot(2)), ("k.json", said(talk("<image><image>q", "a")))], [jpg(1), dot(2)]),
+    ([("k.1.jpg", jpg(1)), ("k.0.jpg", jpg(2)), ("k.json", said(TWO))], [jpg(2), jpg(1)]),
+    ([("k.img10.jpg", jpg(1)), ("k.img9.jpg", jpg(2)), ("k.json", said(TWO))], [jpg(2), jpg(1)]),
+    ([("k.0.JPG", jpg(1)), ("k.1.png", dot(2)), ("k.json", said(TWO))], [jpg(1), dot(2)]),
     ([("k.left.jpg", jpg(1)), ("k.right.jpg", jpg(2)),
-      ("k.json", said({**talk("<image><image>q", "a"), "images": ["k.right.jpg", "k.left.jpg"]}))], [jpg(2), jpg(1)]),
+      ("k.json", said({**TWO, "images": ["k.right.jpg", "k.left.jpg"]}))], [jpg(2), jpg(1)]),
     ([("k.left.jpg", jpg(1)), ("k.right.jpg", jpg(2)),
-      ("k.json", said({**talk("<image><image>q", "a"), "name": ["right", "left"]}))], [jpg(2), jpg(1)]),
+      ("k.json", said({**TWO, "name": ["right", "left"]}))], [jpg(2), jpg(1)]),
     ([("k.jpg", jpg(1)), ("k.json", said({"messages": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}, messages("", "a")[1]]}))],
      [jpg(1)]),
     ([("k.jpg", jpg(1)), ("k.json", said({"messages": [
         {"role": "user", "content": "q", "image": "old.jpg"}, messages("", "a")[1]]}))], [jpg(1)]),
-    ([("k.json", said({**QUESTION, "image": "data:image/png;base64,iVBORw0KGgo="}))], [b"\x89PNG\r\n\x1a\n"]),
+    ([("k.json", EMBEDDED)], [b"\x89PNG\r\n\x1a\n"]),
 ]  # fmt: skip
 
 
@@ -203,8 +205,8 @@ CONTRADICTIONS: list[tuple[list[tuple[str, bytes]], str]] = [
     ([("k.0.jpg", jpg(1)), ("k.1.jpg", jpg(2)), ("k.json", said({**QUESTION, "image": "k.0.jpg"}))],
      "`image` of its json names 1 images, the tar has 0.jpg, 1.jpg"),
     ([("k.0.jpg", jpg(1)), ("k.json", said({**QUESTION, "images": ["a", "b"]}))], "names 2 images"),
-    ([("k.0.jpg", jpg(1)), ("k.1.jpg", jpg(1)), ("k.json", said({**QUESTION, "name": ["0", "7"]}))], "its json lists 0, 7"),
-    ([("k.jpg", jpg(1)), ("k.json", said({**QUESTION, "image": "data:image/png;base64,iVBORw0KGgo="}))], "others stand in"),
+    ([("k.0.jpg", jpg(1)), ("k.1.jpg", jpg(1)), ("k.json", said({**TWO, "name": ["0", "7"]}))], "its json lists 0, 7"),
+    ([("k.jpg", jpg(1)), ("k.json", EMBEDDED)], "others stand in"),
 ]  # fmt: skip
 
 
