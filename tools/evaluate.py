@@ -7,7 +7,8 @@ media paths are relative to the file (or to --media-root). Other keys of a recor
 the results.
 
 Writes DIR/results.jsonl, a line an answer as it comes, and DIR/summary.json. Run again after a kill, and only what is
-not answered yet is asked. A model that changed on disk is asked anew.
+not answered yet is asked, and what could not be read. Where anything changed that decides an answer (model, tokenizer,
+template, preprocessing, settings, question, media, packages), it is asked anew.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_vita.convert import identity, open_model
+from megatron_vita.convert import open_model
 from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.files import file_info, write_atomic
+from megatron_vita.files import write_atomic
+from megatron_vita.inference.answer_key import QuestionKeys, model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.questions import Question, read_questions
 from megatron_vita.inference.results import Result, ResultFile
@@ -28,6 +28,9 @@ from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
 
 log = logging.getLogger(__name__)
+
+DTYPE = torch.float32
+"""Of weights and activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +57,10 @@ class EvalSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
 
-    def digest(self, *more: str) -> str:
-        """16 hex digits that change with any setting that changes answers, and with `more`."""
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide answers or verdicts."""
         deciding = {key: value for key, value in asdict(self).items() if key != "batch_tokens"}
-        deciding["video_backend"] = decoder_name(self.video_backend)
-        return hashlib.sha256(json.dumps([deciding, *more], sort_keys=True).encode()).hexdigest()[:16]
+        return {**deciding, "video_backend": decoder_name(self.video_backend)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class _Part:
     """The path as it was given."""
     name: str
     questions: tuple[tuple[str, str, Question], ...]
-    """(run, data file as it was given, question)."""
+    """(key of the answer, data file as it was given, question)."""
 
 
 def evaluate(
@@ -83,6 +85,9 @@ def evaluate(
     workers: int = 1,
 ) -> list[dict[str, Any]]:
     """Ask every model every question that `output/results.jsonl` does not answer yet; then write `output/summary.json`.
+
+    An answer on disk counts only while all that decides it is what it was (`answer_key`): the model, how it reads text
+    and pictures, the settings, the question with its media. What could not be read is tried again.
 
     Args:
         models: checkpoints or Hugging Face folders.
@@ -100,32 +105,39 @@ def evaluate(
         ConfigError, CheckpointError, DataError: a missing path, a file that is no JSONL of messages, a foreign results
             file. A single damaged question is not raised but counted (verdict `unreadable`).
     """
-    files = {path: read_questions(Path(path), media_root=media_root, limit=limit) for path in data}
-    digests = {path: file_info(Path(path))["sha256"] for path in files}
     names = _names(models)
-    runs = {
-        (m, d): settings.digest(identity.fingerprint(open_model(m).path), digests[d], str(media_root))
-        for m in names
-        for d in files
-    }
+    known = {model: model_key(open_model(model), DTYPE) for model in names}
     results = ResultFile(output / "results.jsonl")
     try:
-        stale = results.forget_stale((m, d, settings.zero_tiles, run) for (m, d), run in runs.items())
+        files: dict[str, list[tuple[str, Question]]] = {}
+        keys = QuestionKeys()
+        for path in dict.fromkeys(data):
+            read = read_questions(Path(path), media_root=media_root, limit=results.limit_for(path, limit))
+            files[path] = [(keys.key(question), question) for question in read]
+        current = {
+            (m, d, settings.zero_tiles): {q.line: run_key(known[m], settings.deciding(), key) for key, q in files[d]}
+            for m in names
+            for d in files
+        }
+        stale, unread = results.forget(current)
         if stale:
-            log.info("%s: dropped %d answers given under another model, file or setting", results.path, stale)
+            log.info("%s: dropped %d answers given under another model, question or setting", results.path, stale)
+        if unread:
+            log.info("%s: %d questions that could not be read are tried again", results.path, unread)
         finished = results.finished()
         parts = []
+        total = 0
         for model, name in names.items():
-            todo = [(runs[model, d], d, q) for d, questions in files.items() for q in questions]
-            parts.append(_Part(model, name, tuple(t for t in todo if (t[0], t[1], t[2].line) not in finished)))
-        total = len(names) * sum(map(len, files.values()))
+            runs = {d: current[model, d, settings.zero_tiles] for d in files}
+            wanted = [(runs[d][q.line], d, q) for d, questions in files.items() for _, q in questions[:limit]]
+            parts.append(_Part(model, name, tuple(w for w in wanted if (w[0], w[1], w[2].line) not in finished)))
+            total += len(wanted)
         _ask(parts, results, settings, total, workers)
     finally:
         results.close()
-    summary = json.dumps(summarise(results.results), indent=1, ensure_ascii=False) + "\n"
-    write_atomic(output / "summary.json", summary)
-    mine = {(model, d, settings.zero_tiles) for model in names for d in files}
-    return [row for row in summarise(results.results) if (row["model"], row["data"], row["zero_tiles"]) in mine]
+    summary = summarise(results.results)
+    write_atomic(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return [row for row in summary if (row["model"], row["data"], row["zero_tiles"]) in current]
 
 
 def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, total: int, workers: int) -> None:
@@ -162,7 +174,7 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
     for part in parts:
         if not part.questions:
             continue
-        engine = Engine.load(part.model, video_backend=settings.video_backend)
+        engine = Engine.load(part.model, dtype=DTYPE, video_backend=settings.video_backend)
         outcomes = engine.stream(
             (question.sample for _, _, question in part.questions),
             max_new_tokens=settings.max_new_tokens,
@@ -171,8 +183,8 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
             batch_tokens=settings.batch_tokens,
         )
         for index, outcome in outcomes:
-            run, data, question = part.questions[index]
-            result: Result = {"run": run, "model": part.model, "name": part.name, "task": settings.task}
+            key, data, question = part.questions[index]
+            result: Result = {"run": key, "model": part.model, "name": part.name, "task": settings.task}
             result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
             if isinstance(outcome, DataError):
                 result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.errors import DataError
 from megatron_vita.files import write_atomic
+from megatron_vita.inference.score import UNREADABLE
 
 Result = dict[str, Any]
 
@@ -18,8 +19,8 @@ class ResultFile:
     """Append-only results with a memory of what is finished.
 
     A line is {run, model, name, task, data, line, zero_tiles, answer, expected, verdict, finished, fields}. `run` is a
-    digest of all that decides the answer (weights, data file, settings): a result counts as finished only under the
-    same run, so a model retrained at the same path is evaluated again.
+    digest of all that decides the answer (`answer_key`): a result counts as finished only under the same one, so a
+    model retrained at the same path is evaluated again, and a question whose picture was replaced is asked again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,24 +52,34 @@ class ResultFile:
         """What makes a result the same one again: (run, data file, line)."""
         return result["run"], result["data"], result["line"]
 
-    def forget_stale(self, current: Iterable[tuple[str, str, bool, str]]) -> int:
-        """Drop results of an earlier model, data file or setting that stood where the current ones stand.
+    def limit_for(self, data: str, limit: int | None) -> int | None:
+        """How many questions of a file to read, to ask the first `limit`: as far as there are results, since it must be
+        known which of them still hold."""
+        return None if limit is None else max(limit, *(r["line"] for r in self.results if r["data"] == data), 0)
+
+    def forget(self, current: Mapping[tuple[str, str, bool], Mapping[int, str]]) -> tuple[int, int]:
+        """Drop what no longer holds where questions are asked now, and what could not be read.
 
         Args:
-            current: (model, data, zero_tiles, run) of every part of this evaluation.
+            current: (model, data, zero_tiles) of every part of this evaluation -> line -> `run`.
 
         Returns:
-            Lines dropped.
+            (results of an earlier model, question or setting; unreadable ones) that were dropped.
         """
-        runs = {(model, data, zero): run for model, data, zero, run in current}
-        kept = [r for r in self.results if runs.get((r["model"], r["data"], r["zero_tiles"]), r["run"]) == r["run"]]
+        kept, unread = [], 0
+        for result in self.results:
+            runs = current.get((result["model"], result["data"], result["zero_tiles"]))
+            if runs is None or (runs.get(result["line"]) == result["run"] and result["verdict"] != UNREADABLE):
+                kept.append(result)
+            else:
+                unread += result["verdict"] == UNREADABLE
         dropped = len(self.results) - len(kept)
         if dropped:
             self._file.close()
             write_atomic(self.path, "".join(_line(result) for result in kept))
             self.results = kept
             self._file = self.path.open("a", encoding="utf-8")
-        return dropped
+        return dropped - unread, unread
 
     def finished(self) -> set[tuple[str, str, int]]:
         """Keys of all results in the file."""

@@ -90,7 +90,8 @@ def test_results_of_another_run_are_forgotten_only_where_the_new_run_stands(tmp_
     for line in (1, 2):
         file.add(result(line, "right", run="old"))
         file.add(result(line, "right", run="other", model="n"))
-    assert file.forget_stale([("m", "d.jsonl", False, "new")]) == 2
+    file.add(result(3, "unreadable", run="new"))
+    assert file.forget({("m", "d.jsonl", False): {1: "new", 3: "new"}}) == (2, 1)
     file.add(result(1, "wrong", run="new"))
     file.close()
     assert ResultFile(tmp_path / "results.jsonl").finished() == {

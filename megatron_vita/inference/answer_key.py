@@ -1,0 +1,129 @@
+"""Digests of all that decides an answer: one on disk is used again only while nothing of it has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vita import __version__
+from megatron_vita.checkpoint import integrity
+from megatron_vita.checkpoint.streams import digest_of
+from megatron_vita.config.load import to_dict
+from megatron_vita.convert import OpenModel
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.text.tokenizer import VitaTokenizer
+from megatron_vita.device import torch_device
+from megatron_vita.errors import VitaError
+from megatron_vita.files import new_digest
+from megatron_vita.inference.questions import Question
+
+_FORMAT = 2
+"""Goes up when the same model and question would be answered otherwise by a newer package."""
+_PACKAGES = ("torch", "megatron-core", "tokenizers", "sentencepiece", "jinja2", "numpy", "pillow", "av", "decord")
+"""What computes ids, pixels, frames and logits."""
+_UNRELATED = ("README.md", "LICENSE")
+_BLOCK_BYTES = 8 << 20
+
+
+def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
+    """Digest of a model as it would answer: weights, settings, tokenizer, chat template, preprocessing, arithmetic, and
+    the packages that compute them. Weights of a checkpoint are known by its integrity file; of any other folder every
+    byte is read.
+
+    Raises:
+        ConfigError, CheckpointError: no tokenizer, or a file that cannot be read.
+    """
+    ours = integrity.is_checkpoint(opened.path)
+    text = [] if opened.tokenizer_dir == opened.path else _files(opened.tokenizer_dir, below=ours)
+    return _digest(
+        _FORMAT,
+        {"megatron_vita": __version__, **{name: _version(name) for name in _PACKAGES}},
+        integrity.fingerprint(opened.path) if ours else _files(opened.path),
+        text,
+        VitaTokenizer.load(opened.tokenizer_dir).template_sha256,  # the package's own, where the folder has none
+        to_dict(opened.model),
+        opened.preprocess and opened.preprocess.to_dict(),
+        str(dtype),
+        torch_device().type,
+    )
+
+
+class QuestionKeys:
+    """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str | None, int, int | None], str] = {}
+
+    def key(self, question: Question) -> str:
+        """Digest of a question. A medium that cannot be read has a digest, too: reading tells what is wrong."""
+        sample = question.sample
+        media = [[self._medium(one) for one in part] for part in (sample.images, sample.videos)]
+        bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)
+        return _digest(repr(bare), media, question.expected, dict(question.fields))
+
+    def _medium(self, file: MediaFile) -> str:
+        place = (file.path, file.offset, file.size)
+        if file.data is None and not file.frames and place in self._known:
+            return self._known[place]
+        found = _content(file)
+        if file.data is None and not file.frames:
+            self._known[place] = found
+        return found
+
+
+def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:
+    """16 hex digits that change with any part."""
+    return _digest(model, settings, question)[:16]
+
+
+def _content(file: MediaFile) -> str:
+    """Digest of a medium's bytes; of a folder of frames, of the names and bytes in it."""
+    if file.data is not None:
+        return hashlib.sha256(file.data).hexdigest()
+    if file.frames:
+        return _digest(*(_content(frame) for frame in file.frames))
+    assert file.path is not None
+    path = Path(file.path)
+    if path.is_dir():
+        return _digest(file.name, _files(path))  # its name says how fast its frames follow each other
+    try:
+        digest, left = new_digest(), file.size if file.size is not None else path.stat().st_size
+        with path.open("rb") as stream:
+            stream.seek(file.offset)
+            while left and (block := stream.read(min(left, _BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+        return digest.hexdigest() + path.suffix
+    except OSError as error:
+        return f"{path}: {error}"
+
+
+def _files(folder: Path, *, below: bool = True) -> list[list[str]]:
+    """Name and digest of a folder's files, and of those below; what people alone read is left out."""
+    found = []
+    for path in sorted(folder.rglob("*") if below else folder.glob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.name not in _UNRELATED and not any(part.startswith(".") for part in name.parts):
+            try:
+                found.append([name.as_posix(), digest_of(path, 0, path.stat().st_size)])
+            except (VitaError, OSError) as error:
+                found.append([name.as_posix(), str(error)])
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()

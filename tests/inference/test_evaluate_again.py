@@ -1,0 +1,267 @@
+"""An answer on disk is used again only while all that decides it is the same; each factor is changed in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vita.convert.exporter import export
+from megatron_vita.data.sample import Sample
+from megatron_vita.errors import DataError
+from megatron_vita.inference import answer_key
+from megatron_vita.inference import evaluate as module
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.evaluate import EvalSettings, evaluate
+from megatron_vita.inference.sampling import SamplingConfig
+from tests.data.kit import picture
+from tests.inference.tiny import save_checkpoint, write_media
+
+SHORT = EvalSettings(max_new_tokens=2)
+QUESTIONS: list[dict[str, Any]] = [
+    {"content": "Which digit?"},
+    {"content": "<image>\nWhich digit?", "images": ["square.png"]},
+    {"content": "<image>\nAnd this?", "images": ["wide.jpg"]},
+    {"content": "<video>\nWhich three?", "videos": ["video.mp4"]},
+]
+
+
+def _write(path: Path, questions: list[dict[str, Any]]) -> None:
+    lines = []
+    for one in questions:
+        talk = [{"role": "user", "content": one["content"]}, {"role": "assistant", "content": one.get("answer", "7")}]
+        lines.append(json.dumps({"messages": talk, **{k: v for k, v in one.items() if k not in ("content", "answer")}}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Other bytes of the same number under the same times."""
+    before = path.stat()
+    path.write_bytes(content[: before.st_size].ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, the same model as a Hugging Face folder, media and questions."""
+    folder = tmp_path_factory.mktemp("made")
+    export(save_checkpoint(folder), folder / "hf", "internvl")
+    write_media(folder)
+    _write(folder / "q.jsonl", QUESTIONS)
+    return folder
+
+
+class Place:
+    """A copy that a test may change, and how many questions it takes to bring its results up to date."""
+
+    def __init__(self, folder: Path, seen: list[Sample]) -> None:
+        self.folder = folder
+        self._seen = seen
+
+    def asked(self, model: str = "tiny", settings: EvalSettings = SHORT, **more: Any) -> int:
+        before = len(self._seen)
+        evaluate([str(self.folder / model)], [str(self.folder / "q.jsonl")], self.folder / "out", settings, **more)
+        return len(self._seen) - before
+
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "out/results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    shutil.copytree(made, tmp_path / "copy")
+    seen: list[Sample] = []
+    plain = Engine.prepare
+
+    def prepare(self: Engine, sample: Sample, **more: Any) -> Any:
+        seen.append(sample)
+        return plain(self, sample, **more)
+
+    monkeypatch.setattr(Engine, "prepare", prepare)
+    return Place(tmp_path / "copy", seen)
+
+
+def _weights(place: Place) -> None:
+    file = next((place.folder / "hf").glob("*.safetensors"))
+    content = file.read_bytes()
+    _replace(file, content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])  # the last bit of a number
+
+
+def _other_checkpoint(place: Place) -> None:
+    shutil.rmtree(place.folder / "tiny")
+    save_checkpoint(place.folder, seed=5)
+
+
+def _tokenizer(place: Place) -> None:
+    """Another way to merge, said in as many bytes: a checkpoint's files are held against their sizes."""
+    (file,) = place.folder.glob("tiny/iter_*/tokenizer/tokenizer.json")
+    _edit(file, '"ignore_merges":false', '"ignore_merges":true ')
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        ("hf", _weights),
+        ("tiny", _other_checkpoint),
+        ("tiny", _tokenizer),
+        ("hf", lambda p: _edit(p.folder / "hf/chat_template.jinja", "{%- if add_", "{#- now -#}{%- if add_")),
+        ("hf", lambda p: (p.folder / "hf/chat_template.jinja").unlink()),
+        ("hf", lambda p: _edit(p.folder / "hf/preprocessor_config.json", '"max_patches": 6', '"max_patches": 1')),
+        ("hf", lambda p: _edit(p.folder / "hf/megatron_vita.json", '"max_frames": 8', '"max_frames": 2')),
+        ("hf", lambda p: _edit(p.folder / "hf/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')),
+    ],
+    ids=["weights", "checkpoint", "tokenizer", "template", "no template", "tiles", "frames", "settings"],
+)
+def test_what_belongs_to_the_model(model: str, change: Callable[[Place], None], place: Place) -> None:
+    assert place.asked(model) == 4
+    assert place.asked(model) == 0
+    change(place)
+    assert place.asked(model) == 4
+    assert len(place.results()) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EvalSettings(max_new_tokens=3),
+        EvalSettings(max_new_tokens=2, sampling=SamplingConfig(temperature=0.5)),
+        EvalSettings(max_new_tokens=2, sampling=SamplingConfig(top_k=3)),
+        EvalSettings(max_new_tokens=2, sampling=SamplingConfig(top_p=0.5)),
+        EvalSettings(max_new_tokens=2, sampling=SamplingConfig(seed=9)),
+        EvalSettings(max_new_tokens=2, video_backend="decord"),
+    ],
+    ids=["length", "temperature", "top k", "top p", "seed", "decoder"],
+)
+def test_how_answers_are_generated(settings: EvalSettings, place: Place) -> None:
+    assert place.asked() == 4
+    assert place.asked(settings=settings) == 4
+    assert place.asked(settings=settings) == 0
+    assert len(place.results()) == 4
+
+
+def test_another_judge(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.TASKS, "always", lambda answer, expected: True)  # type: ignore[arg-type]
+    assert place.asked() == 4
+    assert place.asked(settings=EvalSettings(max_new_tokens=2, task="always")) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [
+        (0, {"content": "Which digits?"}),
+        (0, {"answer": "8"}),
+        (0, {"depth": 0.5}),
+        (1, {"images": ["wide.jpg"]}),
+        (2, {"content": "And this?\n<image>"}),
+        (3, {"content": "<video>\nWhich four?"}),
+    ],
+    ids=str,
+)
+def test_a_question_that_changes_is_asked_alone(number: int, changes: dict[str, Any], place: Place) -> None:
+    assert place.asked() == 4
+    questions = [dict(one) for one in QUESTIONS]
+    questions[number] |= changes
+    _write(place.folder / "q.jsonl", questions)
+    assert place.asked() == 1
+    assert sorted(one["line"] for one in place.results()) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["square.png", "wide.jpg", "video.mp4"])
+def test_a_medium_that_changes_under_its_name(name: str, place: Place) -> None:
+    """Of the same size and time: only its bytes tell."""
+    path = place.folder / name
+    fresh = picture(16, 16, seed=8) if name == "square.png" else picture(60, 22, seed=8, kind="JPEG")
+    room = b"\0" * 500
+    content = path.read_bytes() + room if name == "video.mp4" else (path.read_bytes()).ljust(len(fresh) + 500, b"\0")
+    path.write_bytes(content)
+    assert place.asked() == 4
+    if name == "video.mp4":
+        fresh = content[:-1] + b"\1"
+    _replace(path, fresh)
+    assert place.asked() == 1
+
+
+def test_questions_that_come_go_and_move(place: Place) -> None:
+    assert place.asked() == 4
+    more = [*QUESTIONS, {"content": "One more?"}]
+    _write(place.folder / "q.jsonl", more)
+    assert place.asked() == 1, "what stands before keeps its answers"
+    _write(place.folder / "q.jsonl", [more[1], more[0], more[2]])
+    assert place.asked() == 2
+    assert [one["line"] for one in sorted(place.results(), key=lambda one: one["line"])] == [1, 2, 3]
+    _write(place.folder / "q.jsonl", [more[1], more[0], more[3]])
+    assert place.asked(limit=1) == 0
+    assert [one["line"] for one in place.results()] == [1, 2], "beyond the limit, too, only what holds is counted"
+
+
+def test_what_decides_nothing(place: Place) -> None:
+    """Times, places of media that came along, notes for people, the size of a row."""
+    assert place.asked("hf") == 4
+    for path in place.folder.rglob("*"):
+        os.utime(path)
+    (place.folder / "hf/README.md").write_text("Now better explained.")
+    moved = place.folder / "media"
+    moved.mkdir()
+    for name in ("square.png", "wide.jpg", "video.mp4"):
+        (place.folder / name).rename(moved / name)
+    assert place.asked("hf", EvalSettings(max_new_tokens=2, batch_tokens=64), media_root=moved) == 0
+
+
+@pytest.mark.parametrize("package", ["av", "decord", "pillow", "torch", "tokenizers"])
+def test_what_decodes_and_computes(package: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.asked() == 4
+    plain = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == package else plain(name))
+    assert place.asked() == 4
+
+
+@pytest.mark.parametrize("name", ["__version__", "_FORMAT"])
+def test_another_package(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.asked() == 4
+    monkeypatch.setattr(answer_key, name, "99")
+    assert place.asked() == 4
+
+
+def test_what_could_not_be_read_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = (place.folder / "square.png").read_bytes()
+    (place.folder / "square.png").write_bytes(b"broken")
+    assert place.asked() == 4
+    assert [one["verdict"] for one in place.results()].count("unreadable") == 1
+    assert place.asked() == 1, "and only that"
+    assert [one["line"] for one in place.results()] == [1, 3, 4, 2], "still unreadable, counted once"
+    (row,) = json.loads((place.folder / "out/summary.json").read_text())
+    assert (row["count"], row["unreadable"]) == (4, 1)
+    (place.folder / "square.png").write_bytes(good)
+    assert place.asked() == 1
+    assert place.asked() == 0
+    (row,) = json.loads((place.folder / "out/summary.json").read_text())
+    assert (row["count"], row["unreadable"]) == (4, 0)
+
+
+def test_a_medium_that_was_only_out_of_reach_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a byte of it changes: a network file system was away."""
+    kept = Engine.prepare
+
+    def prepare(self: Engine, sample: Sample, **more: Any) -> Any:
+        if sample.images and sample.images[0].name.endswith("square.png"):
+            raise DataError("media_missing: away for a moment")
+        return kept(self, sample, **more)
+
+    monkeypatch.setattr(Engine, "prepare", prepare)
+    place.asked()
+    monkeypatch.setattr(Engine, "prepare", kept)
+    assert [one["verdict"] for one in place.results()].count("unreadable") == 1
+    assert place.asked() == 1
+    assert [one["verdict"] for one in place.results()].count("unreadable") == 0
