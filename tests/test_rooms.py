@@ -1,95 +1,142 @@
-"""The rooms' order: what each part of the package may import. Read from the sources, nothing is imported."""
+"""The packages' order, read from the sources: who imports whom (tests/rooms.py), who asks for a device, which handlers
+take any error for a fault of the data, how long files are."""
 
 from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1] / "megatron_vita"
+from tests.rooms import (
+    DOCUMENT,
+    ROOMS,
+    ROOT,
+    floors,
+    imports_of,
+    may_import,
+    modules,
+    ours,
+    room_of,
+    rooms_of_data,
+    with_table,
+)
 
-_EVERYBODY = {"errors", "log", "__version__"}
-MAY_IMPORT = {
-    "errors": set(),
-    "log": set(),
-    "files": set(),
-    "config": set(),
-    "device": {"config"},
-    "seed": {"config", "device"},
-    "layout": {"config"},
-    "data": {"files", "config", "layout"},
-    "parallel": {"config", "layout", "device", "seed"},
-    "models": {"config", "layout", "device", "seed", "parallel"},
-    "planning": {"config"},
-    "checkpoint": {"files", "config", "device", "data.spec", "parallel", "seed"},
-    "convert": {
-        "files",
-        "config",
-        "layout",
-        "device",
-        "data.spec",
-        "data.text.tokenizer",
-        "parallel",
-        "models",
-        "checkpoint",
-    },
-    "training": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
-    "checks": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "training"},
-    "inference": {"files", "config", "layout", "device", "seed", "data", "parallel", "models", "checkpoint", "convert"},
-}
-"""Imports go downward only; `training`, `inference` and `convert` never import one another, save that the first two may
-import `convert`."""
+MODULES = modules()
+FILES = sorted(MODULES.values())
 
-FILES = sorted(ROOT.rglob("*.py"))
+MOST_LINES = 300
+LONGER = {"checkpoint/pickles.py", "convert/megatron_layouts.py", "data/compile/run.py", "inference/engine.py"}
+"""Files that are longer than MOST_LINES and known to be."""
+MOST_FLOORS = 8
+"""Of data/, its rooms and its flat files one upon the other; was 16."""
+MOST_FLAT = 6
+"""Files that lie flat in data/; were 57."""
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names that a file imports, at any depth of its code."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide which room is meant"
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
-
-
-def room_of(path: Path) -> str:
-    """The room a file belongs to: the folder or module right below the package."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_downward(path: Path) -> None:
-    room = room_of(path)
-    if room == "__init__":
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downward(name: str) -> None:
+    room = room_of(name)
+    if room is None:
+        assert name == "__init__", f"{name} is in no room of tests/rooms.py"
         return
-    allowed = MAY_IMPORT[room] | _EVERYBODY | {room}
-    for name in imports_of(path):
-        if not name.startswith("megatron_vita."):
-            continue
-        target = name.removeprefix("megatron_vita.")
-        assert any(target == room or target.startswith(room + ".") for room in allowed), (
-            f"{room} must not import {name}"
-        )
+    wrong = sorted(target for target in ours(MODULES[name]) if not may_import(room, target))
+    assert not wrong, f"{room} must not import {wrong} (tests/rooms.py)"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
-    room, names = room_of(path), imports_of(path)
-    if room in ("config", "errors", "layout", "planning"):
-        assert not any(name.split(".")[0] == "torch" for name in names), f"{room} must not import torch"
+def test_every_room_stands_on_rooms_below_it() -> None:
+    """So the definition has no circle, and a reader of the table meets what a room needs before the room."""
+    seen: set[str] = set()
+    for room in ROOMS:
+        unknown = [one for one in room.on if room_of(one) not in seen]
+        assert not unknown, f"{room.name} stands on {unknown}, which is not below it"
+        seen.add(room.name)
+
+
+@pytest.mark.parametrize(
+    ("room", "target", "allowed"),
+    [
+        ("data.loading", "data.shards.reader.ShardSet", True),
+        ("data.loading", "data.shards.writer.publish.write_set", False),
+        ("data.loading", "data.compile.run.run", False),
+        ("data.loading", "data.text.tokenizer.VitaTokenizer", True),
+        ("data.loading", "data.text.chat", False),
+        ("data.sources", "data.media.image.decode", False),
+        ("data.sources.readers", "data.sources.registry.DatasetSpec", False),
+        ("data.sources.readers", "data.sources.fields.plain", True),
+        ("data.sources.media_store", "data.media.names.natural_key", True),
+        ("data.sources.media_store", "data.media.image.decode", False),
+        ("data.sources", "data.text.chat.build_example", False),
+        ("data.shards", "data.shards.writer.packs", False),
+        ("data.shards.writer", "data.shards.format", True),
+        ("data.shards.writer", "data.compile.engines", False),
+        ("data.media", "data.media.video.open", True),
+        ("data", "data.media.image", False),
+        ("data.media", "data.sample.Sample", True),
+        ("models", "data.spec", False),
+        ("convert", "data.spec.PreprocessSpec", True),
+        ("convert", "data.sample", False),
+        ("training", "inference.engine", False),
+        ("models", "errors.ConfigError", True),
+    ],
+)
+def test_the_definition_says(room: str, target: str, allowed: bool) -> None:
+    assert may_import(room, target) == allowed
+
+
+def test_the_document_shows_the_definition() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text == with_table(text), "docs/architecture.md shows other rooms: run `python -m tests.rooms`"
+
+
+def test_every_path_that_the_document_names_exists() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for found in set(
+        re.findall(r"(?<![\w/.-])(?:data|parallel|models|checks|training|checkpoint|config)/[\w/]+\.py", text)
+    ):
+        assert (ROOT / found).exists(), f"docs/architecture.md names {found}"
+
+
+def test_data_has_few_floors_and_few_flat_files() -> None:
+    graph = rooms_of_data()
+    heights = floors(graph)
+    assert max(heights.values()) <= MOST_FLOORS, sorted(heights.items(), key=lambda pair: pair[1])
+    flat = [name for name in MODULES if re.fullmatch(r"data\.\w+", name) and MODULES[name].name != "__init__.py"]
+    assert len(flat) <= MOST_FLAT, flat
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    def module(target: str) -> str:
+        return target if target in MODULES else target.rpartition(".")[0]
+
+    graph = {
+        name: {one for target in ours(path) if (one := module(target)) in MODULES and one != name}
+        for name, path in MODULES.items()
+    }
+    assert max(floors(graph).values()) > 1
+
+
+def test_floors_are_counted_and_circles_named() -> None:
+    assert floors({"a": ["b", "c"], "b": ["c"], "c": []}) == {"a": 3, "b": 2, "c": 1}
+    with pytest.raises(ValueError, match="a → b → a"):
+        floors({"a": ["b"], "b": ["a"]})
+
+
+def test_files_are_short() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    longer = {name for name, length in lengths.items() if length > MOST_LINES}
+    assert longer <= LONGER, f"longer than {MOST_LINES} lines: {sorted(longer - LONGER)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
+    names, room = imports_of(MODULES[name]), name.split(".")[0]
+    if room in ("config", "errors", "files", "layout", "planning") or name.startswith(("data.sources", "data.media")):
+        assert not any(one.split(".")[0] == "torch" for one in names), f"{name} must not import torch"
     if room == "data":
-        core = {name for name in names if name.startswith("megatron.")}
-        assert all("indexed_dataset" in name for name in core), (
-            f"data may use megatron-core's IndexedDataset alone: {core}"
-        )
-        assert not any(name.startswith("torch.distributed") for name in names), "data knows no other process"
-    if room == "models":
-        assert not any(name.startswith("megatron_vita.data") for name in names), "models know no Batch"
+        core = {one for one in names if one.startswith("megatron.")}
+        assert all("indexed_dataset" in one for one in core), f"data may use IndexedDataset alone: {core}"
+        assert not any(one.startswith("torch.distributed") for one in names), "data knows no other process"
 
 
 def test_init_files_only_hand_names_on() -> None:

@@ -1,8 +1,11 @@
-"""What the names of media files tell: kind, order."""
+"""What the names of media files tell: kind, order, and whether they stay inside their folder. No file is opened."""
 
 from __future__ import annotations
 
+import os
 import re
+
+from megatron_vita.data.rejects import reject
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts")
@@ -13,3 +16,26 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which `frame2` comes before `frame10`."""
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"([0-9]+)", name)]
+
+
+def locate(root: str, path: str) -> str | None:
+    """A path of a dataset inside its media root, links resolved; None where nothing is there.
+
+    Args:
+        root: the media root, its own links resolved.
+        path: relative to the root, or absolute but inside it.
+
+    Raises:
+        DataError: path_escape, or media_missing for what can be no file name.
+    """
+    try:
+        if "\0" in path or not os.fsencode(path):
+            raise ValueError
+    except ValueError:  # a lone surrogate, as JSON can write it, included
+        raise reject("media_missing", f"{path!r} is not a file name.") from None
+    real = os.path.realpath(os.path.join(root, path))
+    if not (real + os.sep).startswith(root.rstrip(os.sep) + os.sep):
+        raise reject(
+            "path_escape", f"{path} leaves the media root {root}. Set `media_root` to the folder that holds it."
+        )
+    return real if os.path.exists(real) else None

@@ -190,21 +190,12 @@ class ShardSet:
         Raises:
             DataError: it is damaged, or the set refers to a file that is missing or no longer the same.
         """
-        data = self.stored_bytes(item)
-        return self._referenced(data) if data.startswith(REFERENCE) else data
-
-    def stored_bytes(self, item: int) -> bytes:
-        """One item of the media file itself: a picture or frame, or the record that refers to one.
-
-        Raises:
-            DataError: it is damaged.
-        """
         offset, size, crc = self.media_place(item)
         assert self._media is not None
         data = self._media.bin_reader.read(dtype=np.uint8, count=size, offset=offset).tobytes()
         if zlib.crc32(data) != crc:
             raise DataError(f"{self.prefix}.media.bin is damaged: item {item} has another checksum. {_REMEDY}")
-        return data
+        return self._referenced(data) if data.startswith(REFERENCE) else data
 
     def media_place(self, item: int) -> tuple[int, int, int]:
         """(offset in the media file, bytes, checksum) of one item."""

@@ -133,7 +133,7 @@ def test_want_of_memory_ends_the_run_and_is_no_broken_picture(
 
 
 def test_a_disk_that_fails_ends_the_run(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShardSet, "stored_bytes", raising(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(ShardSet, "media_bytes", raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(RuntimeError, match=r"sample \d, picture \d+: OSError: .*Input/output error"):
         run(prefix, 2)
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_vita.data.media.names import natural_key
-from megatron_vita.data.media.open import locate
+from megatron_vita.data.media.names import locate, natural_key
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.media_store.archive_media import ArchiveMedia
