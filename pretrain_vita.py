@@ -1,4 +1,4 @@
-"""torchrun's entry: read the recipe, run its stages. Everything else lives in the package.
+"""Train the stages of a recipe; the script that torchrun starts on every rank.
 
 torchrun --nproc-per-node 8 pretrain_vita.py --config examples/.../run.yaml [--stage K] [--seq-length N ...]
 """
@@ -23,7 +23,7 @@ def main() -> int:
     try:
         run = load_run(arguments.config, flags)
         run.check(int(os.environ.get("WORLD_SIZE", "1")))
-        from megatron_vita.training.stages import run_stages  # imports torch: only once the recipe is sound
+        from megatron_vita.training.stages import run_stages  # imports torch: after the recipe has been checked
 
         finished = run_stages(run, only=arguments.stage)
     except VitaError as error:
@@ -35,5 +35,5 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":  # the guard matters: checkpoint writers may spawn processes that import this file again
+if __name__ == "__main__":  # checkpoint writers may spawn processes, which import this file again
     sys.exit(main())

@@ -24,7 +24,7 @@ from megatron_vita.checks.plain import token_losses
 from megatron_vita.checks.tiny import Pack, draw_weights, tiny_model
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, VisionConfig
 from megatron_vita.parallel.groups import destroy_groups, init_distributed
-from megatron_vita.training.setup import build_parts
+from megatron_vita.training.setup import build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
 SMALL = ModelConfig(
@@ -57,9 +57,9 @@ def make_packs(model: ModelConfig, tokens: int, tiles: int) -> list[Pack]:
 
 def our_side(stage: StageConfig, packs: Sequence[Pack]) -> Callable[[], object]:
     """The training room's step, in a world of one process."""
-    parts = build_parts(stage)
-    step = step_batches(stage, parts.groups, packs)
-    return lambda: train_step(stage, parts.groups, parts.wrapped, parts.optimizer, parts.schedule, step, 1)
+    setup = build_model_and_optimizer(stage)
+    step = step_batches(stage, setup.groups, packs)
+    return lambda: train_step(stage, setup.groups, setup.wrapped, setup.optimizer, setup.scheduler, step, 1)
 
 
 def plain_side(stage: StageConfig, packs: Sequence[Pack]) -> Callable[[], object]:

@@ -38,7 +38,7 @@ from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.data.shards.writer.packing import pack
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.parallel.groups import destroy_groups, init_distributed
-from megatron_vita.training.setup import build_parts
+from megatron_vita.training.setup import build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
 ROW, VOCAB, CONTEXT_ID = 2048, 4096, 4095
@@ -129,8 +129,8 @@ def our_side(packs: Sequence[Sequence[Sample]]) -> Callable[[], object]:
         failed=(),
         consumed_packs=len(packs),
     )
-    parts = build_parts(stage)
-    return lambda: train_step(stage, parts.groups, parts.wrapped, parts.optimizer, parts.schedule, step, 1)
+    setup = build_model_and_optimizer(stage)
+    return lambda: train_step(stage, setup.groups, setup.wrapped, setup.optimizer, setup.scheduler, step, 1)
 
 
 def stock_side(packs: Sequence[Sequence[Sample]]) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Rank-aware logging: rank 0 speaks, any rank may warn and then says who it is."""
+"""Rank-aware logging: everything on rank 0; warnings and errors, prefixed with the rank, on the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class _RankFilter(logging.Filter):
-    """Passes everything on rank 0, and only warnings on the other ranks."""
+    """Passes all records on rank 0, warnings and above on the other ranks; adds the rank prefix `who`."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class _RankFilter(logging.Filter):
 
 
 def configure(level: int = logging.INFO, *, rank: int | None = None) -> None:
-    """Send the package's log to standard error, once per process.
+    """Send the package's log to standard error. Entry points call it once per process.
 
     Args:
-        level: lowest level that is shown.
+        level: lowest level on rank 0.
         rank: this process's global rank; by default torchrun's `RANK`, or 0 outside torchrun.
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -42,7 +42,7 @@ def configure(level: int = logging.INFO, *, rank: int | None = None) -> None:
 
 
 def tell_launcher(message: str) -> None:
-    """Leave an error where torchrun finds it, so that its last lines say what was wrong. Elsewhere nothing happens."""
+    """Write an error message to TORCHELASTIC_ERROR_FILE, which torchrun reports; nothing without torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -50,9 +50,9 @@ def tell_launcher(message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep what megatron-core and torch say on every run, and a user can do nothing about, out of the way.
+    """Hide messages of megatron-core and torch that appear in every run and that a user cannot act on.
 
-    That is: optional packages are absent, names are deprecated, and a staging folder already holds our own files.
+    They concern absent optional packages, deprecated names, and a staging folder that holds our own files.
     `python -W` shows the warnings again.
     """
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)

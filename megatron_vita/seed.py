@@ -1,4 +1,4 @@
-"""One seed, and from it a number for every purpose: drawn by name, so that no layout changes what anybody draws."""
+"""Named random seeds, derived from the run's seed; the same on every rank and in every parallel layout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed for one purpose: a 63-bit hash of the run's seed and the purpose's name.
+    """Derive a 63-bit seed from the run's seed and a name, by SHA-256.
 
-    `derive(seed, "weights", "decoder.layers.3.mlp.linear_fc2.weight")` is the same on every rank and in every layout.
+    Example: `derive(seed, "weights", "decoder.layers.3.mlp.linear_fc2.weight")`.
     """
     text = "\x1f".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU random generator seeded by `derive`."""
+    """A CPU generator seeded with `derive(seed, *names)`."""
     return torch.Generator().manual_seed(derive(seed, *names))

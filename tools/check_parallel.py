@@ -1,12 +1,12 @@
-"""Is the parallel model the same model? Takes one step in many layouts and compares it with one process.
+"""Parity check of parallel layouts: one optimizer step each, compared with a one-process reference in plain PyTorch.
 
     python tools/check_parallel.py [--grid {small,full,"tp=2 cp=2 comm=p2p"}] [--dtype float64,float32] [--list]
     python tools/check_parallel.py --config RUN.yaml --stage 2
     torchrun --nproc-per-node 8 tools/check_parallel.py --grid "full tp=8"
 
-Prints a line for each case: differences of the loss, of the worst gradient and its tensor, and of the weights after one
-optimizer step. Exit status 1 if a bound breaks, naming the first tensor that diverges. docs/check_parallel.md says what
-is compared with what.
+Prints one line per case: the difference of the loss, the largest difference of a gradient with the tensor's name, and
+the difference of the weights after the step. Exit status 1 if a difference exceeds its bound; then the first tensor
+that diverges is named. docs/check_parallel.md describes the comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share the cores
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking whether there is a GPU forbids to fork ranks
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() then does not prevent forking
 
 from megatron_vita import log
 from megatron_vita.config import load_run
@@ -27,22 +27,22 @@ from megatron_vita.errors import ConfigError, VitaError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--grid", default="full", metavar="SPEC", help="small, full, and/or OPTION=VALUE[,VALUE] ...")
     out.add_argument("--dtype", metavar="D[,D]", help="float64, float32, bf16; by default all of them")
-    out.add_argument("--list", action="store_true", help="print the cases and what is excluded, and run nothing")
-    out.add_argument("--limit", type=float, default=60.0, metavar="S", help="seconds until a case counts as hanging")
+    out.add_argument("--list", action="store_true", help="print the cases and the excluded pairs; run nothing")
+    out.add_argument("--limit", type=float, default=60.0, metavar="S", help="timeout of one case in seconds")
     out.add_argument("--config", metavar="RUN.yaml", help="check the layout of a recipe's stage instead of a grid")
     out.add_argument("--stage", type=int, default=1, metavar="K", help="the stage, with --config (1 is the first)")
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the grid and print the table."""
+    """Run the cases and print the table; returns the exit status."""
     arguments = parser().parse_args(argv)
     log.configure()
-    signal.signal(signal.SIGTERM, _stop)  # so that the ranks are ended
+    signal.signal(signal.SIGTERM, _stop)  # so that `finally` terminates the ranks
     try:
         return _check(arguments)
     except VitaError as error:
@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
     finally:
         runner.close()
     fused = list(pieces.check_kernels()) if say is print else []  # after the ranks: it may start CUDA here
-    say("fused pieces against their plain twins:", *fused, sep="\n  ")
+    say("fused kernels against the reference implementation:", *fused, sep="\n  ")
     say(*report.summary(results, len(todo), time.monotonic() - began, excluded, fused), sep="\n")
     green = len(results) == len(todo) and not any(result.failures for result in results)
     return 0 if green and not any(piece.broken for piece in fused) else 1
@@ -103,7 +103,7 @@ def _stop(*_: object) -> None:
 
 
 def _silent(*_: object, **__: object) -> None:
-    """What ranks other than the first say."""
+    """`print` of ranks other than 0."""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Will it fit, and how long will it take? Estimates for every stage of a recipe, before any rank is started.
+"""Estimate memory, FLOPs and time of every stage of a recipe, without starting any rank.
 
     python tools/plan.py --config RUN.yaml --gpus 64 --gpu-memory 80 [--tflops 400] [any setting as a flag]
 
-Exit status 1 if a stage does not fit, 2 for a recipe that cannot run on so many ranks.
+Exit status 1 if a stage does not fit into 90 % of the memory, 2 if the recipe cannot run on that many GPUs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ GIB = 1024**3
 
 
 def main() -> int:
-    """Print a table of the recipe's stages."""
+    """Print the table of stages; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML recipe")
-    parser.add_argument("--gpus", type=int, required=True, help="ranks that will be launched")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one of them")
-    parser.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s one of them sustains in training")
-    parser.add_argument("--picture-fraction", type=float, default=0.5, help="part of the tokens that are pictures")
+    parser.add_argument("--gpus", type=int, required=True, help="world size: ranks that will be launched")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")
+    parser.add_argument("--tflops", type=float, default=400.0, help="sustained TFLOP/s of one GPU in training")
+    parser.add_argument("--picture-fraction", type=float, default=0.5, help="fraction of the tokens that are visual")
     arguments, flags = parser.parse_known_args()
     try:
         run = load_run(arguments.config, flags)
@@ -37,7 +37,7 @@ def main() -> int:
         return error.exit_status
     counted = count_parameters(run.stages[0].model)
     print(f"decoder {counted.decoder:,}  tower {counted.tower:,}  projector {counted.projector:,} parameters")
-    print("estimates for the busiest rank, in GiB; nothing here was measured")
+    print("estimates for the rank with the most memory, in GiB; not measured")
     print(
         f"{'stage':10} {'layout':>16} {'weights':>8} {'grads':>7} {'optim':>7} {'activ.':>7} {'head':>6} "
         f"{'total':>7} {'tokens/step':>12} {'PFLOP/step':>11} {'hours':>8}"

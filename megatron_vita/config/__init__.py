@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass per concern, each validating itself. No torch here."""
+"""Settings: one frozen, self-validating dataclass per section of a recipe. Does not import torch."""
 
 from megatron_vita.config.data import LAYOUTS, DataConfig
 from megatron_vita.config.load import check_keys, load_model, load_run, read_yaml, to_dict

@@ -1,4 +1,4 @@
-"""Ranges of numbers, checked before anything divides by one."""
+"""Range checks for numeric settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from megatron_vita.errors import ConfigError
 
 
 def at_least(low: float, section: str, settings: Any, *names: str) -> None:
-    """Refuse a number below `low`; a setting that is None keeps its default and passes.
+    """Check `value >= low` for the named fields of a config dataclass; None (use the default) passes, NaN does not.
+
+    Args:
+        low: smallest allowed value.
+        section: of the recipe, for the message.
+        settings: the dataclass instance.
+        names: its fields.
 
     Raises:
-        ConfigError: naming the setting and the smallest value that is allowed.
+        ConfigError: names the setting and the smallest allowed value.
     """
     for name in names:
         value = getattr(settings, name)
@@ -20,10 +26,10 @@ def at_least(low: float, section: str, settings: Any, *names: str) -> None:
 
 
 def positive(section: str, settings: Any, *names: str) -> None:
-    """Refuse a number that is not above 0; a setting that is None keeps its default and passes.
+    """Check `value > 0` for the named fields of a config dataclass; None (use the default) passes, NaN does not.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: names the setting.
     """
     for name in names:
         value = getattr(settings, name)

@@ -1,4 +1,4 @@
-"""YAML recipe + command line -> RunConfig. An unknown key is refused and its nearest neighbour named."""
+"""Load a YAML recipe and command-line flags into a RunConfig; an unknown key is an error with a suggestion."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SECTIONS = ("model", "data", "parallel", "optimizer", "train", "checkpoint", "l
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and lay the command line over it.
+    """Load a recipe, with command-line flags overriding it.
 
     Args:
         path: YAML with the sections model, data, parallel, optimizer, train, checkpoint, logging, and `stages`: a
-            list of overlays {name, section: {key: value}} over those common sections. Without `stages` the
-            common sections are the one stage, `train`.
-        overrides: `--flag value` pairs in Megatron's names (`--seq-length 2048`, `--vision-num-layers 3`);
-            booleans take `true` or `false`, or stand alone for true. They apply to every stage.
+            list of mappings {name, section: {key: value}} that override these common sections. Without `stages` there
+            is one stage, `train`, with the common sections.
+        overrides: `--flag value` pairs with Megatron's names (`--seq-length 2048`, `--vision-num-layers 3`). A boolean
+            takes `true` or `false`; without a value it is true. They apply to every stage.
 
     Returns:
-        The checked-by-section RunConfig; call `.check(world_size)` for the rules between sections.
+        The RunConfig, each section validated; call `.check(world_size)` for the rules between sections.
 
     Raises:
-        ConfigError: unreadable file, unknown key or flag, or a value of the wrong type.
+        ConfigError: unreadable file, unknown key or flag, or a value of the wrong type or out of range.
     """
     recipe = read_yaml(Path(path))
     stages = recipe.pop("stages", None)
@@ -57,15 +57,14 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_model(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
-    """The model that a recipe's first stage trains, read before there is anything to train it from: variables of its
-    other sections need not be set.
+    """Load the `model` section of a recipe's first stage only; environment variables of other sections may be unset.
 
     Args:
         path: YAML as for load_run.
         overrides: flags as for load_run.
 
     Raises:
-        ConfigError: as load_run, for what concerns the model.
+        ConfigError: as load_run, for the model section and the flags.
     """
     recipe = _parsed(Path(path))
     stages = recipe.get("stages")
@@ -76,28 +75,32 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain nested dictionaries, for YAML or JSON."""
+    """Convert a config dataclass to nested dictionaries, for YAML or JSON."""
     return dataclasses.asdict(config)
 
 
 def stage_from_dict(settings: Mapping[str, Any], where: str) -> StageConfig:
-    """The inverse of `to_dict` for one stage, with the same checks as a recipe; `where` names the source."""
+    """The inverse of `to_dict` for a StageConfig, validated like a recipe; `where` names the source in messages.
+
+    Raises:
+        ConfigError: as load_run.
+    """
     stage: StageConfig = _build(StageConfig, settings, where, "")
     return stage
 
 
 def flag_names() -> dict[str, str]:
-    """Every command-line flag with the setting it stands for, e.g. `--seq-length` -> `data.seq_length`."""
+    """All command-line flags and their settings, e.g. {`--seq-length`: `data.seq_length`}."""
     return {flag: ".".join(path) for flag, path, _ in _flags()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping with `${NAME}` and `${NAME:-default}` in its texts replaced from the environment.
+    """Read a YAML mapping and replace `${NAME}` and `${NAME:-default}` in its strings from the environment.
 
-    So one recipe serves every machine: `data_path: ${SHARDS}/stage1`.
+    Example: `data_path: ${SHARDS}/stage1`.
 
     Raises:
-        ConfigError: the file is missing, no YAML, no mapping, or names a variable that is not set.
+        ConfigError: the file is missing, not YAML or not a mapping, or a variable without default is not set.
     """
     expanded: dict[str, Any] = _expand(_parsed(path), str(path))
     return expanded
@@ -116,7 +119,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _expand(node: Any, where: str) -> Any:
-    """Replace environment variables in every text below `node`."""
+    """Replace environment variables in every string below `node`."""
     if isinstance(node, dict):
         return {key: _expand(value, where) for key, value in node.items()}
     if isinstance(node, list):
@@ -135,10 +138,15 @@ def _expand(node: Any, where: str) -> Any:
 
 
 def check_keys(given: Iterable[Any], known: Collection[str], where: str) -> None:
-    """Refuse a key that is not known.
+    """Check that all keys are known.
+
+    Args:
+        given: keys of a mapping.
+        known: allowed keys.
+        where: start of the error message.
 
     Raises:
-        ConfigError: beginning with `where`, naming the key and the known one that is most like it.
+        ConfigError: an unknown key; suggests the most similar known key.
     """
     for key in given:
         if key not in known:
@@ -160,7 +168,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _section_type(hint: Any) -> type | None:
-    """The dataclass behind a field's type (`X` or `X | None`), or none for a plain value."""
+    """The dataclass in a field's type (`X` or `X | None`); None for a scalar field."""
     for option in (hint, *typing.get_args(hint)):
         if dataclasses.is_dataclass(option) and isinstance(option, type):
             return option
@@ -187,7 +195,7 @@ def _build(kind: type, settings: Any, where: str, prefix: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Fit a YAML or command-line value to a field's type. YAML reads `1e-3` as text, so numbers in text count."""
+    """Convert a YAML or command-line value to a field's type; numbers may be strings, as YAML reads 1e-3."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (value == "none" and type(None) in options):
         if type(None) in options:
@@ -215,7 +223,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _flags() -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """(flag, path, type) of every setting. Nested sections (model.vision) lend their name: --vision-num-layers."""
+    """(flag, path, type) of every setting; flags of nested sections have their name as prefix: --vision-num-layers."""
     for section, hint in _hints(StageConfig).items():
         if section == "name":
             continue

@@ -1,4 +1,4 @@
-"""What the network is: decoder and projector; the tower is in vision.py. Field names are Megatron's flag names."""
+"""Section `model`: decoder and projector (vision tower: vision.py). Field names are Megatron's flag names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorConfig:
-    """LayerNorm, linear, exact GELU, linear: from 4 x tower width to the decoder's width."""
+    """LayerNorm, linear, exact GELU, linear: from 4 * tower width (after pixel shuffle) to the decoder's width."""
 
     ffn_hidden_size: int | None = None
-    """Inner width; by default the decoder's hidden_size (InternVL). Long-VITA uses the tower's width."""
+    """Hidden size of the MLP; by default the decoder's hidden_size (InternVL). Long-VITA: the tower's hidden_size."""
     bias: bool = True
-    """Biases in both linears (InternVL has them, Long-VITA does not)."""
+    """Biases in both linear layers (InternVL: true, Long-VITA: false)."""
     norm_epsilon: float = 1e-5
-    """Epsilon of the LayerNorm: torch's default in every published model, never the decoder's."""
+    """Epsilon of the LayerNorm: PyTorch's default in all published models, not the decoder's."""
 
     def __post_init__(self) -> None:
         at_least(1, "model.projector", self, "ffn_hidden_size")
@@ -30,10 +30,10 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder of the Qwen2, Qwen3 or Llama kind and, if `vision` is given, what feeds it pictures.
+    """A decoder like Qwen2, Qwen3 or Llama, and optionally a vision tower with its projector.
 
-    Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, and its config.json's head_dim as kv_channels.
-    Llama: add_qkv_bias false; Llama 3.1 and later also rope_scaling_factor.
+    Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, kv_channels = head_dim of its config.json.
+    Llama: add_qkv_bias false; since Llama 3.1 also rope_scaling_factor.
     """
 
     num_layers: int = 4
@@ -41,7 +41,7 @@ class ModelConfig:
     hidden_size: int = 128
     """Decoder width."""
     ffn_hidden_size: int = 344
-    """Inner width of the SwiGLU MLP."""
+    """Hidden size of the SwiGLU MLP."""
     num_attention_heads: int = 4
     """Query heads."""
     num_query_groups: int = 2
@@ -49,34 +49,34 @@ class ModelConfig:
     kv_channels: int | None = None
     """Size of one head; by default hidden_size / num_attention_heads."""
     vocab_size: int = 0
-    """Rows of the embedding that mean something (config.json's vocab_size), before padding for TP."""
+    """Vocabulary size (config.json's vocab_size), before padding for tensor parallelism."""
     make_vocab_size_divisible_by: int = 1
     """The padded vocabulary is a multiple of this times the tensor-parallel size."""
     untie_embeddings_and_output_weights: bool = True
-    """A head of its own rather than the embedding table again."""
+    """The output layer has weights of its own; false: tied to the embedding."""
     add_qkv_bias: bool = True
-    """Biases on queries, keys and values (Qwen2, Qwen2.5)."""
+    """Biases of the query, key and value projections (Qwen2, Qwen2.5)."""
     qk_layernorm: bool = False
-    """RMSNorm on each query head and each key head, before the rotary embedding (Qwen3)."""
+    """RMSNorm over each query and key head, before the rotary embedding (Qwen3)."""
     norm_epsilon: float = 1e-6
     """Epsilon of the decoder's RMSNorms."""
     rotary_base: float = 1e6
     """Base of the rotary embedding (rope_theta)."""
     rope_scaling_factor: float | None = None
-    """Llama 3.1's rotary scaling: low frequencies turn this much slower (8 in Llama 3.1, 32 in Llama 3.2), high ones as
-    before; what lies between, and the 8192 tokens that they are told apart by, is the same in every published model."""
+    """`factor` of Llama 3.1's rope_scaling (8 in Llama 3.1, 32 in Llama 3.2); its other parameters are those of all
+    published models (LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH). None: no scaling."""
     max_position_embeddings: int = 32768
-    """Longest sequence the exported model claims to handle."""
+    """Longest sequence in tokens; data.seq_length may not exceed it, and exported configs state it."""
     init_method_std: float = 0.02
-    """Standard deviation of fresh weights."""
+    """Standard deviation of randomly initialised weights."""
     embedding_init_method_std: float | None = None
-    """Standard deviation of a fresh embedding table; by default init_method_std."""
+    """Standard deviation of a randomly initialised embedding; by default init_method_std."""
     transformer_impl: str = "auto"
-    """Layer classes: `local` (megatron-core's own), `te` (Transformer Engine), or `auto`: te where it imports."""
+    """Layer classes: `local` (megatron-core's), `te` (Transformer Engine's), or `auto`: te where it is installed."""
     vision: VisionConfig | None = None
-    """The tower; none for a text-only decoder."""
+    """The vision tower; None: a text-only decoder."""
     projector: ProjectorConfig = ProjectorConfig()
-    """The projector between tower and decoder."""
+    """The projector between vision tower and decoder."""
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -95,7 +95,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"model: the heads are {self.head_dim} wide, but the rotary embedding turns pairs. Choose an even "
+                f"model: the heads are {self.head_dim} wide, but the rotary embedding rotates pairs. Choose an even "
                 "model.kv_channels, or an even hidden_size / num_attention_heads."
             )
         if self.transformer_impl not in ("auto", "local", "te"):
@@ -108,10 +108,10 @@ class ModelConfig:
 
     @property
     def projector_width(self) -> int:
-        """Inner width of the projector."""
+        """Hidden size of the projector's MLP."""
         return self.projector.ffn_hidden_size or self.hidden_size
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Embedding rows at a tensor-parallel size: vocab_size rounded up."""
+        """vocab_size rounded up to a multiple of make_vocab_size_divisible_by * tensor_parallel."""
         multiple = self.make_vocab_size_divisible_by * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple

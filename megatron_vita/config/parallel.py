@@ -1,4 +1,4 @@
-"""How ranks are shared out. Names are Megatron's."""
+"""Section `parallel`: parallelism degrees and communication. Names are Megatron's."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ _UNEVEN = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """world = data * pipeline * context * tensor."""
+    """Parallel layout of one stage: world size = data x pipeline x context x tensor."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that split each weight matrix."""
+    """Tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that each hold a run of layers."""
+    """Pipeline-parallel ranks."""
     pipeline_model_parallel_layout: str | None = None
-    """What stands on each pipeline stage, in Megatron's notation: `Et*3|(tt|)*2,ttL` (E embedding and tower, t a
-    decoder layer, L head). More stages than ranks make virtual stages, dealt to the ranks in turn."""
+    """Layers of each pipeline stage in Megatron's notation, `Et*3|(tt|)*2,ttL` (E embedding and vision tower, t decoder
+    layer, L output layer and loss). Several stages per rank are virtual stages, assigned to the ranks round-robin."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Interleaved pipeline: decoder layers of one virtual stage."""
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Interleaved pipeline, said the other way: virtual stages of one rank."""
+    """Interleaved pipeline, alternatively: virtual stages per rank."""
     decoder_first_pipeline_num_layers: int | None = None
-    """Decoder layers of the first pipeline rank; the other ranks share the rest evenly."""
+    """Decoder layers of the first pipeline rank; the other ranks get equal shares of the rest."""
     decoder_last_pipeline_num_layers: int | None = None
-    """Decoder layers of the last pipeline rank; the other ranks share the rest evenly."""
+    """Decoder layers of the last pipeline rank; the other ranks get equal shares of the rest."""
     context_parallel_size: int = 1
-    """Ranks that split one packed row."""
+    """Context-parallel ranks, which split each packed sequence."""
     sequence_parallel: bool = False
-    """Activations outside the matrix products are split over the tensor-parallel ranks as well."""
+    """Megatron's sequence parallelism: activations outside the matrix products are split over the tensor ranks too."""
     cp_comm_type: str = "p2p"
-    """How context-parallel attention communicates: `p2p` sends keys and values round a ring while blocks are computed,
-    `all_gather` gathers (and holds) those of the whole row, `a2a` (Ulysses) exchanges heads for tokens."""
+    """Communication of context-parallel attention: `p2p` ring send/recv of keys and values, overlapped with
+    computation; `all_gather` of the keys and values of the whole packed sequence; `a2a` (Ulysses) all-to-all of heads
+    and tokens."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward still runs."""
+    """Overlap the gradient reduction with the backward."""
     recompute_granularity: str | None = None
-    """`full` recomputes whole layers in the backward, `selective` the core attention; none keeps everything."""
+    """Activation recomputation: `full` (whole layers), `selective` (core attention), or None."""
     recompute_method: str | None = None
     """With `full`: `uniform` or `block`."""
     recompute_num_layers: int | None = None
-    """With `full`: layers per recomputed unit (uniform) or layers recomputed (block)."""
+    """With `full`: layers per recomputed unit (uniform) or number of recomputed layers (block)."""
 
     def __post_init__(self) -> None:
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -54,7 +55,7 @@ class ParallelConfig:
         self._check_pipeline()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
-                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1. Turn one of them."
+                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1. Change one of them."
             )
         if self.cp_comm_type not in CP_COMM_TYPES:
             raise ConfigError(f"parallel.cp_comm_type={self.cp_comm_type!r}: choose one of {', '.join(CP_COMM_TYPES)}.")
@@ -76,7 +77,7 @@ class ParallelConfig:
             )
 
     def _check_pipeline(self) -> None:
-        """Flags that contradict each other, or do nothing."""
+        """Raise ConfigError for pipeline settings that contradict each other or have no effect."""
         given = [name for name in (*_INTERLEAVING, *_UNEVEN) if getattr(self, name) is not None]
         if self.pipeline_model_parallel_layout is not None and given:
             raise ConfigError(
@@ -94,17 +95,17 @@ class ParallelConfig:
             )
 
     def check_heads(self, num_query_groups: int) -> None:
-        """Refuse all-to-all attention whose key/value heads cannot be dealt over the context-parallel ranks.
+        """Check that the key/value heads of `a2a` attention divide over the context-parallel ranks.
 
         Raises:
-            ConfigError: naming the rule and what would work.
+            ConfigError: they do not; names a context-parallel size that works.
         """
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         heads = num_query_groups // tp
         if self.cp_comm_type == "a2a" and heads % cp:
             nearest = max(size for size in range(1, cp) if heads % size == 0)
             raise ConfigError(
-                f"parallel.cp_comm_type=a2a deals key/value heads over the context ranks, but model.num_query_groups="
+                f"parallel.cp_comm_type=a2a splits key/value heads over the context ranks, but model.num_query_groups="
                 f"{num_query_groups} / tensor_model_parallel_size={tp} = {heads} is not a multiple of "
                 f"parallel.context_parallel_size={cp}. Use context_parallel_size={nearest}, or cp_comm_type p2p or "
                 "all_gather."
@@ -112,7 +113,7 @@ class ParallelConfig:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that one copy of the model takes."""
+        """Ranks of one model replica, tensor x pipeline x context."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -121,10 +122,10 @@ class ParallelConfig:
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Data-parallel degree that `world_size` launched ranks leave over.
+        """Data-parallel size of `world_size` ranks, world_size / replica_size.
 
         Raises:
-            ConfigError: the ranks do not divide into whole replicas.
+            ConfigError: world_size is not a multiple of replica_size.
         """
         if world_size % self.replica_size:
             low = world_size // self.replica_size * self.replica_size

@@ -1,8 +1,8 @@
-"""Which decoder layers stand on which pipeline stage: Megatron's flags, worked out and checked before any rank starts.
+"""Assignment of decoder layers to pipeline stages, from Megatron's flags; checked before any rank starts.
 
-Whatever the flags, megatron-core is handed the one form it has for all of them, `pipeline_model_parallel_layout` as a
-list of stages. Legend: a *stage* is one model chunk; with virtual stages a rank holds several. Stages are listed in the
-order in which a token passes them: virtual stage 0 of every rank, then virtual stage 1 of every rank, and so on.
+All flags are converted to megatron-core's general form, `pipeline_model_parallel_layout` as a list of stages. Legend: a
+*stage* is one model chunk; with virtual stages a rank holds several. Stages are in forward order: virtual stage 0 of
+every rank, then virtual stage 1 of every rank, and so on.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.errors import ConfigError
 
 _MOST_COPIES = 10_000
-"""Largest n in `x*n`: a longer layout is a slip of the finger, and would only fill memory."""
+"""Largest n in `x*n`; a larger one is a typing error and would exhaust memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineSplit:
-    """How many decoder layers each stage holds. The first stage embeds (and holds the tower), the last has the head."""
+    """Number of decoder layers of each stage. Embedding and vision tower are on the first stage, the output layer on
+    the last."""
 
     layers: tuple[int, ...]
-    """Decoder layers of each stage, in the order a token passes them."""
+    """Decoder layers of each stage, in forward order."""
     ranks: int
-    """Pipeline-parallel size; it divides the number of stages."""
+    """Pipeline-parallel size; divides the number of stages."""
 
     @property
     def virtual(self) -> int:
-        """Stages that each rank holds; 1 without interleaving."""
+        """Virtual stages per rank; 1 without interleaving."""
         return len(self.layers) // self.ranks
 
     def on_rank(self, pp_rank: int) -> int:
-        """Decoder layers of one rank, over its virtual stages."""
+        """Decoder layers of one pipeline rank, all virtual stages together."""
         return sum(self.layers[pp_rank :: self.ranks])
 
     def stages(self) -> list[list[str]]:
@@ -48,16 +49,16 @@ class PipelineSplit:
 
 
 def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
-    """Deal the decoder's layers to the stages.
+    """Assign the decoder's layers to pipeline stages.
 
     Args:
-        parallel: one of three ways, in Megatron's names: `pipeline_model_parallel_layout`; or
-            `decoder_first_pipeline_num_layers` and `decoder_last_pipeline_num_layers`, the rest even; or all even. The
-            latter two take `num_layers_per_virtual_pipeline_stage` or `num_virtual_stages_per_pipeline_rank` on top.
+        parallel: one of three alternatives: `pipeline_model_parallel_layout`; or `decoder_first_pipeline_num_layers`
+            and/or `decoder_last_pipeline_num_layers`, the other ranks even; or all ranks even. The latter two combine
+            with `num_layers_per_virtual_pipeline_stage` or `num_virtual_stages_per_pipeline_rank`.
         num_layers: of the decoder.
 
     Raises:
-        ConfigError: the layers cannot be dealt so; names the rule and a layout that works.
+        ConfigError: the layers do not divide as requested; names the rule and a layout that works.
     """
     ranks = parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
@@ -81,8 +82,10 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
 
 
 def nearly_even(num_layers: int, ranks: int, virtual: int = 1) -> PipelineSplit:
-    """Any number of layers over any number of stages, to within one; the first and the last stage, which hold more
-    than layers, are the ones that get fewer."""
+    """Split any number of layers over ranks * virtual stages, with sizes that differ by at most one.
+
+    First and last stage, which hold embedding and output layer too, get the smaller sizes first.
+    """
     stages = ranks * virtual
     base, rest = divmod(num_layers, stages)
     by_need = sorted(range(stages), key=lambda stage: (stage == 0, stage == stages - 1, stage))
@@ -91,7 +94,7 @@ def nearly_even(num_layers: int, ranks: int, virtual: int = 1) -> PipelineSplit:
 
 
 def _per_rank(parallel: ParallelConfig, num_layers: int) -> list[int]:
-    """Layers of each rank, virtual stages together."""
+    """Decoder layers of each pipeline rank, all virtual stages together."""
     ranks = parallel.pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     rest = num_layers - (first or 0) - (last or 0)
@@ -118,7 +121,7 @@ def _ways(per_rank: list[int]) -> str:
 
 
 def _instead(num_layers: int, ranks: int, virtual: int) -> str:
-    """Layouts that work, nearest first."""
+    """Suggestion for an error message: settings that work."""
     sizes = [size for size in range(1, num_layers + 1) if num_layers % (size * virtual) == 0]
     sizes = sorted(sorted(sizes, key=lambda size: abs(size - ranks))[:2])
     named = " or ".join(str(size) for size in sizes)
@@ -129,7 +132,7 @@ def _instead(num_layers: int, ranks: int, virtual: int) -> str:
 
 
 def _from_layout(layout: str, ranks: int, num_layers: int) -> PipelineSplit:
-    """Read Megatron's string, e.g. `Et*3|(tt|)*29,ttL`."""
+    """Parse Megatron's layout string, e.g. `Et*3|(tt|)*29,ttL`."""
     stages = _unrolled(layout).split("|")
     where = f"parallel.pipeline_model_parallel_layout={layout!r}"
     works = f"For example {str(nearly_even(num_layers, ranks))!r}."
@@ -154,7 +157,7 @@ def _from_layout(layout: str, ranks: int, num_layers: int) -> PipelineSplit:
 
 
 def _unrolled(layout: str) -> str:
-    """The layout without commas, blanks and repetitions, as megatron-core unrolls it."""
+    """Expand repetitions and drop commas and blanks, as megatron-core does."""
 
     def copies(match: re.Match[str]) -> str:
         if int(match.group(2)) > _MOST_COPIES:

@@ -1,4 +1,4 @@
-"""The merged settings of one stage, and the rules between sections."""
+"""The merged settings of a training stage and of a run, and the rules between sections."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_vita.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """One stage of a run: the common sections with this stage's overlay applied."""
+    """All settings of one training stage: the recipe's common sections with the stage's overrides applied."""
 
     name: str = "train"
-    """Name of the stage; its checkpoints and ledger lie in checkpoint.save/<name>."""
+    """Name of the stage; its checkpoints and ledger are in checkpoint.save/<name>."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -28,10 +28,10 @@ class StageConfig:
     logging: LoggingConfig = LoggingConfig()
 
     def check(self, world_size: int) -> None:
-        """Refuse, before any process group exists, settings that cannot work together.
+        """Check the rules between sections, before any process group is created.
 
         Raises:
-            ConfigError: naming the rule that is broken and the nearest values that keep it.
+            ConfigError: names the violated rule and the nearest values that satisfy it.
         """
         self.check_layout(world_size)
         where, model = f"stage {self.name!r}: ", self.model
@@ -49,10 +49,10 @@ class StageConfig:
                 raise ConfigError(f"{where}{name} is not set. Give it in the recipe or on the command line.")
 
     def check_layout(self, world_size: int) -> None:
-        """Refuse a model, rows or a global batch that this many ranks cannot share out as `parallel` says.
+        """Check that model, sequence length and global batch divide over the ranks as `parallel` says.
 
         Raises:
-            ConfigError: naming the rule that is broken and the nearest values that keep it.
+            ConfigError: names the violated rule and the nearest values that satisfy it.
         """
         tp, pp, cp = (
             self.parallel.tensor_model_parallel_size,
@@ -69,11 +69,13 @@ class StageConfig:
             raise ConfigError(where + str(error)) from None
         self._check_tensor_parallel(where, tp)
         self._check_recompute(where, split.layers)
-        row = self.data.seq_length * self.train.micro_batch_size
+        length = self.data.seq_length * self.train.micro_batch_size
         sp = self.parallel.sequence_shards
-        fewer = f"context_parallel_size {_nearest_divisors(row // sp, cp)}" if row % sp == 0 else "change the latter"
+        fewer = "change the latter"
+        if length % sp == 0:
+            fewer = f"context_parallel_size {_nearest_divisors(length // sp, cp)}"
         name = "data.seq_length x train.micro_batch_size"
-        _divides(where, name, row, "context x sequence-parallel ranks", cp * sp, fewer)
+        _divides(where, name, length, "context x sequence-parallel ranks", cp * sp, fewer)
         per_step = self.train.micro_batch_size * dp
         _divides(
             where, "train.global_batch_size", self.train.global_batch_size, "micro_batch_size x data ranks", per_step
@@ -84,26 +86,26 @@ class StageConfig:
             _divides(where, rule, micro_batches, "parallel.pipeline_model_parallel_size", pp)
 
     def _check_tensor_parallel(self, where: str, tp: int) -> None:
-        """Heads and inner widths are dealt evenly."""
+        """Check that heads and MLP widths divide over the tensor ranks."""
         model, vision = self.model, self.model.vision
-        dealt = {
+        split = {
             "model.num_attention_heads": model.num_attention_heads,
             "model.num_query_groups": model.num_query_groups,
             "model.ffn_hidden_size": model.ffn_hidden_size,
         }
         if vision is not None and vision.tensor_parallel:
-            dealt["model.vision.num_attention_heads"] = vision.num_attention_heads
-            dealt["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size
-        for name, value in dealt.items():
+            split["model.vision.num_attention_heads"] = vision.num_attention_heads
+            split["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size
+        for name, value in split.items():
             if value % tp:
-                works = _nearest_divisors(math.gcd(*dealt.values()), tp)
+                works = _nearest_divisors(math.gcd(*split.values()), tp)
                 raise ConfigError(
                     f"{where}{name}={value} is not a multiple of parallel.tensor_model_parallel_size={tp}. "
                     f"Use tensor_model_parallel_size {works}."
                 )
 
     def _check_recompute(self, where: str, layers: tuple[int, ...]) -> None:
-        """Uniform recomputation cuts every pipeline stage, of so many `layers`, into units of equal size."""
+        """Check that uniform recomputation's unit divides the layers of every pipeline stage."""
         unit = self.parallel.recompute_num_layers
         if self.parallel.recompute_method != "uniform" or unit is None:
             return
@@ -117,12 +119,16 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole run: its stages, in order."""
+    """A run: its training stages, in order."""
 
     stages: tuple[StageConfig, ...]
 
     def check(self, world_size: int) -> None:
-        """Check every stage, so that stage 4 cannot fail on its layout after stages 1 to 3 have trained."""
+        """Check all stages, so that no later stage fails on its settings after earlier stages have been trained.
+
+        Raises:
+            ConfigError: as StageConfig.check; duplicate stage names; a pretrained_checkpoint that no stage would read.
+        """
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"stages: the names {names} are not all different, but each names a folder.")
@@ -137,7 +143,7 @@ class RunConfig:
 
 
 def _divides(where: str, name: str, value: int, by_name: str, by: int, instead: str = "change the latter") -> None:
-    """Raise unless `by` divides `value`, naming the nearest multiples, and what else would do."""
+    """Raise ConfigError unless `by` divides `value`; suggests the nearest multiples and `instead`."""
     if value % by:
         low, high = value // by * by, -(-value // by) * by
         nearest = f"{low} or {high}" if low else f"{high}"
@@ -145,7 +151,7 @@ def _divides(where: str, name: str, value: int, by_name: str, by: int, instead: 
 
 
 def _nearest_divisors(value: int, to: int) -> str:
-    """The nearest divisor of `value` below `to` and the nearest above, where there is one."""
+    """The divisors of `value` nearest to `to`, below and above, for an error message."""
     divisors = [one for one in range(1, value + 1) if value % one == 0]
     near = [
         max((one for one in divisors if one < to), default=None),

@@ -1,4 +1,4 @@
-"""What a stage does: which parts train, for how long, with which optimizer, where it saves and what it logs."""
+"""Sections `train`, `optimizer`, `checkpoint` and `logging`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from megatron_vita.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Length, batch and frozen parts of one stage."""
+    """Duration, batch size and frozen parts of one stage."""
 
     micro_batch_size: int = 1
-    """Packs joined into one row of a forward pass."""
+    """Packs of one micro-batch, concatenated into one packed sequence."""
     global_batch_size: int = 1
     """Packs of one optimizer step, over all ranks."""
     train_iters: int = 1
     """Optimizer steps of the stage."""
     seed: int = 1234
-    """Seeds data order and fresh weights."""
+    """Seed of data order and weight initialisation."""
     bf16: bool = False
     """bfloat16 weights and activations with float32 master weights; otherwise float32."""
     freeze_vision_model: bool = False
-    """The tower keeps its weights."""
+    """Freeze the vision tower."""
     freeze_vision_projection: bool = False
-    """The projector keeps its weights."""
+    """Freeze the projector."""
     freeze_language_model: bool = False
-    """The decoder, its embedding and its head keep their weights."""
+    """Freeze the decoder with its embedding and output layer."""
     eval_interval: int = 0
     """Steps between validations on data.valid_data_path; 0: only before the first and after the last step."""
     eval_iters: int = 8
-    """Global batches of one validation."""
+    """Global batches per validation."""
 
     def __post_init__(self) -> None:
         at_least(1, "train", self, "micro_batch_size", "global_batch_size", "train_iters", "eval_iters")
@@ -51,9 +51,9 @@ class OptimizerConfig:
     lr_decay_style: str = "cosine"
     """`cosine`, `linear` or `constant`."""
     lr_warmup_fraction: float = 0.03
-    """Part of the stage over which the rate rises from 0 to lr."""
+    """Fraction of the steps over which the learning rate rises linearly from 0 to lr."""
     weight_decay: float = 0.0
-    """AdamW's decay; biases and 1-D parameters get none."""
+    """AdamW's weight decay; not applied to biases and 1-D parameters."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -61,11 +61,11 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Gradient clipping by global norm; 0: no clipping."""
     vision_model_lr_mult: float = 1.0
-    """The tower's learning rate, relative to lr (Long-VITA stage 2: 0.1)."""
+    """Learning-rate multiplier of the vision tower (Long-VITA stage 2: 0.1)."""
     vision_model_lr_decay_rate: float = 1.0
-    """Further factor per tower layer below the top (Long-VITA stage 2: 0.9)."""
+    """Layer-wise learning-rate decay of the vision tower, a factor per layer below the top (Long-VITA stage 2: 0.9)."""
 
     def __post_init__(self) -> None:
         at_least(0, "optimizer", self, "weight_decay", "adam_beta1", "adam_beta2", "clip_grad")
@@ -85,17 +85,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Where a run saves and what it starts from."""
+    """Checkpoint folder, interval and initial weights."""
 
     save: str = ""
-    """Folder of the run; stage K saves under save/<stage name>."""
+    """Folder of the run; each stage saves in save/<stage name>."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     pretrained_checkpoint: str | None = None
-    """Weights the first stage starts from: a checkpoint (what convert_ckpt.py import wrote), or the Hugging Face folder
-    of a whole model; none: fresh weights."""
+    """Initial weights of the first stage: a checkpoint (e.g. of convert_ckpt.py import), or the Hugging Face folder of
+    a whole model; None: random initialisation."""
     keep_optimizer: bool = True
-    """Save the optimizer state as well, so that a killed run continues exactly."""
+    """Save the optimizer state too; without it a stage cannot be resumed exactly."""
 
     def __post_init__(self) -> None:
         at_least(0, "checkpoint", self, "save_interval")
@@ -103,12 +103,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Log lines and TensorBoard."""
 
     log_interval: int = 1
-    """Steps between progress lines."""
+    """Steps between log lines."""
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard events; none: no events."""
+    """Folder of TensorBoard events; None: no events."""
 
     def __post_init__(self) -> None:
         at_least(1, "logging", self, "log_interval")

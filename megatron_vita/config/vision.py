@@ -1,4 +1,4 @@
-"""The vision tower's settings. Field names are Megatron's flag names."""
+"""Section `model.vision`: the vision tower. Field names are Megatron's flag names."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ IMAGE_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
 
 @dataclass(frozen=True, slots=True)
 class TowerFamily:
-    """What the towers of one family have in common, whatever their size."""
+    """Architecture that all vision towers of one family share."""
 
     class_token: bool
-    """A token of its own before the patches; it never reaches the projector."""
+    """A class token precedes the patches; it is dropped before the projector."""
     patch_bias: bool
     """The patch convolution has a bias."""
     pre_norm: bool
-    """A norm before the first block."""
+    """LayerNorm before the first block."""
     post_norm: bool
-    """A norm after the last block."""
+    """LayerNorm after the last block."""
     layer_scale: bool
-    """Each residual branch is multiplied by a learned vector (ls1, ls2)."""
+    """LayerScale: each residual branch is multiplied by a learned vector (ls1, ls2)."""
     activation: str
     """`gelu` (exact), `gelu_tanh` or `quick_gelu`."""
     select_layer: int
-    """Whose states become features by default: -1 the last block's, -2 those of the block before."""
+    """Default of VisionConfig.select_layer."""
 
 
 TOWER_FAMILIES: dict[str, TowerFamily] = {
     "intern_vit": TowerFamily(True, True, False, False, True, "gelu", -1),
-    # last_hidden_state of transformers' SiglipVisionModel, post_layernorm included; without its pooling head.
+    # last_hidden_state of transformers' SiglipVisionModel, after post_layernorm, without the pooling head.
     "siglip": TowerFamily(False, True, False, True, False, "gelu_tanh", -1),
-    # LLaVA's choice: the states before the last block. CLIP's post_layernorm only ever sees the class token.
+    # As LLaVA: the input of the last block. CLIP's post_layernorm applies to the class token only.
     "clip": TowerFamily(True, False, True, False, False, "quick_gelu", -2),
 }
 
@@ -48,50 +48,50 @@ TOWER_FAMILIES: dict[str, TowerFamily] = {
 class VisionConfig:
     """A vision transformer. Defaults: InternViT-300M-448px (its published config.json).
 
-    Other published towers, by what differs:
+    Differences of other published towers:
 
     * InternViT-6B: num_layers 45, hidden_size 3200, ffn_hidden_size 12800, num_attention_heads 25, normalization
       RMSNorm, add_qkv_bias false, qk_layernorm true.
     * SigLIP-400M (so400m): model_type siglip, num_layers 27, hidden_size 1152, ffn_hidden_size 4304, image_norm siglip;
-      image_size 224 with patch_size 14, or 256, 384 or 512 with 16. (The one of 384 pixels with patches of 14 makes
-      27 x 27 patches, which pixel shuffle cannot pair.)
+      image_size 224 with patch_size 14, or 256, 384 or 512 with 16. (384 pixels with patch_size 14 give 27 x 27
+      patches, an odd number, which pixel shuffle does not support.)
     * CLIP-L: model_type clip, norm_epsilon 1e-5, image_norm clip, image_size 224 or 336.
     """
 
     model_type: str = "intern_vit"
     """Tower family: `intern_vit`, `siglip` or `clip`."""
     num_layers: int = 24
-    """Transformer blocks, as published: those after select_layer are not built."""
+    """Transformer blocks of the published model; blocks after select_layer are not built."""
     hidden_size: int = 1024
-    """Width of a block."""
+    """Hidden size."""
     ffn_hidden_size: int = 4096
-    """Inner width of the MLP."""
+    """Hidden size of the MLP."""
     num_attention_heads: int = 16
     """Attention heads; the head size is hidden_size / num_attention_heads."""
     norm_epsilon: float = 1e-6
-    """Epsilon of the norms (the tower's own: it must not inherit the decoder's)."""
+    """Epsilon of the tower's norms (independent of the decoder's)."""
     normalization: str = "LayerNorm"
     """`LayerNorm`, or `RMSNorm` (InternViT-6B)."""
     add_qkv_bias: bool = True
-    """Biases on queries, keys and values (InternViT-6B has none)."""
+    """Biases of the query, key and value projections (false: InternViT-6B)."""
     qk_layernorm: bool = False
-    """RMSNorm on all queries, and on all keys, of a patch together, over all heads (InternViT-6B)."""
+    """RMSNorm over all query heads together and over all key heads together (InternViT-6B)."""
     select_layer: int | None = None
-    """Whose states become features, counted from the end: -1 the last block's, -2 those before it. By default the
+    """Block whose output goes to the projector, counted from the end: -1 the last, -2 the second last. By default the
     family's: -2 for clip (as LLaVA), else -1."""
     image_size: int = 448
     """Side of a tile in pixels."""
     patch_size: int = 14
     """Side of a patch in pixels."""
     init_method_std: float = 0.02
-    """Standard deviation of a fresh tower's weights."""
+    """Standard deviation of randomly initialised weights."""
     layer_scale_init: float = 0.1
-    """Initial value of ls1 and ls2 in a fresh tower."""
+    """Initial value of ls1 and ls2."""
     image_norm: str = "imagenet"
     """Pixel normalisation: `imagenet`, `clip` or `siglip`."""
     tensor_parallel: bool = False
-    """Split the tower's matrices over the tensor-parallel ranks, which then encode each tile together, instead of
-    holding all of it on every rank: for towers too large to replicate."""
+    """Split the tower's blocks over the tensor-parallel ranks, for towers too large to replicate on every rank. False:
+    every rank holds the whole tower and encodes a share of the tiles."""
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size", "patch_size")
@@ -131,22 +131,22 @@ class VisionConfig:
 
     @property
     def family(self) -> TowerFamily:
-        """What the tower has by its model_type."""
+        """Architecture of this model_type."""
         return TOWER_FAMILIES[self.model_type]
 
     @property
     def selected_layer(self) -> int:
-        """select_layer, or the family's."""
+        """select_layer, or the family's default; negative."""
         return self.family.select_layer if self.select_layer is None else self.select_layer
 
     @property
     def built_layers(self) -> int:
-        """Blocks that run: all up to the selected one."""
+        """Number of blocks up to the selected one; the others are not built."""
         return self.num_layers + 1 + self.selected_layer
 
     @property
     def post_norm(self) -> bool:
-        """A norm follows the last block that runs."""
+        """A LayerNorm follows the last block that is built."""
         return self.family.post_norm and self.selected_layer == -1
 
     @property
@@ -156,10 +156,10 @@ class VisionConfig:
 
     @property
     def num_positions(self) -> int:
-        """States of one tile in the tower: its patches and, if there is one, the class token."""
+        """Sequence length of the tower per tile: patches plus class token, if any."""
         return self.num_patches + self.family.class_token
 
     @property
     def tokens_per_tile(self) -> int:
-        """Context tokens that one tile becomes after pixel shuffle: (image_size / patch_size / 2) squared."""
+        """Visual tokens per tile after pixel shuffle: (image_size / patch_size / 2) squared."""
         return self.num_patches // 4

@@ -1,4 +1,4 @@
-"""Floating-point operations of one training step, counted, not measured. A multiply-add counts as two."""
+"""FLOPs of one training step, computed from the settings, not measured. A multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from megatron_vita.planning.parameters import count_parameters
 
 
 def decoder_forward(model: ModelConfig, documents: Sequence[int], labelled: int) -> float:
-    """Forward operations of the decoder on one row.
+    """FLOPs of the decoder's forward on one packed sequence.
 
     Args:
-        documents: lengths of the row's attention spans; causal attention computes half of each square.
-        labelled: rows that go through the head.
+        model: the decoder.
+        documents: length of each document; causal attention computes half of each square.
+        labelled: tokens that go through the output layer.
     """
     counted = count_parameters(model)
     matrices = 2.0 * counted.layer * counted.layers * sum(documents)
@@ -24,7 +25,7 @@ def decoder_forward(model: ModelConfig, documents: Sequence[int], labelled: int)
 
 
 def tower_forward(model: ModelConfig, tiles: int) -> float:
-    """Forward operations of tower and projector on `tiles` tiles."""
+    """FLOPs of the forward of vision tower and projector on `tiles` tiles; 0 without a tower."""
     vision = model.vision
     if vision is None:
         return 0.0
@@ -38,22 +39,22 @@ def tower_forward(model: ModelConfig, tiles: int) -> float:
 
 
 def step_flops(stage: StageConfig, *, tiles_per_pack: int, labelled_fraction: float) -> float:
-    """Operations of one optimizer step (forward, backward, recomputation), over all ranks.
+    """FLOPs of one optimizer step (forward, backward, recomputation), summed over all ranks.
 
-    The backward costs the forward once for the gradient of the input and once for that of the weights; frozen parts
-    skip the latter, and a frozen tower has no backward at all.
+    The backward costs as much as the forward for the gradients of activations, and again for the gradients of weights.
+    Frozen parts skip the latter; a frozen vision tower has no backward.
 
     Args:
-        stage: its sequence length, batch, frozen parts and recomputation.
-        tiles_per_pack: tiles of an average pack.
-        labelled_fraction: part of the tokens that carry a label.
+        stage: sequence length, batch size, frozen parts and recomputation are used.
+        tiles_per_pack: average number of tiles per pack.
+        labelled_fraction: fraction of the tokens with a label.
     """
     model, train = stage.model, stage.train
     length = stage.data.seq_length
     decoder = decoder_forward(model, [length], round(length * labelled_fraction))
     passes = 2.0 + (0.0 if train.freeze_language_model else 1.0)
     if stage.parallel.recompute_granularity == "full":
-        block = stage.parallel.recompute_method == "block"  # that many layers of it; uniform recomputes all
+        block = stage.parallel.recompute_method == "block"  # recompute_num_layers layers; uniform recomputes all
         passes += min(1.0, (stage.parallel.recompute_num_layers or 0) / model.num_layers) if block else 1.0
     tower = tower_forward(model, tiles_per_pack)
     tower_passes = 1.0 if train.freeze_vision_model else 3.0

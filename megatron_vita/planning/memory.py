@@ -1,4 +1,4 @@
-"""Bytes that one rank needs, estimated from the settings. An estimate to choose a layout by, not a measurement."""
+"""Memory of one rank, estimated from the settings, not measured; for choosing a parallel layout."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from megatron_vita.planning.parameters import count_parameters
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the busiest rank (the first pipeline stage, which also holds tower and embedding)."""
+    """Bytes per kind on the rank with the most memory (first pipeline stage, with vision tower and embedding)."""
 
     weights: float
+    """Parameters in the training dtype."""
     gradients: float
+    """float32 gradient buffers of the trainable parameters."""
     optimizer: float
-    """Master weights and both moments, spread over data x context ranks by the distributed optimizer."""
+    """Master weights and both moments, sharded over data x context ranks by the distributed optimizer."""
     activations: float
-    """What the backward needs of the decoder layers in flight."""
+    """Saved activations of the decoder layers, for the micro-batches in flight."""
     head: float
-    """Hidden states and logits of the labelled rows of one chunk."""
+    """Logits of one chunk of labelled tokens, and their gradient."""
 
     @property
     def total(self) -> float:
-        """All of it, without the allocator's fragmentation or the communication library's buffers."""
+        """Sum of all, without allocator fragmentation and communication buffers."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
 _HEAD_CHUNK = 4096
-"""Labelled rows whose logits exist at once."""
+"""Labelled tokens whose logits are assumed to exist at once."""
 
 
 def estimate_memory(stage: StageConfig, world_size: int) -> MemoryEstimate:
-    """Estimate for one rank of `world_size`.
+    """Estimate the memory of the rank with the most, among `world_size` ranks.
 
-    Activations per layer and token, in elements: two norm inputs and outputs (4 h), q, k, v and the attention output,
-    the MLP's gate, up and product (3 ffn), all split over tensor ranks but, without sequence parallelism, the norms'.
+    Saved activations per layer and token, in elements: input and output of both norms (4 h); q, k, v and the attention
+    output; the MLP's gate, up and product (3 ffn). All are split over the tensor ranks, the norms' only with sequence
+    parallelism.
 
     Raises:
-        ConfigError: the ranks do not divide into replicas, or the layers into pipeline stages.
+        ConfigError: world_size is not a multiple of the replica size, or the layers do not fit the pipeline.
     """
     model, parallel = stage.model, stage.parallel
     tp, pp, cp = (
@@ -74,11 +77,11 @@ def estimate_memory(stage: StageConfig, world_size: int) -> MemoryEstimate:
         activations = recomputed * kept + (layers - recomputed) * per_layer + per_layer
     else:
         activations = layers * per_layer
-    rows = min(tokens, _HEAD_CHUNK)
+    chunk = min(tokens, _HEAD_CHUNK)
     return MemoryEstimate(
         weights=(decoder + vision) * element,
         gradients=trained * 4,
         optimizer=trained * master / (dp * cp),
         activations=activations * min(pp, max(1, stage.train.global_batch_size // (dp * stage.train.micro_batch_size))),
-        head=rows * model.vocab_size / tp * 4 * 2,
+        head=chunk * model.vocab_size / tp * 4 * 2,
     )

@@ -1,4 +1,4 @@
-"""How many parameters a model has, part by part, from its settings alone."""
+"""Number of parameters of each part of a model, computed from its settings."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from megatron_vita.config import ModelConfig, VisionConfig
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Parameters of each part. Long-VITA-14B: 14,770,033,664 + 304,012,288 + 9,445,376."""
+    """Parameters of each part. Long-VITA-14B: decoder 14,770,033,664, tower 304,012,288, projector 9,445,376."""
 
     embedding: int
-    """The embedding table."""
+    """Embedding."""
     layer: int
     """One decoder layer."""
     layers: int
-    """Decoder layers."""
+    """Number of decoder layers."""
     head: int
-    """The output head (0 where it is the embedding again) and the final norm."""
+    """Output layer (0 if tied to the embedding) and final norm."""
     tower: int
-    """The vision tower."""
+    """Vision tower."""
     projector: int
-    """The projector."""
+    """Projector."""
 
     @property
     def decoder(self) -> int:
-        """The whole decoder."""
+        """Decoder with embedding and output layer."""
         return self.embedding + self.layer * self.layers + self.head
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """All parts."""
         return self.decoder + self.tower + self.projector
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Count from the settings; the vocabulary without padding for tensor parallelism."""
+    """Count the parameters of a model; the vocabulary without padding for tensor parallelism."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.head_dim
     keys_values = 2 * model.num_query_groups * model.head_dim
@@ -54,10 +54,10 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def _tower(vision: VisionConfig) -> int:
-    """Patch convolution, class token, position table, outer norms, and the blocks that run."""
+    """Patch embedding, class token, position embedding, outer norms, and the blocks that are built."""
     h, ffn, family = vision.hidden_size, vision.ffn_hidden_size, vision.family
     patches = 3 * vision.patch_size**2 * h + family.patch_bias * h
-    positions = vision.num_positions * h + family.class_token * h  # the table and the class token
+    positions = vision.num_positions * h + family.class_token * h  # position embedding and class token
     outer_norms = 2 * h * (family.pre_norm + vision.post_norm)
     attention = 3 * h * h + 3 * h * vision.add_qkv_bias + h * h + h + 2 * h * vision.qk_layernorm
     mlp = 2 * h * ffn + ffn + h

@@ -1,4 +1,4 @@
-"""What only training finds: pictures that do not decode, and numbers that are no numbers."""
+"""Errors found during a step: images that cannot be decoded, NaN and infinite losses or gradient norms."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ log = logging.getLogger(__name__)
 
 
 class FailedSamples:
-    """Makes every rank mask the same samples, and stops the run when too many failed."""
+    """Masks the labels of samples with undecodable images on every rank; stops the run when there are too many."""
 
     def __init__(self, *, budget: int, already: Iterable[int] = ()) -> None:
-        """`budget`: samples that may fail in the stage, each counted once; `already`: which did before a resume (the
-        same on every rank)."""
+        """Start counting.
+
+        Args:
+            budget: number of different samples that may fail in the stage (data.max_failed_samples).
+            already: ids of the samples that failed before a resume, the same on every rank.
+        """
         self.budget = budget
         self.known = set(already)
 
-    def agree(self, step: StepBatches) -> tuple[StepBatches, tuple[int, ...]]:
-        """Exchange the failed sample ids of a step; mask their labels.
+    def mask(self, step: StepBatches) -> tuple[StepBatches, tuple[int, ...]]:
+        """Exchange the ids of the samples that failed on any rank and mask their labels.
 
-        Costs one all-reduce of one integer where nothing failed.
+        Collective over the world. Without failures it costs one all-reduce of one integer.
+
+        Args:
+            step: this rank's micro-batches; `step.failed` are the samples that failed on this rank.
 
         Returns:
-            The step with those samples' labels at -100 and its labelled tokens counted again; the failed ids.
+            The step with the failed samples' labels set to -100 and its labelled tokens recounted; the ids of the
+            samples that failed on any rank, ascending.
 
         Raises:
-            DataError: more samples failed than the budget allows.
+            DataError: more samples failed in the stage than the budget; on every rank.
         """
         if dist.get_world_size() == 1:
             failed = set(step.failed)
@@ -43,9 +51,9 @@ class FailedSamples:
             dist.all_reduce(count)
             if not count.item():
                 return step, ()
-            everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
-            dist.all_gather_object(everyone, tuple(step.failed))
-            failed = {sample for one in everyone for sample in one}
+            by_rank: list[tuple[int, ...]] = [()] * dist.get_world_size()
+            dist.all_gather_object(by_rank, tuple(step.failed))
+            failed = {sample for one in by_rank for sample in one}
         if not failed:
             return step, ()
         self.known |= failed
@@ -59,11 +67,18 @@ class FailedSamples:
         return mask_samples(step, ids), ids
 
 
-def refuse_non_finite(name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...]) -> None:
-    """Stop at a loss or gradient norm that is NaN or infinite, naming the step and its samples.
+def check_finite(name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...]) -> None:
+    """Raise if a loss or gradient norm is NaN or infinite.
+
+    Args:
+        name: of the value, for the message.
+        value: the same on every rank, so that all ranks stop.
+        stage: name of the training stage, for the message.
+        iteration: of the step, for the message.
+        sample_ids: samples of the global batch, for the message.
 
     Raises:
-        VitaError: the value is not finite. The last checkpoint is unharmed.
+        VitaError: the value is not finite; checkpoints are unaffected.
     """
     if not math.isfinite(value):
         shown = ", ".join(map(str, sample_ids[:20]))

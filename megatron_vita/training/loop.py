@@ -1,4 +1,4 @@
-"""The loop of one stage: load, step, write down, validate, save."""
+"""The training loop of one stage: load a batch, step, log, validate, save checkpoints."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ log = logging.getLogger(__name__)
 
 
 def train(session: Session, folder: Path) -> Path:
-    """Train a stage from where it stands to its last step.
+    """Run the steps of a stage from session.state.iteration to train.train_iters. All ranks call it.
 
     Args:
-        session: the stage's live parts.
-        folder: where its checkpoints and its ledger lie.
+        session: model, optimizer and state of the stage; its state is updated.
+        folder: the stage's folder; receives checkpoints, ledger.jsonl and validation.jsonl.
 
     Returns:
-        The checkpoint of the last step.
+        The folder of the last checkpoint.
+
+    Raises:
+        DataError: too many samples with undecodable images.
+        VitaError: the loss or the gradient norm is not finite.
     """
     stage, rank = session.stage, dist.get_rank()
     start, last = session.state.iteration, stage.train.train_iters
@@ -44,13 +48,13 @@ def train(session: Session, folder: Path) -> Path:
                 _validate(session, progress, folder, 0)
             for iteration in range(start + 1, last + 1):
                 began = time.monotonic()
-                step, masked = failed.agree(next(loader))
+                step, masked = failed.mask(next(loader))
                 loss, grad_norm = train_step(
                     stage,
                     session.groups,
                     session.wrapped,
                     session.optimizer,
-                    session.schedule,
+                    session.scheduler,
                     step,
                     iteration,
                 )
@@ -59,7 +63,7 @@ def train(session: Session, folder: Path) -> Path:
                     iteration=iteration,
                     loss=loss,
                     grad_norm=grad_norm,
-                    lr=session.schedule.get_lr({}),  # the stage's; the tower may have others
+                    lr=session.scheduler.get_lr({}),  # without the vision tower's multipliers
                     num_labels=step.num_labels,
                     num_tokens=stage.train.global_batch_size * stage.data.seq_length,
                     sample_ids=list(step.sample_ids),
@@ -77,7 +81,7 @@ def train(session: Session, folder: Path) -> Path:
                     _validate(session, progress, folder, iteration)
                 if iteration == last or (save_every and iteration % save_every == 0):
                     saved = _save(session, folder)
-            dist.barrier()  # nobody takes the groups down while another rank still validates or saves
+            dist.barrier()  # no rank may destroy the process groups while another one still validates or saves
     finally:
         if ledger:
             ledger.close()
@@ -85,32 +89,32 @@ def train(session: Session, folder: Path) -> Path:
 
 
 def _validate(session: Session, progress: Progress, folder: Path, iteration: int) -> None:
-    """Measure the loss on held-out shards, if the stage names any, and write it into `validation.jsonl`."""
+    """Compute the loss on data.valid_data_path, if it is set, and append it to `validation.jsonl`."""
     stage = session.stage
     if stage.data.valid_data_path is None:
         return
     with session.loader(valid=True) as loader:
         failed = FailedSamples(budget=stage.data.max_failed_samples)
-        steps = (failed.agree(step)[0] for step in itertools.islice(loader, stage.train.eval_iters))
+        steps = (failed.mask(step)[0] for step in itertools.islice(loader, stage.train.eval_iters))
         loss = validate(stage, session.groups, session.wrapped, steps)
     progress.validation(iteration, loss)
     if dist.get_rank() == 0:
         path = folder / "validation.jsonl"
-        # a killed run may have come further than its checkpoint: what it measured there is measured again
+        # remove the validations of a killed run after its last checkpoint: they are computed again
         drop_later_lines(path, iteration - 1)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, "loss": loss}) + "\n")
 
 
 def _save(session: Session, folder: Path) -> Path:
-    """Write the checkpoint of the step just taken."""
+    """Save a checkpoint of the current state; returns its folder."""
     keep = session.stage.checkpoint.keep_optimizer
     began = time.monotonic()
     saved = checkpoint.save(
         folder,
         session.models,
         session.optimizer if keep else None,
-        session.schedule if keep else None,
+        session.scheduler if keep else None,
         session.state,
         session.groups,
         tokenizer_dir=session.stage.data.tokenizer_model,

@@ -1,4 +1,4 @@
-"""What a person sees while training: a progress bar on a terminal, else log lines; TensorBoard events. Rank 0 only."""
+"""Progress output of rank 0: a progress bar on a terminal, else log lines; TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows the steps of one stage. On ranks other than 0 every method does nothing."""
+    """Progress output of one stage; on ranks other than 0 every method does nothing. A context manager."""
 
     def __init__(self, stage: StageConfig, *, start: int, rank: int) -> None:
-        """`start`: steps already done when the stage is resumed."""
+        """Open progress bar and TensorBoard writer.
+
+        Args:
+            stage: logging.log_interval and logging.tensorboard_dir are used.
+            start: steps done before a resume.
+            rank: global rank.
+        """
         self.stage = stage
         self.active = rank == 0
         self.began = time.monotonic()
@@ -41,7 +47,7 @@ class Progress:
             self.events = SummaryWriter(str(folder), purge_step=start + 1)
 
     def step(self, line: LedgerLine) -> None:
-        """Show one finished step."""
+        """Report one finished step."""
         if not self.active:
             return
         shown = "no labels" if line.loss is None else f"loss {line.loss:.4f}"
@@ -82,7 +88,7 @@ class Progress:
         )
 
     def validation(self, iteration: int, loss: float) -> None:
-        """Show a validation loss."""
+        """Report the validation loss measured after step `iteration`."""
         if self.active:
             log.info("%s step %d: validation loss %.4f", self.stage.name, iteration, loss)
             if self.events:

@@ -1,4 +1,4 @@
-"""AdamW as megatron-core's distributed optimizer, its parameter groups and its learning-rate schedule."""
+"""megatron-core's distributed optimizer with AdamW, its parameter groups and its learning-rate scheduler."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from megatron_vita.config import StageConfig
 def build_optimizer(
     stage: StageConfig, model_chunks: Sequence[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer and schedule of one stage.
+    """Build optimizer and learning-rate scheduler of one stage. All ranks call it.
 
     Args:
-        stage: its `optimizer` section sets rates and decay, its `train.train_iters` the schedule's length.
-        model_chunks: this rank's model, each chunk wrapped in megatron-core's DistributedDataParallel.
+        stage: sections `optimizer` and `train` (bf16, train_iters) are used.
+        model_chunks: this rank's model chunks, wrapped in megatron-core's DistributedDataParallel.
 
     Returns:
-        The optimizer, and a schedule counted in steps: after `.step(1)` for the k-th time the rate is that of step k,
-        so that the first step already moves and the last one runs at min_lr.
+        The optimizer, and a scheduler that counts optimizer steps: call `.step(1)` before each optimizer step. Step 1
+        then has the first rate of the warmup (above 0), the last step has min_lr.
     """
     settings = stage.optimizer
     config = CoreOptimizerConfig(
@@ -46,7 +46,7 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(model_chunks), config_overrides=_parameter_overrides(stage))
     iters = stage.train.train_iters
-    schedule = OptimizerParamScheduler(
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
@@ -60,19 +60,19 @@ def build_optimizer(
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
     )
-    return optimizer, schedule
+    return optimizer, scheduler
 
 
 def tower_lr_multiplier(name: str, *, num_layers: int, mult: float, decay_rate: float) -> float:
-    """Learning rate of a tower parameter relative to the stage's, as Long-VITA's stage 2 sets it.
+    """Layer-wise learning-rate decay: multiplier of a vision tower parameter, as in Long-VITA's stage 2.
 
-    mult * decay_rate ** (L + 1 - id), where id is 0 for the position table and the patch convolution, i + 1 for
-    block i, and L + 1 for everything else of the tower (the class token). With mult 0.1, rate 0.9 and 24 layers:
-    0.00718 at the bottom, 0.09 for the last block.
+    mult * decay_rate ** (L + 1 - depth), where depth is 0 for position and patch embedding, i + 1 for block i, and L +
+    1 for all other parameters of the tower (the class token). With mult 0.1, decay_rate 0.9 and 24 layers: 0.00718 for
+    depth 0, 0.09 for the last block.
 
     Args:
         name: the parameter's name, containing `vision_model.`.
-        num_layers: L, blocks of the tower.
+        num_layers: L, number of blocks of the tower.
         mult: optimizer.vision_model_lr_mult.
         decay_rate: optimizer.vision_model_lr_decay_rate.
     """
@@ -87,7 +87,7 @@ def tower_lr_multiplier(name: str, *, num_layers: int, mult: float, decay_rate: 
 
 
 def _parameter_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """No decay on biases and 1-D parameters; the tower's own learning rates."""
+    """Parameter groups: no weight decay for biases and 1-D parameters; the vision tower's learning rates."""
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1)
     overrides = {ParamKey(name="*.bias", predicate=one_dimensional): ParamGroupOverride(wd_mult=0.0)}
     settings, vision = stage.optimizer, stage.model.vision
@@ -106,8 +106,8 @@ def _parameter_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverrid
             return "vision_model." in name and multiplier(name) == factor
 
         key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"tower_lr_{factor!r}", fn=has_factor))
-        # The schedule goes by max_lr and min_lr and does not read lr_mult. But on resume megatron-core 0.16.1 tells
-        # groups apart by their multipliers alone (optimizer.py:96) and would give one group's rates to all of them.
+        # The scheduler uses max_lr and min_lr and ignores lr_mult. But on resume megatron-core 0.16.1 identifies groups
+        # by their multipliers alone (optimizer.py:96) and would otherwise give one group's rates to all of them.
         rates = {"max_lr": settings.lr * factor, "min_lr": settings.min_lr * factor, "lr_mult": factor}
         overrides[key] = ParamGroupOverride(**rates)
     return overrides

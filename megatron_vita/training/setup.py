@@ -1,4 +1,4 @@
-"""Everything one stage needs, built in the order that keeps it right, and taken down again."""
+"""Set-up and tear-down of a training stage: process groups, model, DDP, optimizer, state."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from megatron_vita.training import weights as start
 from megatron_vita.training.optimizer import build_optimizer
 
 STARTED_FROM = "started_from"
-"""Where RunState.extra keeps the digest of the weights a stage started from."""
+"""Key of RunState.extra: digest of the weights that a stage started from."""
 
 
 @dataclass(kw_only=True)
-class Parts:
-    """The live parts of one stage on this rank."""
+class ModelAndOptimizer:
+    """Process groups, model chunks, optimizer and scheduler of one stage on this rank."""
 
     groups: Groups
     models: list[VitaModel]
-    """This rank's model chunks, bare: what checkpoints see."""
+    """This rank's model chunks, unwrapped, as checkpoints use them."""
     wrapped: list[DistributedDataParallel]
-    """The same chunks inside DistributedDataParallel: what the schedule runs."""
+    """The same chunks wrapped in DistributedDataParallel, as the pipeline schedules use them."""
     optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
+    scheduler: OptimizerParamScheduler
 
 
 @dataclass(kw_only=True)
-class Session(Parts):
-    """The live parts of a stage that reads shards and stands somewhere."""
+class Session(ModelAndOptimizer):
+    """A training stage in progress: model, optimizer, settings and training state. Created by `open_session`."""
 
     stage: StageConfig
     state: checkpoint.RunState
-    """Where the stage stands: iteration 0 at its start, or what the resumed checkpoint says."""
+    """Training progress: iteration 0 at the start of the stage, or that of the resumed checkpoint."""
 
     def loader(self, *, valid: bool = False) -> PackLoader:
-        """Global batches from where the stage stands (training), or from the start of the validation shards."""
+        """Loader of this rank's batches, from state.consumed_packs on, or from the start of the validation shards."""
         groups = self.groups
         coords = RankCoords(
             dp_rank=groups.dp_rank,
@@ -68,61 +68,70 @@ class Session(Parts):
         return PackLoader(self.stage.data, self.stage.train, coords, consumed_packs=consumed, valid=valid)
 
     def close(self) -> None:
-        """Free the model and its process groups, so that the next stage can be laid out anew. Every rank calls it; one
-        that failed calls forget_groups instead."""
+        """Free model and optimizer and destroy the process groups, so that the next stage may use another layout.
+
+        Collective over the world; a rank that failed calls `forget_groups` instead.
+        """
         self.models, self.wrapped = [], []
-        self.optimizer = self.schedule = None
-        gc.collect()  # DDP's buffers sit in reference cycles: without this two stages would be in memory at once
+        self.optimizer = self.scheduler = None
+        gc.collect()  # DDP's buffers are in reference cycles: otherwise two stages would be in memory at once
         destroy_groups()
 
 
 def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | None) -> Session:
-    """Build groups, model, optimizer and state of a stage. Close the session before another is opened.
+    """Set up a stage: process groups, model, optimizer, state. All ranks call it; close it before opening another.
 
     Args:
-        stage: the merged settings.
-        weights: folder whose weights (and nothing else) the stage starts from; none: fresh weights.
-        resume: checkpoint of this very stage to continue from, optimizer and data position included.
+        stage: the merged settings of the stage.
+        weights: checkpoint or Hugging Face folder of the initial weights; None: random initialisation. Ignored with
+            `resume`.
+        resume: checkpoint of this stage to continue from: weights, optimizer, scheduler and data position.
+
+    Raises:
+        ConfigError: settings that do not fit the world size or the installation.
+        CheckpointError: a folder that is damaged or does not fit the model.
     """
     try:
-        parts = build_parts(stage, weights=None if resume else weights, resume=resume is not None)
+        setup = build_model_and_optimizer(stage, weights=None if resume else weights, resume=resume is not None)
         if resume:
-            state = checkpoint.load_training(resume, parts.models, parts.optimizer, parts.schedule)
+            state = checkpoint.load_training(resume, setup.models, setup.optimizer, setup.scheduler)
         else:
             state = _fresh_state(stage, weights)
-        return Session(**vars(parts), stage=stage, state=state)
+        return Session(**vars(setup), stage=stage, state=state)
     except BaseException:
         forget_groups()
         raise
 
 
-def build_parts(stage: StageConfig, *, weights: Path | None = None, resume: bool = False) -> Parts:
-    """Groups, model, data parallelism and optimizer of a stage, in the order that keeps them right.
+def build_model_and_optimizer(
+    stage: StageConfig, *, weights: Path | None = None, resume: bool = False
+) -> ModelAndOptimizer:
+    """Build process groups, model, DDP and optimizer of a stage. All ranks call it.
 
-    Weights are loaded before DistributedDataParallel copies parameters into its buffers, and the optimizer, which
-    copies them once more, is built last.
+    Weights are loaded before DistributedDataParallel copies the parameters into its buffers and before the optimizer
+    copies them into master weights.
 
     Args:
-        stage: the merged settings.
-        weights: checkpoint or Hugging Face folder to load the weights from; none: fresh weights.
-        resume: the caller loads weights and optimizer right after, so none are drawn.
+        stage: the merged settings of the stage.
+        weights: checkpoint or Hugging Face folder of the initial weights; None: random initialisation.
+        resume: the caller loads weights and optimizer afterwards, so the weights stay uninitialised.
     """
     groups = build_groups(stage.parallel)
     models = build_model(stage, groups, fresh=weights is None and not resume)
     if weights is not None:
         start.load(weights, models)
     wrapped = wrap_models(stage, models)
-    optimizer, schedule = build_optimizer(stage, wrapped)
-    return Parts(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, schedule=schedule)
+    optimizer, scheduler = build_optimizer(stage, wrapped)
+    return ModelAndOptimizer(groups=groups, models=models, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler)
 
 
 def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[DistributedDataParallel]:
-    """Put the chunks into bf16 and data parallelism, and tell megatron-core how to finish gradients."""
+    """Wrap model chunks in Float16Module (train.bf16) and DistributedDataParallel; set finalize_model_grads_func."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=models[0].config.params_dtype != torch.float64,  # which only checks run in
+        grad_reduce_in_fp32=models[0].config.params_dtype != torch.float64,  # float64 is used by checks only
         overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
         use_distributed_optimizer=True,
-        average_in_collective=False,  # gradients are sums, divided once by the global number of labelled tokens
+        average_in_collective=False,  # gradients are sums; finalize_grads divides by the labelled tokens
     )
     wrapped: list[DistributedDataParallel] = []
     for model in models:
@@ -137,7 +146,7 @@ def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[Distributed
 
 
 def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunState:
-    """The state of a stage before its first step; it remembers which weights it started from, and what made them."""
+    """RunState of a stage before its first step, with digest and history of the weights it starts from."""
     manifest = ShardSet(stage.data.data_path).manifest
     base_models, earlier = start.origin(weights) if weights else ({}, ())
     return checkpoint.RunState(
@@ -154,7 +163,7 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
 
 
 def data_summary(prefix: str, manifest: Manifest) -> DataSummary:
-    """What a checkpoint remembers of the shard set at `prefix`."""
+    """Summary of the shard set at `prefix` that checkpoints store (for the model card)."""
     return DataSummary(
         name=Path(prefix).name,
         seq_length=manifest.seq_length,

@@ -1,4 +1,4 @@
-"""A whole run: its stages one after the other in the same processes, weights handed over through checkpoints."""
+"""A run: training stages in sequence in the same processes, each from the previous one's checkpoint."""
 
 from __future__ import annotations
 
@@ -38,32 +38,34 @@ _MAY_CHANGE = {
     "train.eval_interval",
     "train.eval_iters",
 }
-"""Settings (or whole sections) with which a stage may be continued although they differ: what is learnt stays."""
+"""Settings and sections that may change when a stage is resumed: they do not affect what is learned."""
 
 
 def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
-    """Train every stage of a run, or go on where a killed run stopped.
+    """Train the stages of a run, resuming where an earlier run stopped. All ranks call it.
 
-    A stage whose last step is saved is left alone; one with an earlier checkpoint is resumed; the next stage
-    takes the weights of the one before, at whatever layout it has.
+    Initialises torch.distributed. A stage with a checkpoint of its last step is skipped, a stage with an earlier
+    checkpoint is resumed. Each stage starts from the weights of the previous one; its parallel layout may differ.
 
     Args:
-        run: the checked recipe.
-        only: number of the one stage to run, from 1; the stage before it must be complete.
+        run: the recipe; `run.check(world_size)` has passed.
+        only: number of a single stage to run, from 1; the stage before it must be complete.
 
     Returns:
-        The last checkpoint of each stage that was run or found complete.
+        The last checkpoint of each stage that was run or skipped as complete.
 
     Raises:
-        ConfigError: before anything is trained: shards, tokenizer, checkpoints, model and stages do not exist or do not
-            fit together, or the run's folder holds another run.
-        CheckpointError: the stage that `only` starts from is not complete.
+        ConfigError: before the first step: missing or incompatible shards, tokenizer, checkpoints or settings, or the
+            folder checkpoint.save belongs to a run with other settings.
+        CheckpointError: the stage before `only` is not complete.
+        DataError: too many samples with undecodable images.
+        VitaError: a loss or gradient norm is not finite.
     """
     if only is not None and not 1 <= only <= len(run.stages):
         raise ConfigError(f"--stage {only}: the recipe has stages 1 to {len(run.stages)}.")
     init_distributed()
     first = run.stages[0].checkpoint.pretrained_checkpoint
-    with _before_training():
+    with _as_config_errors():
         for stage in run.stages if only is None else run.stages[only - 1 : only]:
             preflight(stage)
         weights = on_rank_zero(lambda: start.find(first)) if first and only in (None, 1) else None
@@ -81,7 +83,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
                 )
         else:
             if state is not None:
-                _refuse_other_run(stage, state, found, weights)
+                _check_same_run(stage, state, found, weights)
             if done:
                 log.info("%s is complete: %s", stage.name, found)
             else:
@@ -93,11 +95,12 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
 
 
 def preflight(stage: StageConfig) -> None:
-    """Open what a stage reads and see that it fits, before anything is trained.
+    """Check a stage's shards and tokenizer against its settings, before training starts.
 
     Raises:
-        ConfigError: shards packed for another length, layout, tokenizer or tile size than the stage's.
-        DataError: shards that are missing or damaged.
+        ConfigError: no tokenizer is set, or the shards were packed for another sequence length, token layout, tokenizer
+            or tile size.
+        DataError: missing or damaged shards.
     """
     tokenizer = VitaTokenizer.load(stage.data.tokenizer_model) if stage.data.tokenizer_model else None
     if tokenizer is None:
@@ -111,10 +114,10 @@ def preflight(stage: StageConfig) -> None:
 def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume: Path | None) -> Path:
     settings = yaml.safe_dump(to_dict(stage), sort_keys=False)
     log.info("%s starts %s with\n%s", stage.name, f"again from {resume}" if resume else f"from {weights}", settings)
-    with _before_training():
+    with _as_config_errors():
         session = open_session(stage, weights=weights, resume=resume)
     try:
-        on_rank_zero(partial(_begin_folder, stage, folder, settings))
+        on_rank_zero(partial(_create_folder, stage, folder, settings))
         saved = train(session, folder)
     except BaseException:
         forget_groups()
@@ -123,11 +126,11 @@ def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume
     return saved
 
 
-def _begin_folder(stage: StageConfig, folder: Path, settings: str) -> None:
-    """Make a stage's folder and write its settings down.
+def _create_folder(stage: StageConfig, folder: Path, settings: str) -> None:
+    """Create a stage's folder and write config.yaml into it. On rank 0.
 
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,19 +141,25 @@ def _begin_folder(stage: StageConfig, folder: Path, settings: str) -> None:
 
 
 @contextmanager
-def _before_training() -> Iterator[None]:
-    """Nothing is trained yet: whatever a user can mend now is a matter of configuration (exit status 2)."""
+def _as_config_errors() -> Iterator[None]:
+    """Re-raise CheckpointError and DataError as ConfigError (exit status 2): errors before the first step."""
     try:
         yield
     except (CheckpointError, DataError) as error:
         raise ConfigError(str(error)) from error
 
 
-def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None, weights: Path | None) -> None:
-    """A checkpoint of other settings, other shards or other first weights must not be continued in silence.
+def _check_same_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None, weights: Path | None) -> None:
+    """Check that a checkpoint was written with the same settings, shards and initial weights.
+
+    Args:
+        stage: the settings now.
+        state: of the checkpoint.
+        found: the checkpoint's folder, for the message.
+        weights: the stage's initial weights now; None: random initialisation.
 
     Raises:
-        ConfigError: naming every setting that differs.
+        ConfigError: they differ; names every setting that does.
     """
     now, then = _flat(to_dict(stage)), _flat(to_dict(state.stage))
     differing = [
@@ -159,7 +168,7 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
         if then.get(name) != value and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
     ]
     digest = load_manifest(stage.data.data_path).digest
-    if state.manifest_digest not in (None, digest):  # the same name, but other packs in another order
+    if state.manifest_digest not in (None, digest):  # the same path, but other packs or another order
         differing.append(f"the digest of the shards {stage.data.data_path} was {state.manifest_digest} and is {digest}")
     started = state.extra.get(STARTED_FROM)
     if started and weights and started != fingerprint(weights):
@@ -172,7 +181,7 @@ def _refuse_other_run(stage: StageConfig, state: checkpoint.RunState, found: Pat
 
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by `section.key`; the stage's name by itself."""
+    """Flatten nested settings to {`section.key`: value}; top-level values keep their key."""
     flat: dict[str, Any] = {}
     for section, content in sections.items():
         if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""One optimizer step and one validation, through megatron-core's pipeline schedules."""
+"""One optimizer step, or one validation, with megatron-core's pipeline schedules."""
 
 from __future__ import annotations
 
@@ -21,21 +21,28 @@ from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.errors import DataError
 from megatron_vita.parallel.groups import Groups
-from megatron_vita.training.faults import refuse_non_finite
+from megatron_vita.training.faults import check_finite
 
 
 def forward_backward(
     stage: StageConfig, model_chunks: Sequence[DistributedDataParallel], step: StepBatches, *, forward_only: bool
 ) -> torch.Tensor:
-    """Run every micro-batch of this rank through the schedule that fits the pipeline.
+    """Run all micro-batches of this rank through megatron-core's pipeline schedule. All ranks call it.
+
+    Args:
+        stage: sequence length and micro-batch size are used.
+        model_chunks: this rank's chunks, wrapped in DistributedDataParallel.
+        step: this rank's micro-batches.
+        forward_only: no backward and no gradient reduction.
 
     Returns:
-        float64 `[1]`, on the device: the sum of token losses of this rank's micro-batches; 0 on other pipeline stages.
+        float64 `[1]` on the device: sum of the token losses of this rank's micro-batches; 0 except on the last
+        pipeline stage.
     """
     schedule = get_forward_backward_func()
     logs = schedule(
         forward_step_func=_forward_step,
-        # Every chunk takes its input from its own Batch: no stage is told anything by another but hidden states.
+        # Every chunk reads its inputs from its own Batch; pipeline stages exchange hidden states only.
         data_iterator=[iter(step.micro_batches) for _ in model_chunks],
         model=list(model_chunks),
         num_microbatches=len(step.micro_batches),
@@ -54,28 +61,37 @@ def train_step(
     groups: Groups,
     model_chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
+    scheduler: OptimizerParamScheduler,
     step: StepBatches,
     iteration: int,
 ) -> tuple[float | None, float | None]:
-    """Forward, backward and update for one global batch.
+    """Forward, backward and optimizer step for one global batch. All ranks call it.
+
+    Args:
+        stage: the merged settings of the training stage.
+        groups: coordinates and process groups of this rank.
+        model_chunks: this rank's chunks, wrapped in DistributedDataParallel.
+        optimizer: of these chunks.
+        scheduler: its learning-rate scheduler.
+        step: this rank's micro-batches, failed samples masked.
+        iteration: number of the step, for error messages.
 
     Returns:
-        Mean loss over the global batch's labelled tokens and the gradient norm before clipping; both none where the
-        batch carries no label at all: then no weight and no optimizer state moves, only the schedule.
+        Mean loss over the labelled tokens of the global batch, and the gradient norm before clipping. Both are None if
+        the global batch has no labelled token: then only the scheduler advances.
 
     Raises:
-        VitaError: the loss or the gradient norm is not finite.
+        VitaError: the loss or the gradient norm is NaN or infinite; on every rank.
     """
     for chunk in model_chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss_sum = forward_backward(stage, model_chunks, step, forward_only=False)
-    schedule.step(1)
+    scheduler.step(1)
     if step.num_labels == 0:
         return None, None
     loss = _mean_loss(groups, loss_sum, step.num_labels)
-    check = partial(refuse_non_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids)
+    check = partial(check_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids)
     check("loss", loss)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm or 0.0)
@@ -86,10 +102,10 @@ def train_step(
 def validate(
     stage: StageConfig, groups: Groups, model_chunks: Sequence[DistributedDataParallel], steps: Iterator[StepBatches]
 ) -> float:
-    """Mean loss over the labelled tokens of `steps` global batches, without gradients.
+    """Mean loss over the labelled tokens of all global batches in `steps`, without gradients. All ranks call it.
 
     Raises:
-        DataError: there is no labelled token.
+        DataError: the batches have no labelled token.
     """
     for chunk in model_chunks:
         chunk.eval()
@@ -107,31 +123,36 @@ def validate(
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """A Batch as VitaModel.forward's keyword arguments, its tensors on this rank's device."""
-    place = device.torch_device()
+    """Convert a Batch to the keyword arguments of VitaModel.forward, with tensors on this rank's device."""
+    target = device.torch_device()
     return {
-        "tokens": batch.tokens.to(place, non_blocking=True),
-        "labels": batch.labels.to(place, non_blocking=True),
-        "positions": batch.positions.to(place, non_blocking=True),
-        "tiles": batch.tiles.to(place, non_blocking=True),
+        "tokens": batch.tokens.to(target, non_blocking=True),
+        "labels": batch.labels.to(target, non_blocking=True),
+        "positions": batch.positions.to(target, non_blocking=True),
+        "tiles": batch.tiles.to(target, non_blocking=True),
         "layout": batch.layout,
         "routes": batch.routes,
     }
 
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """What megatron-core's schedules call for each micro-batch: (output, loss function)."""
+    """`forward_step_func` of megatron-core's schedules: (output tensor, loss function) of the next micro-batch."""
     batch = next(batches)
-    if not get_attr_wrapped_model(model, "pre_process"):  # a later virtual stage of the rank that encodes the tiles
+    if not get_attr_wrapped_model(model, "pre_process"):  # only the first virtual stage encodes the tiles
         batch = dataclasses.replace(batch, tiles=batch.tiles[:0])
     return model(**model_inputs(batch)), _token_loss
 
 
 def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """(sum of token losses, labelled tokens of this rank, log) from per-row losses float32 `[labelled rows]`.
+    """Loss function of megatron-core's schedules under calculate_per_token_loss.
 
-    megatron-core divides by the labelled tokens of all ranks and micro-batches (calculate_per_token_loss), so every
-    labelled token of the global batch weighs the same.
+    Args:
+        losses: float32 or wider `[labelled tokens of this rank]`.
+
+    Returns:
+        (sum of losses, int32 number of labelled tokens, values to log). megatron-core sums the numbers over
+        micro-batches and ranks and divides the gradients by the total, so every labelled token of the global batch
+        weighs the same.
     """
     loss_sum = losses.sum()
     num_tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
@@ -139,7 +160,7 @@ def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[
 
 
 def _mean_loss(groups: Groups, loss_sum: torch.Tensor, num_labels: int) -> float:
-    """Sum the rank's losses over the world, taking the copies on tensor-parallel ranks once, and divide."""
+    """All-reduce the loss sums over the world, counting tensor-parallel replicas once, and divide by num_labels."""
     counted = loss_sum if groups.last_stage and groups.tp_rank == 0 else torch.zeros_like(loss_sum)
     dist.all_reduce(counted)
     return counted.item() / num_labels

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: a checkpoint, or a Hugging Face folder read by conversion's own tables."""
+"""Initial weights of a run: from a checkpoint, or from a Hugging Face folder through convert/'s rules."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from megatron_vita.convert.opening import open_model
 
 
 def find(path: str | Path) -> Path:
-    """The folder that `checkpoint.pretrained_checkpoint` means, opened once to see that it holds a model.
+    """Resolve `checkpoint.pretrained_checkpoint` to a folder that holds a model. On rank 0.
 
     Returns:
-        The folder itself, or the newest checkpoint below it.
+        `path` itself, or the newest checkpoint in it.
 
     Raises:
-        CheckpointError, ConfigError: no model, or a damaged or unsupported one.
+        CheckpointError: no model, or a damaged one.
+        ConfigError: an unsupported model.
     """
     return open_model(path).path
 
 
 def load(folder: Path, models: Sequence[nn.Module]) -> None:
-    """Fill models laid out in any way, each rank with its part; called by every rank.
+    """Load weights into this rank's model chunks, in any parallel layout. All ranks call it.
 
     Raises:
-        CheckpointError: on every rank, if the folder does not fit the models.
+        CheckpointError: the folder does not fit the model; on every rank.
     """
     if is_checkpoint(folder):
         checkpoint.load_weights(folder, models)
@@ -40,7 +41,7 @@ def load(folder: Path, models: Sequence[nn.Module]) -> None:
 
 
 def origin(folder: Path) -> tuple[Mapping[str, str], tuple[StageRecord, ...]]:
-    """(base models by part, stages) that led to the weights of a folder, as far as it remembers."""
+    """Provenance of a folder's weights: ({part of the model: name of its base model}, records of earlier stages)."""
     if not is_checkpoint(folder):
         return {"model": public_name(folder)}, ()
     state = checkpoint.read_state(folder)

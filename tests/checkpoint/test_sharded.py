@@ -54,13 +54,13 @@ def _resume(root: str) -> None:
     for _ in range(2):
         trainer.step()
     run = state(trainer.stage, 2, consumed_packs=7, manifest_digest="d" * 8, extra={"note": [1, 2]})
-    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.scheduler, run, trainer.groups)
     wanted = [trainer.step() for _ in range(3)]
     weights = {name: one.detach().clone() for name, one in trainer.models[0].named_parameters()}
     destroy_groups()
 
     resumed = Trainer(stage(DP2, seed=9))
-    back = checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.schedule)
+    back = checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.scheduler)
     assert back == run
     assert [resumed.step() for _ in range(3)] == wanted
     for name, one in resumed.models[0].named_parameters():
@@ -69,7 +69,7 @@ def _resume(root: str) -> None:
 
     for parallel in (TP2, PP2):
         moved = Trainer(stage(parallel, seed=9))
-        checkpoint.load_training(root, moved.models, moved.optimizer, moved.schedule)
+        checkpoint.load_training(root, moved.models, moved.optimizer, moved.scheduler)
         norms = [moved.step() for _ in range(3)]
         # the norm counts a replicated tower once, whatever the layout
         torch.testing.assert_close(norms, wanted, rtol=1e-5, atol=0)
@@ -82,7 +82,7 @@ def _resume(root: str) -> None:
 
     again = Trainer(stage(DP2))
     with pytest.raises(CheckpointError, match="holds weights only"):
-        checkpoint.load_training(f"{root}/moved", again.models, again.optimizer, again.schedule)
+        checkpoint.load_training(f"{root}/moved", again.models, again.optimizer, again.scheduler)
     destroy_groups()
 
 
@@ -92,10 +92,10 @@ def test_a_resumed_run_steps_as_the_uninterrupted_one(tmp_path: Path) -> None:
 
 def _save_before_the_first_step(root: str) -> None:
     trainer = Trainer(stage(DP2))
-    trainer.schedule.step(1)  # as a step without labels does: the rate is up, the optimizer has not moved
+    trainer.scheduler.step(1)  # as a step without labels does: the rate is up, the optimizer has not moved
     before = {name: one.detach().clone() for name, one in trainer.models[0].named_parameters()}
     run = state(trainer.stage, 1)
-    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.scheduler, run, trainer.groups)
     assert all(torch.equal(one, before[name]) for name, one in trainer.models[0].named_parameters())
     trainer.step()
     steps = {state["step"].item() for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()}
@@ -111,12 +111,12 @@ def _a_stage_without_anything_to_train(root: str) -> None:
     trainer = Trainer(stage(PP2, **frozen))
     trainer.step()
     run = state(trainer.stage, 1)
-    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.schedule, run, trainer.groups)
+    checkpoint.save(root, trainer.wrapped, trainer.optimizer, trainer.scheduler, run, trainer.groups)
     wanted = [trainer.step() for _ in range(2)]
     destroy_groups()
     for parallel in (PP2, DP2):
         resumed = Trainer(stage(parallel, seed=9, **frozen))
-        checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.schedule)
+        checkpoint.load_training(root, resumed.models, resumed.optimizer, resumed.scheduler)
         torch.testing.assert_close([resumed.step() for _ in range(2)], wanted, rtol=1e-5, atol=0)
         destroy_groups()
 

@@ -54,7 +54,7 @@ class Trainer:
         self.models = build_model(settings, self.groups)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.wrapped = [DistributedDataParallel(one.config, ddp, one) for one in self.models]
-        self.optimizer, self.schedule = build_optimizer(settings, self.wrapped)
+        self.optimizer, self.scheduler = build_optimizer(settings, self.wrapped)
 
     def step(self) -> float:
         """Step along a gradient that each weight has by itself, so that layouts do not matter (padding has
@@ -64,7 +64,7 @@ class Trainer:
             for parameter in chunk.parameters():
                 if parameter.requires_grad:
                     parameter.main_grad.copy_(torch.sin(7 * parameter.detach()))  # type: ignore[attr-defined]
-        self.schedule.step(1)
+        self.scheduler.step(1)
         _, norm, _ = self.optimizer.step()
         return float(norm)
 

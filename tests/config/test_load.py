@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused, and what the refusal says."""
+"""Recipes: what is accepted, what is rejected, and the messages."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_unknown_flag_names_its_neighbour(tmp_path: Path) -> None:
         ({"data": {"data_path": ""}}, 1, "data.data_path is not set"),
     ],
 )
-def test_layouts_that_cannot_work_are_refused_before_any_group(
+def test_layouts_that_cannot_work_are_rejected_before_any_group(
     tmp_path: Path, overlay: dict, world: int, message: str
 ) -> None:
     run = load_run(write(tmp_path, {**BASE, "stages": [{"name": "only", **overlay}]}))
@@ -128,7 +128,7 @@ def test_layouts_that_cannot_work_are_refused_before_any_group(
         run.check(world)
 
 
-def test_a_checkpoint_that_no_stage_would_read_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_no_stage_would_read_is_rejected(tmp_path: Path) -> None:
     second = {"name": "b", "checkpoint": {"pretrained_checkpoint": "elsewhere"}}
     run = load_run(write(tmp_path, {**BASE, "stages": [{"name": "a"}, second]}))
     with pytest.raises(ConfigError, match=r"stage 'b': checkpoint.pretrained_checkpoint would not be read"):
@@ -197,7 +197,7 @@ def test_environment_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest
         ("--recompute-granularity full --recompute-method block --recompute-num-layers -1", "recompute_num_layers=-1"),
     ],
 )
-def test_numbers_out_of_range_are_refused_and_say_where(tmp_path: Path, flags: str, message: str) -> None:
+def test_numbers_out_of_range_are_rejected_and_say_where(tmp_path: Path, flags: str, message: str) -> None:
     recipe = write(tmp_path, BASE)
     with pytest.raises(ConfigError, match=message) as caught:
         load_run(recipe, flags.split())

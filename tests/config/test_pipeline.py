@@ -38,7 +38,7 @@ def _split(num_layers: int, ranks: int, **flags: Any) -> tuple[int, ...]:
         (3, 2, {"pipeline_model_parallel_layout": "E|t, t|t|L"}, (0, 2, 1, 0)),
     ],
 )
-def test_layers_are_dealt(layers: int, ranks: int, flags: dict[str, Any], want: tuple[int, ...]) -> None:
+def test_layers_are_assigned(layers: int, ranks: int, flags: dict[str, Any], want: tuple[int, ...]) -> None:
     assert _split(layers, ranks, **flags) == want
 
 
@@ -52,15 +52,15 @@ def test_the_notation_means_what_megatron_core_reads(layers: list[int], form: st
     written = [f"t*{count}" if data.draw(st.booleans()) else "t" * count for count in layers]
     middle = ["(" + one + "|)*1" if form != "{}" else one + "|" for one in written[1:-1]]
     text = f"E,{written[0]}|" + ",".join(middle) + written[-1] + "L"
-    ours = pipeline_split(
+    split = pipeline_split(
         ParallelConfig(pipeline_model_parallel_size=ranks, pipeline_model_parallel_layout=text), sum(layers)
     )
-    theirs = PipelineParallelLayerLayout(text, ranks)
-    assert list(ours.layers) == layers
-    assert PipelineParallelLayerLayout(ours.stages(), ranks).layout == theirs.layout
-    assert ours.virtual == theirs.virtual_pipeline_model_parallel_size
-    assert [ours.on_rank(rank) for rank in range(ranks)] == [
-        sum(stage.count(LayerType.decoder) for stage in theirs.layout[rank]) for rank in range(ranks)
+    mcore = PipelineParallelLayerLayout(text, ranks)
+    assert list(split.layers) == layers
+    assert PipelineParallelLayerLayout(split.stages(), ranks).layout == mcore.layout
+    assert split.virtual == mcore.virtual_pipeline_model_parallel_size
+    assert [split.on_rank(rank) for rank in range(ranks)] == [
+        sum(stage.count(LayerType.decoder) for stage in mcore.layout[rank]) for rank in range(ranks)
     ]
 
 
@@ -75,7 +75,7 @@ def test_nearly_even_is_even_and_reads_back(layers: int, ranks: int, virtual: in
 
 
 PP2 = {"pipeline_model_parallel_size": 2}
-REFUSED: list[tuple[dict[str, Any], int, str]] = [
+REJECTED: list[tuple[dict[str, Any], int, str]] = [
     (PP2, 7, "not a multiple of parallel.pipeline_model_parallel_size=2.*layout='Ettt.ttttL'"),
     ({"pipeline_model_parallel_size": 4}, 6, "pipeline_model_parallel_size 2 or 3 divides"),
     ({**PP2, "num_layers_per_virtual_pipeline_stage": 2}, 6, "stage=2 does not divide the 3 layers"),
@@ -91,8 +91,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "layers", "message"), REFUSED)
-def test_what_cannot_be_dealt_is_refused(flags: dict[str, Any], layers: int, message: str) -> None:
+@pytest.mark.parametrize(("flags", "layers", "message"), REJECTED)
+def test_what_does_not_divide_is_rejected(flags: dict[str, Any], layers: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pipeline_split(ParallelConfig(**flags), layers)
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_dealt_is_refused(flags: dict[str, Any], layers: int, mes
         ({**PP2, "num_virtual_stages_per_pipeline_rank": 0}, "at least 1"),
     ],
 )
-def test_flags_that_contradict_are_refused(flags: dict[str, Any], message: str) -> None:
+def test_flags_that_contradict_are_rejected(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(**flags)
 

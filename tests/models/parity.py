@@ -42,7 +42,7 @@ boundary between ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedSequence:
+class FullSequence:
     """A full packed sequence, before it is partitioned over ranks."""
 
     documents: tuple[int, ...]
@@ -52,7 +52,7 @@ class PackedSequence:
     tiles: torch.Tensor
 
 
-def make_packed(specs: Any = SPECS, *, vocab: int = MODEL.vocab_size) -> list[PackedSequence]:
+def make_packed(specs: Any = SPECS, *, vocab: int = MODEL.vocab_size) -> list[FullSequence]:
     """The same packed sequences on every rank. The last document of each and about 60 % of all tokens have no label."""
     generator = torch.Generator().manual_seed(7)
     out = []
@@ -64,11 +64,11 @@ def make_packed(specs: Any = SPECS, *, vocab: int = MODEL.vocab_size) -> list[Pa
         labels[length - documents[-1] :] = -100
         size = VISION.image_size
         tiles = torch.randint(0, 256, (len(first_token), 3, size, size), generator=generator, dtype=torch.uint8)
-        out.append(PackedSequence(documents, first_token, tokens, labels, tiles))
+        out.append(FullSequence(documents, first_token, tokens, labels, tiles))
     return out
 
 
-def inputs_of(packed_seq: PackedSequence, groups: Groups, *, reset: bool = True) -> dict[str, Any]:
+def inputs_of(packed_seq: FullSequence, groups: Groups, *, reset: bool = True) -> dict[str, Any]:
     """VitaModel.forward's keyword arguments on this rank."""
     documents = packed_seq.documents if reset else (sum(packed_seq.documents),)
     layout = SequenceLayout(documents, cp=groups.cp_size, sp=groups.sequence_shards)
@@ -91,7 +91,7 @@ def stage_of(parallel: dict[str, Any], *, model: ModelConfig = MODEL, **train: A
 
 def one_step(
     stage: StageConfig,
-    packed_seqs: list[PackedSequence],
+    packed_seqs: list[FullSequence],
     *,
     dtype: torch.dtype = torch.float64,
     reset: bool = True,
@@ -128,7 +128,7 @@ def one_step(
         losses.append(total.detach())
         return total, count, {}
 
-    def step(rest: Iterator[PackedSequence], chunk: Any) -> Any:
+    def step(rest: Iterator[FullSequence], chunk: Any) -> Any:
         inputs = inputs_of(next(rest), groups, reset=reset)
         if not chunk.module.post_process:
             return chunk(**{**inputs, "labels": None}), None

@@ -98,14 +98,14 @@ def _save_and_load(root: str, one: dict[str, Any], other: dict[str, Any]) -> Non
         trainer.step()
     keys = sorted(name for name, _ in named(*trainer.models))
     saved = checkpoint.save(
-        root, trainer.models, trainer.optimizer, trainer.schedule, tiny.state(trainer.stage, 2), trainer.groups
+        root, trainer.models, trainer.optimizer, trainer.scheduler, tiny.state(trainer.stage, 2), trainer.groups
     )
     norm = trainer.step()
     whole = _gathered(trainer.models)
     destroy_groups()
     trainer = tiny.Trainer(_settings(other, 2))
     assert keys != sorted(name for name, _ in named(*trainer.models)), "the layouts partition the layers differently"
-    checkpoint.load_training(saved, trainer.models, trainer.optimizer, trainer.schedule)
+    checkpoint.load_training(saved, trainer.models, trainer.optimizer, trainer.scheduler)
     assert trainer.step() == pytest.approx(norm, rel=1e-5)
     loaded = _gathered(trainer.models)
     assert loaded.keys() == whole.keys()

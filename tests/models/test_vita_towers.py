@@ -83,11 +83,11 @@ def _reshard(root: str, before: dict[str, Any], after: dict[str, Any]) -> None:
 
     one = trainer(**before, seed=1)
     one.step()
-    folder = checkpoint.save(root, one.models, one.optimizer, one.schedule, tiny.state(one.stage, 1), one.groups)
+    folder = checkpoint.save(root, one.models, one.optimizer, one.scheduler, tiny.state(one.stage, 1), one.groups)
     norm = one.step()
     destroy_groups()
     other = trainer(**after, seed=2)
-    checkpoint.load_training(folder, other.models, other.optimizer, other.schedule)
+    checkpoint.load_training(folder, other.models, other.optimizer, other.scheduler)
     assert other.step() == pytest.approx(norm, rel=1e-5)
     shapes = {name for name, _ in named(*other.models)}
     assert "vision_model.decoder.layers.0.self_attention.q_layernorm.weight" in shapes

@@ -1,4 +1,4 @@
-"""The planner's counts against Long-VITA's published sizes and against hand-counted operations."""
+"""Parameter counts against published models, FLOPs against hand-computed ones."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CLIP_L = VisionConfig(model_type="clip", image_size=336, norm_epsilon=1e-5, imag
 
 
 def _published(vision: VisionConfig) -> int:
-    """Parameters of the stock module of that shape, built without memory."""
+    """Parameters of the transformers module of that shape, on the meta device."""
     transformers = pytest.importorskip("transformers")
     names = {"hidden_size": vision.hidden_size, "intermediate_size": vision.ffn_hidden_size}
     names |= {"num_hidden_layers": vision.built_layers, "num_attention_heads": vision.num_attention_heads}
@@ -82,7 +82,7 @@ def _published(vision: VisionConfig) -> int:
             config = transformers.SiglipVisionConfig(**names, vision_use_head=False)
             return transformers.SiglipVisionModel(config).num_parameters()
         if vision.model_type == "clip":
-            # CLIP's last norm sees the class token alone, and is not built
+            # CLIP's post_layernorm applies to the class token only and is not built
             return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**names)).num_parameters() - 2048
         config = transformers.InternVLVisionConfig(
             **names, norm_type="rms_norm", attention_bias=False, use_qk_norm=True, use_mean_pooling=True

@@ -1,4 +1,4 @@
-"""Tiny runs on synthetic shards: what every test of the training room starts from."""
+"""Recipes and synthetic shards for tiny training runs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def recipe(folder: Path, save: str, stages: tuple[dict[str, Any], ...] = STAGES,
     }
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values}
-    path = folder / f"{save}_{os.getpid()}.yaml"  # every rank writes its own: nobody reads a half-written one
+    path = folder / f"{save}_{os.getpid()}.yaml"  # one file per rank, so that no rank reads a partly written one
     path.write_text(yaml.safe_dump(settings))
     return load_run(path)
 

@@ -1,4 +1,4 @@
-"""The ledger survives kills: a torn last line and steps after the last checkpoint go, everything else stays."""
+"""The ledger after a kill: an incomplete last line and steps after the last checkpoint are removed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_resume_drops_steps_after_the_checkpoint(tmp_path: Path) -> None:
     assert [one["iteration"] for one in read_ledger(path)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     write(path, range(1, 3), resume_at=0)
     with path.open("a") as file:

@@ -1,4 +1,4 @@
-"""The tower's learning rates against the figures of Long-VITA's stage 2."""
+"""Learning-rate multipliers of the vision tower against Long-VITA's stage 2."""
 
 from __future__ import annotations
 

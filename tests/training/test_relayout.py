@@ -1,4 +1,4 @@
-"""One stage, killed twice and gone on with in other layouts, learns and validates as one rank does in one go."""
+"""One stage, killed twice and resumed in other layouts, has the losses of an uninterrupted run on one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: the same losses in every layout, exact resumption, and refusals before anything is trained."""
+"""Whole runs: equal losses in every layout, exact resumption, errors before the first step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, save: str, **options: object) -> None:
-    """What a rank of a run does."""
+    """Run all stages on one rank."""
     run_stages(recipe(folder, save, **options))  # type: ignore[arg-type]
 
 
@@ -53,7 +53,7 @@ def test_four_layouts_learn_what_one_rank_learns(folder: Path) -> None:
 
 
 def _check_history(folder: Path, save: str) -> None:
-    """The last checkpoint alone tells of every stage and of its data, as a model card must."""
+    """The last checkpoint records every stage and its data, for the model card."""
     state = checkpoint.read_state(folder / save / STAGES[-1]["name"])
     manifest = load_manifest(folder / "shards/train")
     assert [(one.recipe["name"], one.iteration) for one in state.history] == [(one["name"], 3) for one in STAGES]
@@ -78,13 +78,13 @@ def _changed(before: Path, after: Path) -> list[str]:
 LONG = {
     "train": {"train_iters": 6, "global_batch_size": 4, "eval_interval": 5, "eval_iters": 1},
     "checkpoint": {"save_interval": 2},
-    # the tower's layers have rates of their own: parameter groups that must find themselves again
+    # layer-wise learning rates: several parameter groups, which must be matched on resume
     "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9},
 }
 
 
 def _train_and_die(folder: Path, save: str, at: int) -> None:
-    """Train until step `at` is written down, then stop as a kill does."""
+    """Train until step `at` is in the ledger, then stop like a killed process."""
     write = ledgers.Ledger.write
 
     def dying(self: ledgers.Ledger, line: ledgers.LedgerLine) -> None:
@@ -150,7 +150,7 @@ def test_a_run_starts_from_a_hugging_face_folder_as_from_the_checkpoint_it_was_m
 
 
 def _refusals(folder: Path) -> None:
-    """One process, so that the rendezvous is paid once."""
+    """All cases in one process, which initialises torch.distributed once."""
     with pytest.raises(ConfigError, match=r"length of a pack is 96 in the shards, but data.seq_length is 64"):
         run_stages(recipe(folder, "bad", alone(), data={"seq_length": 64}))
     with pytest.raises(ConfigError, match="token ids reach up to"):
@@ -167,10 +167,10 @@ def _refusals(folder: Path) -> None:
         run_stages(recipe(folder, "bad", alone(), checkpoint={"pretrained_checkpoint": str(folder / "absent")}))
     with pytest.raises(ConfigError, match=r"checkpoint.save=/dev/null/x: cannot be written"):
         run_stages(recipe(folder, "bad", alone(), checkpoint={"save": "/dev/null/x"}))
-    assert not (folder / "bad").exists(), "nothing may be written by a run that is refused"
+    assert not (folder / "bad").exists(), "a rejected run must not write anything"
 
 
-def test_a_run_that_cannot_work_is_refused_before_it_writes(folder: Path) -> None:
+def test_a_run_that_cannot_work_fails_before_it_writes(folder: Path) -> None:
     run_ranks(1, _refusals, folder)
 
 
@@ -208,7 +208,7 @@ def _one_rank_fails(folder: Path) -> None:
             raise DataError("rank 1 alone cannot read on")
         return step
 
-    # rank 1 must say so at once and end; its end is what ends rank 0, which waits for it in a collective
+    # rank 1 must report at once and exit; its exit ends rank 0, which waits for it in a collective
     error, words = (DataError, "rank 1 alone") if rank == 1 else (RuntimeError, "")
     with mock.patch.object(PackLoader, "__next__", failing), pytest.raises(error, match=words):
         train(folder, "one_fails", stages=STAGES[1:2])
@@ -236,7 +236,7 @@ def test_a_sample_that_fails_every_epoch_counts_once(tmp_path: Path) -> None:
     run_ranks(1, _train_epochs, tmp_path, "alone", {})
     spread, whole = ledger(tmp_path, "spread", "epochs"), ledger(tmp_path, "alone", "epochs")
     assert sum(bool(line["failed_samples"]) for line in whole) > 1
-    for one, other in zip(spread, whole, strict=True):  # the last pipeline stage reads no picture, yet masks the same
+    for one, other in zip(spread, whole, strict=True):  # the last pipeline stage decodes nothing but masks too
         assert (one["failed_samples"], one["num_labels"]) == (other["failed_samples"], other["num_labels"])
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
