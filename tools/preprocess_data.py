@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over processes
 
+
 from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
+from megatron_vita.data.compile import rejected
 from megatron_vita.data.compile.engines import ENGINES
-from megatron_vita.data.compile.options import Options
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.media.video.open import BACKENDS, VideoLimits
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="decides which records a ratio takes, and their order")
     add("--media", choices=("embed", "reference"), default="embed", help="store pictures, or refer to their files")
     add("--verify-media", choices=("structure", "decode"), default="structure", help="how closely pictures are checked")
-    add("--max-rejected", type=float, default=1.0, metavar="SHARE", help="refused records, 0 to 1, that stop the run")
+    add("--max-rejected", type=float, metavar="SHARE", help="of a source's records; more refuse the run (default 0.5)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes, on all machines together")
     add("--resume", action="store_true", help="go on where a killed run stopped; reuse an older set")
     add("--engine", choices=ENGINES, default="local", help="this machine, or a ray cluster with one file system")
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: stopped; nothing was published. Run again with --resume to go on", file=sys.stderr)
         return 1
     totals = manifest.totals
+    print("\n".join([*rejected.warnings(manifest.sources), rejected.total(manifest.sources)]))
     print(
         f"wrote {args.output}: {totals['samples']} samples of {totals['read']} records ({totals['rejected']} rejected) "
         f"in {totals['packs']} packs of {args.seq_length}, {100 * manifest.packing['fill']:.1f}% full, "
@@ -127,5 +129,13 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _utf8_names() -> None:
+    """Start again where the locale would spell file names otherwise: a mix means the same files everywhere."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+    _utf8_names()
     sys.exit(main())

@@ -62,6 +62,8 @@ class MediaFile:
     """What to call it in messages, where `path` alone says too little (archive and member)."""
     frames: tuple[MediaFile, ...] = ()
     """The pictures, in order, of a folder of frames in an archive; then there is neither path nor data."""
+    frame_rate: float = 1.0
+    """Pictures of a folder of frames that make a second."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Compiles chunks of records into spool files: what a preprocessing process does in the first phase."""
+"""Compiles chunks of records into intermediate shards: what a preprocessing process does in the first phase."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_vita.data.compile.inputs import Inputs
+from megatron_vita.data.compile.messages import portable
 from megatron_vita.data.compile.record import Compiler, Rules
 from megatron_vita.data.compile.reuse import EarlierSet
 from megatron_vita.data.example import MediaItem
@@ -35,8 +38,10 @@ class ChunkTask:
     """Of the file in the mix."""
     places: Places
     """Which of its records."""
-    killers: tuple[int, ...] = ()
-    """Rows of `places` that have killed the process twice, and are refused."""
+    poison: tuple[int, ...] = ()
+    """Rows of `places` that have killed the process twice, and are rejected."""
+    outcomes: tuple[tuple[str, str], ...] = ()
+    """For a `RetryJob`: (code, message) with which each record was rejected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +62,30 @@ class ChunkJob:
     deaths: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
     """(chunk, row) -> processes that it killed; kept by the engine's process."""
 
-    def open(self) -> Callable[[ChunkTask], None]:
-        """The function that compiles one chunk into its spool file."""
+    @classmethod
+    def of(cls, inputs: Inputs, earlier: EarlierSet | None = None) -> ChunkJob:
+        """The job of a run; `earlier` is a set that holds some of the Examples already."""
+        options = inputs.options
+        return cls(
+            tokenizer=str(options.tokenizer),
+            rules=Rules(
+                spec=options.spec,
+                seq_length=options.seq_length,
+                overlong=options.overlong,
+                verify_media=options.verify_media,
+                video_limits=options.video_limits,
+                video_backend=options.video_backend,
+            ),
+            info=inputs.info,
+            files=inputs.files,
+            work=inputs.work,
+            sources_work=inputs.work / "sources",
+            folder=inputs.prefix.parent,
+            earlier=earlier,
+        )
+
+    def open(self) -> Callable[[ChunkTask], Any]:
+        """The function that compiles one chunk into its intermediate shard."""
         return _ChunkWorker(self).run
 
     def marker(self, number: int) -> Path:
@@ -66,7 +93,7 @@ class ChunkJob:
         return self.work / "active" / f"{number:08d}"
 
     def died(self, task: ChunkTask, deaths: int) -> ChunkTask:
-        """A decoder may crash on a broken file and take its process along: the record that does so twice is refused.
+        """A decoder may crash on a broken file and take its process along: the record that does so twice is rejected.
 
         Raises:
             DataError: the process dies elsewhere, again and again.
@@ -82,8 +109,18 @@ class ChunkJob:
                 "run again with --resume."
             )
         if row >= 0 and self.deaths[task.number, row] >= 2:
-            return dataclasses.replace(task, killers=(*task.killers, row))
+            return dataclasses.replace(task, poison=(*task.poison, row))
         return task
+
+
+class RetryJob(ChunkJob):
+    """Rejected records once more: may one of them be used now, since what it lacked was fetched?"""
+
+    __slots__ = ()
+
+    def open(self) -> Callable[[ChunkTask], bool]:
+        """The function that says of a task whether any of its records has another outcome than before."""
+        return _ChunkWorker(self).retry
 
 
 class _ChunkWorker:
@@ -95,9 +132,9 @@ class _ChunkWorker:
         self._earlier = job.earlier.open() if job.earlier else None
 
     def run(self, task: ChunkTask) -> None:
-        """Compile a chunk; its records stand in its spool file in order, whatever became of each."""
+        """Compile a chunk; its records stand in its intermediate shard in order, whatever became of each."""
         job = self._job
-        marker = os.open(job.marker(task.number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        marker = self._marker(task)
         writer = ChunkWriter(chunk_path(job.work, task.number))
         try:
             self._compile(task, writer, marker)
@@ -109,15 +146,44 @@ class _ChunkWorker:
         writer.publish()
         job.marker(task.number).unlink()
 
+    def retry(self, task: ChunkTask) -> bool:
+        """Is the outcome of any record of the task another than before? Nothing is written."""
+        file = self._job.files[task.file]
+        marker = self._marker(task)
+        try:
+            if task.poison:
+                return True
+            records = file.reader(self._job.sources_work).read(task.places)
+            for row, ((line, record), outcome) in enumerate(zip(records, task.outcomes, strict=True)):
+                os.pwrite(marker, _PLACE.pack(row), 0)
+                try:
+                    self._compiler.compile(record, file, line)
+                except DataError as error:
+                    if self._outcome(error, file) == outcome:
+                        continue
+                return True
+            return False
+        finally:
+            os.close(marker)
+            self._job.marker(task.number).unlink()
+
+    def _marker(self, task: ChunkTask) -> int:
+        return os.open(self._job.marker(task.number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def _outcome(self, error: DataError, file: MixFile) -> tuple[str, str]:
+        """(error code, message) as a set holds them."""
+        code, message = code_of(error)
+        return code, portable(message, file, self._job.work)
+
     def _compile(self, task: ChunkTask, writer: ChunkWriter, marker: int) -> None:
         file = self._job.files[task.file]
         lines = task.places[:, 0].tolist()
         known = [self._earlier.find(task.file, line) if self._earlier else None for line in lines]
-        fresh = [row for row, one in enumerate(known) if one is None and row not in task.killers]
+        fresh = [row for row, one in enumerate(known) if one is None and row not in task.poison]
         records = file.reader(self._job.sources_work).read(task.places[fresh])
         for row, (line, sample) in enumerate(zip(lines, known, strict=True)):
             os.pwrite(marker, _PLACE.pack(row), 0)
-            if row in task.killers:
+            if row in task.poison:
                 writer.reject(line, "media_crash", "decoding its media killed the process.")
             elif sample is not None and self._earlier is not None:
                 self._earlier.copy(sample, line, writer)
@@ -128,7 +194,7 @@ class _ChunkWorker:
         try:
             made = self._compiler.compile(record, file, line)
         except DataError as error:
-            writer.reject(line, *code_of(error))
+            writer.reject(line, *self._outcome(error, file))
             return
         check_example(made.example, self._job.info, f"{file.name}:{line}")
         bodies = [self._body(item) for item in made.example.media]
@@ -147,7 +213,7 @@ class _ChunkWorker:
             if ours:
                 return item.data
             offset = None if origin.size is None else origin.offset
-            return reference_record(item, Path(origin.path), self._job.folder, offset)
+            return reference_record(item, Path(origin.path), Path(os.path.realpath(self._job.folder)), offset)
         try:
             stamp = -1 if ours else os.stat(origin.path).st_mtime_ns
         except OSError:

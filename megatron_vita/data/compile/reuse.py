@@ -6,7 +6,6 @@ settings. Pictures and videos are taken to be what they were. Refused records ar
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,18 +24,18 @@ from megatron_vita.layout import Int64
 
 
 def source_key(file: MixFile, content: str, settings: Mapping[str, Any]) -> str:
-    """Digest of all that decides a dataset's Examples, but the bytes of its media.
+    """Digest of all that decides a dataset's Examples, but the bytes of its media. It is part of a set's digest, and so
+    the same wherever data and media lie, as long as the mix says the same.
 
     Args:
-        file: its form, and where its media lie; seen from the data file, so that both may be moved together.
+        file: its form, and where its media lie.
         content: SHA-256 of the data file.
         settings: of the run.
     """
-    media = file.media
-    root = None if media.root is None else os.path.relpath(media.root, file.path.parent)
-    archives = [os.path.relpath(archive, file.path.parent) for archive in media.archives]
-    rule = [root, archives, repr(dataclasses.replace(media, root=None, archives=()))]
-    described = [content, repr(file.row), rule, settings]
+    row, media = file.row, file.media
+    archives = [os.path.relpath(archive, media.root) for archive in media.archives]
+    rule = [media.place, archives, media.resolve, media.rewrite, media.frames, media.frame_rate]
+    described = [content, row.form, rule, settings]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,79 +1,43 @@
 """Compile a data mix into a packed shard set: read, compile in many processes, pack, write in many processes, publish.
 
-In the first phase records become Examples, chunk by chunk, spooled by the processes that make them. This process packs
-their lengths. Then every place in every file is known, and in the second phase processes write ranges of packs side by
-side, pictures straight from where they lie. What comes out depends on the mix, the settings and the seed alone, whoever
-did the work and however often it was cut short: what is finished stays in the work folder until the set is published.
+In the first phase records become Examples, chunk by chunk, in intermediate shards of the processes that make them. This
+process packs their lengths. Then every place in every file is known, and in the second phase processes write ranges of
+packs side by side, pictures straight from where they lie. What comes out depends on the mix, the settings, the seed and
+the data alone, whoever did the work, wherever they lie, and however often it was cut short: what is finished stays in
+the work folder until the set is published.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_vita import __version__
+from megatron_vita.data.compile import rejected as rejects
 from megatron_vita.data.compile.engines import Executor, LocalExecutor, open_executor
+from megatron_vita.data.compile.inputs import Inputs, Options, read_inputs
 from megatron_vita.data.compile.job import ChunkJob, ChunkTask
-from megatron_vita.data.compile.options import Options
-from megatron_vita.data.compile.record import Rules
-from megatron_vita.data.compile.reuse import EarlierSet, source_key
-from megatron_vita.data.media.video.open import decoder_name
-from megatron_vita.data.shards.manifest import Manifest, Reject, SetInfo, SourceCounts, TokenizerInfo, load_manifest
+from megatron_vita.data.compile.retry import any_changed, forget_outdated, rejected_for_media
+from megatron_vita.data.compile.reuse import EarlierSet
+from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, load_manifest
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import EntryTable, Plan, chunk_path
-from megatron_vita.data.shards.writer.publish import hold_work_folder, work_folder, write_set
+from megatron_vita.data.shards.writer.publish import hold_work_folder, write_rejects, write_set
 from megatron_vita.data.sources.media_store import store as stores
-from megatron_vita.data.sources.mix import MixFile, load_mix
-from megatron_vita.data.text.tokenizer import (
-    IM_END,
-    PATCH,
-    PATCH_CONTEXT,
-    PATCH_END,
-    VID,
-    VID_CONTEXT,
-    VID_END,
-    VitaTokenizer,
-)
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.files import file_info, no_room
+from megatron_vita.files import no_room
+
+__all__ = ["Options", "run"]
 
 CHUNK = 128
 """Records that a process takes at once."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """A run whose settings are proven: nothing is written yet."""
-
-    options: Options
-    files: list[MixFile]
-    info: SetInfo
-    keys: list[str]
-    """Of each file: who has the same key has the same Examples."""
-
-    @property
-    def prefix(self) -> Path:
-        return Path(self.options.output)
-
-    @property
-    def work(self) -> Path:
-        return work_folder(self.prefix)
-
-    @property
-    def inputs(self) -> str:
-        return str(self.info.packing["inputs"])
 
 
 def run(options: Options) -> Manifest:
@@ -88,212 +52,172 @@ def run(options: Options) -> Manifest:
 
     Raises:
         ConfigError: settings, mix or tokenizer are wrong; nothing was written.
-        DataError: a data file cannot be read, no record is left, more were refused than `max_rejected` allows, or the
-            disk is full.
+        DataError: a data file cannot be read, no record is left, more of a source was rejected than `max_rejected`
+            allows, or the disk is full.
     """
-    job = _prepare(options)
+    inputs = read_inputs(options)
     try:
-        return _run(job)
+        return _run(inputs)
     except OSError as error:
         if not no_room(error):
             raise
         raise DataError(
-            f"--output {job.prefix}: cannot be written ({error.strerror}). Make room and go on with --resume."
+            f"--output {inputs.prefix}: cannot be written ({error.strerror}). Make room and go on with --resume."
         ) from None
 
 
-def _run(job: _Run) -> Manifest:
-    options = job.options
+def _run(inputs: Inputs) -> Manifest:
+    options = inputs.options
     # the same chunks have the same numbers: said by whoever cuts them
-    described = f"{job.inputs} {CHUNK} {__version__}"
-    held = hold_work_folder(job.prefix, described, resume=options.resume)
+    described = f"{inputs.digest} {CHUNK} {__version__}"
+    held = hold_work_folder(inputs.prefix, described, resume=options.resume)
     with held as ready, open_executor(options.engine, options.workers) as engine:
         if ready is not None:
             return ready
+        finished = _finished(inputs) if options.resume else None
+        rejected = rejected_for_media(inputs) if finished is not None else {}
+        chunks = _chunks(inputs) if finished is None or rejected else []
+        if finished is not None and not any_changed(inputs, chunks, rejected, engine):
+            log.info("%s is finished and its inputs are the same: kept", options.output)
+            shutil.rmtree(inputs.work)
+            return finished
         if options.resume:
-            finished = _finished(options.output, job.inputs)
-            if finished is not None:
-                log.info("%s is finished and its inputs are the same: kept", options.output)
-                shutil.rmtree(job.work)
-                return finished
-        chunks = _chunks(job)
-        _compile(job, chunks, engine)
-        sources = _sources(job, chunks)
-        return _write(job, chunks, sources, engine)
+            forget_outdated(inputs, chunks, engine)
+        _compile(inputs, chunks, _earlier(inputs, finished) if options.resume else None, engine)
+        sources = _sources(inputs, chunks)
+        return _write(inputs, chunks, sources, engine)
 
 
-def _prepare(options: Options) -> _Run:
-    """Read everything small and prove it, before anything is written."""
-    files = load_mix(options.data_config)
-    tokenizer = VitaTokenizer.load(options.tokenizer)
-    if options.spec.layout == "long_vita":
-        for token in (VID, VID_END, VID_CONTEXT, PATCH, PATCH_END, PATCH_CONTEXT):
-            tokenizer.token_id(token)
-    tokenizer.token_id(IM_END)
-    open_executor(options.engine, options.workers)  # complains if ray is missing
-    decoder = decoder_name(options.video_backend)
-    settings: dict[str, Any] = {
-        "spec": options.spec.to_dict(),
-        "seq_length": options.seq_length,
-        "overlong": options.overlong,
-        "media": options.media,
-        "verify_media": options.verify_media,
-        "video_decoder": decoder,
-        "video_limits": [options.video_limits.timeout, options.video_limits.memory],
-        "tokenizer": tokenizer.sha256,
-        "template": tokenizer.template_sha256,
-    }
-    with ThreadPoolExecutor(options.workers) as threads:  # hashlib frees the GIL
-        contents = list(threads.map(lambda file: file_info(file.path)["sha256"], files))
-    keys = [source_key(file, content, settings) for file, content in zip(files, contents, strict=True)]
-    named = [[file.name, file.written, file.ratio, file.num, key] for file, key in zip(files, keys, strict=True)]
-    inputs = hashlib.sha256(json.dumps([options.seed, named], sort_keys=True).encode()).hexdigest()
-    info = SetInfo(
-        spec=options.spec,
-        seq_length=options.seq_length,
-        tokenizer=TokenizerInfo(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id),
-        template_sha256=tokenizer.template_sha256,
-        media=options.media,
-        video_decoder=decoder,
-        packing={"seed": options.seed, "inputs": inputs},
-    )
-    return _Run(options=options, files=files, info=info, keys=keys)
-
-
-def _chunks(job: _Run) -> list[ChunkTask]:
+def _chunks(inputs: Inputs) -> list[ChunkTask]:
     """The records that were chosen, in runs for one process each: the same ones whoever compiles them."""
     chunks: list[ChunkTask] = []
-    sources_work = job.work / "sources"
+    sources_work = inputs.work / "sources"
     try:
-        for rule in dict.fromkeys(file.media for file in job.files):
-            stores.prepare(rule, sources_work, progress=job.options.progress)
-        for number, file in enumerate(job.files):
+        for rule in dict.fromkeys(file.media for file in inputs.files):
+            stores.prepare(rule, sources_work, progress=inputs.options.progress)
+        for number, file in enumerate(inputs.files):
             reader = file.reader(sources_work)
-            reader.prepare(progress=job.options.progress)
-            chosen = file.choose(reader.index(), job.options.seed)
+            reader.prepare(progress=inputs.options.progress)
+            chosen = file.choose(reader.index(), inputs.options.seed)
             parts = reader.chunks(chosen, CHUNK)
             chunks += [ChunkTask(n, number, part) for n, part in enumerate(parts, len(chunks))]
     except VitaError:
-        if not (job.work / "spool").exists():  # nothing is compiled yet that could be kept
-            shutil.rmtree(job.work)
+        if not (inputs.work / "spool").exists():  # nothing is compiled yet that could be kept
+            shutil.rmtree(inputs.work)
         raise
     return chunks
 
 
-def _compile(job: _Run, chunks: Sequence[ChunkTask], engine: Executor) -> None:
-    """Every chunk that has no spool file yet."""
-    options, work = job.options, job.work
+def _compile(inputs: Inputs, chunks: Sequence[ChunkTask], earlier: EarlierSet | None, engine: Executor) -> None:
+    """Every chunk that has no intermediate shard yet."""
+    options, work = inputs.options, inputs.work
     for folder in {chunk_path(work, task.number).parent for task in chunks}:
         folder.mkdir(parents=True, exist_ok=True)
     todo = [task for task in chunks if not chunk_path(work, task.number).exists()]
-    compiling = ChunkJob(
-        tokenizer=str(options.tokenizer),
-        rules=Rules(
-            spec=options.spec,
-            seq_length=options.seq_length,
-            overlong=options.overlong,
-            verify_media=options.verify_media,
-            video_limits=options.video_limits,
-            video_backend=options.video_backend,
-        ),
-        info=job.info,
-        files=job.files,
-        work=work,
-        sources_work=work / "sources",
-        folder=job.prefix.parent,
-        earlier=_earlier(job) if options.resume else None,
-    )
+    job = ChunkJob.of(inputs, earlier)
     total = sum(len(task.places) for task in chunks)
     done = total - sum(len(task.places) for task in todo)
     # What was being compiled when a run ended may have ended it: it gets a process of its own, whose end is survived.
-    suspects = [task for task in todo if compiling.marker(task.number).exists()] if options.workers == 1 else []
+    suspects = [task for task in todo if job.marker(task.number).exists()] if options.workers == 1 else []
     alone = {task.number for task in suspects}
     rest = [task for task in todo if task.number not in alone]
     with _bar(options, "compile", "records", total, done) as bar, LocalExecutor(1) as apart:
         for one, tasks in ((apart, suspects), (engine, rest)):
-            for task, _ in one.map(compiling, tasks):
+            for task, _ in one.map(job, tasks):
                 bar.update(len(task.places))
 
 
-def _earlier(job: _Run) -> EarlierSet | None:
-    """The set under this name as a source of Examples, if it is one of other inputs."""
+def _earlier(inputs: Inputs, finished: Manifest | None) -> EarlierSet | None:
+    """The set under this name as a source of Examples, as far as its inputs are the same."""
     try:
-        manifest = load_manifest(job.options.output)
+        manifest = load_manifest(inputs.options.output)
     except (ConfigError, DataError):
         return None
-    if manifest.packing.get("inputs") == job.inputs:
-        return None  # the same inputs, and yet not taken as finished: it is damaged
-    earlier = EarlierSet.matching(job.options.output, manifest, job.keys)
+    if manifest.packing.get("inputs") == inputs.digest and finished is None:
+        return None  # it is damaged
+    earlier = EarlierSet.matching(inputs.options.output, manifest, inputs.keys)
     if earlier is not None:
-        log.info("%s: Examples of %d unchanged files are taken from it", job.options.output, len(earlier.sources))
+        log.info("%s: Examples of %d unchanged files are taken from it", inputs.options.output, len(earlier.sources))
     return earlier
 
 
-def _sources(job: _Run, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
+def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
     """What became of each file's records.
 
     Raises:
-        DataError: nothing can be used, or too much is refused.
+        DataError: nothing can be used, or too much of a source is rejected.
     """
     read: Counter[int] = Counter()
-    rejected = [Counter[str]() for _ in job.files]
-    first: list[str] = []
+    codes = [Counter[str]() for _ in inputs.files]
     for task in chunks:
         read[task.file] += len(task.places)
-    for file, reject in _rejects(job, chunks):
-        rejected[file][reject.code] += 1
-        if len(first) < 3:
-            first.append(f"{reject.source}, record {reject.line}: {reject.code}: {reject.message}")
-    total, refused = read.total(), sum(codes.total() for codes in rejected)
-    if refused == total:
-        shutil.rmtree(job.work)
-        raise DataError(
-            f"{job.options.data_config}: none of {total} records can be used. {' '.join(first)} Nothing is written."
-        )
-    if refused > job.options.max_rejected * total:
-        codes = ", ".join(f"{count} {code}" for code, count in sum(rejected, Counter[str]()).most_common())
-        raise DataError(
-            f"{job.options.data_config}: {refused} of {total} records are refused ({codes}), more than --max-rejected "
-            f"{job.options.max_rejected} allows. For instance {' '.join(first)} Mend them, or go on with --resume "
-            "and a higher --max-rejected."
-        )
-    return [
+    for file, reject in _rejects(inputs, chunks):
+        codes[file][reject.code] += 1
+    sources = [
         SourceCounts(
             name=file.name,
             files=(file.written,),
             read=read[number],
-            used=read[number] - rejected[number].total(),
-            rejected=dict(sorted(rejected[number].items())),
-            key=job.keys[number],
+            used=read[number] - codes[number].total(),
+            rejected=dict(sorted(codes[number].items())),
+            key=inputs.keys[number],
         )
-        for number, file in enumerate(job.files)
+        for number, file in enumerate(inputs.files)
     ]
+    beyond = rejects.too_many(sources, inputs.options.max_rejected)
+    if beyond or not any(source.used for source in sources):
+        raise _refused(inputs, chunks, sources, beyond)
+    return sources
 
 
-def _rejects(job: _Run, chunks: Sequence[ChunkTask]) -> Iterator[tuple[int, Reject]]:
-    """(number of the file, refused record), in order; read from the spool files each time."""
+def _refused(
+    inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], beyond: Sequence[SourceCounts]
+) -> DataError:
+    """Why nothing is published; the rejected records are listed in a file that is kept."""
+    limit, names = inputs.options.max_rejected, {source.name for source in beyond}
+    shown: list[str] = []
+    for _, one in _rejects(inputs, chunks):
+        if len(shown) < 3 and (not names or one.source in names):
+            shown.append(f"{one.source}, record {one.line}: {one.code}: {one.message}")
+    none = not any(source.used for source in sources)
+    what = f" none of {sum(source.read for source in sources)} records can be used." if none else ""
+    if not beyond:
+        shutil.rmtree(inputs.work)
+        return DataError(f"{inputs.options.data_config}:{what} {' '.join(shown)} Nothing is written.")
+    listed = inputs.work / "rejects.jsonl"
+    write_rejects(listed, (reject for _, reject in _rejects(inputs, chunks)))
+    return DataError(
+        f"{inputs.options.data_config}:{what} {'; '.join(map(rejects.describe, beyond))}, more than --max-rejected "
+        f"{rejects.MAX_REJECTED if limit is None else limit:g} allows. For instance {' '.join(shown)} Nothing is "
+        f"published; {listed} holds every rejected record. Mend them, or go on with --resume and a higher "
+        "--max-rejected."
+    )
+
+
+def _rejects(inputs: Inputs, chunks: Iterable[ChunkTask]) -> Iterator[tuple[int, Reject]]:
+    """(number of the file, rejected record), in order; read from the intermediate shards each time."""
     for task in chunks:
-        file = job.files[task.file]
-        for line, code, message in ChunkFile(chunk_path(job.work, task.number)).rejects:
+        file = inputs.files[task.file]
+        for line, code, message in ChunkFile(chunk_path(inputs.work, task.number)).rejects:
             yield task.file, Reject(source=file.name, line=line, code=code, message=f"{file.written}: {message}")
 
 
-def _write(job: _Run, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], engine: Executor) -> Manifest:
-    options = job.options
+def _write(inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], engine: Executor) -> Manifest:
+    options = inputs.options
     try:
-        plan = Plan(job.work)
+        plan = Plan(inputs.work)
     except FileNotFoundError:
-        table = EntryTable(job.work)
+        table = EntryTable(inputs.work)
         for task in chunks:
-            table.add(task.number, ChunkFile(chunk_path(job.work, task.number)), task.file)
+            table.add(task.number, ChunkFile(chunk_path(inputs.work, task.number)), task.file)
         plan = table.shuffled(options.seq_length, options.seed)
     with _bar(options, "write", "samples", plan.totals["samples"], 0) as bar:
         manifest = write_set(
             plan,
-            job.prefix,
-            job.info,
+            inputs.prefix,
+            inputs.info,
             sources,
-            (reject for _, reject in _rejects(job, chunks)),
+            (reject for _, reject in _rejects(inputs, chunks)),
             engine=engine,
             progress=bar.update,
         )
@@ -309,15 +233,15 @@ def _bar(options: Options, name: str, unit: str, total: int, done: int) -> tqdm[
     return tqdm(total=total, initial=done, unit=f" {unit}", desc=name, disable=not options.progress, mininterval=0.5)
 
 
-def _finished(output: str, inputs: str) -> Manifest | None:
+def _finished(inputs: Inputs) -> Manifest | None:
     """The set under this name, if it is whole and was made from the same inputs."""
     from megatron_vita.data.shards.reader import ShardSet  # imports torch
 
     try:
-        manifest = load_manifest(output)
-        if manifest.packing.get("inputs") != inputs:
+        manifest = load_manifest(inputs.options.output)
+        if manifest.packing.get("inputs") != inputs.digest:
             return None
-        ShardSet(output).verify()
+        ShardSet(inputs.options.output).verify()
     except (ConfigError, DataError):
         return None
     return manifest

@@ -13,9 +13,14 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 """Of the pictures in a folder that stands for a video."""
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which `frame2` comes before `frame10`."""
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"([0-9]+)", name)]
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sort key under which `frame2` comes before `frame10`; no two names have the same."""
+    pieces = re.split(r"([0-9]+)", name)
+    digits = (piece.lstrip("0") for piece in pieces)  # compared by their count: a number may have thousands
+    return [
+        (0, len(digit), digit) if number % 2 else (1, 0, piece)
+        for number, (piece, digit) in enumerate(zip(pieces, digits, strict=True))
+    ], name
 
 
 def locate(root: str, path: str) -> str | None:
@@ -35,7 +40,5 @@ def locate(root: str, path: str) -> str | None:
         raise reject("media_missing", f"{path!r} is not a file name.") from None
     real = os.path.realpath(os.path.join(root, path))
     if not (real + os.sep).startswith(root.rstrip(os.sep) + os.sep):
-        raise reject(
-            "path_escape", f"{path} leaves the media root {root}. Set `media_root` to the folder that holds it."
-        )
+        raise reject("path_escape", f"{path} leaves the media root. Set `media_root` to the folder that holds it.")
     return real if os.path.exists(real) else None

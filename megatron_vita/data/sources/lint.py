@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 
-from megatron_vita.data.sources.groups import Group, read_groups
+from megatron_vita.data.sources.entries import DatasetEntry, read_entries
 from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.errors import DataError
@@ -63,7 +63,7 @@ def lint(path: str | Path) -> Report:
         ConfigError: it cannot be read as a mix at all.
     """
     report = Report()
-    used = [group for group in read_groups(Path(path)) if group.used]
+    used = [group for group in read_entries(Path(path)) if group.used]
     if not used:
         report.wrong.append("every group has ratio or num 0; nothing is left to read.")
     files = [(group, file) for group in used for _, shards in group.found() for file in shards]
@@ -79,7 +79,7 @@ def lint(path: str | Path) -> Report:
     return report
 
 
-def _line(group: Group, files: list[Path]) -> str:
+def _line(group: DatasetEntry, files: list[Path]) -> str:
     taken = f"ratio {group.ratio:g}" + (f", at most {group.num} of each" if group.num is not None else "")
     source = f"`{group.row.name}`" if group.row is not None else "form told from the records"
     archives: dict[Path, int] = {}
@@ -93,7 +93,7 @@ def _line(group: Group, files: list[Path]) -> str:
     return f"{group.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
 
 
-def _elsewhere(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
+def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
     """Files of whose first records not one has its media in the media folder. (Archives are not opened for it.)"""
     for group, file in files:
         if group.row is None or (group.media_root is not None and not group.media_root.is_dir()):
@@ -118,7 +118,7 @@ def _elsewhere(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
             yield f"{group.name}: {file.name}: {looked_for[0]} and so on: none under {rule.root}{packed}."
 
 
-def _gaps(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
+def _gaps(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
     """Numbered archives, and parts of split ones, of which one in the middle is missing."""
     seen: set[Path] = set()
     for group, file in files:
@@ -142,9 +142,9 @@ def _gaps(files: Iterable[tuple[Group, Path]]) -> Iterator[str]:
                 yield f"{members[before]} is followed by {members[after].name}: what lies between is missing."
 
 
-def _twice(files: list[tuple[Group, Path]], report: Report) -> None:
+def _twice(files: list[tuple[DatasetEntry, Path]], report: Report) -> None:
     """What would train one sample twice."""
-    groups: dict[Path, list[Group]] = defaultdict(list)
+    groups: dict[Path, list[DatasetEntry]] = defaultdict(list)
     for group, file in files:
         groups[file.resolve()].append(group)
     for file, listed in groups.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vita.data.sample import Document, Sample
-from megatron_vita.data.sources.groups import Group, read_groups
+from megatron_vita.data.sources.entries import DatasetEntry, read_entries
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store
 from megatron_vita.data.sources.readers import Places, Reader, open_reader
 from megatron_vita.data.sources.registry import DatasetSpec, detect_row, find_row
@@ -26,9 +28,10 @@ class MixFile:
     """One file of a data mix."""
 
     name: str
-    """The group's name; with several files, the group's and the file's."""
+    """The dataset entry's name; with several files, the entry's and the file's."""
     written: str
-    """The path as the mix writes it, before variables are filled in: the same on every machine."""
+    """The path as the mix writes it, before variables are filled in, and an absolute one without the folders that all
+    of the mix have in common: the same on every machine."""
     path: Path
     ratio: float
     """Part of the records that is taken; above 1 they repeat."""
@@ -78,20 +81,20 @@ class MixFile:
 def load_mix(path: str | Path) -> list[MixFile]:
     """Read a data mix: `dataset: {NAME: {ratio, num, data_paths, source, media_root, ...}}`, see docs/datasets.md.
 
-    Long-VITA's own form is one. A group whose ratio or num is 0 is left out. Relative paths start in the working
+    Long-VITA's own form is one. An entry whose ratio or num is 0 is left out. Relative paths start in the working
     folder; a path with `*`, `?` or `[` that is no file's name is a pattern.
 
     Raises:
         ConfigError: unreadable, an unknown key, a form that cannot be told, or whatever is missing: every path of it.
     """
     path = Path(path)
-    groups = [group for group in read_groups(path) if group.used]
-    if not groups:
+    entries = [entry for entry in read_entries(path) if entry.used]
+    if not entries:
         raise ConfigError(f"{path}: every group has ratio or num 0; nothing is left to read.")
-    problems = [f"{group.name}: {problem}" for group in groups for problem in group.problems()]
+    problems = [f"{entry.name}: {problem}" for entry in entries for problem in entry.problems()]
     if problems:
         raise ConfigError(_many(path, problems))
-    files = [file for group in groups for file in _group_files(group)]
+    files = [file for entry in entries for file in _files_of(entry)]
     names: dict[str, int] = {}
     for number, one in enumerate(files):  # the same file may be listed twice, and is counted twice then
         names[one.name] = names.get(one.name, 0) + 1
@@ -107,23 +110,28 @@ def _many(path: Path, problems: list[str]) -> str:
     return f"{path}: {len(problems)} things are missing (--lint shows the whole mix):{listed}"
 
 
-def _group_files(group: Group) -> Iterator[MixFile]:
-    found = group.found()
-    files = sum(len(shards) for _, shards in found)
-    plain = [file.name for _, shards in found for file in shards]
+def _files_of(entry: DatasetEntry) -> Iterator[MixFile]:
+    found = entry.found()
+    named: dict[str, list[str]] = defaultdict(list)
+    for _, shards in found:
+        for file in shards:
+            named[file.name].append(os.path.abspath(file))
+    files = sum(map(len, named.values()))
     for written, shards in found:
         for file in shards:
-            # shards of several subsets bear the same names; their folder tells them apart
-            short = file.name if plain.count(file.name) == 1 else f"{file.parent.name}/{file.name}"
-            row = group.fitted(group.row or _detect(file, group.where))
+            # shards of several subsets bear the same names; the folders in which they differ tell them apart
+            alike = named[file.name]
+            top = os.path.commonpath(map(os.path.dirname, alike))
+            short = file.name if len(alike) == 1 else os.path.relpath(os.path.abspath(file), top)
+            row = entry.fitted(entry.row or _detect(file, entry.where))
             yield MixFile(
-                name=f"{group.name}/{short}" if files > 1 else group.name,
+                name=f"{entry.name}/{short}" if files > 1 else entry.name,
                 written=written if Path(written).name == file.name else f"{written}: {file.name}",
                 path=file,
-                ratio=group.ratio,
-                num=group.num,
+                ratio=entry.ratio,
+                num=entry.num,
                 row=row,
-                media=group.media(row, file),
+                media=entry.media(row, file),
                 shards=tuple(shards) if len(shards) > 1 else (),
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase as fnmatch
@@ -22,6 +23,9 @@ from megatron_vita.errors import ConfigError
 ROOTS = ("cwd", "json_dir", "dataset", "user", "none")
 _READERS = ("auto", *KINDS)
 _TUPLES = ("files", "image", "video", "archives", "fix")
+_ABOUT_FILES = ("hub", "files", "root", "folders", "resolve", "rewrite", "archives", "frames")
+_ABOUT_FETCHING = ("gated", "built_by", "media_from")
+"""Fields that say where a dataset and its media are found, and nothing of its records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,16 @@ class DatasetSpec:
     file's folder in `folders`."""
     frames: bool = False
     """References may name folders of frames inside archives."""
+    frame_rate: float = 1.0
+    """Pictures of a folder of frames that make a second."""
     fix: tuple[str, ...] = ()
     """Fixes in order."""
+    gated: bool = False
+    """Its publisher asks to accept terms before it can be fetched."""
+    built_by: str = ""
+    """Command that makes it, where its publisher ships no data files."""
+    media_from: str = ""
+    """Where its media come from, if not with the data files."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -74,17 +86,25 @@ class DatasetSpec:
         for fix in self.fix:
             find_fix(fix)
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """All that decides what a record becomes, but where its media lie."""
+        names = (one.name for one in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in _ABOUT_FILES + _ABOUT_FETCHING}
+
     def dataset_root(self, file: Path) -> Path:
         """The folder of a publisher's dataset that a data file belongs to; the file's own if its name is another."""
+        whole = Path(os.path.abspath(file))  # so that it is found from inside the dataset, too
         for pattern in self.files:
             depth = pattern.count("/") + 1
-            if len(file.parts) >= depth and fnmatch("/".join(file.parts[-depth:]), pattern):
-                return file.parents[depth - 1]
+            if len(whole.parts) > depth and fnmatch("/".join(whole.parts[-depth:]), pattern):
+                return whole.parents[depth - 1]
         return file.parent
 
     def published(self, file: Path) -> bool:
         """Does the file bear one of the publisher's names? Yes where none is known."""
-        tails = ("/".join(file.parts[-(pattern.count("/") + 1) :]) for pattern in self.files)
+        parts = Path(os.path.abspath(file)).parts
+        tails = ("/".join(parts[-(pattern.count("/") + 1) :]) for pattern in self.files)
         return not self.files or any(map(fnmatch, tails, self.files))
 
 

@@ -17,9 +17,8 @@ import pytest
 from megatron_vita.data.compile import run as preprocess
 from megatron_vita.data.compile.engines import Executor, InProcess, LocalExecutor, RayExecutor, open_executor
 from megatron_vita.data.compile.job import ChunkJob, ChunkTask
-from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Compiler
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.shards.writer.packs import PackJob
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError

@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pil
 
-from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Compiler, Rules
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.sample import Sample

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from megatron_vita.data.compile import inputs
 from megatron_vita.data.compile import run as preprocess
-from megatron_vita.data.compile.options import Options
 from megatron_vita.data.compile.record import Compiler
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.shards.writer import plan
@@ -334,7 +334,7 @@ def test_nothing_is_taken_from_a_set_that_another_decoder_made(
     first = list(compiled)
     run(given)
     assert compiled == first  # the same decoder: kept
-    monkeypatch.setattr(preprocess, "decoder_name", lambda backend: "pyav 99.0")
+    monkeypatch.setattr(inputs, "decoder_name", lambda backend: "pyav 99.0")
     assert run(given).video["decoder"] == "pyav 99.0"
     assert compiled == [*first, *first]
     if importlib.util.find_spec("decord"):

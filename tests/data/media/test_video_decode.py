@@ -156,12 +156,12 @@ def test_sound_alone_and_nothing_at_all_are_refused(clips: Path, tmp_path: Path)
 
 
 def test_folders_of_frames_have_the_rate_of_their_dataset(tmp_path: Path) -> None:
-    for name, fps in (("frames", 1.0), ("ShareGPTVideo", 2.0)):
+    for name, fps in (("frames", 1.0), ("twice", 2.0)):
         folder = tmp_path / name / "clip"
         folder.mkdir(parents=True)
         for number in range(11):
             Pil.new("RGB", (16, 16), (number * 20,) * 3).save(folder / f"{number}.jpg")
-        with open_video(MediaFile(path=str(folder))) as video:
+        with open_video(MediaFile(path=str(folder), frame_rate=fps)) as video:
             assert (video.total, video.fps) == (11, fps)
             one_a_second = PreprocessSpec(image_size=16, patch_size=4)
             items = video.frames(one_a_second, 64)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.data.compile.options import Options
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.shards.manifest import Manifest
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.spec import PreprocessSpec

@@ -95,8 +95,7 @@ def test_what_may_fit_is_left_as_it_is(tokenizer: VitaTokenizer, monkeypatch: py
 _CHILD = """
 import re, sys
 from pathlib import Path
-from megatron_vita.data.compile.options import Options
-from megatron_vita.data.compile.run import run
+from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.spec import PreprocessSpec
 where = Path(sys.argv[1])
 run(Options(data_config=str(where / "mix.yaml"), tokenizer=str(where / "tok"), output=str(where / "out/set"),

@@ -28,11 +28,10 @@ BACKENDS = ("auto", "pyav", "decord")
 
 
 class _Folder(VideoFile):
-    """Pictures of a folder in order, one a second (ShareGPTVideo's: two a second)."""
+    """Pictures of a folder in order, as many a second as its dataset says."""
 
-    def __init__(self, name: str, files: Sequence[MediaFile]) -> None:
+    def __init__(self, name: str, files: Sequence[MediaFile], fps: float) -> None:
         self._files = files
-        fps = 2.0 if "ShareGPTVideo" in name else 1.0
         super().__init__(name, np.arange(len(files)) / fps, fps)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -88,9 +87,9 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
     if backend not in BACKENDS:
         raise ConfigError(f"video backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if file.frames:
-        return _Folder(file.name, file.frames)
+        return _Folder(file.name, file.frames, file.frame_rate)
     if file.path is not None and os.path.isdir(file.path):
-        return _Folder(file.path, _frames_of(file.path))
+        return _Folder(file.name, _frames_of(file.path), file.frame_rate)
     with open_window(file) as window:
         try:
             check_container(window)

@@ -277,5 +277,6 @@ def described(container: Any, stream: Any) -> str:
 
 def first_line(error: object) -> str:
     """The first line of an error, short enough for a message."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    text = str(error).replace(str(getattr(error, "filename", None) or "\0"), "the file")  # wherever it lies here
+    lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -282,7 +282,8 @@ class ChildVideo(VideoFile):
             {"path": None if one.path is None else os.path.abspath(one.path), "offset": one.offset, "size": one.size}
             for one in (file, *file.frames)
         ]
-        message = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
+        message: dict[str, Any] = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
+        message["frame_rate"] = file.frame_rate
         answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
         self._where = decoder.started
         return float(answer["fps"]), np.frombuffer(blobs[0], dtype="<f8")

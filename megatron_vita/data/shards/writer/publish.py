@@ -84,7 +84,7 @@ def write_set(
             frontier.add(number)
             progress(int(plan.ranges["samples"][number]))
         files = digests.result()
-    sources, totals = _counted(plan, prefix, sources, _write_rejects(out_path(work, "rejects.jsonl"), rejects))
+    sources, totals = _counted(plan, prefix, sources, write_rejects(out_path(work, "rejects.jsonl"), rejects))
     absent = () if totals["media"] or totals["tiles"] else MEDIA_SUFFIXES
     present = [suffix for suffix in SUFFIXES if suffix not in absent]
     rest = [suffix for suffix in present if suffix not in files]
@@ -135,7 +135,7 @@ class _Frontier:
             self._next += 1
 
 
-def _write_rejects(path: Path, rejects: Iterable[Reject]) -> dict[str, int]:
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> dict[str, int]:
     """Write the rejects file; lines of each source."""
     lines: dict[str, int] = {}
     with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:

@@ -43,12 +43,12 @@ class ArchiveMedia:
     """The archives of one media rule."""
 
     def __init__(
-        self, root: str, paths: Sequence[Path], work: Path | None, *, frames: bool, resolve: str, progress: bool
+        self, root: Path, paths: Sequence[Path], work: Path | None, *, frames: bool, resolve: str, progress: bool
     ) -> None:
         """Unpack and index what was not yet.
 
         Args:
-            root: the media root, its links resolved.
+            root: the media root.
             paths: the archives.
             work: where indexes and unpacked archives are kept.
             frames: folders of frames are to be found.
@@ -60,17 +60,21 @@ class ArchiveMedia:
         """
         self._work, self._resolve, self._frames = work, resolve, frames
         self._archives: list[Archive] = []
+        self._names: list[str] = []
+        """Of each archive for messages: its path below the root, alike on every machine."""
         self._below: dict[str, set[int]] = {}
         """Folder -> the archives that may have been unpacked in it."""
         tables = []
+        top = os.path.realpath(root)
         for number, path in enumerate(paths):
             real = os.path.realpath(path)
-            if not real.startswith(root.rstrip(os.sep) + os.sep):
+            if not real.startswith(top.rstrip(os.sep) + os.sep):
                 raise ConfigError(f"{path}: the archive lies outside the media root {root}. Set `media_root`.")
             archive = _opened(path, work, progress)
             self._archives.append(archive)
+            self._names.append(os.path.relpath(path, root))
             tables.append(self._table_of(archive))
-            folder = os.path.relpath(os.path.realpath(path.parent), root)
+            folder = os.path.relpath(os.path.realpath(path.parent), top)
             parts = [] if folder == "." else folder.split(os.sep)
             for length in range(len(parts) + 1):
                 self._below.setdefault("/".join(parts[:length]), set()).add(number)
@@ -115,8 +119,7 @@ class ArchiveMedia:
 
     def _file(self, rows: list[Found], name: str) -> MediaFile:
         row = self._one(rows, name)
-        archive = self._archives[row.archive]
-        label = f"{archive.path}: {name}"
+        label = f"{self._names[row.archive]}: {name}"
         try:
             return self._medium(row, label)
         except DataError as error:
@@ -157,7 +160,7 @@ class ArchiveMedia:
         if sum(row.second for row in rows if row.kind == DEFLATED) > _FRAMES_IN_MEMORY:
             raise reject("media_broken", f"{name}: so many packed frames are not held in memory. Unpack the archive.")
         frames = [self._file(by_name[frame], frame) for frame in sorted(by_name, key=natural_key)]
-        return MediaFile(label=f"{self._archives[rows[0].archive].path}: {name}", frames=tuple(frames))
+        return MediaFile(label=f"{self._names[rows[0].archive]}: {name}", frames=tuple(frames))
 
     def _frame(self, row: Found) -> tuple[str, Found]:
         """(name, row with the offset of its data) of a frame, whose row has the offset of its header."""
@@ -174,9 +177,9 @@ class ArchiveMedia:
         good = [row for row in rows if row.kind not in REFUSED]
         if not good:
             code, why = REFUSED[rows[0].kind]
-            raise reject(code, f"{self._archives[rows[0].archive].path}: {name}: {why}.")
+            raise reject(code, f"{self._names[rows[0].archive]}: {name}: {why}.")
         if len(good) > 1 and len({self._identity(row) for row in good}) > 1:
-            where = " and ".join(dict.fromkeys(str(self._archives[row.archive].path) for row in good))
+            where = " and ".join(dict.fromkeys(self._names[row.archive] for row in good))
             raise reject("media_ambiguous", f"{name} is more than once in {where}, and not the same. Remove one.")
         return good[0]
 

@@ -5,6 +5,7 @@ A MediaRule says where the media of a data file lie and can be sent to any proce
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from abc import ABC, abstractmethod
@@ -42,6 +43,13 @@ class MediaRule:
     """(beginning, replacement): the first that a reference begins with is replaced."""
     frames: bool = False
     """References may name folders of frames inside archives, too. (Always so with `stem`.)"""
+    frame_rate: float = 1.0
+    """Pictures of a folder of frames that make a second."""
+    place: str = ""
+    """Where the mix says that the root lies, alike on every machine."""
+    shown: str = ""
+    """How messages call the root, alike on every machine; media are then called by their path below it. None: both by
+    their whole path."""
 
 
 class MediaStore(ABC):
@@ -74,7 +82,7 @@ class _Rooted(MediaStore):
         if rule.archives:
             frames = rule.frames or rule.resolve == "stem"
             self._archives = ArchiveMedia(
-                self._root, rule.archives, work, frames=frames, resolve=rule.resolve, progress=progress
+                root, rule.archives, work, frames=frames, resolve=rule.resolve, progress=progress
             )
         if rule.resolve != "path":
             self._names = FolderIndex(Path(self._root), rule.resolve, work, anew=anew)
@@ -85,18 +93,24 @@ class _Rooted(MediaStore):
                 reference = replacement + reference.removeprefix(beginning)
                 break
         real = locate(self._root, reference)
+        inside = os.path.isabs(reference) and os.path.relpath(os.path.realpath(reference), self._root)
+        path = os.path.normpath(inside or reference)
         if real is not None:
-            return MediaFile(path=real)
-        path = os.path.normpath(os.path.relpath(reference, self._root) if os.path.isabs(reference) else reference)
+            return self._on_disk(real, path)
         found = self._archives.find(path) if self._archives else None
         if found is None and self._names is not None:
             found = self._by_name(path)
         if found is not None:
-            return found
+            return dataclasses.replace(found, frame_rate=self._rule.frame_rate)
         places = f" or in its {len(self._rule.archives)} archives" if self._rule.archives else ""
         raise reject(
-            "media_missing", f"{reference} does not exist under {self._given}{places}. Set `media_root`, or fetch it."
+            "media_missing",
+            f"{path if inside else reference} does not exist under {self._rule.shown or self._given}{places}. "
+            "Set `media_root`, or fetch it.",
         )
+
+    def _on_disk(self, real: str, path: str) -> MediaFile:
+        return MediaFile(path=real, label=path if self._rule.shown else None, frame_rate=self._rule.frame_rate)
 
     def _by_name(self, path: str) -> MediaFile | None:
         assert self._names is not None
@@ -110,7 +124,7 @@ class _Rooted(MediaStore):
             raise reject("media_ambiguous", f"{name} may be {on_disk[0]} or {on_disk[1]}. Give the path in the record.")
         if on_disk:
             real = locate(self._root, on_disk[0])
-            return None if real is None else MediaFile(path=real)
+            return None if real is None else self._on_disk(real, on_disk[0])
         return self._archives.find_name(name) if self._archives else None
 
 

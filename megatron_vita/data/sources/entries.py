@@ -1,4 +1,4 @@
-"""The groups of a data mix file, and what their paths come to on this disk. Nothing is opened."""
+"""The dataset entries of a data mix file, and what their paths come to on this disk. Nothing is opened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import glob
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,38 +19,43 @@ from megatron_vita.data.sources.media_store.store import MediaRule, list_archive
 from megatron_vita.data.sources.registry import DatasetSpec, find_row
 from megatron_vita.errors import ConfigError
 
-_GROUP_KEYS = (
-    "ratio", "num", "data_paths", "source", "media_root", "archives", "rewrite", "fields", "fix",
+_ENTRY_KEYS = (
+    "ratio", "num", "data_paths", "source", "media_root", "archives", "rewrite", "fields", "fix", "frame_rate",
 )  # fmt: skip
 _TOP_KEYS = ("dataset", "include", "xlsx_sample_num", "do_dataset_cast", "do_dataset_format")
 """The last three are Long-VITA's and steer nothing that we do: a preview, and two that its code does not use either."""
+_SHOWN = {"cwd": "the working folder", "json_dir": "the data file's folder", "dataset": "the dataset's folder"}
+"""How messages call where the media of a row lie."""
 _DEEPEST = 8
 """Mixes that include one another, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """One group of a data mix."""
+class DatasetEntry:
+    """One dataset entry of a data mix."""
 
     name: str
     where: str
-    """For messages: mix file and group."""
+    """For messages: mix file and entry."""
     ratio: float
     num: int | None
     paths: tuple[tuple[str, str], ...]
-    """(as the mix writes it, with variables filled in)."""
+    """(what the mix calls it, alike on every machine; with variables filled in)."""
     row: DatasetSpec | None = None
     """The row that `source` names; none: told from the records."""
     media_root: Path | None = None
+    media_written: str = ""
+    """`media_root` as the mix writes it; nothing if that and all `data_paths` are absolute."""
     archives: tuple[str, ...] | None = None
     """Patterns in place of the row's."""
     rewrite: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     fix: tuple[str, ...] = ()
+    frame_rate: float | None = None
 
     @property
     def used(self) -> bool:
-        """Is anything taken of it? Ratio or num 0 leaves a group out."""
+        """Is anything taken of it? Ratio or num 0 leaves an entry out."""
         return self.ratio > 0 and self.num != 0
 
     def found(self) -> list[tuple[str, list[Path]]]:
@@ -81,16 +87,21 @@ class Group:
         return out
 
     def fitted(self, row: DatasetSpec) -> DatasetSpec:
-        """The row with the group's own fields and fixes."""
-        if not self.fields and not self.fix:
+        """The row with the entry's own fields, fixes and frame rate."""
+        if not self.fields and not self.fix and self.frame_rate is None:
             return row
-        return dataclasses.replace(row, fields={**row.fields, **self.fields}, fix=(*row.fix, *self.fix))
+        rate = row.frame_rate if self.frame_rate is None else self.frame_rate
+        fields = {**row.fields, **self.fields}
+        return dataclasses.replace(row, fields=fields, fix=(*row.fix, *self.fix), frame_rate=rate)
 
     def media(self, row: DatasetSpec, file: Path) -> MediaRule:
         """Where the media of a data file lie."""
-        root = self.media_root
+        root, place, shown = self.media_root, self.media_written, self.media_written
+        if not shown or os.path.isabs(shown):
+            shown = "`media_root`"
         if root is None:
             root = {"cwd": Path(), "json_dir": file.parent, "dataset": row.dataset_root(file)}.get(row.root)
+            place, shown = row.root, _SHOWN.get(row.root, "")
         if root is None:
             return MediaRule()
         folder = row.folders.get(file.name.partition(".")[0])
@@ -102,13 +113,16 @@ class Group:
             resolve=row.resolve,
             rewrite=(*rewrite, ("", f"{folder}/")) if folder else rewrite,
             frames=row.frames,
+            frame_rate=row.frame_rate if self.frame_rate is None else self.frame_rate,
+            place=place or os.path.relpath(root, file.parent),  # data and media may be moved together
+            shown=shown,
         )
 
 
-def read_groups(path: Path) -> list[Group]:
-    """Every group of a data mix, those that are not used too.
+def read_entries(path: Path) -> list[DatasetEntry]:
+    """Every dataset entry of a data mix, those that are not used too.
 
-    `include: FILE` (or a list, relative to this file) takes the groups of other mixes; what this mix says of a group
+    `include: FILE` (or a list, relative to this file) takes the entries of other mixes; what this mix says of an entry
     of the same name goes over it, key by key.
 
     Raises:
@@ -117,7 +131,15 @@ def read_groups(path: Path) -> list[Group]:
     expanded, raw = _merged(path, 0)
     if not expanded:
         raise ConfigError(f"{path}: a data mix needs `dataset: {{NAME: {{data_paths: [...]}}}}`.")
-    return [_group(path, str(name), values, raw[name]) for name, values in expanded.items()]
+    entries = [_entry(path, str(name), values, raw[name]) for name, values in expanded.items()]
+    absolute = [written for one in entries for written, _ in one.paths if os.path.isabs(written)]
+    top = os.path.commonpath(map(os.path.dirname, absolute)) if absolute else ""
+    return [dataclasses.replace(one, paths=tuple(_portable(*pair, top) for pair in one.paths)) for one in entries]
+
+
+def _portable(written: str, text: str, top: str) -> tuple[str, str]:
+    """A path as the mix writes it; an absolute one below the folder that all of the mix have in common."""
+    return os.path.relpath(written, top) if os.path.isabs(written) else written, text
 
 
 def find_files(text: str) -> list[Path]:
@@ -152,56 +174,62 @@ def nearest(text: str) -> str:
 
 
 def _merged(path: Path, depth: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Groups with variables filled in, and as they are written; those of included mixes below the mix's own."""
+    """Entries with variables filled in, and as they are written; those of included mixes below the mix's own."""
     if depth > _DEEPEST:
         raise ConfigError(f"{path}: mixes include one another without end.")
     content = read_yaml(path)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     check_keys(content, _TOP_KEYS, str(path))
     included = content.get("include") or []
-    expanded_groups: dict[Any, Any] = {}
-    raw_groups: dict[Any, Any] = {}
+    expanded_entries: dict[Any, Any] = {}
+    raw_entries: dict[Any, Any] = {}
     for name in [included] if isinstance(included, str) else included:
         expanded, written = _merged(path.parent / str(name), depth + 1)
-        _lay_over(expanded_groups, expanded)
-        _lay_over(raw_groups, written)
+        _lay_over(expanded_entries, expanded)
+        _lay_over(raw_entries, written)
     own = content.get("dataset") or {}
-    if not isinstance(own, dict) or any(not isinstance(group, dict) for group in own.values()):
+    if not isinstance(own, dict) or any(not isinstance(one, dict) for one in own.values()):
         raise ConfigError(f"{path}: a data mix needs `dataset: {{NAME: {{data_paths: [...]}}}}`.")
     if included:
-        check_keys([name for name, one in own.items() if "data_paths" not in one], expanded_groups, f"{path}: dataset")
-    _lay_over(expanded_groups, own)
-    _lay_over(raw_groups, raw.get("dataset") or {})
-    return expanded_groups, raw_groups
+        check_keys([name for name, one in own.items() if "data_paths" not in one], expanded_entries, f"{path}: dataset")
+    _lay_over(expanded_entries, own)
+    _lay_over(raw_entries, raw.get("dataset") or {})
+    return expanded_entries, raw_entries
 
 
 def _lay_over(below: dict[Any, Any], above: Mapping[Any, Any]) -> None:
-    for name, group in above.items():
-        below[name] = {**below.get(name, {}), **group}
+    for name, entry in above.items():
+        below[name] = {**below.get(name, {}), **entry}
 
 
-def _group(path: Path, name: str, values: Mapping[str, Any], raw: Mapping[str, Any]) -> Group:
+def _entry(path: Path, name: str, values: Mapping[str, Any], raw: Mapping[str, Any]) -> DatasetEntry:
     where = f"{path}: dataset.{name}"
-    check_keys(values, _GROUP_KEYS, where)
+    check_keys(values, _ENTRY_KEYS, where)
     ratio, num = _number(values, "ratio", where), _number(values, "num", where)
     paths = values.get("data_paths")
-    group = Group(
+    entry = DatasetEntry(
         name=name, where=where, ratio=1.0 if ratio is None else ratio, num=None if num is None else int(num), paths=()
     )
-    if not group.used:  # what it lists need not even be a list
-        return group
+    if not entry.used:  # what it lists need not even be a list
+        return entry
     if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
         raise ConfigError(f"{where}: needs `data_paths`, a list of files.")
     given = {key: _checked(values, key, kind, where) for key, kind in _KINDS.items() if values.get(key) is not None}
+    written = str(raw.get("media_root") or "")
+    listed = [str(one) for one in raw["data_paths"]]
+    if os.path.isabs(written) and all(map(os.path.isabs, listed)):
+        written = ""
     return dataclasses.replace(
-        group,
-        paths=tuple(zip(map(str, raw["data_paths"]), paths, strict=True)),
+        entry,
+        paths=tuple(zip(listed, paths, strict=True)),
         row=find_row(given["source"], where) if "source" in given else None,
         media_root=Path(given["media_root"]) if "media_root" in given else None,
+        media_written=written,
         archives=tuple(given["archives"]) if "archives" in given else None,
         rewrite=given.get("rewrite", {}),
         fields=given.get("fields", {}),
         fix=tuple(given.get("fix", ())),
+        frame_rate=_number(values, "frame_rate", where) or None,
     )
 
 
@@ -224,7 +252,7 @@ def _checked(values: Mapping[str, Any], key: str, kind: str, where: str) -> Any:
 
 
 def _number(values: Mapping[str, Any], key: str, where: str) -> float | None:
-    """A number of the group; none where it is absent or left empty."""
+    """A number of the entry; none where it is absent or left empty."""
     value = values.get(key)
     if value is None:
         return None

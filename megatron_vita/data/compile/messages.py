@@ -1,0 +1,52 @@
+"""Messages of rejected records as a set holds them: alike wherever its data lie, as they are part of its digest."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_vita.data.sources.mix import MixFile
+
+_ADDRESS = re.compile(r"\s?(?:\bat|@) 0x[0-9a-fA-F]+|\[\d\d:\d\d:\d\d\]\s?")
+"""Where an object lies in memory, and the time of day: in what other libraries say."""
+
+
+def portable(message: str, file: MixFile, work: Path) -> str:
+    """A message without this machine's folders, memory addresses and time of day.
+
+    What we say ourselves names files below the media root. What other libraries say names whatever they were given.
+
+    Args:
+        message: of a rejected record.
+        file: the data file that holds the record.
+        work: where what was unpacked lies.
+    """
+    for pattern, replacement in _places(file.path, file.media.root, work):
+        message = pattern.sub(replacement, message)
+    return _ADDRESS.sub("", message)
+
+
+@lru_cache(maxsize=64)
+def _places(file: Path, root: Path | None, work: Path) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """(folder or file of this machine, what is written instead), longest first."""
+    found: dict[str, tuple[str, str]] = {}
+    for folder in (file.parent, root):
+        for name in _names(folder) if folder is not None else ():
+            found[name] = ("(/|(?![^\\s'\":,;)\\]]))", "")
+    for name in _names(file):
+        found[name] = (r"(?![^\s'\":,;)\]])", file.name)
+    for name in _names(work):
+        found[name] = (r"(/[^\s'\":,;)\]]*)?", "an unpacked copy")
+    return tuple(
+        (re.compile(rf"(?<![\w./-]){re.escape(name)}{end}"), replacement.replace("\\", r"\\"))
+        for name, (end, replacement) in sorted(found.items(), key=lambda one: -len(one[0]))
+    )
+
+
+def _names(path: Path) -> set[str]:
+    """How a path may be spelled; what is too short to be told from text is left out."""
+    return {name for name in (str(path), os.path.abspath(path), os.path.realpath(path)) if "/" in name.strip("/.")} | {
+        name for name in (os.path.abspath(path), os.path.realpath(path)) if name != "/"
+    }

@@ -1,0 +1,56 @@
+"""Rejected records at the end of a run: their counts by code, and the share of a source at which a run is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from megatron_vita.data.shards.manifest import SourceCounts
+
+WARN_ABOVE = 0.05
+"""Share of a source's records from which a run ends with a warning."""
+MAX_REJECTED = 0.5
+"""Share of a source's records above which a run is refused, unless `--max-rejected` says another."""
+FEWEST = 8
+"""Sources of fewer records are refused by a share that the user has named, not by the default."""
+_LISTED = 20
+
+
+def too_many(sources: Sequence[SourceCounts], limit: float | None) -> list[SourceCounts]:
+    """The sources of which more is rejected than `limit`, or than the default if that is None."""
+    if limit is None:
+        return [one for one in sources if one.read >= FEWEST and _rejected(one) > MAX_REJECTED * one.read]
+    return [one for one in sources if _rejected(one) > limit * one.read]
+
+
+def describe(source: SourceCounts) -> str:
+    """`NAME: 3 of 10 records are refused (2 media_missing, 1 bad_json)`."""
+    return f"{source.name}: {_rejected(source)} of {source.read} records are refused ({by_code(source.rejected)})"
+
+
+def by_code(counts: Mapping[str, int]) -> str:
+    """`2 media_missing, 1 bad_json`, most frequent first; `none`."""
+    ordered = sorted(((-count, code) for code, count in counts.items() if count))
+    return ", ".join(f"{-count} {code}" for count, code in ordered) or "none"
+
+
+def warnings(sources: Sequence[SourceCounts]) -> list[str]:
+    """A line for each source of which more than WARN_ABOVE is rejected, the worst first."""
+    found = [one for one in sources if _rejected(one) > WARN_ABOVE * one.read]
+    found.sort(key=lambda one: -_rejected(one) / one.read)
+    lines = [f"warning: {describe(one)}" for one in found[:_LISTED]]
+    if len(found) > _LISTED:
+        lines.append(f"warning: {len(found) - _LISTED} more sources have more than {WARN_ABOVE:.0%} rejected")
+    return lines
+
+
+def total(sources: Sequence[SourceCounts]) -> str:
+    """`rejected: none`, or how many of how many records, by code."""
+    codes = sum((Counter(one.rejected) for one in sources), Counter[str]())
+    if not codes.total():
+        return "rejected: none"
+    return f"rejected: {codes.total()} of {sum(one.read for one in sources)} records ({by_code(codes)})"
+
+
+def _rejected(source: SourceCounts) -> int:
+    return sum(source.rejected.values())
