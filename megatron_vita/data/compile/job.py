@@ -199,6 +199,8 @@ class _ChunkWorker:
         check_example(made.example, self._job.info, f"{file.name}:{line}")
         bodies = [self._body(item) for item in made.example.media]
         changes = made.changes
+        for note in changes.notes:
+            writer.note(note)
         writer.add(
             line, made.example, bodies, shortened=made.shortened, cleaned=changes.cleaned, dropped=changes.dropped
         )

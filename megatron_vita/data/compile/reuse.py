@@ -50,7 +50,11 @@ class EarlierSet:
     @classmethod
     def matching(cls, prefix: str, manifest: Manifest, keys: list[str]) -> EarlierSet | None:
         """What a set has in common with a mix, given the key of each of its files; None if nothing."""
-        theirs = {source.key: number for number, source in enumerate(manifest.sources) if source.key}
+        theirs = {  # how often a tag is text is not known record by record
+            source.key: number
+            for number, source in enumerate(manifest.sources)
+            if source.key and not source.tags_as_text
+        }
         sources = {number: theirs[key] for number, key in enumerate(keys) if key in theirs}
         return cls(prefix, sources) if sources else None
 

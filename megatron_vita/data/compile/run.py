@@ -22,6 +22,7 @@ from megatron_vita.data.compile import rejected as rejects
 from megatron_vita.data.compile.engines import Executor, LocalExecutor, open_executor
 from megatron_vita.data.compile.inputs import Inputs, Options, read_inputs
 from megatron_vita.data.compile.job import ChunkJob, ChunkTask
+from megatron_vita.data.compile.notes import count_notes, describe_notes
 from megatron_vita.data.compile.retry import any_changed, forget_outdated, rejected_for_media
 from megatron_vita.data.compile.reuse import EarlierSet
 from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, load_manifest
@@ -29,6 +30,7 @@ from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import EntryTable, Plan, chunk_path
 from megatron_vita.data.shards.writer.publish import hold_work_folder, write_rejects, write_set
 from megatron_vita.data.sources.media_store import store as stores
+from megatron_vita.data.sources.to_sample import TAG_AS_TEXT
 from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.files import no_room
 
@@ -151,6 +153,7 @@ def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
     codes = [Counter[str]() for _ in inputs.files]
     for task in chunks:
         read[task.file] += len(task.places)
+    notes = count_notes(inputs.work, chunks)
     for file, reject in _rejects(inputs, chunks):
         codes[file][reject.code] += 1
     sources = [
@@ -160,6 +163,7 @@ def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
             read=read[number],
             used=read[number] - codes[number].total(),
             rejected=dict(sorted(codes[number].items())),
+            tags_as_text=notes[number][TAG_AS_TEXT] if number in notes else 0,
             key=inputs.keys[number],
         )
         for number, file in enumerate(inputs.files)
@@ -211,6 +215,7 @@ def _write(inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[Source
         for task in chunks:
             table.add(task.number, ChunkFile(chunk_path(inputs.work, task.number)), task.file)
         plan = table.shuffled(options.seq_length, options.seed)
+    notes = count_notes(inputs.work, chunks)  # the work folder goes once the set is published
     with _bar(options, "write", "samples", plan.totals["samples"], 0) as bar:
         manifest = write_set(
             plan,
@@ -226,6 +231,9 @@ def _write(inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[Source
             log.info("%s: %d answers lost leading line breaks", source.name, source.cleaned)
         if source.dropped:
             log.info("%s: %d turns were dropped by its fixes", source.name, source.dropped)
+    for number, found in notes.items():
+        for line in describe_notes(inputs.files[number].name, found):
+            log.warning("%s", line)
     return manifest
 
 

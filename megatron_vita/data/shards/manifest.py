@@ -57,6 +57,9 @@ class SourceCounts:
     """Answers of its Examples that lost leading line breaks."""
     dropped: int = 0
     """Turns of its Examples that the fixes of its row took out (`drop_bad_role` and its like)."""
+    tags_as_text: int = 0
+    """Records whose questions spell `<image>` or `<video>` without such a medium, in a source that may have some. (Not
+    written down where it is 0.)"""
     key: str = ""
     """Digest of the data file, its form and all settings that decide its Examples: a set with the same key holds
     Examples that need not be compiled again."""
@@ -126,11 +129,18 @@ class Manifest:
 
     def dumps(self) -> str:
         """Canonical JSON: the same manifest gives the same bytes."""
-        return _canonical(dataclasses.asdict(self))
+        return _canonical(self._values())
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        for source in values["sources"]:
+            if not source["tags_as_text"]:
+                del source["tags_as_text"]
+        return values
 
     def sealed(self) -> Manifest:
         """The manifest with its digest computed."""
-        values = dataclasses.asdict(self)
+        values = self._values()
         values.pop("digest")
         return dataclasses.replace(self, digest=hashlib.sha256(_canonical(values).encode()).hexdigest())
 

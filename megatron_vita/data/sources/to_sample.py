@@ -34,6 +34,7 @@ from megatron_vita.data.sources.record_media import gather, is_generic
 from megatron_vita.data.sources.registry import DatasetSpec
 
 _SYSTEM = ("system", "system_prompt", "system_message")
+TAG_AS_TEXT = "<tag>"
 _TAGS: dict[str, Kind] = {"<image>": "image", "<video>": "video"}
 
 
@@ -49,6 +50,11 @@ class Changes:
     """A question spells `<image>` or `<video>`, and the record has no such medium, though others of its source may."""
     unread: frozenset[str] = frozenset()
     """Fields with words in them that nothing reads."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is counted and told at the end of a run: names of unread fields, and TAG_AS_TEXT."""
+        return [*self.unread, *([TAG_AS_TEXT] if self.tag_as_text else [])]
 
 
 class _Read(dict[str, Any]):

@@ -3,7 +3,7 @@
 A picture that lies on disk already, as a file or as a region of one, is remembered by its place and not written again;
 only what exists nowhere (video frames, bytes of parquet rows and data addresses) is spooled.
 
-    [tokens labels (media) of each Example]  tables of EXAMPLE, SLOT, MEDIUM  JSON {paths, rejects}  footer
+    [tokens labels (media) of each Example]  tables of EXAMPLE, SLOT, MEDIUM  JSON {paths, rejects, notes}  footer
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ MEDIUM = np.dtype(
     ]
 )
 _FOOTER = np.dtype([("magic", "S8"), ("tables", "<i8"), *((name, "<i8") for name in ("examples", "slots", "media"))])
-_MAGIC = b"VITASPL2"
+_MAGIC = b"VITASPL3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class ChunkWriter:
         self._media: list[tuple[int, ...]] = []
         self._paths: dict[str, int] = {}
         self._rejects: list[tuple[int, str, str]] = []
+        self._notes: Counter[str] = Counter()
 
     def add(
         self,
@@ -121,10 +123,14 @@ class ChunkWriter:
         """Remember a refused record."""
         self._rejects.append((line, code, message))
 
+    def note(self, what: str) -> None:
+        """Count something that is told at the end of the run."""
+        self._notes[what] += 1
+
     def publish(self) -> None:
         """Write the tables and give the file its name. From here on it survives a power failure too."""
         tables = self._stream.tell()
-        text = json.dumps({"paths": list(self._paths), "rejects": self._rejects})
+        text = json.dumps({"paths": list(self._paths), "rejects": self._rejects, "notes": self._notes})
         for rows, dtype in ((self._examples, EXAMPLE), (self._slots, SLOT), (self._media, MEDIUM)):
             self._stream.write(np.array(rows, dtype=dtype).tobytes())
         self._stream.write(text.encode())
@@ -177,6 +183,7 @@ class ChunkFile:
         self.examples, self.slots, self.media = found
         self.paths: list[str] = text["paths"]
         self.rejects: list[tuple[int, str, str]] = [tuple(one) for one in text["rejects"]]
+        self.notes: dict[str, int] = text["notes"]
         self._slot_ends = np.cumsum(self.examples["tiles"]).tolist()
         self._media_ends = np.cumsum(self.examples["media"]).tolist()
 
