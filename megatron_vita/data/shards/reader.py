@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_vita.data.shards.format import HEADER, REFERENCE, SAMPLE, SMALL_SUFFIXES, TILE, attention_pairs, starts
 from megatron_vita.data.shards.manifest import load_manifest
@@ -219,7 +218,7 @@ class ShardSet:
             pairs = attention_pairs(np.add.reduceat(lengths, first))
         return np.stack([pairs, np.add.reduceat(tiles, first)], axis=1)
 
-    def _read(self, name: str, dataset: IndexedDataset, pack: int, positions: Int64 | slice, crc: int) -> Int32:
+    def _read(self, name: str, dataset: Any, pack: int, positions: Int64 | slice, crc: int) -> Int32:
         first = self.pack_samples(pack).start
         whole = dataset.bin_reader.read(
             dtype=np.int32, count=self.pack_length(pack), offset=int(dataset.index.sequence_pointers[first])
@@ -260,8 +259,8 @@ class ShardSet:
         )
 
 
-def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> IndexedDataset:
-    """Open an indexed container whose index describes its data file from end to end.
+def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> Any:
+    """Open an IndexedDataset whose index describes its data file from end to end.
 
     megatron-core trusts an index: a wrong pointer would give other data, and a wrong count complains when the half made
     reader is taken down.
@@ -269,6 +268,8 @@ def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> IndexedDataset:
     Raises:
         ValueError: the index does not fit the data file.
     """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset  # imports torch
+
     header = np.fromfile(f"{prefix}.idx", dtype=HEADER, count=1)[0]
     sequences, documents = int(header["sequences"]), int(header["documents"])
     size = HEADER.itemsize + 12 * sequences + 8 * documents
