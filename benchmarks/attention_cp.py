@@ -152,7 +152,9 @@ def count_layouts(tokens: int = 131072) -> None:
 
 def main() -> int:
     """Measure, or count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layouts", action="store_true", help="count blocks instead of measuring time")

@@ -79,7 +79,9 @@ def measure(name: str, work: Int64, *, baseline: bool) -> None:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--samples", type=int, default=500_000, help="of the large sets")
     parser.add_argument("--skip-scale", action="store_true", help="do not time sets of a million and ten million packs")
     args = parser.parse_args()

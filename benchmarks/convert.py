@@ -93,7 +93,9 @@ def measure(command: Sequence[str], result: Result) -> None:
 
 def main() -> None:
     """Parse, measure in turn, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--gigabytes", type=float, default=4.0, help="weights of the synthetic model")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
     parser.add_argument("--scratch", type=Path, help="folder for about five times the weights")

@@ -124,7 +124,9 @@ def measure_resume(prefix: Path, steps: int, cores: int) -> None:
 
 def main() -> None:
     """Print all three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--packs", type=int, default=48)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--big-packs", type=int, default=200_000)

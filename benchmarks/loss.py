@@ -104,7 +104,9 @@ def best_seconds(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 def main() -> int:
     """Measure every fraction; 0 where the bars are kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)

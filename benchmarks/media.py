@@ -118,7 +118,9 @@ def best(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, floa
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:

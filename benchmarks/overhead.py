@@ -103,7 +103,9 @@ def least_seconds(sides: Sequence[Callable[[], object]], repeats: int, steps: in
 
 def main() -> int:
     """Measure the grid's tiny model and a small one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -206,7 +206,9 @@ def best_seconds(sides: Sequence[Callable[[], object]], repeats: int) -> list[fl
 
 def main() -> int:
     """Measure both mixes and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="where our step's time goes")
     arguments = parser.parse_args()

@@ -157,7 +157,9 @@ def batch(tokenizer: Any, texts: Sequence[str]) -> tuple[float, float, int]:
 
 def main() -> None:
     """Print both comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokenizer", type=Path, help="a Hugging Face folder")
     parser.add_argument("--megabytes", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)

@@ -102,7 +102,9 @@ def _rank(rank: int, store: str, arguments: argparse.Namespace, results: Any) ->
 
 def main() -> int:
     """Fork the ranks and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiles", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

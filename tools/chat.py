@@ -43,7 +43,9 @@ def question_sample(question: str, images: Sequence[str], videos: Sequence[str])
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("question", nargs="?", help="what to ask")
     parser.add_argument("--model", required=True, help="checkpoint folder, or exported Hugging Face folder")
     parser.add_argument("--image", nargs="+", action="extend", default=[], help="pictures, in order")

@@ -28,7 +28,9 @@ from megatron_vita.errors import ConfigError, VitaError
 
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser."""
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     out.add_argument("--grid", default="full", metavar="SPEC", help="small, full, and/or OPTION=VALUE[,VALUE] ...")
     out.add_argument("--dtype", metavar="D[,D]", help="float64, float32, bf16; by default all of them")
     out.add_argument("--list", action="store_true", help="print the cases and the excluded pairs; run nothing")

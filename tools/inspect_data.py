@@ -24,7 +24,9 @@ from megatron_vita.errors import VitaError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print; 0 on success."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("prefix", metavar="DIR/PREFIX", help="what preprocess_data.py got as --output")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--sample", type=int, metavar="K", help="show sample K, counted from 0 over the set")

@@ -21,7 +21,9 @@ GIB = 1024**3
 
 def main() -> int:
     """Print the table of stages; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="YAML recipe")
     parser.add_argument("--gpus", type=int, required=True, help="world size: ranks that will be launched")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")

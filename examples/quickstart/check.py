@@ -104,7 +104,9 @@ def check_learning(run: Path) -> list[Promise]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--run", type=Path, required=True, help="output folder of quickstart.py")
     parser.add_argument("--short", action="store_true", help="leave out what needs a full training")
     arguments = parser.parse_args(argv)

@@ -610,7 +610,9 @@ def make_data(root: Path, sizes: Sizes, seed: int, workers: int) -> dict[str, in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the quickstart's training and held-out data.")
+    parser = argparse.ArgumentParser(
+        description="Write the quickstart's training and held-out data.", allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=1234, help="decides the split, the drawings and the questions")
     parser.add_argument("--short", action="store_true", help="much smaller sets, for a test of the whole path")

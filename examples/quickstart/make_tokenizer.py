@@ -101,7 +101,7 @@ def save_folder(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a small Qwen2.5-style tokenizer.")
+    parser = argparse.ArgumentParser(description="Train a small Qwen2.5-style tokenizer.", allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="folder written by make_data.py")
     parser.add_argument("--output", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--vocab-size", type=int, default=1024, help="entries, special tokens included")

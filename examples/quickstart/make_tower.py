@@ -90,7 +90,9 @@ def train(tower: InternVLVisionModel, pictures: torch.Tensor, digits: torch.Tens
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder written by make_data.py")
     parser.add_argument("--output", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--seed", type=int, default=1)

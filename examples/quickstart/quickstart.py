@@ -225,7 +225,9 @@ def last_line(log: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Walk the whole way; 0 when everything, the promises at the end included, holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--output", default="runs/quickstart", help="folder of the run, within the checkout or absolute"
     )

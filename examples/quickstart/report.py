@@ -410,7 +410,7 @@ def write_report(save: Path, results_from: Sequence[Path], data: Path, output: P
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw what a quickstart run did.")
+    parser = argparse.ArgumentParser(description="Draw what a quickstart run did.", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--save", type=Path, help="folder of the stages, as checkpoint.save (default: RUN/save)")
     parser.add_argument("--results", type=Path, nargs="+", help="folders with results.jsonl (default: RUN/eval)")

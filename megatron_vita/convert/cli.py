@@ -173,11 +173,11 @@ def _logit_gap(a: OpenModel, b: OpenModel) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_ckpt.py", description="Weights between Hugging Face and checkpoints."
+        prog="convert_ckpt.py", description="Weights between Hugging Face and checkpoints.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="{import,export,verify}")
 
-    command = commands.add_parser("import", help="Hugging Face folders -> a checkpoint")
+    command = commands.add_parser("import", help="Hugging Face folders -> a checkpoint", allow_abbrev=False)
     command.add_argument("--llm", type=_place, metavar="HF_DIR", help="decoder (Qwen2, Qwen2.5, Qwen3, Llama)")
     command.add_argument(
         "--vision", type=_place, metavar="HF_DIR", help="tower: InternViT (either publisher's names), SigLIP, CLIP"
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(command)
     command.set_defaults(act=_import)
 
-    command = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder")
+    command = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder", allow_abbrev=False)
     command.add_argument(
         "--checkpoint", type=_place, metavar="CKPT", required=True, help="checkpoint, or folder of them (newest)"
     )
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(command)
     command.set_defaults(act=_export)
 
-    command = commands.add_parser("verify", help="compare two models")
+    command = commands.add_parser("verify", help="compare two models", allow_abbrev=False)
     command.add_argument("a", type=_place, metavar="A", help="checkpoint or Hugging Face folder")
     command.add_argument("b", type=_place, metavar="B", help="checkpoint or Hugging Face folder")
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")

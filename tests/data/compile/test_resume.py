@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,16 @@ def kill(
     world: Path, prefix: Path, place: str, count: int, when: str, *, mix: str = "mix", resume: bool = False
 ) -> None:
     """Run in a process of its own, which is killed at the n-th call of a function."""
+    killed(lambda: run(options(world, prefix, mix, resume=resume)), place, count, when)
+
+
+def killed(work: Callable[[], object], place: str, count: int, when: str) -> None:
+    """Do something in a process of its own, which is killed at the n-th call of a function."""
     process = os.fork()
     if not process:
         try:
             _die_at(place, count, when)
-            run(options(world, prefix, mix, resume=resume))
+            work()
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL

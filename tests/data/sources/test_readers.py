@@ -30,7 +30,7 @@ from megatron_vita.data.sample import MediaFile, Sample
 from megatron_vita.data.sources import open_reader, read_samples, readers
 from megatron_vita.data.sources.media_store import build_once
 from megatron_vita.data.sources.media_store import compressed as packed
-from megatron_vita.data.sources.readers import prepare, scan
+from megatron_vita.data.sources.readers import parquet, prepare, scan
 from megatron_vita.errors import ConfigError, DataError
 
 
@@ -232,6 +232,57 @@ def test_parquet_records_that_repeat_are_all_read(tmp_path: Path) -> None:
     twice = places[wanted]
     assert [r["n"] for _, r in reader.read(twice)] == wanted
     assert [r["n"] for chunk in reader.chunks(twice, 128) for _, r in reader.read(chunk)] == wanted
+
+
+@pytest.mark.parametrize("name", [one for one in dir(pa.lib) if one.startswith("Arrow")])
+@pytest.mark.parametrize("place", ["open", "batches", "row"])
+def test_whatever_pyarrow_raises_rejects_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    error = getattr(pa.lib, name)
+    if not (isinstance(error, type) and issubclass(error, Exception)):
+        pytest.skip("no error")
+    pq.write_table(pa.table({"n": [1, 2]}), tmp_path / "p.parquet")
+    reader = open_reader(tmp_path / "p.parquet")
+    places = reader.index()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error("odd")
+
+    if place == "open":
+        monkeypatch.setattr(pq, "ParquetFile", fail)
+        with pytest.raises(DataError, match=r"p\.parquet: not a whole parquet file \(.*odd.*Fetch it again"):
+            reader.index()
+        return
+    if place == "batches":
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    else:
+        monkeypatch.setattr(parquet, "dict", fail, raising=False)
+    for _, record in reader.read(places):
+        assert str(record).startswith("bad_record: the row")
+        assert "odd" in str(record)
+
+
+def test_a_row_of_parquet_that_python_cannot_hold_is_rejected_alone(tmp_path: Path) -> None:
+    raw = pa.py_buffer(b"ok\xff\xfeok")
+    starts = pa.py_buffer(np.array([0, 2, 4, 6], dtype=np.int32).tobytes())
+    columns = {
+        "text": pa.Array.from_buffers(pa.string(), 3, [None, starts, raw]),
+        "when": pa.array([0, 2**62, 0], pa.timestamp("us")),
+        "day": pa.array([0, 2**30, 0], pa.date32()),
+        "fine": pa.array([0, 1, 0], pa.timestamp("ns")),
+    }
+    for name, column in columns.items():
+        pq.write_table(pa.table({name: column}), tmp_path / f"{name}.parquet")
+        first, second, third = (record for _, record in records(tmp_path / f"{name}.parquet"))
+        assert (type(first), second, type(third)) == (dict, "bad", dict)
+
+
+def test_json_that_python_will_not_parse_is_rejected_alone(tmp_path: Path) -> None:
+    odd = ["[" * 100_000, '{"a":' * 100_000, '{"n": ' + "9" * 5000 + "}", '{"n": 1e99999}', '{"t": "\\ud800"}']
+    (tmp_path / "r.jsonl").write_text("\n".join(['{"a": 1}', *odd, '{"a": 2}']))
+    found = [record == "bad" for _, record in records(tmp_path / "r.jsonl")]
+    assert found == [False, True, True, True, False, False, False]
 
 
 def test_parquet_columns_of_any_type(tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ class Parquet(Reader):
 
     def index(self) -> Places:
         with self._open() as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        rows = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes] or [np.zeros(0, dtype=np.int64)])
+            try:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                rows = np.concatenate([np.arange(size, dtype=np.int64) for size in (0, *sizes)])
+            except (*_errors(), MemoryError) as error:
+                raise DataError(f"{self.path}: its footer is damaged ({error}). Fetch it again.") from None
         groups = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
         return np.stack([np.arange(1, len(rows) + 1, dtype=np.int64), groups, rows], axis=1)
 
@@ -45,13 +48,12 @@ class Parquet(Reader):
         try:
             for batch in file.iter_batches(batch_size=_ROWS, row_groups=[int(places[0, 1])], use_threads=False):
                 while waiting < len(wanted) and wanted[waiting] < start + batch.num_rows:
-                    row = batch.slice(wanted[waiting] - start, 1).to_pylist()[0]
-                    yield int(places[waiting, 0]), row
+                    yield int(places[waiting, 0]), _row(batch.slice(wanted[waiting] - start, 1))
                     waiting += 1
                 start += batch.num_rows
                 if waiting == len(wanted):
                     return
-        except (OSError, ValueError, ArithmeticError) as error:  # pyarrow's own errors derive from the first two
+        except _errors() as error:
             reason = error
         for line in places[waiting:, 0].tolist():
             yield line, reject("bad_record", f"the row group cannot be decoded ({reason}). Fetch the file again.")
@@ -61,5 +63,19 @@ class Parquet(Reader):
 
         try:
             return pq.ParquetFile(self.path, buffer_size=_BUFFER)
-        except (OSError, ValueError) as error:
+        except _errors() as error:
             raise DataError(f"{self.path}: not a whole parquet file ({error}). Fetch it again.") from None
+
+
+def _row(batch: Any) -> dict[str, Any] | DataError:
+    try:
+        return dict(batch.to_pylist()[0])
+    except _errors() as error:  # text that is no UTF-8, a date beyond the calendar, a type without a Python one
+        return reject("bad_record", f"the row cannot be decoded ({error}).")
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises: its own errors have one base, and some are no OSError, ValueError or LookupError besides."""
+    import pyarrow as pa
+
+    return (pa.lib.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
