@@ -102,6 +102,8 @@ class Draft:
             if key in read or key in self.ignore or names.is_empty(value):
                 continue
             name, shown = names.plain(str(key)), f"`{prefix}{key}`"
+            if isinstance(value, str) and value.strip().lower() in _NONE:
+                continue
             if name in names.TOOLS:
                 raise reject("tools_unread", f"{shown}: nothing teaches calls of functions.{_HINT}")
             if name in names.REASONING:
@@ -124,4 +126,6 @@ class Draft:
             self.unread.add(name)
 
 
+_NONE = ("[]", "{}", "null", "none", "")
+"""Texts that say nothing."""
 _HINT = " To teach the record without it, list the field under `fields: {ignore: [...]}` in the data mix."

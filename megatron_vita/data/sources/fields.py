@@ -29,8 +29,12 @@ IMAGE_NAMES, VIDEO_NAMES = _spelt("image"), _spelt("video")
 _SURE = frozenset(_NAMES["sure"])
 UNREAD_MEDIA = frozenset(_spelt("unread_media"))
 FRAMES_NAMES, FILE_NAMES = tuple(_NAMES["frames"]), tuple(_NAMES["file"])
+_MEDIA = frozenset((*IMAGE_NAMES, *VIDEO_NAMES, *FRAMES_NAMES))
 TOOLS, REASONING, SPANS, TRAIN_ON_INPUT, METADATA = (
     frozenset(_NAMES[group]) for group in ("tools", "reasoning", "span", "train_on_input", "metadata")
+)
+WEIGHTS, LEARNT, MASKED, LAST_ONLY, LEARNT_SPANS = (
+    frozenset(_NAMES[group]) for group in ("weight", "learnt", "masked", "last_only", "learnt_spans")
 )
 STRUCT = tuple(_NAMES["struct"])
 NUMBERED = re.compile(r"^(image|img|picture|pic|photo|video|clip)_?(\d+)$")
@@ -57,6 +61,7 @@ def plain(name: str) -> str:
     return _CAMEL.sub("_", name).lower().replace("-", "_").replace(" ", "_")
 
 
+@lru_cache(maxsize=4096)
 def is_metadata(name: str) -> bool:
     """Is nothing under such a name taught? `name` as `plain` gives it."""
     return name in METADATA or _METADATA_SHAPE.match(name) is not None
@@ -127,11 +132,9 @@ def holds_media(name: str, value: Any) -> bool:
 
     `image` and its like hold a medium whatever stands there; others (`clip`, `image_name`) if it looks like one.
     """
-    if is_empty(value) or isinstance(value, bool | int | float):
+    if name not in _MEDIA or is_empty(value) or isinstance(value, bool | int | float):
         return False
-    if name in IMAGE_NAMES or name in VIDEO_NAMES:
-        return name in _SURE or find_medium(value) is not None
-    return name in FRAMES_NAMES and find_medium(value) is not None
+    return name in _SURE or find_medium(value) is not None
 
 
 def has_text(value: Any) -> bool:

@@ -9,15 +9,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.draft import ROLES, Draft
 
-_WEIGHTS = frozenset(("weight", "loss_weight", "loss_scale", "sample_weight", "weights", "loss_weights"))
-_LEARNT = frozenset((
-    "loss", "loss_mask", "train", "trainable", "training", "train_on_turn", "train_on", "is_trained", "learn",
-    "calculate_loss", "compute_loss", "has_loss", "need_loss",
-))  # fmt: skip
-_MASKED = frozenset(("mask", "masked", "is_masked", "mask_loss", "no_loss", "ignore_loss", "ignore"))
-_LAST = frozenset(("mask_history", "train_on_last_turn", "train_on_last_turn_only", "last_turn_only", "only_last_turn"))
-_SPANS = frozenset(("train_detail", "training_detail", "train_details", "loss_spans"))
-MARKS = _WEIGHTS | _LEARNT | _MASKED | _SPANS
+MARKS = names.WEIGHTS | names.LEARNT | names.MASKED | names.LEARNT_SPANS
 """Names of fields of a turn that say whether it is learnt, as `fields.plain` writes them."""
 _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -41,7 +33,7 @@ def turn_learnt(turn: Mapping[str, Any], role: str, draft: Draft) -> bool:
         name = names.plain(str(key))
         if is_mark(key, value) and key not in draft.ignore and not _absent(value):
             learnt = _learnt(name, value, key)
-            if answer or name not in _WEIGHTS:  # a weight weighs the loss of answers alone
+            if answer or name not in names.WEIGHTS:  # a weight weighs the loss of answers alone
                 said[learnt] = key
     if len(said) == 2:
         raise reject("loss_weight", f"`{said[True]}` says that a turn is learnt, `{said[False]}` that it is not.")
@@ -64,14 +56,16 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
     read: set[str] = set()
     for key, value in record.items():
         name = names.plain(str(key))
-        if key in draft.ignore or not (name in _LAST or is_mark(key, value)):
+        if key in draft.ignore or not (name in names.LAST_ONLY or is_mark(key, value)):
             continue
         read.add(key)
         if _absent(value):
             continue
-        if isinstance(value, str) and name in _MASKED and value.lower() in ROLES:  # NeMo: whose turns carry no loss
+        if (
+            isinstance(value, str) and name in names.MASKED and value.lower() in ROLES
+        ):  # NeMo: whose turns carry no loss
             _apply(draft, (turn.ours != ROLES[value.lower()] for turn in draft.turns))
-        elif name in _LAST:
+        elif name in names.LAST_ONLY:
             last = max((n for n, turn in enumerate(draft.turns) if turn.ours == "assistant"), default=-1)
             if _learnt(name, value, key):
                 _apply(draft, (n == last for n in range(len(draft.turns))))
@@ -80,7 +74,7 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
                 raise reject("loss_weight", f"`{key}` marks {len(value)} turns, but there are {len(draft.turns)}.")
             marks = [_absent(one) or _learnt(name, one, key) for one in value]
             for turn, one, mark in zip(draft.turns, value, marks, strict=True):
-                if mark and turn.ours != "assistant" and not _absent(one) and name not in _WEIGHTS:
+                if mark and turn.ours != "assistant" and not _absent(one) and name not in names.WEIGHTS:
                     raise reject("loss_weight", f"`{key}` marks a question to be learnt; loss lies on answers alone.")
             _apply(draft, marks)
         else:
@@ -101,10 +95,10 @@ def _absent(value: Any) -> bool:
 def _learnt(name: str, value: Any, key: str) -> bool:
     if isinstance(value, str):
         value = _WORDS.get(value.strip().lower(), value)
-    number_says = name not in _MASKED  # `mask: 1` means either, depending on who wrote it
+    number_says = name not in names.MASKED  # `mask: 1` means either, depending on who wrote it
     if isinstance(value, bool):
-        return value != (name in _MASKED)
-    if name not in _SPANS and number_says and isinstance(value, int | float) and value in (0, 1):
+        return value != (name in names.MASKED)
+    if name not in names.LEARNT_SPANS and number_says and isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     raise reject(
         "loss_weight",

@@ -115,6 +115,9 @@ def record_to_sample(
     if not draft.turns:
         raise reject("bad_order", "there is no turn, or none is left.")
     messages, tags = _messages(draft, explicit)
+    declared = {kind for kind, fields in (("image", row.image), ("video", row.video)) if fields}
+    if tags and (declared or is_generic(row)):
+        _no_medium_elsewhere(plain_record, read, tags)
     sample = Sample(
         messages,
         tuple(_media(reference, store) for reference in draft.images),
@@ -127,7 +130,7 @@ def record_to_sample(
     return sample, Changes(
         cleaned=cleaned,
         dropped=turns - len(draft.turns),
-        tag_as_text=bool(tags & {kind for kind, declared in (("image", row.image), ("video", row.video)) if declared}),
+        tag_as_text=bool(tags & declared),
         unread=frozenset(draft.unread),
     )
 
@@ -145,6 +148,17 @@ def clean_answers(sample: Sample) -> tuple[Sample, int]:
                 message = dataclasses.replace(message, parts=(Text(cleaned),))
         messages.append(message)
     return (dataclasses.replace(sample, messages=tuple(messages)), changed) if changed else (sample, 0)
+
+
+def _no_medium_elsewhere(record: dict[str, Any], read: set[str], tags: set[Kind]) -> None:
+    """A question asks for a medium, and there is none: then nothing that looks like one is just where it comes from."""
+    for key, value in record.items():
+        where = names.find_medium(value) if key not in read else None
+        if where is not None:
+            tag = " or ".join(f"`<{kind}>`" for kind in sorted(tags))
+            raise reject(
+                "media_unread", f"a question asks for {tag}, and `{key}{where}` may be it, but nothing reads it."
+            )
 
 
 def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[str]:

@@ -445,3 +445,22 @@ def test_marks_of_questions_and_records(root: Path) -> None:
             assert learnt({"messages": talk, **more}, root) == marks, more
     ignored, _ = convert({"messages": talk, "weight": 0.7}, root, "openai", ignore="weight")
     assert all(message.learnt for message in ignored.messages)  # type: ignore[union-attr]
+
+
+def test_what_a_tag_asks_for_is_not_passed_over_as_metadata(root: Path) -> None:
+    for more in (
+        {"image_id": "a.png"},
+        {"id": "x/a.png"},
+        {"url": "https://x.invalid/a.jpg"},
+        {"meta": {"image": "a.png"}},
+    ):
+        assert outcome(asked("<image>\nq", **more), root, "llava") == "media_unread"
+        assert outcome(asked("<image>\nq", image="a.png", **more), root, "llava") == ("[i0]\nq", [A], [])
+        assert outcome(asked("q", **more), root, "llava") == ("q", [], [])
+        assert outcome(asked("<image>\nq", **more), root, "llava", ignore=list(more)) == ("<image>\nq", [], [])
+    assert outcome(asked("<image>\nq", id="a.png"), root, "allava_text") == ("<image>\nq", [], [])  # a set of texts
+
+
+def test_fields_that_say_none_in_words(root: Path) -> None:
+    for nothing in ("[]", "{}", "null", "None", " "):
+        assert outcome(asked("q", tools=nothing, turn={"tool_calls": nothing}), root, "sharegpt") == ("q", [], [])
