@@ -3,9 +3,9 @@
 torchrun --nproc-per-node 8 pretrain_vita.py --config examples/.../run.yaml [--stage K] [--seq-length N ...]
 """
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from megatron_vita import log
 from megatron_vita.config import load_run
@@ -14,9 +14,7 @@ from megatron_vita.errors import VitaError
 
 def main() -> int:
     """Train; 0 on success, 2 for a usage or configuration error, 1 otherwise."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="YAML recipe; settings may follow as flags in Megatron's names")
     parser.add_argument("--stage", type=int, help="run this stage alone (1 is the first)")
     arguments, flags = parser.parse_known_args()

@@ -25,8 +25,10 @@ class Parquet(Reader):
             try:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
                 rows = np.concatenate([np.arange(size, dtype=np.int64) for size in (0, *sizes)])
-            except (*_errors(), MemoryError) as error:
+            except _errors() as error:
                 raise DataError(f"{self.path}: its footer is damaged ({error}). Fetch it again.") from None
+            except MemoryError:
+                raise DataError(f"{self.path}: its footer counts absurdly many rows. Fetch it again.") from None
         groups = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
         return np.stack([np.arange(1, len(rows) + 1, dtype=np.int64), groups, rows], axis=1)
 
