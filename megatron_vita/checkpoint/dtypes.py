@@ -68,18 +68,12 @@ DTYPES = (
 )
 """All that are supported."""
 _BY_NAME = {one.name: one for one in DTYPES}
-_BY_CODE = {one.code: one for one in DTYPES}
 _BY_STORAGE = {one.storage: one for one in DTYPES}
 
 
 def by_name(name: str) -> DType | None:
     """The type of one of torch's names, or none."""
     return _BY_NAME.get(name)
-
-
-def by_code(code: str) -> DType | None:
-    """The type of one of safetensors' names, or none."""
-    return _BY_CODE.get(code)
 
 
 def by_storage(storage: str) -> DType | None:

@@ -18,12 +18,12 @@ from megatron_vita.parallel.groups import Groups
 
 
 def step_batches(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> StepBatches:
-    """One global batch, as this rank sees it: rows of `micro_batch_size` packs, assigned to data ranks in turn."""
+    """This rank's view of one global batch: packed sequences of `micro_batch_size` packs go to data ranks in turn."""
     size = stage.train.micro_batch_size
-    rows = [packs[start : start + size] for start in range(0, len(packs), size)]
+    packed = [packs[start : start + size] for start in range(0, len(packs), size)]
     labels = sum(int((pack.labels >= 0).sum()) for pack in packs)
     return StepBatches(
-        micro_batches=[_batch(stage, groups, row) for row in rows[groups.dp_rank :: groups.dp_size]],
+        micro_batches=[_batch(stage, groups, each) for each in packed[groups.dp_rank :: groups.dp_size]],
         pack_ids=tuple(range(len(packs))),
         sample_ids=(),
         num_labels=labels,

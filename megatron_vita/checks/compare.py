@@ -166,16 +166,16 @@ def merge(outcomes: Iterable[Outcome], expected: Iterable[str]) -> Outcome:
     first, *others = outcomes
     for other in others:
         first.loss = max(first.loss, other.loss)
-        for name, theirs in other.tensors.items():
-            ours = first.tensors.setdefault(name, theirs)
-            if ours is theirs:
+        for name, found in other.tensors.items():
+            worst = first.tensors.setdefault(name, found)
+            if worst is found:
                 continue
-            if max(theirs.error, theirs.weight) > max(ours.error, ours.weight):
-                ours.where = theirs.where
-            ours.error, ours.weight = max(ours.error, theirs.error), max(ours.weight, theirs.weight)
-            (a, b, c), (d, e, f) = ours.products, theirs.products
-            ours.products = a + d, b + e, c + f
-            ours.broken = ours.broken or theirs.broken
+            if max(found.error, found.weight) > max(worst.error, worst.weight):
+                worst.where = found.where
+            worst.error, worst.weight = max(worst.error, found.error), max(worst.weight, found.weight)
+            (a, b, c), (d, e, f) = worst.products, found.products
+            worst.products = a + d, b + e, c + f
+            worst.broken = worst.broken or found.broken
     for place, name in enumerate(expected):
         if name not in first.tensors:
             first.tensors[name] = TensorDifference(name, place, "all", broken="stands on no rank")

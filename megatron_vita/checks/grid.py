@@ -89,9 +89,9 @@ def make_cases(spec: Spec, worlds: Sequence[int]) -> list[Case]:
     Raises:
         ConfigError: no case is left; with the reason.
     """
-    allowed, refused = _allowed(spec, worlds)
+    allowed, rejected = _allowed(spec, worlds)
     if not allowed:
-        reason = min(refused.values(), key=lambda one: "says nothing" in one, default=_too_many(worlds))
+        reason = min(rejected.values(), key=lambda one: "says nothing" in one, default=_too_many(worlds))
         raise ConfigError(f"--grid: no case is left: {reason}")
     bound_names = tuple(layout_options(worlds))
     free = {name: spec.chosen.get(name, values) for name, values in free_options().items()}
@@ -122,16 +122,16 @@ def _covered(
 
 
 def excluded(spec: Spec, worlds: Sequence[int]) -> dict[str, list[str]]:
-    """What is left out of a grid, by the reason why: pairs of values that go together in no case; without a strength,
+    """What a grid excludes, by reason: pairs of values that go together in no case; without a strength,
     combinations of the chosen values."""
-    allowed, refused = _allowed(spec, worlds)
+    allowed, rejected = _allowed(spec, worlds)
     options = {name: spec.chosen.get(name, values) for name, values in layout_options(worlds).items()}
     groups: list[tuple[str, ...]] = list(combinations(options, 2))
     if spec.strength is None:
         groups = [tuple(name for name in options if name in spec.chosen)]
     held = {one for case in allowed for one in _held(case, groups)}
     reasons: dict[Any, str] = {}
-    for case, reason in sorted(refused.items(), key=lambda one: "says nothing" in one[1]):  # settings explain more
+    for case, reason in sorted(rejected.items(), key=lambda one: "says nothing" in one[1]):  # settings explain more
         for one in _held(case, groups):
             if one not in held:
                 reasons.setdefault(one, reason)
@@ -161,7 +161,7 @@ def _common(values: tuple[Any, ...], spec: Spec, name: str) -> tuple[Any, ...]:
 
 
 def _allowed(spec: Spec, worlds: Sequence[int]) -> tuple[list[Case], dict[Case, str]]:
-    """Allowed layouts, and refused ones with reasons; both the plainest first."""
+    """Allowed layouts, and rejected ones with reasons; both the simplest first."""
     fitting = [
         (case, reason)
         for case, reason in layouts(worlds)
@@ -172,14 +172,14 @@ def _allowed(spec: Spec, worlds: Sequence[int]) -> tuple[list[Case], dict[Case, 
 
 
 def _combinations(spec: Spec, allowed: Sequence[Case]) -> Iterator[Case]:
-    """The plainest allowed case for every combination of chosen values, where there is one."""
+    """The simplest allowed case for every combination of chosen values, where there is one."""
     free = {name: values for name, values in spec.chosen.items() if name in free_options()}
     named = [name for name in spec.chosen if name not in free]
-    plainest: dict[Any, Case] = {}
+    simplest: dict[Any, Case] = {}
     for case in allowed:
-        plainest.setdefault(tuple(getattr(case, name) for name in named), case)
+        simplest.setdefault(tuple(getattr(case, name) for name in named), case)
     for values in product(*(spec.chosen[name] for name in named)):
         for others in product(*free.values()):
-            if values in plainest:
-                settings = {name: getattr(plainest[values], name) for name in Case.__dataclass_fields__}
+            if values in simplest:
+                settings = {name: getattr(simplest[values], name) for name in Case.__dataclass_fields__}
                 yield Case(**{**settings, **dict(zip(free, others, strict=True))})

@@ -53,7 +53,7 @@ def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool)
     )
     forward, backward = _kernel(name, blocks, where)
     out, lse = forward(q, k, v)
-    wider = lse + 0.5  # as if the row had more keys than the block
+    wider = lse + 0.5  # as if the queries had more keys than the block
     got = out, lse, *backward(grad, q, k, v, out, wider)
     want = (
         *block_kernels.by_runs(block_kernels.reference_forward, blocks, _SCALE, (q,), (k, v)),

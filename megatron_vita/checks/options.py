@@ -60,7 +60,7 @@ class Case:
     mb: int = 2
     """Micro-batches of a data rank."""
     mbs: int = 1
-    """Micro-batch size: packs of a row."""
+    """Micro-batch size: packs of a packed sequence."""
     images: str = "everywhere"
     """Where tiles stand, see tiny.IMAGES."""
     reset: bool = True
@@ -159,7 +159,7 @@ def layouts(worlds: Sequence[int]) -> Iterator[tuple[Case, str | None]]:
 
 
 def why_not(case: Case) -> str | None:
-    """Why there is no such case: an option that would say nothing, or the settings' own refusal."""
+    """Why there is no such case: an option that changes nothing, or settings that reject it."""
     if (case.comm == "-") != (case.cp == 1):
         return "comm says nothing at cp=1, and must be chosen above"
     if case.pp == 1 and (case.vp, case.split) != (1, "even"):
@@ -179,7 +179,7 @@ def case_stage(case: Case) -> StageConfig:
     """The case as a stage of a recipe.
 
     Raises:
-        ConfigError: the settings refuse it.
+        ConfigError: the settings reject it.
     """
     parallel = ParallelConfig(
         tensor_model_parallel_size=case.tp,

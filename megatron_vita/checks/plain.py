@@ -1,11 +1,11 @@
-"""The whole model in plain PyTorch: one process, no megatron-core, nothing of the rooms it is compared with.
+"""The whole model in plain PyTorch: one process, no megatron-core, nothing of the packages it is compared with.
 
-It is the oracle of `tools/check_parallel.py` and the yardstick of `benchmarks/overhead.py`. Written from the published
-models' definitions and from the names and shapes of our checkpoints, it shares no code with `models` and `parallel`, so
-that a mistake of theirs cannot hide in both.
+It is the reference implementation of `tools/check_parallel.py` and the baseline of `benchmarks/overhead.py`. Written
+from the published models' definitions and from the names and shapes of our checkpoints, it shares no code with `models`
+and `parallel`, so that one mistake cannot be in both.
 
-Legend: n tokens of a row, h decoder width, f MLP width, q query heads, g key/value heads, d head size, v vocabulary;
-H tower width, F tower MLP width, P patch side, p patches of a tile.
+Legend: n tokens of a packed sequence, h decoder width, f MLP width, q query heads, g key/value heads, d head size,
+v vocabulary; H tower width, F tower MLP width, P patch side, p patches of a tile.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def token_losses(
     tiles: Tensor,
     first_token: Sequence[int],
 ) -> Tensor:
-    """Loss of every labelled token of one row.
+    """Loss of every labelled token of one packed sequence.
 
     Args:
         weights: see `shapes`; their dtype is the arithmetic's.

@@ -120,16 +120,16 @@ class _Pool:
         self._pipes: list[Connection] = []
         self._ranks: list[Any] = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            inherited = [*self._pipes, ours]
-            process = context.Process(target=self._serve, args=(rank, theirs, inherited), daemon=True)
+            pipe, childs = context.Pipe()
+            inherited = [*self._pipes, pipe]
+            process = context.Process(target=self._serve, args=(rank, childs, inherited), daemon=True)
             process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            childs.close()
+            self._pipes.append(pipe)
             self._ranks.append(process)
 
     def run(self, job: RankJob) -> Result:
-        """Hand a job to every rank and wait for all of them."""
+        """Send a job to every rank and wait for all of them."""
         began = time.monotonic()
         outcome, error = self._wait(job, began + self._limit_s)
         return Result(job, outcome if error is None else None, error, time.monotonic() - began)

@@ -58,7 +58,7 @@ def _one_step(
     """Forward, backward, comparison of gradients, update, comparison of weights."""
     models = build_model(stage, groups, dtype=dtype)
     for model in models:
-        if stage.model.vision is not None:  # a tile each turn: some ranks take several, some one, some none
+        if stage.model.vision is not None:  # one tile an encoder micro-batch: ranks take several, one or none
             model.tower_tokens = stage.model.vision.num_positions
     for name, model, parameter in _named(models):
         with torch.no_grad():

@@ -104,7 +104,7 @@ def shrink_tower(vision: VisionConfig, heads: int) -> VisionConfig:
 
 def draw_weights(model: ModelConfig) -> dict[str, Tensor]:
     """Random whole weights, float32, each from a seed of its own name. Biases, norms and layer scales are random too:
-    a factor of one or a sum with zero would hide that it is left out."""
+    a factor of one or a sum with zero would hide that it is missing."""
     out = {}
     for name, shape in shapes(model):
         noise = torch.empty(shape).normal_(generator=seed.generator(_SEED, "weights", name))

@@ -1,4 +1,4 @@
-"""A shard set as one HTML page: statistics, what was refused and why, and samples with their loss and pictures.
+"""A shard set as one HTML page: statistics, rejected records by code, and samples with their loss and pictures.
 
 The page stands alone: styles, charts (SVG) and pictures (JPEG) are inside, nothing is loaded and no script runs.
 """
@@ -150,7 +150,7 @@ def _sources(shards: ShardSet) -> str:
 
 
 def _rejects(shards: ShardSet) -> str:
-    """How often each source was refused for each reason, with one message; nothing where nothing was refused."""
+    """Rejected records by source and error code, with one message each; empty where nothing was rejected."""
     if not shards.manifest.totals["rejected"]:
         return ""
     counts: dict[tuple[str, str], int] = {}

@@ -103,7 +103,7 @@ def plot_statistics(shards: ShardSet, path: Path) -> None:
 
 
 def check_output(flag: str, path: Path, suffix: str) -> None:
-    """Refuse, before anything is read, a path under which no such file can be written; its folder is made.
+    """Reject, before anything is read, a path at which no such file can be written. Makes its folder.
 
     Raises:
         ConfigError: naming the flag.

@@ -1,5 +1,5 @@
 """What is in a shard set, for people: a sample as text with its loss mask, a pack, and statistics. (Pictures are
-drawn by inspect_pictures.py, the HTML page by inspect_page.py.)"""
+drawn by inspect/pictures.py, the HTML page by inspect/page.py.)"""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_vita.layout import Int64
 LOSS = ("⟦", "⟧")
 """Brackets around what carries loss."""
 _FOLD = 4
-"""A special token that stands this often in a row is written once, with its count."""
+"""A special token that is repeated so often is written once, with its count."""
 _RANKS, _STEPS = 8, 200
-"""Data-parallel ranks that `balance` deals to, and the most steps it looks at."""
+"""Data-parallel ranks that `balance` assigns packs to, and the most steps it looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def check_index(flag: str, index: int, size: int) -> int:
 
 
 def tiles_of(shards: ShardSet, sample: int) -> range:
-    """Rows of the tiles file that belong to a sample."""
+    """Numbers of a sample's tiles in the tiles file."""
     tiles = shards.samples["tiles"]
     pack = shards.pack_of_sample(sample)
     first = shards.pack_tiles(pack).start + int(tiles[shards.pack_samples(pack).start : sample].sum())
@@ -251,7 +251,7 @@ def place(tile: np.void) -> str:
 
 def _loads(order: PackOrder, packs: Int64) -> Int64:
     """Work of each rank in one step, `[ranks, kinds]`."""
-    return np.stack([order.work[hand].sum(axis=0) for hand in assign_packs(packs, order.work[packs], _RANKS)])
+    return np.stack([order.work[mine].sum(axis=0) for mine in assign_packs(packs, order.work[packs], _RANKS)])
 
 
 def _offset(shards: ShardSet, sample: int) -> int:

@@ -1,4 +1,4 @@
-"""Who computes which pack of a step: the same number to each data-parallel rank, and of every kind of work alike."""
+"""Assigns the packs of a step to data-parallel ranks: the same number to each, each kind of work evenly."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _GAIN = 1e-6
 
 
 def assign_packs(packs: Int64, work: Int64, dp_size: int) -> list[Int64]:
-    """Share one step's packs among data-parallel ranks: the same number to each, of every kind of work alike.
+    """Assign one step's packs to data-parallel ranks: the same number to each, and an even load of each kind of work.
 
-    Which kind weighs more depends on the model and on the pipeline stage (the first one alone feels the tiles), so each
-    is evened out by itself. Dearest first, to the rank that is least loaded then; after that, packs are
-    exchanged between two ranks as long as it lowers the sum over the kinds of the highest load.
+    Which kind weighs more depends on the model and on the pipeline stage (only the first one encodes tiles), so each is
+    balanced by itself. The most expensive pack is assigned first, each pack to the rank with the lowest load; then two
+    ranks swap packs as long as that lowers the sum, over the kinds, of the highest load.
 
     Args:
         packs: pack ids, `[global_batch_size]`, a multiple of dp_size.
@@ -45,17 +45,17 @@ def assign_packs(packs: Int64, work: Int64, dp_size: int) -> list[Int64]:
 
 
 def _most_expensive_first(parts: Float64, packs: Int64, dp_size: int, each: int) -> Int64:
-    """Rank of every pack, `[packs]`: the dearest goes first, to the rank with room that it loads least."""
+    """Rank of every pack, `[packs]`: the most expensive first, each to the rank whose load it raises least."""
     owner = np.empty(len(parts), dtype=np.int64)
     loads = np.zeros((dp_size, parts.shape[1]))
-    room = np.full(dp_size, each)
+    places = np.full(dp_size, each)
     for index in np.lexsort((packs, -parts.max(axis=1))).tolist():
         after = (loads + parts[index]).max(axis=1)
-        after[room == 0] = np.inf
+        after[places == 0] = np.inf
         rank = int(np.argmin(after))
         owner[index] = rank
         loads[rank] += parts[index]
-        room[rank] -= 1
+        places[rank] -= 1
     return owner
 
 
@@ -68,9 +68,9 @@ def _exchange(parts: Float64, owner: Int64, dp_size: int) -> None:
         for loaded in sorted(set(loads.argmax(axis=0).tolist())):
             mine, others = np.flatnonzero(owner == loaded), np.flatnonzero(owner != loaded)
             difference = parts[others][None] - parts[mine][:, None]  # [mine, others, kinds]: what `loaded` gains
-            theirs = loads[owner[others]][None] - difference
+            other_load = loads[owner[others]][None] - difference
             rest = np.stack([_highest_but(loads, loaded, int(rank)) for rank in range(dp_size)])[owner[others]]
-            score = np.maximum(np.maximum(loads[loaded] + difference, theirs), rest[None]).sum(axis=2)
+            score = np.maximum(np.maximum(loads[loaded] + difference, other_load), rest[None]).sum(axis=2)
             place = int(score.argmin())
             if score.flat[place] < best:
                 best = float(score.flat[place])

@@ -11,7 +11,7 @@ from megatron_vita.layout import SequenceLayout, TileRoutes
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, sliced for one rank. CPU tensors; s is the row's length, cp the context-parallel size.
+    """One micro-batch, sliced for one rank. CPU tensors; s: packed sequence length, cp: context-parallel size.
 
     The tensors hold the context-parallel rank's tokens (`layout.local_positions(cp_rank)`); the sequence-parallel split
     happens inside the model, where the embedding scatters.
@@ -24,13 +24,13 @@ class Batch:
     positions: torch.Tensor
     """int64 `[1, s/cp]`; position inside the document: the sample with reset, the pack without."""
     layout: SequenceLayout
-    """Who owns which token of the row."""
+    """Which rank owns which token of the packed sequence."""
     tiles: torch.Tensor
     """uint8 `[n_local, 3, S, S]`; the tiles this rank encodes, `routes.tiles_of(group_rank)`, in that order.
     Empty on ranks that hold no tower (later pipeline stages)."""
     tile_ids: torch.Tensor
-    """int64 `[n_local]`; global row numbers of those tiles in the shards' tiles file."""
+    """int64 `[n_local]`; numbers of those tiles in the shards' tiles file."""
     routes: TileRoutes
-    """Which feature row goes to which token; the same on every rank of the tensor x context group."""
+    """Which visual token goes to which position; the same on every rank of the tensor x context group."""
     sample_ids: tuple[int, ...]
-    """Samples of the row (row numbers in the shards' samples file)."""
+    """Samples of the packed sequence, by their number in the shards' samples file."""

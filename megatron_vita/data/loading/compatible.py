@@ -1,4 +1,4 @@
-"""Do these shards fit this stage? Asked before anything expensive starts."""
+"""Compares a shard set with the stage that would train on it, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_vita.errors import ConfigError
 
 
 def check_compatible(manifest: Manifest, stage: StageConfig, tokenizer: VitaTokenizer | None = None) -> None:
-    """Refuse shards that were made for another model, length, layout or tokenizer.
+    """Reject shards that were made for another model, length, layout or tokenizer.
 
     Args:
         manifest: of the shard set.

@@ -34,7 +34,7 @@ _RUN = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankCoords:
-    """Where a rank stands: all that the loader needs to know about parallelism."""
+    """A rank's coordinates: all that the loader needs to know about parallelism."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -62,11 +62,11 @@ class StepBatches:
     """One optimizer step, as one rank sees it."""
 
     micro_batches: list[Batch]
-    """This rank's part, one row each."""
+    """This rank's part, one packed sequence each."""
     pack_ids: tuple[int, ...]
     """Packs of the whole global batch, in the order of the stream."""
     sample_ids: tuple[int, ...]
-    """Samples of the whole global batch (rows of the samples file), in the order of the stream."""
+    """Samples of the whole global batch, by their number in the samples file, in the order of the stream."""
     num_labels: int
     """Labelled tokens of the whole global batch, masked samples not counted."""
     failed: tuple[int, ...]
@@ -75,8 +75,8 @@ class StepBatches:
     """Packs of the stream that are consumed once this step is done: where to resume."""
     label_counts: tuple[int, ...] = ()
     """Labelled tokens of each of sample_ids, before masking."""
-    rows: tuple[PackedSequence, ...] = ()
-    """What each micro-batch was sliced from."""
+    packed: tuple[PackedSequence, ...] = ()
+    """The packed sequence that each micro-batch was sliced from."""
     cp_rank: int = 0
     """Whose slice the micro-batches hold."""
     masked: frozenset[int] = frozenset()
@@ -87,7 +87,8 @@ class PackLoader:
     """Endless iterator over a stage's steps.
 
     The stream of packs depends on (seed, manifest digest, consumed packs) alone, and so do the pixels; the number of
-    worker threads, the parallel layout and the micro-batch size change who computes what, never what makes a step.
+    worker threads, the parallel layout and the micro-batch size change which rank computes what, never which packs make
+    a step.
     """
 
     def __init__(
@@ -149,8 +150,8 @@ class PackLoader:
     def __next__(self) -> StepBatches:
         """The next step; waits for its tiles where they are not decoded yet."""
         if self._threads is None:
-            packs, consumed, rows = self._take()
-            return self._assemble(packs, consumed, [self._slice(row) for row in rows])
+            packs, consumed, mine = self._take()
+            return self._assemble(packs, consumed, [self._slice(each) for each in mine])
         while len(self._ahead) < 2:  # the step that is asked for, and the one after it
             self._submit()
         packs, consumed, futures = self._ahead.popleft()
@@ -163,7 +164,7 @@ class PackLoader:
         self.close()
 
     def close(self) -> None:
-        """Stop the worker threads. Whoever stops before the process ends calls it (or uses `with`)."""
+        """Stop the worker threads. Called (or `with` used) by everything that stops before the process ends."""
         self._ahead.clear()
         if self._threads:
             self._threads.shutdown(wait=True, cancel_futures=True)
@@ -178,22 +179,22 @@ class PackLoader:
 
     def _submit(self) -> None:
         assert self._threads is not None
-        packs, consumed, rows = self._take()
-        self._ahead.append((packs, consumed, [self._threads.submit(self._slice, row) for row in rows]))
+        packs, consumed, mine = self._take()
+        self._ahead.append((packs, consumed, [self._threads.submit(self._slice, each) for each in mine]))
 
     def _slice(self, packs: list[int]) -> _Slice:
         """One micro-batch."""
         coords, shards = self._coords, self.shards
-        row = build_packed_sequence(
+        packed = build_packed_sequence(
             shards, packs, seq_length=self._data.seq_length, reset=self._data.reset_per_document
         )
-        layout = SequenceLayout(row.documents, coords.cp_size, coords.tp_size if coords.sequence_parallel else 1)
-        routes = TileRoutes(layout, row.first_token, shards.manifest.tokens_per_tile, coords.tp_size)
+        layout = SequenceLayout(packed.documents, coords.cp_size, coords.tp_size if coords.sequence_parallel else 1)
+        routes = TileRoutes(layout, packed.first_token, shards.manifest.tokens_per_tile, coords.tp_size)
         own = routes.tiles_of(coords.group_rank)
-        tile_ids = row.tile_ids[own.start : own.stop] if coords.holds_tower else row.tile_ids[:0]
+        tile_ids = packed.tile_ids[own.start : own.stop] if coords.holds_tower else packed.tile_ids[:0]
         tiles = blank_tiles(shards, len(tile_ids))
         failed = [self._read(tiles[run], tile_ids[run]) for run in picture_runs(shards, tile_ids, _RUN)]
-        tokens, labels, positions = local_tokens(shards, row, layout, coords.cp_rank)
+        tokens, labels, positions = local_tokens(shards, packed, layout, coords.cp_rank)
         batch = Batch(
             tokens=tokens,
             labels=labels,
@@ -202,12 +203,12 @@ class PackLoader:
             tiles=tiles,
             tile_ids=torch.from_numpy(tile_ids),
             routes=routes,
-            sample_ids=tuple(row.sample_ids.tolist()),
+            sample_ids=tuple(packed.sample_ids.tolist()),
         )
-        return _Slice(batch, row, failed)
+        return _Slice(batch, packed, failed)
 
     def _read(self, tiles: torch.Tensor, tile_ids: Int64) -> Callable[[], list[int]]:
-        """Decode a run of tiles: by a worker where there are any. What is returned waits, and names what failed."""
+        """Start to decode a run of tiles. The function returned waits for it and returns the samples that failed."""
         if self._threads is None:
             failed = read_tiles_into(tiles, self.shards, tile_ids, self._coords.prefix)
             return lambda: failed
@@ -226,19 +227,19 @@ class PackLoader:
             failed=tuple(sorted(failed)),
             consumed_packs=consumed,
             label_counts=tuple(counts.tolist()),
-            rows=tuple(one.row for one in slices),
+            packed=tuple(one.packed for one in slices),
             cp_rank=self._coords.cp_rank,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """What a worker makes of one row. Its tiles are there once every `failed` was called."""
+    """What a worker makes of one packed sequence. Its tiles are decoded once every `failed` has returned."""
 
     batch: Batch
-    row: PackedSequence
+    packed: PackedSequence
     failed: list[Callable[[], list[int]]]
-    """For each run of tiles: waits for it, and gives the samples with a picture that fails to decode."""
+    """For each run of tiles, a function that waits for it and returns the samples with a picture that failed."""
 
 
 def mask_samples(step: StepBatches, failed_ids: Iterable[int]) -> StepBatches:
@@ -253,14 +254,14 @@ def mask_samples(step: StepBatches, failed_ids: Iterable[int]) -> StepBatches:
     lost = sum(count for sample, count in zip(step.sample_ids, step.label_counts, strict=True) if sample in new)
     num_labels = step.num_labels - lost
     batches = []
-    for batch, row in zip(step.micro_batches, step.rows, strict=True):
-        gone = np.flatnonzero(np.isin(row.sample_ids, list(new)))
+    for batch, packed in zip(step.micro_batches, step.packed, strict=True):
+        gone = np.flatnonzero(np.isin(packed.sample_ids, list(new)))
         labels = batch.labels
         if len(gone):
             labels = labels.clone()
             local = batch.layout.local_positions(step.cp_rank)
             for index in gone.tolist():
-                first, last = np.searchsorted(local, row.sample_starts[index : index + 2]).tolist()
+                first, last = np.searchsorted(local, packed.sample_starts[index : index + 2]).tolist()
                 labels[0, first:last] = IGNORE_INDEX
         batches.append(dataclasses.replace(batch, labels=labels))
     return dataclasses.replace(step, micro_batches=batches, num_labels=num_labels, masked=step.masked | new)

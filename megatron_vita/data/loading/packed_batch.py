@@ -1,4 +1,4 @@
-"""A row: packs joined for one forward pass, described from the tables alone; and its token slices and tiles."""
+"""The packed sequence of one forward pass: described from the tables alone, its token slices, and its tiles decoded."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Where every pack, sample and tile of a row stands. The same on every rank."""
+    """Packs joined for one forward pass: the position of every pack, sample and tile. The same on every rank."""
 
     length: int
-    """Tokens of the row, padding included, s."""
+    """Tokens, padding included: s."""
     packs: tuple[int, ...]
-    """Pack ids, in row order."""
+    """Pack ids, in order of position."""
     pack_starts: Int64
-    """PackedSequence position of each pack's first token, and of the padding; `[packs + 1]`."""
+    """Position of each pack's first token, and of the padding; `[packs + 1]`."""
     documents: tuple[int, ...]
     """Spans of attention: samples with reset, else packs; the padding is the last one."""
     sample_ids: Int64
-    """Samples in row order, `[samples]`."""
+    """Sample numbers, in order of position, `[samples]`."""
     sample_starts: Int64
-    """PackedSequence position of each sample's first token, and one past the last sample; `[samples + 1]`."""
+    """Position of each sample's first token, and one past the last sample; `[samples + 1]`."""
     tile_ids: Int64
-    """Rows of the tiles file, in row order, `[tiles]`."""
+    """Tile numbers (of the tiles file), in order of position, `[tiles]`."""
     first_token: Int64
-    """PackedSequence position of each tile's first context token, `[tiles]`."""
+    """Position of each tile's first context token, `[tiles]`."""
 
 
 def build_packed_sequence(shards: ShardSet, packs: Sequence[int], *, seq_length: int, reset: bool) -> PackedSequence:
@@ -50,7 +50,7 @@ def build_packed_sequence(shards: ShardSet, packs: Sequence[int], *, seq_length:
     Args:
         shards: the set.
         packs: pack ids.
-        seq_length: tokens that each pack's share of the row takes.
+        seq_length: tokens that each pack takes, its padding included.
         reset: every sample is a document; otherwise every pack.
     """
     samples = np.concatenate([_arange(shards.pack_samples(pack)) for pack in packs])
@@ -79,7 +79,7 @@ def build_packed_sequence(shards: ShardSet, packs: Sequence[int], *, seq_length:
 
 
 def local_tokens(
-    shards: ShardSet, row: PackedSequence, layout: SequenceLayout, cp_rank: int
+    shards: ShardSet, packed: PackedSequence, layout: SequenceLayout, cp_rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, labels and positions inside the document that one context-parallel rank owns; three int64 `[1, s/cp]`.
 
@@ -88,8 +88,8 @@ def local_tokens(
     local = layout.local_positions(cp_rank)
     tokens = np.full(len(local), shards.manifest.tokenizer.pad_id, dtype=np.int64)
     labels = np.full(len(local), IGNORE_INDEX, dtype=np.int64)
-    bounds = np.searchsorted(local, row.pack_starts)
-    for pack, start, first, last in zip(row.packs, row.pack_starts[:-1], bounds[:-1], bounds[1:], strict=True):
+    bounds = np.searchsorted(local, packed.pack_starts)
+    for pack, start, first, last in zip(packed.packs, packed.pack_starts[:-1], bounds[:-1], bounds[1:], strict=True):
         inside = local[first:last] - start
         tokens[first:last] = shards.tokens(pack, inside)
         labels[first:last] = shards.labels(pack, inside)
@@ -102,7 +102,7 @@ def picture_runs(shards: ShardSet, tile_ids: Int64, most: int) -> list[slice]:
 
     Args:
         shards: the set.
-        tile_ids: rows of the tiles file, `[n]`; the tiles of one picture side by side.
+        tile_ids: tile numbers, `[n]`; the tiles of one picture side by side.
         most: a run ends where it would grow beyond this many tiles (a picture may have more).
 
     Returns:
@@ -124,7 +124,7 @@ def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[in
 
 
 def blank_tiles(shards: ShardSet, number: int) -> torch.Tensor:
-    """Room for tiles, zero: uint8 `[number, 3, S, S]`."""
+    """Zeros to decode tiles into: uint8 `[number, 3, S, S]`."""
     size = shards.spec.image_size
     return torch.zeros((number, 3, size, size), dtype=torch.uint8)
 
@@ -135,7 +135,7 @@ def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64, who
     Args:
         pixels: uint8 `[n, 3, S, S]`, zero.
         shards: the set.
-        tile_ids: rows of the tiles file, `[n]`; the tiles of one picture side by side, so that it is decoded once.
+        tile_ids: tile numbers, `[n]`; the tiles of one picture side by side, so that it is decoded once.
         who: begins the message of an error that ends the run.
 
     Returns:

@@ -1,7 +1,7 @@
 """Which packs make which step: pure arithmetic on (seed, manifest digest, consumed packs) and the packs' work.
 
 The stream of packs is endless, epoch after epoch. Neither the data-parallel size, nor the micro-batch size, nor any
-rank appears here; `data/loading/balance.py` says who computes a pack, never which packs make a step.
+rank appears here; `data/loading/balance.py` decides which rank computes a pack, never which packs make a step.
 
 All arithmetic is on integers and all sorting on distinct keys, so that every machine and every numpy gives one order.
 """
@@ -18,7 +18,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout import Int64
 
 _ALIKE = (101, 100)
-"""A window is not cut further once its dearest pack has at most this ratio to its cheapest, in every kind of work."""
+"""A window is not cut further once its most expensive pack has at most this ratio to its cheapest, in each kind."""
 
 
 class PackOrder:
@@ -26,7 +26,7 @@ class PackOrder:
 
     In every epoch the packs are cut into windows whose packs are alike in every kind of work at once (attention and
     tiles), each a whole number of steps: recursive bisection, always of the kind in which the packs of a window
-    differ more. The packs of a window are shuffled and dealt into steps, and then all steps are shuffled. So
+    differ more. The packs of a window are shuffled and cut into steps, and then all steps are shuffled. So
     whatever the data-parallel size, no rank waits long for another, neither for its attention nor for its tower;
     which packs meet in a step changes from epoch to epoch; and no kind of pack comes in a run: work goes with kind
     (long videos, single pictures), and a model that sees one kind for many steps forgets the others. Steps may straddle

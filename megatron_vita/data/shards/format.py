@@ -33,7 +33,7 @@ TILE = np.dtype(
         )
     ]
 )
-"""One tile of the tiles file; rows are in pack order, then token order."""
+"""One record of the tiles file, which is ordered by pack, then by token."""
 
 SAMPLE = np.dtype(
     [
@@ -45,13 +45,13 @@ SAMPLE = np.dtype(
             "tiles",
             "cost",  # see sample_cost; for people (inspect_data --pack): training asks pack_work
             "labels",  # tokens that carry loss
-            "shortened",  # 1: text was cut or frames were left out to fit the sequence
+            "shortened",  # 1: text was cut or frames were dropped to fit the sequence
             "cleaned",  # answers that lost leading line breaks
-            "dropped",  # turns that the fixes of its dataset took out
+            "dropped",  # turns that the repairs of its dataset removed
         )
     ]
 )
-"""One Example of the samples file; rows are the sequences of the token container."""
+"""One record of the samples file: one Example, in the order of the token container's sequences."""
 
 SUFFIXES = (
     "tokens.bin",
@@ -103,7 +103,7 @@ class GrowingTable:
         self.rows += len(records)
 
     def finish(self) -> None:
-        """Fill in the count and close. numpy reserves room for a growing first axis: the header keeps its length."""
+        """Fill in the count and close. numpy reserves space for a growing first axis: the header keeps its length."""
         self._file.seek(0)
         self._file.write(npy_header(self._dtype, self.rows))
         self._file.close()

@@ -31,7 +31,7 @@ class TokenizerInfo:
     vocab_size: int
     """Ids are below this."""
     pad_id: int = 0
-    """Id that fills a row behind its last pack; it carries no label and no document attends to it."""
+    """Id that pads a packed sequence; it carries no label and no document attends to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class SourceCounts:
     used: int = 0
     """Records that became Examples in a pack."""
     rejected: Mapping[str, int] = field(default_factory=dict)
-    """Reason code -> records; each has a line in the rejects file."""
+    """Error code -> records; each has a line in the rejects file."""
     truncated: int = 0
     """Records that were used, but shortened."""
     tokens: int = 0
@@ -56,7 +56,7 @@ class SourceCounts:
     cleaned: int = 0
     """Answers of its Examples that lost leading line breaks."""
     dropped: int = 0
-    """Turns of its Examples that the fixes of its row took out (`drop_bad_role` and its like)."""
+    """Turns of its Examples that the repairs of its table row removed (`drop_bad_role` and others)."""
     tags_as_text: int = 0
     """Records whose questions spell `<image>` or `<video>` without such a medium, in a source that may have some. (Not
     written down where it is 0.)"""
@@ -74,7 +74,7 @@ class Reject:
     line: int
     """Record number inside its file, from 1."""
     code: str
-    """Reason code, one word."""
+    """Error code, one word."""
     message: str
     """What was wrong, for people; begins with the file."""
 

@@ -106,7 +106,7 @@ def test_slices_of_all_ranks_are_the_row_and_every_tile_is_decoded_once(
             batches = [ranks[c, t].micro_batches[number] for c, t in itertools.product(range(cp), range(tp))]
             ids = torch.cat([batch.tile_ids for batch in batches])
             tiles = torch.cat([batch.tiles for batch in batches])
-            row = ranks[0, 0].rows[number]
+            row = ranks[0, 0].packed[number]
             np.testing.assert_array_equal(ids, row.tile_ids)
             counts = [len(batch.tiles) for batch in batches]
             assert max(counts) - min(counts) <= 1
@@ -128,13 +128,13 @@ def test_documents_are_samples_with_reset_and_packs_without(made: tuple[Path, li
     prefix, _ = made
     shards = loader(prefix).shards
     step = one_step(prefix, micro=micro, reset_per_document=True)
-    for batch, row in zip(step.micro_batches, step.rows, strict=True):
+    for batch, row in zip(step.micro_batches, step.packed, strict=True):
         samples = shards.samples["length"][list(batch.sample_ids)].tolist()
         rest = LENGTH * micro - sum(samples)
         assert list(batch.layout.documents) == samples + [rest] * (rest > 0)
         assert len(row.packs) == micro
     step = one_step(prefix, micro=micro)
-    for batch, row in zip(step.micro_batches, step.rows, strict=True):
+    for batch, row in zip(step.micro_batches, step.packed, strict=True):
         packs = [shards.pack_length(pack) for pack in row.packs]
         rest = LENGTH * micro - sum(packs)
         assert list(batch.layout.documents) == packs + [rest] * (rest > 0)
@@ -159,7 +159,7 @@ def test_the_global_batch_does_not_know_the_layout(made: tuple[Path, list[Exampl
                     whole.num_labels,
                     consumed + 4,
                 )
-                assert sum(len(row.packs) for row in step.rows) == 4 // dp
+                assert sum(len(row.packs) for row in step.packed) == 4 // dp
         lines = loader(prefix).shards.samples["line"][list(whole.sample_ids)] - 1
         assert whole.num_labels == sum(int((items[line].labels != -100).sum()) for line in lines)
 
@@ -174,7 +174,7 @@ def consumed_samples(prefix: Path, steps: int, consumed: int, dp: int, cp: int, 
             held: dict[int, bytes] = {}
             for group in loaders:
                 parts = [next(one) for one in group]
-                for number, row in enumerate(parts[0].rows):
+                for number, row in enumerate(parts[0].packed):
                     whole = np.full((2, row.length), -1)
                     for rank, part in enumerate(parts):
                         batch = part.micro_batches[number]
@@ -230,7 +230,7 @@ def test_a_rank_reads_its_own_packs_and_pictures_only(
             step = next(steps)
             own = torch.cat([batch.tile_ids for batch in step.micro_batches]).numpy()
             assert sorted(read["media"]) == sorted(set(steps.shards.tiles(own)["media"].tolist()))
-            assert read["tokens"] == [pack for row in step.rows for pack in row.packs]
+            assert read["tokens"] == [pack for row in step.packed for pack in row.packs]
             total += own.tolist()
     assert len(total) == len(set(total)), "a tile was decoded twice"
 
@@ -253,7 +253,7 @@ def test_only_ranks_with_a_tower_read_pictures(broken: tuple[Path, int]) -> None
         for _ in range(8):
             step = next(steps)
             assert step.failed == ()
-            for batch, row in zip(step.micro_batches, step.rows, strict=True):
+            for batch, row in zip(step.micro_batches, step.packed, strict=True):
                 assert batch.tiles.shape == (0, 3, 16, 16)
                 assert not len(batch.tile_ids)
                 assert batch.routes.num_tiles == len(row.tile_ids)
@@ -282,7 +282,7 @@ def test_failed_pictures_are_zero_and_their_sample_is_masked_on_every_rank(
         assert masked.failed == step.failed
         assert mask_samples(masked, all_failed) is masked
         assert mask_samples(step, [10**6]) is step
-        for before, after, row in zip(step.micro_batches, masked.micro_batches, step.rows, strict=True):
+        for before, after, row in zip(step.micro_batches, masked.micro_batches, step.packed, strict=True):
             local = after.layout.local_positions(rank)
             of_sample = np.searchsorted(row.sample_starts, local, side="right") - 1
             inside = of_sample < len(row.sample_ids)

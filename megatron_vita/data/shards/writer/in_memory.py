@@ -1,4 +1,4 @@
-"""A shard set from Examples in memory. (`preprocess.py` makes one from a data mix, in many processes.)"""
+"""A shard set from Examples in memory. (compile/run.py makes one from a data mix, in many processes.)"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_vita.errors import ConfigError, DataError
 
 
 class ShardWriter:
-    """Writes a shard set from packs of Examples in memory. (`preprocess.py` makes them in many processes.)
+    """Writes a shard set from packs of Examples in memory. (compile/run.py makes them in many processes.)
 
     The same packs give the same bytes. Used as a context manager it removes what it wrote when the block fails,
     and an earlier set under the same prefix stays as it was until `finish`.
@@ -115,7 +115,7 @@ class ShardWriter:
 
         Args:
             sources: counts of each dataset, in the order that `origins` refer to; tokens and tiles are filled in here.
-            rejects: every refused record.
+            rejects: every rejected record.
 
         Raises:
             DataError: no pack was added, or the counts do not add up.

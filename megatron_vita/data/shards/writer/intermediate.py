@@ -1,7 +1,7 @@
-"""Spooled Examples: what one process made of one chunk of records, in one file that is there whole or not at all.
+"""Intermediate shards: the Examples that one process made of one chunk of records, in one file, written atomically.
 
-A picture that lies on disk already, as a file or as a region of one, is remembered by its place and not written again;
-only what exists nowhere (video frames, bytes of parquet rows and data addresses) is spooled.
+A picture that lies on disk already, as a file or as a region of one, is stored as a reference to that region; only what
+exists nowhere else (video frames, bytes of parquet rows and of data URIs) is written.
 
     [tokens labels (media) of each Example]  tables of EXAMPLE, SLOT, MEDIUM  JSON {paths, rejects, notes}  footer
 """
@@ -72,7 +72,7 @@ Body = bytes | Region
 
 
 class ChunkWriter:
-    """Writes one spool file under a temporary name; `publish` gives it its own."""
+    """Writes one intermediate shard under a temporary name; `publish` gives it its own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -95,7 +95,7 @@ class ChunkWriter:
         cleaned: int = 0,
         dropped: int = 0,
     ) -> int:
-        """Spool an Example; `bodies` says where the bytes of its media are. Returns its number in this file."""
+        """Append an Example; `bodies` are the bytes of its media, or where they lie. Returns its number in the file."""
         start = place = self._stream.tell()
         tokens = np.ascontiguousarray(example.tokens, dtype="<i4")
         labels = np.ascontiguousarray(example.labels, dtype="<i4")
@@ -120,7 +120,7 @@ class ChunkWriter:
         return len(self._examples) - 1
 
     def reject(self, line: int, code: str, message: str) -> None:
-        """Remember a refused record."""
+        """Append a rejected record."""
         self._rejects.append((line, code, message))
 
     def note(self, what: str) -> None:
@@ -149,10 +149,10 @@ class ChunkWriter:
 
 
 class ChunkFile:
-    """One spool file, read back. Tables are read at once, Examples when they are asked for."""
+    """Reads one intermediate shard: its tables at once, its Examples on demand."""
 
     def __init__(self, path: Path) -> None:
-        """Open a spool file.
+        """Open an intermediate shard.
 
         Raises:
             DataError: it is missing or damaged.

@@ -33,7 +33,7 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> lis
         For each pack the ascending indices of its items.
 
     Raises:
-        DataError: an item is empty or longer than a pack (overlong samples are dealt with before packing).
+        DataError: an item is empty or longer than a pack (overlong samples are handled before packing).
     """
     bounds, items = pack_arrays(lengths, capacity)
     flat, edges = items.tolist(), bounds.tolist()
@@ -71,12 +71,12 @@ def pack_arrays(
 
 
 def fill(lengths: Sequence[int] | npt.NDArray[np.integer], packs: Sequence[Sequence[int]], capacity: int) -> float:
-    """Part of the packs' room that holds tokens, 0..1."""
+    """Fill ratio: tokens by capacity of all packs, 0..1."""
     return float(np.sum(np.asarray(lengths, dtype=np.int64))) / (len(packs) * capacity) if packs else 1.0
 
 
 class _FreeSpace:
-    """How much room the packs have left: runs of packs by free space, with an index that finds the tightest fit."""
+    """Free capacity of the packs: runs of packs by free space, with an index that finds the tightest fit."""
 
     def __init__(self, capacity: int) -> None:
         self._runs: dict[int, list[tuple[int, int]]] = {}  # free space -> (first pack, packs)

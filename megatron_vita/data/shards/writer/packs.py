@@ -28,12 +28,12 @@ _WRITTEN = (
     "crc32.npy",
 )
 _OPEN_FILES = 64
-"""Spool files and archives that a process holds open."""
+"""Intermediate shards and archives that a process holds open."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackJob:
-    """Makes, in any process, the function that writes one range of the plan."""
+    """Picklable factory: makes, in any process, the function that writes one range of the plan."""
 
     work: Path
     tokens_per_tile: int
@@ -62,12 +62,12 @@ def out_path(work: Path, suffix: str) -> Path:
 
 
 def done_path(work: Path, number: int) -> Path:
-    """Stands there once a range is written and safe."""
+    """Exists once a range is written and synced."""
     return work / "done" / f"{number:06d}"
 
 
 def create_files(plan: Plan, tokens_per_tile: int) -> None:
-    """Everything about the set that the plan alone knows: indexes, the samples table, files of their final size."""
+    """Create what the plan alone determines: indexes, the samples table, files of their final size."""
     work, totals = plan.work, plan.totals
     for folder in ("out", "done"):
         (work / folder).mkdir(exist_ok=True)
@@ -156,17 +156,17 @@ class PackWriter:
         tables = []
         descriptor = self._files["media.bin"]
         for chunk, index in zip(entries["chunk"].tolist(), entries["index"].tolist(), strict=True):
-            spooled = self._chunk(chunk)
-            media = spooled.media_of(index)
+            shard = self._chunk(chunk)
+            media = shard.media_of(index)
             tables.append(media)
             for path, offset, size, stamp, known in media[["path", "offset", "size", "stamp", "crc32"]].tolist():
                 if path < 0:
-                    data = spooled.read(offset, size)
+                    data = shard.read(offset, size)
                 else:
-                    data = self._regions.read(spooled.paths[path], offset, size, stamp)
+                    data = self._regions.read(shard.paths[path], offset, size, stamp)
                 crc = zlib.crc32(data)
                 if known not in (-1, crc):
-                    raise DataError(f"{spooled.paths[path]} is damaged at byte {offset}. Run again without --resume.")
+                    raise DataError(f"{shard.paths[path]} is damaged at byte {offset}. Run again without --resume.")
                 write_at(descriptor, data, place)
                 place += size
                 sizes.append(size)
@@ -209,7 +209,7 @@ class PackWriter:
 
 
 class _Regions:
-    """Reads files and regions of them, and refuses a file that has changed since it was looked at."""
+    """Reads files and regions of them, and rejects a file that has changed since its record was compiled."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, tuple[int, int]] = OrderedDict()  # path -> (descriptor, modification time)

@@ -37,7 +37,7 @@ ENTRY = np.dtype(
         ("dropped", "<i4"),
     ]
 )
-"""One spooled Example: all that this process knows of it."""
+"""One Example of an intermediate shard, as far as planning needs it."""
 
 RANGE = np.dtype([(name, "<i8") for name in ("pack", "packs", "sample", "samples", "token", "tile", "medium", "byte")])
 """A run of packs that one process writes: its first pack and sample with their numbers, and where its part of each file
@@ -50,12 +50,12 @@ _ENTRIES = "entries.npy"
 
 
 def chunk_path(work: Path, number: int) -> Path:
-    """Spool file of a chunk; a thousand to a folder."""
+    """Intermediate shard of a chunk; a thousand to a folder."""
     return work / "spool" / f"{number // 1000:05d}" / f"{number:08d}"
 
 
 class EntryTable:
-    """Collects the entries of all spool files, in order."""
+    """Collects the entries of all intermediate shards, in order."""
 
     def __init__(self, work: Path) -> None:
         self.folder = work / "plan"

@@ -64,9 +64,9 @@ def write_set(
         prefix: folder and name of the set.
         info: settings for the manifest.
         sources: counts of each dataset, in the order that the plan's sources refer to.
-        rejects: every refused record.
+        rejects: every rejected record.
         engine: who writes; by default this process.
-        progress: told the number of samples whenever a range is finished.
+        progress: called with the number of samples whenever a range is finished.
 
     Raises:
         DataError: the counts do not add up, or a picture changed since it was compiled.
@@ -115,7 +115,7 @@ def write_set(
 
 
 class _Frontier:
-    """How far the files are final: up to the first range that is not written."""
+    """Tracks how far the files are final: up to the first range that is not written."""
 
     def __init__(self, plan: Plan, digests: FollowingDigests) -> None:
         self._ends = {
@@ -151,7 +151,7 @@ def _counted(
     """Sources with what was packed of them, and the totals.
 
     Raises:
-        DataError: what was read is not what was packed and what was refused.
+        DataError: records read are not records packed plus records rejected.
     """
     if set(plan.by_source) - set(range(len(sources))):
         raise DataError(f"{prefix}: samples of source {max(plan.by_source)}, but {len(sources)} are listed.")
