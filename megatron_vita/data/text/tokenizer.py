@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-
-from megatron_vita.data.text.template import ChatTemplate
+from megatron_vita.data.text.backends import HuggingFace, SentencePiece, named_tokens
+from megatron_vita.data.text.template import ChatTemplate, SkeletonPart
 from megatron_vita.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,9 @@ VITA_TOKENS = (
     "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<image>", VIDEO,
 )  # fmt: skip
 """What Long-VITA appends to Qwen2.5's tokenizer, in its order."""
-REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END, IMG, IMG_END, IMG_CONTEXT, VIDEO)
+CHAT_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+"""What ends a text, begins a turn and ends it."""
+REQUIRED_TOKENS = (*CHAT_TOKENS, IMG, IMG_END, IMG_CONTEXT, VIDEO)
 """Without these no conversation with pictures can be written down; `long_vita` needs the others as well."""
 
 NAMED_TOKENS = {
@@ -38,19 +39,39 @@ NAMED_TOKENS = {
 }
 """What transformers' InternVL processor asks its tokenizer for by name."""
 DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-"""The package's own chat template: ChatML, no default system turn."""
+"""The package's own chat template: ChatML, no default system turn. `own_template` writes a beginning of text too."""
 
 _CACHED_CHARACTERS = 48
+_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What a token with lstrip or rstrip swallows (Unicode's White_Space; Python's own list has four more)."""
+
+
+def own_template(beginning: Sequence[str] = ()) -> str:
+    """The package's own chat template.
+
+    Args:
+        beginning: tokens that the tokenizer's post-processor puts before a text. The template writes them: who
+            renders it without a post-processor (a server) gets them as well, and nobody gets them twice.
+    """
+    template = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
+    return f"{{{{- {''.join(beginning)!r} -}}}}\n{template}" if beginning else template
+
+
+def named_beginning(beginning: Sequence[str]) -> dict[str, str]:
+    """What tokenizer_config.json has to call the beginning of a text, so that stock processors find it in a prompt."""
+    return {"bos_token": beginning[0]} if beginning else {}
 
 
 class VitaTokenizer:
     """A tokenizer with the special tokens of both layouts and the chat template that goes with it."""
 
-    def __init__(self, backend: _HuggingFace | _SentencePiece, path: Path, sha256: str, template: str) -> None:
+    def __init__(
+        self, backend: HuggingFace | SentencePiece, path: Path, template: str, named: Mapping[str, str]
+    ) -> None:
         self._backend = backend
         self.path = path
         """Folder or file it was loaded from."""
-        self.sha256 = sha256
+        self.sha256 = backend.sha256
         """Digest of tokenizer.json with the tokens of pictures in it (or of the .model file), hexadecimal."""
         self.chat_template = template
         """The Jinja template's source."""
@@ -63,8 +84,11 @@ class VitaTokenizer:
                 "written. Add them (transformers: tokenizer.add_tokens([...], special_tokens=True); save_pretrained), "
                 "or use a tokenizer that has them."
             )
-        self.template = ChatTemplate(template, tuple(backend.special), where=str(path))
+        self.template = ChatTemplate(template, tuple(backend.special), where=str(path), named=named)
         """The parsed template: roles and part kinds -> what stands between them."""
+        self._bos = named.get("bos_token", "")
+        self.joins_blanks = False
+        """Blanks at the beginning of an answer would join the end of its turn's header: they are removed too."""
         self._encode_short = lru_cache(maxsize=1 << 16)(lambda text: tuple(backend.encode(text)))
 
     @classmethod
@@ -75,9 +99,11 @@ class VitaTokenizer:
         published order, as convert_ckpt.py import does when it writes the folder anew; both have one digest. The
         chat template is the folder's chat_template.jinja if it knows pictures, else the package's own (ChatML, no
         default system turn). A template inside tokenizer_config.json is not used: those of text models know none.
+        Probe conversations are tokenised as stock transformers does it, and must become the same ids here.
 
         Raises:
-            ConfigError: no tokenizer there, a file that cannot be read, or special tokens that are missing.
+            ConfigError: no tokenizer there, a file that cannot be read, special tokens that are missing, or a
+                tokenizer with which a conversation would not become the ids of stock transformers.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -86,22 +112,32 @@ class VitaTokenizer:
                 f"{file}: no tokenizer. Give a Hugging Face folder with tokenizer.json, or a SentencePiece .model file."
             )
         content = file.read_bytes()
-        backend: _HuggingFace | _SentencePiece
+        backend: HuggingFace | SentencePiece
         try:
-            backend = _SentencePiece(content) if file.suffix == ".model" else _HuggingFace(content)
+            if file.suffix == ".model":
+                backend = SentencePiece(content, (*CHAT_TOKENS, *VITA_TOKENS))
+            else:
+                backend = HuggingFace(content, VITA_TOKENS, CHAT_TOKENS)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
         except MemoryError:
             raise
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise ConfigError(f"{file}: not a tokenizer that can be read: {error}") from None
-        template = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
+        beginning = [backend.token(one) for one in backend.before]
+        template, named = own_template(beginning), {**named_tokens(file.parent), **named_beginning(beginning)}
         jinja = file.parent / "chat_template.jinja"
         if jinja.is_file():
             own = jinja.read_text(encoding="utf-8")
             if IMG_CONTEXT in own:
-                template = own
+                template, named = own, named_tokens(file.parent)
             else:
                 log.info("%s knows no pictures: the package's own chat template is used.", jinja)
-        return cls(backend, path, backend.sha256, template)
+        tokenizer = cls(backend, path, template, named)
+        from megatron_vita.data.text import acceptance  # renders conversations with what is being loaded here
+
+        acceptance.check(tokenizer, backend)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -136,11 +172,44 @@ class VitaTokenizer:
                 f"{self.path}: the tokenizer has no special token {token}. Add it, or choose another --layout."
             ) from None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text, special-token parsing off, nothing put before or after."""
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids of a piece of text, special-token parsing off, nothing put before or after.
+
+        Args:
+            text: the piece.
+            first: nothing at all stands before it (otherwise a special token does): some tokenizers put a blank
+                before the first word of a text.
+        """
+        if first:
+            return self._backend.encode(text, first=True)
         if len(text) <= _CACHED_CHARACTERS:
             return list(self._encode_short(text))
         return self._backend.encode(text)
+
+    def between(self, text: str, left: str | None, right: str | None = None) -> list[int]:
+        """Ids of the text between two special tokens, without the blanks that these swallow.
+
+        Args:
+            text: all that stands between them.
+            left: the token before it, or none at the beginning of everything.
+            right: the token behind it, if any.
+        """
+        if left in self._backend.swallows_right:
+            text = text.lstrip(_SPACE)
+        if right in self._backend.swallows_left:
+            text = text.rstrip(_SPACE)
+        return self.encode(text, first=left is None) if text else []
+
+    def beginning(self, skeleton: Sequence[SkeletonPart] = ()) -> list[int]:
+        """Ids that stand before a rendered conversation, or before a plain text: those of the tokenizer's
+        post-processor, unless the template itself writes a beginning of text (as stock processors see it)."""
+        leading = takewhile(lambda part: part.kind in ("literal", "token"), skeleton)
+        written = self.writes_beginning("".join(part.value for part in leading))
+        return [] if written else list(self._backend.before)
+
+    def writes_beginning(self, rendered: str) -> bool:
+        """Whether a rendered conversation has its beginning of text already: stock processors then add nothing."""
+        return bool(self._bos) and rendered.startswith(self._bos)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores where the backend can."""
@@ -153,90 +222,3 @@ class VitaTokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens)
-
-
-class _HuggingFace:
-    """`tokenizers` on a tokenizer.json."""
-
-    def __init__(self, content: bytes) -> None:
-        self._tokenizer: Any = Tokenizer.from_buffer(content)
-        added = self._tokenizer.get_added_tokens_decoder()
-        present = {token.content for token in added.values()}
-        missing = [AddedToken(token, special=True, normalized=False) for token in VITA_TOKENS if token not in present]
-        if missing:
-            self._tokenizer.add_special_tokens(missing)
-            content = self._tokenizer.to_str(pretty=True).encode()  # what `save` would write
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        # Tokens added without the special flag would be found in plain text. Ours must not be.
-        loose = [t.content for t in added.values() if t.content in VITA_TOKENS + REQUIRED_TOKENS and not t.special]
-        if loose:
-            self._tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in loose])
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.special: dict[str, int] = {token.content: id_ for id_, token in added.items() if token.special}
-        self.vocab_size: int = max(self._tokenizer.get_vocab_size(), *(id_ + 1 for id_ in added), 0)
-
-    def encode(self, text: str) -> list[int]:
-        # the batch call leaves out the offsets, which nobody reads here
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def cut(self, text: str, max_tokens: int) -> str:
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= max_tokens:
-            return text
-        # a token that begins inside a character shares its offset: step back to where a character begins
-        end = offsets[max_tokens][0]
-        return text[:end]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-class _SentencePiece:
-    """A SentencePiece model; the special tokens get the ids after its own pieces."""
-
-    def __init__(self, content: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._model: Any = SentencePieceProcessor(model_proto=content)
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        own = self._model.vocab_size()
-        names = [END_OF_TEXT, IM_START, IM_END, *VITA_TOKENS]
-        # A piece of the same name inside the model is plain text to us; ours come behind it.
-        self.special: dict[str, int] = {name: own + number for number, name in enumerate(names)}
-        self._names = dict(zip(self.special.values(), self.special, strict=True))
-        self._own = own
-        self.vocab_size: int = own + len(names)
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts))
-
-    def cut(self, text: str, max_tokens: int) -> str:
-        low, high = 0, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(self.encode(text[:middle])) <= max_tokens:
-                low = middle
-            else:
-                high = middle - 1
-        return text[:low]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        out, run = [], []
-        for id_ in ids:
-            if id_ < self._own:
-                run.append(id_)
-                continue
-            out.append(self._model.decode(run))
-            run = []
-            if not skip_special_tokens:
-                out.append(self._names.get(id_, ""))
-        return "".join([*out, self._model.decode(run)])
