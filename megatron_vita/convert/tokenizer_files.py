@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.folder import CHAT_TEMPLATES, copy_tokenizer_files
 from megatron_vita.convert.hf_config import read_json, write_json
+from megatron_vita.data.text.backends import beginning_of, complete, named_tokens
 from megatron_vita.data.text.tokenizer import (
-    DEFAULT_TEMPLATE,
+    CHAT_TOKENS,
     END_OF_TEXT,
     IM_END,
-    IM_START,
     IMG_CONTEXT,
     NAMED_TOKENS,
     VITA_TOKENS,
+    VitaTokenizer,
+    named_beginning,
+    own_template,
 )
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,10 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
 """Where processors had it before TEMPLATE_FILE."""
+STOCK_CLASS = "PreTrainedTokenizerFast"
+"""The class of transformers, in any version, that does what tokenizer.json says and nothing else."""
+_KEPT = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
+"""Settings of a publisher that no id hangs on."""
 
 
 @dataclass(frozen=True)
@@ -158,37 +166,15 @@ def with_vision_tokens(source: Path, target: Path) -> int:
         Rows an embedding needs to hold every id.
 
     Raises:
-        CheckpointError: a file of the tokenizer is damaged.
+        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
-    present = read_tokens(source).special
-    config = _tokenizer_config(source)
-    missing = [token for token in (END_OF_TEXT, IM_START, IM_END, *VITA_TOKENS) if token not in present]
     copy_tokenizer_files(source, target, generation=False)
-    if missing:
-        from tokenizers import AddedToken, Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(source / TOKENIZER_FILE))
-        except MemoryError:
-            raise
-        except Exception as error:  # the library raises bare Exception on what it cannot read
-            raise CheckpointError(f"{source / TOKENIZER_FILE}: not a tokenizer that can be read: {error}") from None
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-        tokenizer.save(str(target / TOKENIZER_FILE))
-        # Older side files list the added tokens again, without ours.
-        for name in ("added_tokens.json", "special_tokens_map.json"):
-            (target / name).unlink(missing_ok=True)
-    config["extra_special_tokens"] = NAMED_TOKENS
-    config.pop("added_tokens_decoder", None)
-    if IM_END not in present:
-        config.update(eos_token=IM_END, pad_token=END_OF_TEXT)
-    _write_picture_template(source, target, config)
-    write_json(target / CONFIG_FILE, config)
+    _write_for_stock(source, target, (*CHAT_TOKENS, *VITA_TOKENS))
     return read_tokens(target).rows
 
 
 def as_published(source: Path, target: Path, *, vision: bool) -> None:
-    """Copy a tokenizer whose tokens stay as they are.
+    """Copy a tokenizer whose ids stay as they are.
 
     Args:
         source: its folder.
@@ -196,14 +182,12 @@ def as_published(source: Path, target: Path, *, vision: bool) -> None:
         vision: the model sees: a chat template that knows pictures goes where training and export look for it.
 
     Raises:
-        CheckpointError: a file of the tokenizer is damaged.
+        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
-    config = _tokenizer_config(source)
     _templates(source)  # damaged ones are refused now and not on the way out
     copy_tokenizer_files(source, target, generation=False)
     if vision:
-        _write_picture_template(source, target, config)
-        write_json(target / CONFIG_FILE, config)
+        _write_for_stock(source, target)
 
 
 def copy_for_export(tokens: Tokens, target: Path, *, vision: bool) -> None:
@@ -217,17 +201,17 @@ def copy_for_export(tokens: Tokens, target: Path, *, vision: bool) -> None:
     Raises:
         CheckpointError: a file of the tokenizer is damaged.
     """
-    source, config = tokens.folder, _tokenizer_config(tokens.folder)
+    source = tokens.folder
     copy_tokenizer_files(source, target, generation=False)
-    if IM_END in tokens.special:
-        config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": IM_END, "pad_token": END_OF_TEXT, **config}
     if vision:
-        config["extra_special_tokens"] = NAMED_TOKENS
-        config["processor_class"] = "InternVLProcessor"
-        _write_picture_template(source, target, config)
-    elif IM_END in tokens.special and not _templates(source):
-        log.info("%s: has no chat template; the package's own (ChatML) is written", source)
-        (target / TEMPLATE_FILE).write_bytes(DEFAULT_TEMPLATE.read_bytes())
+        _write_for_stock(source, target, processor_class="InternVLProcessor")
+        return
+    config = _tokenizer_config(source)
+    if IM_END in tokens.special:
+        config = {"tokenizer_class": STOCK_CLASS, "eos_token": IM_END, "pad_token": END_OF_TEXT, **config}
+        if not _templates(source):
+            log.info("%s: has no chat template; the package's own (ChatML) is written", source)
+            (target / TEMPLATE_FILE).write_text(own_template(_completed(source)[2]), encoding="utf-8")
     write_json(target / CONFIG_FILE, config)
 
 
@@ -244,8 +228,64 @@ def check_exportable(tokens: Tokens, *, vision: bool) -> None:
         )
 
 
-def _write_picture_template(source: Path, target: Path, config: dict[str, Any]) -> None:
-    """Into TEMPLATE_FILE and nowhere else: the publisher's chat template if it knows pictures, else the package's."""
+def _write_for_stock(source: Path, target: Path, appended: Sequence[str] = (), processor_class: str = "") -> None:
+    """Write the files that decide over ids so that stock code makes those of training, in any class and version: all
+    that decides stands in tokenizer.json, and the class named is the one that obeys it. (Others build the publisher's
+    usual pipeline anew, and add what they find in further files and settings.)
+
+    Args:
+        source: a folder of which everything was copied.
+        target: where to.
+        appended: tokens that are appended where they are missing.
+        processor_class: of the whole model, in an exported folder.
+
+    Raises:
+        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
+    """
+    present, publisher = read_tokens(source).special, _tokenizer_config(source)
+    names, content, beginning = _completed(source, appended)
+    (target / TOKENIZER_FILE).write_bytes(content)
+    for name in ("added_tokens.json", "special_tokens_map.json"):  # list tokens again, without ours or otherwise
+        (target / name).unlink(missing_ok=True)
+    named = {key: name for key, name in named_tokens(source).items() if name in names}
+    if IM_END in names:
+        ours = {"eos_token": IM_END, "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END}
+        named = {**ours, **named} if IM_END in present else {**named, **ours}
+    if not _write_picture_template(source, target, own_template(beginning)):
+        named |= named_beginning(beginning)
+    config = {
+        "tokenizer_class": STOCK_CLASS,
+        **{key: publisher[key] for key in _KEPT if key in publisher},
+        **named,
+        "extra_special_tokens": {key: name for key, name in NAMED_TOKENS.items() if name in names},
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(target / CONFIG_FILE, {**config, "processor_class": processor_class} if processor_class else config)
+    if all(name in names for name in CHAT_TOKENS):
+        try:
+            VitaTokenizer.load(target, template=own_template(beginning))
+        except ConfigError as error:
+            raise CheckpointError(str(error).replace(str(target), str(source))) from None
+
+
+def _completed(source: Path, appended: Sequence[str] = ()) -> tuple[set[str], bytes, list[str]]:
+    """A folder's added tokens, its tokenizer.json with the flags that training needs, and what begins a text."""
+    path = source / TOKENIZER_FILE
+    present = read_tokens(source).special
+    try:
+        tokenizer, content = complete(
+            path.read_bytes(), appended or [n for n in VITA_TOKENS if n in present], CHAT_TOKENS
+        )
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        return added, content, beginning_of(tokenizer)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises bare Exception on what it cannot read
+        raise CheckpointError(f"{path}: not a tokenizer that can be read: {error}") from None
+
+
+def _write_picture_template(source: Path, target: Path, own: str) -> bool:
+    """Into TEMPLATE_FILE and nowhere else: the publisher's chat template if it knows pictures (True), else our own."""
     templates = _templates(source)
     known = [text for text in templates.values() if IMG_CONTEXT in text]
     if templates and not known:
@@ -255,12 +295,12 @@ def _write_picture_template(source: Path, target: Path, config: dict[str, Any]) 
             source,
             next(iter(templates)),
         )
-    (target / TEMPLATE_FILE).write_text(known[0] if known else DEFAULT_TEMPLATE.read_text("utf-8"), encoding="utf-8")
-    config.pop("chat_template", None)
+    (target / TEMPLATE_FILE).write_text(known[0] if known else own, encoding="utf-8")
     (target / OLD_TEMPLATE_FILE).unlink(missing_ok=True)
     if not known:
         for path in (target / CHAT_TEMPLATES).glob("*"):
             path.unlink()
+    return bool(known)
 
 
 def _templates(folder: Path) -> dict[str, str]:

@@ -99,6 +99,13 @@ def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[:place], ids[place + 1 :]
 
 
+def beginning_of(tokenizer: Any) -> list[str]:
+    """The special tokens that a chat template may write because the post-processor puts them before every text."""
+    before, _ = affixes(tokenizer)
+    added = tokenizer.get_added_tokens_decoder()
+    return [added[one].content for one in before] if all(one in added for one in before) else []
+
+
 def _metaspaces(pre_tokenizer: Any) -> Iterator[Any]:
     """The pre-tokenizers that put a blank before the first word of a whole text only."""
     if isinstance(pre_tokenizer, pre_tokenizers.Metaspace) and pre_tokenizer.prepend_scheme == "first":
@@ -122,6 +129,7 @@ class HuggingFace:
         self.swallows_left = frozenset(token.content for token in added.values() if token.special and token.lstrip)
         self.swallows_right = frozenset(token.content for token in added.values() if token.special and token.rstrip)
         self.before, self.behind = affixes(tokenizer)
+        self.beginning = beginning_of(tokenizer)
         if getattr(tokenizer.model, "dropout", None):
             raise ConfigError("its model has a dropout: a text would become other ids each time. Set it to null.")
         self._whole: Any = tokenizer  # for a text at the very beginning
@@ -192,6 +200,7 @@ class SentencePiece:
         self.vocab_size: int = own + len(names)
         self.before: list[int] = []
         self.behind: list[int] = []
+        self.beginning: list[str] = []
         self.swallows_left = self.swallows_right = frozenset[str]()
 
     def token(self, id_: int) -> str:

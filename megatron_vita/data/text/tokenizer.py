@@ -92,13 +92,14 @@ class VitaTokenizer:
         self._encode_short = lru_cache(maxsize=1 << 16)(lambda text: tuple(backend.encode(text)))
 
     @classmethod
-    def load(cls, path: str | Path) -> VitaTokenizer:
+    def load(cls, path: str | Path, *, template: str | None = None) -> VitaTokenizer:
         """Open a Hugging Face folder (tokenizer.json), a tokenizer.json, or a SentencePiece `.model` file.
 
         A folder of a text model may lack the tokens of pictures and videos: they are appended behind its own, in the
         published order, as convert_ckpt.py import does when it writes the folder anew; both have one digest. The
         chat template is the folder's chat_template.jinja if it knows pictures, else the package's own (ChatML, no
         default system turn). A template inside tokenizer_config.json is not used: those of text models know none.
+        (`template` is taken instead of both, if given.)
         Probe conversations are tokenised as stock transformers does it, and must become the same ids here.
 
         Raises:
@@ -124,16 +125,16 @@ class VitaTokenizer:
             raise
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise ConfigError(f"{file}: not a tokenizer that can be read: {error}") from None
-        beginning = [backend.token(one) for one in backend.before]
-        template, named = own_template(beginning), {**named_tokens(file.parent), **named_beginning(beginning)}
+        publisher = named_tokens(file.parent)
+        named = publisher | named_beginning(backend.beginning)
         jinja = file.parent / "chat_template.jinja"
-        if jinja.is_file():
+        if template is None and jinja.is_file():
             own = jinja.read_text(encoding="utf-8")
             if IMG_CONTEXT in own:
-                template, named = own, named_tokens(file.parent)
+                template, named = own, publisher
             else:
                 log.info("%s knows no pictures: the package's own chat template is used.", jinja)
-        tokenizer = cls(backend, path, template, named)
+        tokenizer = cls(backend, path, template or own_template(backend.beginning), named)
         from megatron_vita.data.text import acceptance  # renders conversations with what is being loaded here
 
         acceptance.check(tokenizer, backend)
