@@ -271,7 +271,7 @@ def _write_for_stock(source: Path, target: Path, appended: Sequence[str] = (), p
 def _completed(source: Path, appended: Sequence[str] = ()) -> tuple[set[str], bytes, list[str]]:
     """A folder's added tokens, its tokenizer.json with the flags that training needs, and what begins a text."""
     path = source / TOKENIZER_FILE
-    present = read_tokens(source).special
+    present = () if appended else read_tokens(source).special
     try:
         tokenizer, content = complete(
             path.read_bytes(), appended or [n for n in VITA_TOKENS if n in present], CHAT_TOKENS
