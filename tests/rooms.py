@@ -69,7 +69,7 @@ ROOMS = (
     Room("checkpoint", "sharded save and load, run state, integrity; what all ranks must agree on",
          ("files", "config", "device", "data.spec")),
     Room("convert", "Hugging Face in and out, with proofs",
-         ("files", "config", "device", "layout", "data.spec", "data.text.tokenizer", "parallel", "models",
+         ("files", "config", "device", "layout", "data.spec", "data.text.backends", "data.text.tokenizer", "parallel", "models",
           "checkpoint")),
     Room("training", "set-up, step, optimizer, loop, ledger, stages",
          ("files", "config", "device", "data.loading", "data.shards", "data.text.tokenizer", "parallel", "models",

@@ -19,7 +19,7 @@ from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.text_files import image_token
-from megatron_vita.convert.tokenizer_files import tokens_that_differ
+from megatron_vita.convert.token_ids import tokens_that_differ
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import no_room
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from megatron_vita.convert.tokenizer_files import copy_for_export, read_tokens, with_vision_tokens
+from megatron_vita.convert.token_ids import read_tokens
+from megatron_vita.convert.tokenizer_files import copy_for_export, with_vision_tokens
 from megatron_vita.data.sample import Document, Text
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_document, build_example
