@@ -12,10 +12,10 @@ from typing import Any
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.text import tokenizer as names
+from megatron_vita.data.text import chat_tokenizer as names
 from megatron_vita.data.text.backends import HuggingFace, SentencePiece
 from megatron_vita.data.text.chat import build_example
-from megatron_vita.data.text.tokenizer import VitaTokenizer
+from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.errors import ConfigError, DataError
 
 _SPEC = PreprocessSpec(image_size=16, patch_size=4)
@@ -30,7 +30,7 @@ _ANSWERS = ("Yes.", "12", "red and blue", "été", "日本語", "(a)", "\u0301x"
 _BLANKS = (" a", "  a", "\ta", " \t a", "\u00a0a", "\u3000a")
 
 
-def check(tokenizer: VitaTokenizer, backend: HuggingFace | SentencePiece) -> None:
+def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> None:
     """Try a tokenizer out, and find whether answers may begin with blanks (`joins_blanks`).
 
     Raises:
@@ -62,7 +62,7 @@ def check(tokenizer: VitaTokenizer, backend: HuggingFace | SentencePiece) -> Non
                 _compare(tokenizer, backend, _conversation(text, answers, generation_prompt), generation_prompt)
 
 
-def _prompt_and_answer(tokenizer: VitaTokenizer, answer: str) -> None:
+def _prompt_and_answer(tokenizer: ChatTokenizer, answer: str) -> None:
     turns = (Message("user", (Text("a"),)), Message("assistant", (Text(answer),)))
     build_example(Sample(turns), [], [], tokenizer=tokenizer, spec=_SPEC)
 
@@ -81,7 +81,7 @@ def _conversation(text: str, answers: tuple[str, ...], generation_prompt: bool) 
     return Sample(tuple(turns[:-1] if generation_prompt else turns), (_FILE, _FILE), (_FILE,))
 
 
-def _compare(tokenizer: VitaTokenizer, backend: HuggingFace, sample: Sample, generation_prompt: bool) -> None:
+def _compare(tokenizer: ChatTokenizer, backend: HuggingFace, sample: Sample, generation_prompt: bool) -> None:
     images, frames = [MediaItem(b"", 16, 16), MediaItem(b"", 32, 16)], [MediaItem(b"", 16, 16, frame=True)] * 2
     example = build_example(
         sample, images, [frames], tokenizer=tokenizer, spec=_SPEC, generation_prompt=generation_prompt

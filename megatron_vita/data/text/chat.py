@@ -26,9 +26,9 @@ from megatron_vita.data.media.tiling import plan_tiles
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Document, Message, Sample, Text, clean_answer
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.text import tokenizer as names
+from megatron_vita.data.text import chat_tokenizer as names
+from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.data.text.template import SkeletonPart, shape_of
-from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 
 def build_example(
@@ -36,7 +36,7 @@ def build_example(
     images: Sequence[MediaItem],
     videos: Sequence[Sequence[MediaItem]],
     *,
-    tokenizer: VitaTokenizer,
+    tokenizer: ChatTokenizer,
     spec: PreprocessSpec,
     generation_prompt: bool = False,
 ) -> Example:
@@ -90,7 +90,7 @@ def build_example(
     return writer.example(labelled=not generation_prompt)
 
 
-def build_document(document: Document, *, tokenizer: VitaTokenizer) -> Example:
+def build_document(document: Document, *, tokenizer: ChatTokenizer) -> Example:
     """Plain text and `<|endoftext|>`; every token but the first is learnt, and but what begins a text.
 
     Raises:
@@ -135,7 +135,7 @@ def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
 
 
 def frame_costs(
-    tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
+    tokenizer: ChatTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
 ) -> npt.NDArray[np.int64]:
     """Tokens that each frame of a video adds, int64 `[frames]`.
 
@@ -157,7 +157,7 @@ def frame_costs(
     return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
 
 
-def _skeleton(sample: Sample, tokenizer: VitaTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
+def _skeleton(sample: Sample, tokenizer: ChatTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
     pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt)
     if layout != "long_vita":
         return pieces
@@ -180,7 +180,7 @@ def _user_text(message: Message, number: int, layout: str) -> str:
 class _Writer:
     """Collects ids, labels and tiles. Text is held back until a special token ends it, then tokenised in one piece."""
 
-    def __init__(self, tokenizer: VitaTokenizer, spec: PreprocessSpec, where: str) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, spec: PreprocessSpec, where: str) -> None:
         self._tokenizer, self._spec, self._where = tokenizer, spec, where
         self._pending: list[tuple[str, bool]] = []  # (text, learnt)
         self._last: str | None = None  # the special token behind which it stands
