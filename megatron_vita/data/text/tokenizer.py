@@ -1,5 +1,5 @@
-"""Opening a tokenizer. A literal `<image>` or `<|im_end|>` in somebody's text is text: special tokens are placed by name.
-All else is tokenised as stock transformers does it, or the tokenizer is refused."""
+"""Opening a tokenizer. A literal `<image>` or `<|im_end|>` in somebody's text is text: special tokens are placed by
+name. All else is tokenised as stock transformers does it, or the tokenizer is refused."""
 
 from __future__ import annotations
 
