@@ -78,6 +78,8 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         rope_scaling_factor=model.rope_scaling_factor,
+        rotary_percent=model.rotary_percent,
+        rotary_interleaved=model.rotary_interleaved,
         projector=dataclasses.replace(tiny.projector, bias=model.projector.bias),
         transformer_impl=model.transformer_impl,
         vision=shrink_tower(model.vision, heads) if model.vision else None,

@@ -144,7 +144,7 @@ def token_losses(
 
 
 def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequence[int]) -> Tensor:
-    """The decoder of Qwen2, Qwen3 or Llama and its final norm, [n, h] -> [n, h]."""
+    """The decoder of Qwen2, Qwen3, Llama or GLM-4 and its final norm, [n, h] -> [n, h]."""
     n, d, q, g = len(states), model.head_dim, model.num_attention_heads, model.num_query_groups
     lengths = torch.tensor(documents)
     document = torch.repeat_interleave(torch.arange(len(documents)), lengths).to(states.device)
@@ -152,7 +152,8 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
     start = token.new_tensor([0, *documents[:-1]]).cumsum(0)[document]
     visible = (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
     # Published models compute the angles in float32, whatever the weights are.
-    frequency = 1.0 / (model.rotary_base ** (torch.arange(0, d, 2).float() / d)).to(states.device)
+    r = int(d * model.rotary_percent)
+    frequency = 1.0 / (model.rotary_base ** (torch.arange(0, r, 2).float() / r)).to(states.device)
     if model.rope_scaling_factor is not None:
         frequency = _llama3(frequency, model.rope_scaling_factor)
     angles = (token - start).float()[:, None] * frequency
@@ -167,7 +168,7 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
         if model.qk_layernorm:
             query = _rms_norm(query, weights[at + "self_attention.q_layernorm.weight"], model.norm_epsilon)
             key = _rms_norm(key, weights[at + "self_attention.k_layernorm.weight"], model.norm_epsilon)
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = (_rotate(one, cos, sin, model.rotary_interleaved) for one in (query, key))
         key, value = (one.repeat_interleave(q // g, dim=1) for one in (key, value.squeeze(2)))
         query, key, value = (one.transpose(0, 1)[None] for one in (query, key, value))  # [1, q, n, d]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
@@ -272,7 +273,14 @@ def _llama3(frequency: Tensor, factor: float) -> Tensor:
     return torch.where(turns < 1, frequency / factor, torch.where(turns > 4, frequency, mixed))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[n, heads, d]: the pair (x[i], x[i + d/2]) turns by its token's angle; cos and sin [n, 1, d / 2]."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """[n, heads, d]: of the first r numbers, the pair (x[i], x[i + r/2]), or (x[2i], x[2i + 1]) if interleaved, turns
+    by its token's angle; cos and sin [n, 1, r / 2]."""
+    x, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    if interleaved:
+        low, high = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([low * cos - high * sin, high * cos + low * sin], dim=-1).flatten(-2)
+    else:
+        low, high = x.chunk(2, dim=-1)
+        turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1)

@@ -53,6 +53,7 @@ LLMS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16},
     "llama": {"add_qkv_bias": False, "rope_scaling_factor": 8.0},
+    "glm": {"rotary_percent": 0.5, "rotary_interleaved": True},
 }
 """Decoders by what differs; see config.ModelConfig."""
 

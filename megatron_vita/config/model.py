@@ -30,10 +30,11 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder like Qwen2, Qwen3 or Llama, and optionally a vision tower with its projector.
+    """A decoder like Qwen2, Qwen3, Llama, Mistral or GLM-4, and optionally a vision tower with its projector.
 
     Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, kv_channels = head_dim of its config.json.
-    Llama: add_qkv_bias false; since Llama 3.1 also rope_scaling_factor.
+    Llama and Mistral: add_qkv_bias false; since Llama 3.1 also rope_scaling_factor. GLM-4: rotary_percent 0.5,
+    rotary_interleaved.
     """
 
     num_layers: int = 4
@@ -62,6 +63,10 @@ class ModelConfig:
     """Epsilon of the decoder's RMSNorms."""
     rotary_base: float = 1e6
     """Base of the rotary embedding (rope_theta)."""
+    rotary_percent: float = 1.0
+    """Share of each head that the rotary embedding turns, from its beginning (GLM-4: 0.5)."""
+    rotary_interleaved: bool = False
+    """It turns pairs of neighbours, rather than of the first half and the second (GLM-4)."""
     rope_scaling_factor: float | None = None
     """`factor` of Llama 3.1's rope_scaling (8 in Llama 3.1, 32 in Llama 3.2); its other parameters are those of all
     published models (LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH). None: no scaling."""
@@ -98,6 +103,12 @@ class ModelConfig:
                 f"model: the heads are {self.head_dim} wide, but the rotary embedding rotates pairs. Choose an even "
                 "model.kv_channels, or an even hidden_size / num_attention_heads."
             )
+        if not 0 < self.rotary_percent <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ConfigError(
+                f"model.rotary_percent={self.rotary_percent}: of heads {self.head_dim} wide, the rotary embedding "
+                f"would turn {self.rotary_dim} numbers, but it turns pairs. Choose a share above 0, of at most 1, that "
+                "makes an even number."
+            )
         if self.transformer_impl not in ("auto", "local", "te"):
             raise ConfigError(f"model.transformer_impl={self.transformer_impl!r}: choose auto, local or te.")
 
@@ -105,6 +116,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that the rotary embedding turns."""
+        return int(self.head_dim * self.rotary_percent)
 
     @property
     def projector_width(self) -> int:

@@ -7,16 +7,15 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_vita.checkpoint.dtypes import FLOAT32, DType
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
-from megatron_vita.convert import decoders, internvl, long_vita
 from megatron_vita.convert.card import Subject, public_name, write_card
 from megatron_vita.convert.combined import MoreRows, Subset
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
+from megatron_vita.convert.families import EXPORTS
 from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import open_model
@@ -31,8 +30,7 @@ from megatron_vita.data.spec import PreprocessSpec
 log = logging.getLogger(__name__)
 
 VOCABULARY = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
-FORMATS = ("internvl", "long_vita", "llm")
-_FAMILIES: dict[str, Any] = {"internvl": internvl, "long_vita": long_vita, "llm": decoders}
+FORMATS = tuple(EXPORTS)
 
 
 def export(
@@ -69,7 +67,7 @@ def export(
     opened = open_model(checkpoint)
     sources = (opened.path, tokenizer)
     check_export(output, sources, overwrite=overwrite)
-    model, family = opened.model, _FAMILIES[format_name]
+    model, family = opened.model, EXPORTS[format_name]
     source: LazyTensors = opened.tensors
     if format_name == "llm":
         source = Subset(source, [name for name in source if name.startswith("language_model.")])
@@ -77,7 +75,7 @@ def export(
     rows = -(-model.vocab_size // vocabulary_multiple) * vocabulary_multiple
     if rows != model.vocab_size:
         model, source = replace(model, vocab_size=rows), MoreRows(source, VOCABULARY, rows, mean=False)
-    tensors = TheirView(family.rules(model), source, str(opened.path), dtype)
+    tensors = TheirView(family.rules(model, decoder=opened.decoder), source, str(opened.path), dtype)
     coverage = account(tensors)
     files = plan_shards(tensors, max_shard_bytes)
     vision = None if format_name == "llm" else model.vision
@@ -95,7 +93,7 @@ def export(
         ids = out_of_checkpoint(opened, tokens, folder, vision=vision is not None)
         kinds = {tensors.dtype(name) for name in tensors}
         stored = holds_all(kinds).name
-        write_json(folder / "config.json", family.write_config(model, stored, ids))
+        write_json(folder / "config.json", family.write_config(model, stored, ids, opened.decoder))
         spec = (opened.preprocess or PreprocessSpec.for_tower(vision)) if vision is not None else None
         if vision is not None and spec is not None:
             for name, values in processor_files(model, spec).items():

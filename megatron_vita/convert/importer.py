@@ -19,7 +19,7 @@ from megatron_vita.convert.combined import Joined, MoreRows
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.identity import identity_of, identity_of_tokenizer
-from megatron_vita.convert.opening import OpenModel, open_model, open_tower
+from megatron_vita.convert.opening import DECODER, OpenModel, open_model, open_tower
 from megatron_vita.convert.outputs import check_import
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.text_files import into_checkpoint
@@ -83,7 +83,8 @@ def import_parts(
         rows = into_checkpoint(decoder, Path(tokenizer) if tokenizer else None, folder, joined=vision is not None)
         if vision is None:
             model = recipe.fit(decoder.model) if recipe else decoder.model
-            return _write(output, _Content(model, decoder.tensors, None, folder, {"llm": llm}, seed), overwrite, effort)
+            content = _Content(model, decoder.tensors, None, folder, {"llm": llm}, seed, decoder.decoder)
+            return _write(output, content, overwrite, effort)
         tower, tower_tensors = open_tower(vision)
         model = replace(
             decoder.model,
@@ -101,7 +102,7 @@ def import_parts(
         dtype = language.dtype(_MATRIX)
         parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
-        content = _Content(model, parts, spec, folder, {"llm": llm, "vision": vision}, seed)
+        content = _Content(model, parts, spec, folder, {"llm": llm, "vision": vision}, seed, decoder.decoder)
         return _write(output, content, overwrite, effort)
 
 
@@ -145,7 +146,7 @@ def import_model(
                 f"{opened.model.vocab_size}. Give the tokenizer that it was trained with (Qwen2.5's)."
             )
         model = recipe.fit(opened.model) if recipe else opened.model
-        content = _Content(model, opened.tensors, opened.preprocess, files, {"model": folder}, 0)
+        content = _Content(model, opened.tensors, opened.preprocess, files, {"model": folder}, 0, opened.decoder)
         return _write(output, content, overwrite, effort)
 
 
@@ -186,6 +187,8 @@ class _Content:
     origin: Mapping[str, str | Path]
     """Folders that were read, by part."""
     seed: int
+    decoder: str | None
+    """model_type of the decoder's family."""
 
 
 def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> Path:
@@ -194,6 +197,7 @@ def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> 
         iteration=0,
         preprocess=content.preprocess,
         base_models={part: public_name(folder) for part, folder in content.origin.items()},
+        extra={DECODER: content.decoder} if content.decoder else {},
     )
     coverage = account(content.tensors)
     folder = write_tensors(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.sharded import load_tensors
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, ParallelConfig, StageConfig
-from megatron_vita.convert import decoders, internvl
+from megatron_vita.convert.families import STOCK, internvl
 from megatron_vita.convert.opening import OpenModel
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -122,5 +122,4 @@ def stock_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
 
 def run(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
     """Stock transformers where it knows the folder's format, our model otherwise."""
-    stock = (internvl.MODEL_TYPE, *decoders.ARCHITECTURES)
-    return stock_logits(opened, prompt) if opened.kind in stock else our_logits(opened, prompt)
+    return stock_logits(opened, prompt) if opened.kind in STOCK else our_logits(opened, prompt)

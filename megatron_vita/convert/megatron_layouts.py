@@ -19,8 +19,8 @@ import numpy as np
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.placed import TensorPlace
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert import decoders, long_vita
 from megatron_vita.convert.combined import Subset
+from megatron_vita.convert.families import DECODERS, decoder, long_vita
 from megatron_vita.convert.hf_config import check_layers, integer, number, read_json, require
 from megatron_vita.convert.rank_files import NOT_WEIGHTS, RankFiles, grid, read_rank
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
@@ -137,7 +137,7 @@ def _our_name(name: str, first_layer: int) -> tuple[str, int]:
 
 def _expected(model: ModelConfig) -> list[Named]:
     """Every tensor of the model, ours."""
-    table = long_vita.rules(model) if model.vision else decoders.rules(model)
+    table = long_vita.rules(model) if model.vision else decoder.rules(model)
     return [rule.ours for rule in table if rule.ours is not None]
 
 
@@ -230,7 +230,7 @@ def _model(
     for path in (folder / "config.json", folder.parent / "config.json"):
         if path.is_file():
             config = read_json(path)
-            family = decoders if config.get("model_type") in tuple(decoders.ARCHITECTURES) else long_vita
+            family = decoder if config.get("model_type") in tuple(DECODERS) else long_vita
             told: ModelConfig = family.read_config(config, str(path))
             if vocab_size not in (None, told.vocab_size):
                 raise ConfigError(f"--vocab-size {vocab_size}: {path} says {told.vocab_size}. Leave the flag out.")

@@ -14,18 +14,9 @@ from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.config import ModelConfig, VisionConfig
-from megatron_vita.convert import (
-    decoders,
-    intern_vit,
-    internvl,
-    internvl_processor,
-    long_vita,
-    megatron_layouts,
-    processor_files,
-    rank_files,
-    siglip_clip,
-)
+from megatron_vita.convert import megatron_layouts, processor_files, rank_files
 from megatron_vita.convert.combined import Subset
+from megatron_vita.convert.families import DECODERS, MODELS, TOWER_TYPES, TOWERS, decoder
 from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import OurView
@@ -34,6 +25,10 @@ from megatron_vita.errors import ConfigError
 
 MEGATRON = "megatron"
 """`kind` of Long-VITA's Megatron layouts."""
+
+
+DECODER = "decoder"
+"""Key of RunState.extra: OpenModel.decoder."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,8 @@ class OpenModel:
     """run.json of a checkpoint."""
     image_token_id: int | None = None
     """What stands for a picture, where the config says it (InternVL's)."""
+    decoder: str | None = None
+    """model_type of the decoder's family, as far as it is known: several hold the same decoder."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | 
         raise ConfigError(f"--vocab-size is for Megatron layouts: {path} says its own. Leave the flag out.")
     config = _read_config(path)
     if (kind := _tower_kind(config)) is not None:
-        return OpenTower(path, kind, *_open_tower(path, config, kind))
+        return OpenTower(path, kind, *_open_tower(path, config))
     return _open_hf(path, config)
 
 
@@ -121,12 +118,11 @@ def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
         raise ConfigError(f"{path}: is a checkpoint. Give the Hugging Face folder of a vision tower.")
     config, where = _read_config(path), str(path / "config.json")
     kind = string(config, "model_type", _tower_kind(config), where)
-    if kind in decoders.ARCHITECTURES:
+    if kind in DECODERS:
         raise ConfigError(f"{path}: is a decoder ({kind}). Give it as --llm, and a vision tower as --vision.")
-    if kind in _FAMILIES:
+    if kind in MODELS:
         raise ConfigError(f"{path}: is a whole model ({kind}). Give it as --model, or a vision tower as --vision.")
-    known = [*intern_vit.MODEL_TYPES, *siglip_clip.MODEL_TYPES]
-    return _open_tower(path, config, choice(config, "model_type", known, kind, where))
+    return _open_tower(path, {**config, "model_type": choice(config, "model_type", TOWER_TYPES, kind, where)})
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -149,25 +145,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _tower_kind(config: Mapping[str, Any]) -> str | None:
     """model_type of a tower, or none for anything else."""
-    kind = config.get("model_type")
-    nested = isinstance(kind, str) and kind in siglip_clip.MODEL_TYPES
-    return str(kind) if nested else intern_vit.kind_of(config)
+    return next((kind for tower in TOWERS if (kind := tower.kind_of(config)) is not None), None)
 
 
-def _open_tower(path: Path, config: Mapping[str, Any], kind: str) -> tuple[VisionConfig, LazyTensors]:
+def _open_tower(path: Path, config: Mapping[str, Any]) -> tuple[VisionConfig, LazyTensors]:
     where = str(path / "config.json")
-    source: LazyTensors
-    if kind in siglip_clip.MODEL_TYPES:
-        vision = siglip_clip.read_config(config, where)
-        source = SafetensorsFolder(path)
-        check_layers(vision.num_layers, len(source), where)
-        source = siglip_clip.without_unused(vision, source)
-        rules = siglip_clip.rules(vision, siglip_clip.prefix_of(list(source)))
-    else:
-        vision, names = intern_vit.read_config(config, where)
-        source = SafetensorsFolder(path)
-        check_layers(vision.num_layers, len(source), where)
-        rules = intern_vit.rules(vision, names)
+    tower = next(one for one in TOWERS if one.kind_of(config) is not None)
+    vision, used = tower.read_tower(config, where)
+    stored = SafetensorsFolder(path)
+    check_layers(vision.num_layers, len(stored), where)
+    source, rules = used(stored)
     return processor_files.with_norm(path, vision), OurView(rules, source, str(path))
 
 
@@ -183,6 +170,7 @@ def _open_checkpoint(folder: Path) -> OpenModel:
         preprocess=state.preprocess,
         tokenizer_dir=folder / TOKENIZER_FOLDER,
         state=state,
+        decoder=state.extra.get(DECODER),
     )
 
 
@@ -205,29 +193,26 @@ def _open_megatron(folder: Path, vocab_size: int | None) -> OpenModel:
 def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
     where = str(folder / "config.json")
     kind = string(config, "model_type", None, where)
-    if kind is None or kind not in _FAMILIES:
-        decoders.check_features(config, where)  # a reason says more than a name
-        raise refuse(where, "model_type", kind, ", ".join(_FAMILIES))
+    if kind is None or kind not in MODELS:
+        decoder.check_features(config, where)  # a reason says more than a name
+        raise refuse(where, "model_type", kind, ", ".join(MODELS))
     check_not_quantised(config, where)
-    model = _FAMILIES[kind].read_config(config, where)
-    preprocess = None
-    if model.vision is not None:
-        read_spec = long_vita.read_spec if kind == long_vita.MODEL_TYPE else internvl_processor.read_spec
-        preprocess = read_spec(folder, model.vision)
+    family = MODELS[kind]
+    model = family.read_config(config, where)
+    preprocess = family.processor(folder, model)
+    if model.vision is not None and preprocess is not None:
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_norm=preprocess.image_norm))
     source = SafetensorsFolder(folder)
     for part in (model, model.vision):
         if part is not None:
             check_layers(part.num_layers, len(source), where)
-    if kind == internvl.MODEL_TYPE:
-        model = processor_files.with_own_projector(folder, internvl.with_head_of(model, config, source))
-        rules = internvl.rules(model, list(source))
-    elif kind == long_vita.MODEL_TYPE:
-        rules = long_vita.rules(model)
-    else:
-        rules = decoders.rules(model)
+    model = family.completed(model, config, folder, source)
+    inner = config.get("text_config")
+    text = inner.get("model_type") if kind not in DECODERS and isinstance(inner, Mapping) else kind
+    known = text if isinstance(text, str) and text in DECODERS else None
+    rules = family.rules(model, list(source), known)
     embedding = rules[0].theirs[0].name
-    heads = [name for name in (decoders.HEAD, "language_model." + decoders.HEAD) if name in source]
+    heads = [name for name in (decoder.HEAD, "language_model." + decoder.HEAD) if name in source]
     tied = (heads[0], embedding) if heads and not model.untie_embeddings_and_output_weights else None
     return OpenModel(
         path=folder,
@@ -236,12 +221,6 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
         tensors=OurView(rules, source, str(folder), tied=tied),
         preprocess=preprocess,
         tokenizer_dir=folder,
-        image_token_id=internvl.image_token_id(config, where) if kind == internvl.MODEL_TYPE else None,
+        image_token_id=family.image_token_id(config, where),
+        decoder=known,
     )
-
-
-_FAMILIES: dict[str, Any] = {
-    internvl.MODEL_TYPE: internvl,
-    long_vita.MODEL_TYPE: long_vita,
-    **dict.fromkeys(decoders.ARCHITECTURES, decoders),
-}

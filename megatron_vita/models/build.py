@@ -125,6 +125,7 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
+        rotary_interleaved=model.rotary_interleaved,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

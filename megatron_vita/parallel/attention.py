@@ -82,7 +82,7 @@ class VitaCoreAttention(MegatronModule):
         assert packed_seq.layout is not None, "attention needs the layout of the packed sequence"
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed_seq.rotary is not None:
-            q, k = rotate(q, packed_seq.rotary), rotate(k, packed_seq.rotary)
+            q, k = (rotate(x, packed_seq.rotary, interleaved=self.config.rotary_interleaved) for x in (q, k))
         if packed_seq.cache is not None:
             out = _cached_attention(q, k, v, packed_seq, self.layer_number, self.scale)
         else:

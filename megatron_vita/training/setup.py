@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,6 +17,7 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.config import StageConfig
 from megatron_vita.convert.identity import fingerprint
+from megatron_vita.convert.opening import DECODER
 from megatron_vita.data.loading.loader import PackLoader, RankCoords
 from megatron_vita.data.shards.manifest import Manifest
 from megatron_vita.data.shards.reader import ShardSet
@@ -149,6 +151,11 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
     """RunState of a stage before its first step, with digest and history of the weights it starts from."""
     manifest = ShardSet(stage.data.data_path).manifest
     base_models, earlier = start.origin(weights) if weights else ({}, ())
+    extra: dict[str, Any] = {}
+    if weights:
+        extra[STARTED_FROM] = fingerprint(weights)
+        if (family := start.decoder_family(weights)) is not None:
+            extra[DECODER] = family
     return checkpoint.RunState(
         stage=stage,
         iteration=0,
@@ -158,7 +165,7 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
         data=data_summary(stage.data.data_path, manifest),
         base_models=base_models,
         earlier=earlier,
-        extra={STARTED_FROM: fingerprint(weights)} if weights else {},
+        extra=extra,
     )
 
 

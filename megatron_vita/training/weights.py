@@ -40,6 +40,11 @@ def load(folder: Path, models: Sequence[nn.Module]) -> None:
         checkpoint.load_tensors(opened.tensors, models, str(folder), saved=opened.model)
 
 
+def decoder_family(folder: Path) -> str | None:
+    """model_type of the family that a folder's decoder came from, if it is known: an export names it so again."""
+    return open_model(folder).decoder
+
+
 def origin(folder: Path) -> tuple[Mapping[str, str], tuple[StageRecord, ...]]:
     """Provenance of a folder's weights: ({part of the model: name of its base model}, records of earlier stages)."""
     if not is_checkpoint(folder):

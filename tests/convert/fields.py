@@ -107,6 +107,13 @@ CLASSES: dict[str, dict[str, Use]] = {
         "mlp_bias": Refused(True),
         "pretraining_tp": Inert(2, "the same products in pieces"),
     },
+    "MistralConfig": {**_DECODER, "head_dim": Read(64), "sliding_window": Refused(128)},
+    "GlmConfig": {
+        **_DECODER,
+        "head_dim": Read(64),
+        "attention_bias": Refused(False),
+        "partial_rotary_factor": Read(0.25),
+    },
     "InternVLVisionConfig": {
         **_PICTURE,
         "attention_bias": Read(False),

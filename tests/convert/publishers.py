@@ -74,6 +74,21 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "qwen3 tied": {"model_type": "qwen3", "head_dim": 14, "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "rope_theta": 1e4},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e4},
+    "mistral window tied": {
+        "model_type": "mistral",
+        "sliding_window": 512,
+        "head_dim": 20,
+        "tie_word_embeddings": True,
+    },
+    "glm": {"model_type": "glm", "head_dim": 16, "rope_theta": 1e4, "pad_token_id": 0},
+    "glm tied": {
+        "model_type": "glm",
+        "head_dim": 24,
+        "partial_rotary_factor": 0.25,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
     "llama 3.1 tied": {
         "model_type": "llama",
         "tie_word_embeddings": True,

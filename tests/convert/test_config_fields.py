@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vita.convert import decoders, intern_vit, internvl, siglip_clip
+from megatron_vita.convert.families import decoder as decoders
+from megatron_vita.convert.families import intern_vit, internvl, siglip_clip
 from megatron_vita.convert.opening import open_model, open_tower
 from megatron_vita.errors import CheckpointError
 from tests.convert import fields, published, publishers
@@ -30,6 +31,8 @@ _READERS: dict[str, tuple[Callable[[Mapping[str, Any], str], Any], dict[str, Any
     "Qwen2Config": (decoders.read_config, published.decoder("Qwen2.5-14B")),
     "Qwen3Config": (decoders.read_config, published.decoder("Qwen3-8B")),
     "LlamaConfig": (decoders.read_config, published.decoder("Llama-3-8B")),
+    "MistralConfig": (decoders.read_config, published.decoder("Mistral-7B-v0.3")),
+    "GlmConfig": (decoders.read_config, published.decoder("GLM-4-9B-chat")),
     "InternVLVisionConfig": (intern_vit.read_config, _TOWER),
     "InternVLConfig": (
         internvl.read_config,
@@ -120,11 +123,46 @@ def test_what_is_refused_says_what_and_what_to_do(name: str, change: dict[str, A
         decoders.read_config(config, "config.json")
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-8B", "Llama-3.1-8B"])
+@pytest.mark.parametrize("window", [4096, None, 32768, ...])
+def test_a_window_that_a_mistral_can_reach_is_refused(window: Any) -> None:
+    """Mistral-7B-v0.1 attends within 4096 tokens, which is also what its class does where nothing is said."""
+    config = {**published.decoder("Mistral-7B-v0.3"), "sliding_window": window}
+    config = {key: value for key, value in config.items() if value is not ...}
+    if window in (4096, ...):
+        with pytest.raises(CheckpointError, match=r"sliding_window=4096 .*null, or at least 32768 tokens"):
+            decoders.read_config(config, "config.json")
+    else:
+        assert decoders.read_config(config, "config.json").max_position_embeddings == 32768
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "wanted"),
+    [(..., ..., 0.5), (0.25, ..., 0.25), (..., 0.25, 0.25), (0.25, 0.25, 0.25), (0.25, 0.5, None), (..., 0.29, None)],
+)
+def test_the_share_of_a_head_that_glm_turns(inside: Any, outside: Any, wanted: float | None) -> None:
+    """Half, where nothing is said; in either place; never two shares, nor an odd number of dimensions."""
+    config = published.decoder("GLM-4-9B-chat")
+    theta, config["partial_rotary_factor"] = config.pop("rope_theta"), outside
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": inside}
+    config = {key: value for key, value in config.items() if value is not ...}
+    if inside is ...:
+        del config["rope_parameters"]["partial_rotary_factor"]
+    if wanted is None:
+        message = "partial_rotary_factor differently" if inside != ... else "rotary_percent=0.29: .* turn 37 numbers"
+        with pytest.raises(CheckpointError, match=message):
+            decoders.read_config(config, "config.json")
+        return
+    model = decoders.read_config(config, "config.json")
+    assert (model.rotary_percent, model.rotary_interleaved) == (wanted, True)
+    rotary = published.stock_config(config).rope_parameters["partial_rotary_factor"]
+    assert rotary == wanted
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-8B", "Llama-3.1-8B", "Mistral-7B-v0.3", "GLM-4-9B-chat"])
 def test_releases_read_one_rotary_embedding_and_one_head_size(name: str) -> None:
     """Releases before 5 know rope_theta and rope_scaling alone; no size of a head follows from the others."""
     model = replace(decoders.read_config(published.decoder(name), name), kv_channels=96)
-    written = decoders.write_config(model, "bfloat16", {})
+    written = decoders.write_config(model, "bfloat16", {}, published.decoder(name)["model_type"])
     older = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
     newer = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     for values in (older, newer):

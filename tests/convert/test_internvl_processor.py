@@ -20,8 +20,8 @@ from PIL import Image
 
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
 from megatron_vita.convert.exporter import export
+from megatron_vita.convert.families.internvl_processor import read_spec
 from megatron_vita.convert.importer import import_model
-from megatron_vita.convert.internvl_processor import read_spec
 from megatron_vita.convert.opening import open_model
 from megatron_vita.convert.processor_files import processor_files
 from megatron_vita.data.example import MediaItem

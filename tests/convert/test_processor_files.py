@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert.internvl_processor import read_spec
-from megatron_vita.convert.long_vita import read_spec as read_long_vita_spec
+from megatron_vita.convert.families import long_vita
+from megatron_vita.convert.families.internvl_processor import read_spec
 from megatron_vita.convert.opening import open_model, open_tower
 from megatron_vita.convert.processor_files import processor_files, with_norm, with_own_projector
 from megatron_vita.data.spec import PreprocessSpec
@@ -67,7 +67,7 @@ def test_a_model_and_a_tower_are_opened_by_it(tmp_path: Path) -> None:
 
 
 def test_nothing_said_is_what_the_tower_asks(tmp_path: Path) -> None:
-    assert read_long_vita_spec(tmp_path, TOWER) == PreprocessSpec(layout="long_vita", image_size=16, patch_size=4)
+    assert long_vita.processor(tmp_path, MODEL) == PreprocessSpec(layout="long_vita", image_size=16, patch_size=4)
     assert read_spec(tmp_path, TOWER) == PreprocessSpec(image_size=16, patch_size=4)
     assert with_norm(tmp_path, TOWER) == TOWER
 

@@ -16,7 +16,8 @@ import pytest
 
 from megatron_vita.checkpoint.lazy import TensorsInMemory
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert import decoders, intern_vit, internvl, long_vita, siglip_clip
+from megatron_vita.convert.families import decoder as decoders
+from megatron_vita.convert.families import intern_vit, internvl, long_vita, siglip_clip
 from megatron_vita.convert.rules import Rule, prove
 from megatron_vita.errors import CheckpointError
 from megatron_vita.planning.parameters import count_parameters
@@ -56,7 +57,7 @@ def test_decoder(name: str) -> None:
     counts = {_elements(rules), count_parameters(model).total, network.num_parameters()}
     assert counts == {published.DECODERS[name]["parameters"]}
 
-    written = decoders.write_config(model, "bfloat16", TOKEN_IDS)
+    written = decoders.write_config(model, "bfloat16", TOKEN_IDS, theirs["model_type"])
     assert decoders.read_config(written, name) == model
     again = published.stock_config(written)
     fields.same_computation(again, stock)

@@ -13,7 +13,8 @@ import yaml
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, load_model, load_run
-from megatron_vita.convert import cli, long_vita
+from megatron_vita.convert import cli
+from megatron_vita.convert.families import long_vita
 from megatron_vita.convert.rules import Rule
 from tests.convert import publishers
 

@@ -1,6 +1,6 @@
 """transformers' native InternVL: what stock code loads and serves, with no code of ours.
 
-Its class builds the decoder by its own model_type (Qwen2, Qwen3, Llama), but every tower as an InternViT: a config.json
+Its class builds the decoder by its own model_type, but every tower as an InternViT: a config.json
 that says otherwise is read as one all the same.
 """
 
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert import decoders, intern_vit
+from megatron_vita.convert.families import decoder as decoders
+from megatron_vita.convert.families import intern_vit, internvl_processor
+from megatron_vita.convert.families.decoder_table import DECODERS
 from megatron_vita.convert.hf_config import check_not_quantised, choice, flag, integer, require, section
+from megatron_vita.convert.processor_files import with_own_projector
 from megatron_vita.convert.rules import Rule, all_zero, rename, zero_padded
+from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError
 
 MODEL_TYPE = "internvl"
@@ -31,7 +36,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
     if text is None or vision is None:
         raise CheckpointError(f"{where}: has no text_config or no vision_config. Is it an InternVL of transformers?")
-    choice(text, "model_type", decoders.ARCHITECTURES, "qwen2", f"{where}: text_config")
+    choice(text, "model_type", DECODERS, "qwen2", f"{where}: text_config")
     check_not_quantised(config, where)
     require(config, "downsample_ratio", 0.5, 0.5, where)
     require(config, "projector_hidden_act", "gelu", "gelu", where)
@@ -58,6 +63,17 @@ def image_token_id(config: Mapping[str, Any], where: str) -> int:
     return value
 
 
+def processor(folder: Path, model: ModelConfig) -> PreprocessSpec:
+    """How stock code prepares the model's pictures."""
+    assert model.vision is not None
+    return internvl_processor.read_spec(folder, model.vision)
+
+
+def completed(model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]) -> ModelConfig:
+    """The model with the head that its tensors say, and the projector that it had before our export padded it."""
+    return with_own_projector(folder, with_head_of(model, config, names))
+
+
 def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
     """A model that its config.json ties, with the head that its folder has nevertheless.
 
@@ -76,7 +92,9 @@ def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collectio
     return replace(model, untie_embeddings_and_output_weights=True)
 
 
-def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def write_config(
+    model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
+) -> dict[str, Any]:
     """Our model as their config.json.
 
     Raises:
@@ -88,7 +106,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "text_config": decoders.write_config(model, dtype, token_ids),
+        "text_config": decoders.write_config(model, dtype, token_ids, decoder),
         "vision_config": intern_vit.write_config(model.vision, intern_vit.NATIVE, dtype),
         "image_token_id": token_ids["image_token_id"],
         "image_seq_length": model.vision.tokens_per_tile,
@@ -128,20 +146,22 @@ def check_exportable(model: ModelConfig) -> None:
         )
 
 
-def rules(model: ModelConfig, names: Collection[str] = ()) -> list[Rule]:
+def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None = None) -> list[Rule]:
     """Every tensor of the model; a projector narrower than theirs is padded with zeros, which changes nothing.
 
     Args:
         model: the whole model.
         names: tensor names of a folder that is being read: transformers has two spellings, on disk and in memory.
+        decoder: model_type of the decoder's family, where several hold it.
     """
     assert model.vision is not None
     if any(name.startswith("model.language_model.") for name in names):
         tower, projector = "model.vision_tower.", "model.multi_modal_projector."
-        table = decoders.rules(model, "model.language_model.", decoders.HEAD)
+        table = decoders.rules(model, names, decoder, body="model.language_model.", head=decoders.HEAD)
     else:
         tower, projector = "vision_tower.", "multi_modal_projector."
-        table = decoders.rules(model, "language_model.model.", "language_model." + decoders.HEAD)
+        body, head = "language_model.model.", "language_model." + decoders.HEAD
+        table = decoders.rules(model, names, decoder, body=body, head=head)
     table += intern_vit.rules(model.vision, intern_vit.NATIVE, tower)
     shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
     our = "vision_projection."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from megatron_vita.checkpoint.lazy import LazyTensors
@@ -87,6 +87,25 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """model_type of such a tower, or of a model of pictures and texts that has one; else none."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) and kind in MODEL_TYPES else None
+
+
+def read_tower(
+    config: Mapping[str, Any], where: str
+) -> tuple[VisionConfig, Callable[[LazyTensors], tuple[LazyTensors, list[Rule]]]]:
+    """A tower alone, or in a model of pictures and texts: its settings; its tensors and the rules for them."""
+    vision = read_config(config, where)
+
+    def used(source: LazyTensors) -> tuple[LazyTensors, list[Rule]]:
+        source = without_unused(vision, source)
+        return source, rules(vision, prefix_of(list(source)))
+
+    return vision, used
 
 
 def prefix_of(names: Collection[str]) -> str:

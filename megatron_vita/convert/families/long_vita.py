@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert import decoders, intern_vit
+from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.convert.families import decoder as decoders
+from megatron_vita.convert.families import intern_vit
+from megatron_vita.convert.families.decoder_table import family_of
 from megatron_vita.convert.processor_files import read_side_file, with_norm
 from megatron_vita.convert.rules import Rule, rename
 from megatron_vita.data.spec import PreprocessSpec
@@ -16,6 +18,7 @@ from megatron_vita.errors import CheckpointError
 
 MODEL_TYPE = "long_vita"
 ARCHITECTURE = "LongVITAForCausalLM"
+_DECODER = "qwen2"
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -23,18 +26,31 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     visual = config.get("visual")
     if not isinstance(visual, Mapping):
         raise CheckpointError(f"{where}: has no `visual` object. Is it a Long-VITA model?")
-    model = decoders.read_config(config, where)
+    model = decoders.read_config({**config, "model_type": _DECODER}, where)
     tower, _ = intern_vit.read_config({"model_type": "intern_vit_6b", **visual}, f"{where}: visual")
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=tower.hidden_size, bias=False))
 
 
-def read_spec(folder: Path, vision: VisionConfig) -> PreprocessSpec:
+def processor(folder: Path, model: ModelConfig) -> PreprocessSpec:
     """How a published model wants its pictures: in Long-VITA's own token layout, normalised as its settings say."""
-    own = PreprocessSpec.for_tower(with_norm(folder, vision))
-    return read_side_file(folder, vision) or replace(own, layout="long_vita")
+    assert model.vision is not None
+    own = PreprocessSpec.for_tower(with_norm(folder, model.vision))
+    return read_side_file(folder, model.vision) or replace(own, layout="long_vita")
 
 
-def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def completed(model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]) -> ModelConfig:
+    """Its config.json says all."""
+    return model
+
+
+def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
+    """No published config.json says it."""
+    return None
+
+
+def write_config(
+    model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
+) -> dict[str, Any]:
     """Our model as their config.json.
 
     Raises:
@@ -43,7 +59,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -
     check_exportable(model)
     assert model.vision is not None
     return {
-        **decoders.write_config(model, dtype, token_ids),
+        **decoders.write_config(model, dtype, token_ids, _DECODER),
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "visual": intern_vit.write_config(model.vision, intern_vit.REMOTE, dtype),
@@ -58,9 +74,10 @@ def check_exportable(model: ModelConfig) -> None:
     """
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
-    if decoders.kind_of(model) != "qwen2" or model.rope_scaling_factor is not None:
+    kind = family_of(model, _DECODER).model_type
+    if kind != _DECODER or model.rope_scaling_factor is not None:
         raise CheckpointError(
-            f"Long-VITA's decoder is a Qwen2 without rotary scaling, this one is a {decoders.kind_of(model)}"
+            f"Long-VITA's decoder is a Qwen2 without rotary scaling, this one is a {kind}"
             f"{'' if model.rope_scaling_factor is None else ' with it'}. Export with --format internvl."
         )
     intern_vit.check_exportable(model.vision, intern_vit.REMOTE)
@@ -72,13 +89,13 @@ def check_exportable(model: ModelConfig) -> None:
         )
 
 
-def rules(model: ModelConfig) -> list[Rule]:
+def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None = None) -> list[Rule]:
     """Every tensor of the model in the published names."""
     assert model.vision is not None
     shuffled, inner = 4 * model.vision.hidden_size, model.projector_width
     their, our = "model.vision_projection.", "vision_projection."
     return [
-        *decoders.rules(model),
+        *decoders.rules(model, names, _DECODER),
         *intern_vit.rules(model.vision, intern_vit.REMOTE, "model.vision_model."),
         rename(our + "pre_proj_layernorm.weight", their + "pre_proj_layernorm.weight", (shuffled,)),
         rename(our + "pre_proj_layernorm.bias", their + "pre_proj_layernorm.bias", (shuffled,)),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.hf_config import (
     MOST_HEADS,
@@ -124,6 +125,14 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Na
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
     return vision, names
+
+
+def read_tower(
+    config: Mapping[str, Any], where: str
+) -> tuple[VisionConfig, Callable[[LazyTensors], tuple[LazyTensors, list[Rule]]]]:
+    """A tower alone: its settings, and the rules for all tensors of its folder."""
+    vision, names = read_config(config, where)
+    return vision, lambda source: (source, rules(vision, names))
 
 
 def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, Any]:
