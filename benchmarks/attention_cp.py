@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention_cp.py [--tokens 8192] [--repeats 5] [--layouts]
 
-Forward and backward of attention alone (8 query heads, 2 key/value heads of 64, float32, gloo) over one row, as one
-document and packed, on two ranks of one thread each, in every cp_comm_type. Cost = CPU seconds of both ranks together,
-communication threads included. It is held against one process that computes the whole row. Both ranks do that too, at
-the same time, so that both sides run beside an equally busy neighbour (the two cores may share one set of execution
-units); the mean counts. Sides are interleaved; the best of each counts. Bytes are what a rank receives.
+Forward and backward of attention alone (8 query heads, 2 key/value heads of 64, float32, gloo) over one packed
+sequence, as one document and as many, on two ranks of one thread each, for every cp_comm_type. Cost = CPU seconds of
+both ranks together, communication threads included, divided by those of one process that computes the whole sequence.
+The one-process side runs on both ranks at the same time, because the two cores may share execution units; its mean is
+used. Sides are interleaved and the minimum of the repeats is reported. Bytes are those received per rank.
 
-`--layouts` counts instead, for packed rows of 131,072 tokens: query-key pairs that the kernels compute over the ideal
-causal area, the busiest rank's over the mean, and tokens that alignment adds. No attention is computed.
+`--layouts` computes no attention but counts, for packed sequences of 131,072 tokens: query-key pairs that the kernels
+compute / pairs of the causal mask, maximum / mean over the ranks, and padding tokens.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def formula(kind: str, ranks: int, tokens: int, size: int = 4) -> int:
 
 
 def count_bytes() -> dict[str, int]:
-    """Count what the exchange's collectives bring from other ranks, from now on, under `bytes`."""
+    """Count the bytes that the collectives of parallel/exchange.py receive from other ranks, in `bytes`."""
     counted = {"bytes": 0}
 
     def watch(name: str, share: Callable[[int, torch.Tensor], float]) -> None:
-        plain = getattr(exchange, name)
+        original = getattr(exchange, name)
 
-        def watched(rows: torch.Tensor, *rest: Any, **options: Any) -> Any:
-            counted["bytes"] += int(share(dist.get_world_size(), rows) * rows.numel() * rows.element_size())
-            return plain(rows, *rest, **options)
+        def watched(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            counted["bytes"] += int(share(dist.get_world_size(), tensor) * tensor.numel() * tensor.element_size())
+            return original(tensor, *rest, **options)
 
         setattr(exchange, name, watched)
 
@@ -68,14 +68,14 @@ def count_bytes() -> dict[str, int]:
     return counted
 
 
-def rank_main(rank: int, store: str, rows: dict[str, tuple[int, ...]], repeats: int, out: Any) -> None:
-    """Measure every side on one of two ranks; put {row: {side: (CPU seconds, bytes)}} into `out`."""
+def rank_main(rank: int, store: str, sequences: dict[str, tuple[int, ...]], repeats: int, out: Any) -> None:
+    """Measure every side on one of two ranks; put {sequence: {side: (CPU seconds, bytes)}} into `out`."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     init_distributed(init_method=f"file://{store}")
     counted = count_bytes()
     found: dict[str, dict[str, tuple[float, int]]] = {}
-    for name, documents in rows.items():
+    for name, documents in sequences.items():
         sides = {"one process": (SequenceLayout(documents), 0, "all_gather", None)}
         sides |= {kind: (SequenceLayout(documents, cp=2), rank, kind, dist.group.WORLD) for kind in KINDS}
         best = dict.fromkeys(sides, (float("inf"), 0))
@@ -87,7 +87,7 @@ def rank_main(rank: int, store: str, rows: dict[str, tuple[int, ...]], repeats: 
                     torch.randn(layout.local_length, heads, SIZE, generator=generator, requires_grad=wants)
                     for heads, wants in shapes
                 )
-                schedule = build_schedule(layout, cp_rank, CPU, kind)  # once per row, not per layer
+                schedule = build_schedule(layout, cp_rank, CPU, kind)  # once per packed sequence, not per layer
                 dist.barrier()
                 counted["bytes"] = 0
                 began = time.process_time()
@@ -101,20 +101,22 @@ def rank_main(rank: int, store: str, rows: dict[str, tuple[int, ...]], repeats: 
 
 
 def measure(tokens: int, repeats: int) -> bool:
-    """Print CPU time and bytes of every kind; True where all keep the bar."""
-    rows = {"one document": (tokens,)}
-    rows |= {f"packed, {mix}": packed_documents(mix, tokens, count=1)[0] for mix in ("pictures", "text")}
+    """Print CPU time and bytes of every cp_comm_type; True if all ratios are within BAR."""
+    sequences = {"one document": (tokens,)}
+    sequences |= {f"packed, {mix}": packed_documents(mix, tokens, count=1)[0] for mix in ("pictures", "text")}
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=rank_main, args=(r, f"{folder}/store", rows, repeats, out)) for r in range(2)]
+        ranks = [
+            context.Process(target=rank_main, args=(r, f"{folder}/store", sequences, repeats, out)) for r in range(2)
+        ]
         for process in ranks:
             process.start()
         found = dict(out.get() for _ in ranks)
         for process in ranks:
             process.join()
     kept = True
-    for name, documents in rows.items():
+    for name, documents in sequences.items():
         one = sum(found[rank][name]["one process"][0] for rank in found) / 2
         print(f"{name} ({len(documents)} of {tokens} tokens together): one process {one:.3f} CPU s")
         for kind in KINDS:
@@ -129,8 +131,8 @@ def measure(tokens: int, repeats: int) -> bool:
 
 
 def count_layouts(tokens: int = 131072) -> None:
-    """Print computed over ideal pairs and busiest over mean for packed rows."""
-    print(f"rows of {tokens} tokens; padding of the row for cp x sp 8: worst over mixes and cp")
+    """Print computed / ideal pairs and maximum / mean over ranks for packed sequences."""
+    print(f"packed sequences of {tokens} tokens; padding for cp x sp 8: maximum over mixes and cp")
     padding = 0.0
     for mix in MIXES:
         (documents,) = packed_documents(mix, tokens, count=1)

@@ -1,16 +1,16 @@
-"""Work of data-parallel ranks within a step: attention and tiles, and how long the order takes to make.
+"""Load balance of data-parallel ranks within a step (attention and tiles), and the time to compute the pack order.
 
     python benchmarks/balance.py [--samples 500000] [--skip-scale]
 
 Packs are built from the realistic mixes of mix.py, ordered by `PackOrder` and assigned by `assign_packs` to 8 ranks,
 for global batches of 8 (one pack a rank) and 64. Stages 1 and 2 (16K, 32K) reset attention per sample; stages 3 and 4
-(128K) do not. A rank's work is the query-key pairs of its packs, and their tiles; each kind is looked at alone.
+(128K) do not. A rank's load is the query-key pairs of its packs, and their tiles, each by itself.
 
-    waited    sum over the steps of the most loaded rank's work / sum over the steps of the mean rank's: what the
-              unevenness costs in all. The bar is 1.05.
-    mean, median, p99, worst   of a step's most / mean. For the tiles only steps with a tile a rank or more are
-              counted: eight ranks cannot share three tiles evenly, and need not. The bar for the mean is 1.05.
-    thin      steps that are therefore not counted (nearly no tiles).
+    waited    sum over the steps of the maximum load / sum over the steps of the mean load: the total cost of imbalance.
+              The bar is 1.05.
+    mean, median, p99, worst   of maximum / mean load of a step. For tiles only steps with at least one tile per rank
+              are counted. The bar for the mean is 1.05.
+    thin      steps that are not counted for that reason.
 
 `random` is the same packs in random order, assigned alike. Sets of 100 to 10,000 packs show the limits of a small set.
 """
@@ -46,12 +46,12 @@ def pack_work(number: int, seq_length: int, *, long: bool) -> Int64:
 
 
 def loads(work: Int64, steps: Int64) -> Int64:
-    """Work of each rank, `[steps, ranks, kinds]`, for pack ids `[steps, global batch]`."""
+    """Load of each rank, `[steps, ranks, kinds]`, for pack ids `[steps, global batch]`."""
     return np.stack([[work[hand].sum(axis=0) for hand in assign_packs(ids, work[ids], RANKS)] for ids in steps])
 
 
 def line(name: str, partitioned: Int64) -> str:
-    """One row of the table."""
+    """One line of the table."""
     most, mean = partitioned.max(axis=1), partitioned.mean(axis=1)
     cells = [f"{name:<34}"]
     for kind in range(2):

@@ -129,7 +129,7 @@ def measured(work: Callable[[], None]) -> tuple[float, float]:
         usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    os.sync()  # what earlier runs left to write is not ours
+    os.sync()  # flush the writes of earlier runs first
     before, start = cpu(), time.perf_counter()
     work()
     return cpu() - before, time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The loader: worker threads, the first batch after a resume, and what opening a large set costs.
+"""The loader: throughput by worker threads, first batch after a resume, time to open a large set.
 
     python benchmarks/loader.py [--packs 48] [--steps 16] [--big-packs 200000]
 

@@ -1,11 +1,11 @@
-"""Head and loss on labelled rows only, in chunks, against all logits at once.
+"""Output layer and loss: chunked over labelled tokens (parallel/loss.py) against all logits at once.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py [--tokens 8192] [--width 256] [--vocab 32768] [--repeats 3]
 
-Forward and backward of head and cross entropy, float32, one thread, for one row of tokens of which a fraction is
-labelled. *Unfused*: logits of all tokens, torch's cross_entropy with ignore_index, autograd. *Ours*:
-parallel/loss.py. Memory is the process's peak beyond what it held before and beyond the two gradients that both sides
-must return, each side in a forked process of its own. Time is CPU seconds, sides interleaved, best of the repeats.
+Forward and backward of output layer and cross entropy, float32, one thread, for one packed sequence of which a fraction
+of the tokens is labelled. *Unfused*: logits of all tokens, torch's cross_entropy with ignore_index, autograd. *Ours*:
+parallel/loss.py. Memory is the peak of a forked process per side, minus its start value and the two returned gradients.
+Time is CPU seconds, sides interleaved, minimum of the repeats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEMORY_BAR, TIME_BAR = 1 / 16, 1.05
 
 
 def make_sides(tokens: int, width: int, vocab: int, fraction: float) -> dict[str, Callable[[], Any]]:
-    """Functions that run forward and backward and return the gradients of hidden states and head."""
+    """Functions that run forward and backward and return the gradients of hidden states and output layer weight."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator, requires_grad=True)
     weight = (torch.randn(vocab, width, generator=generator) / width**0.5).requires_grad_()

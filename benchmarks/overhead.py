@@ -1,12 +1,12 @@
-"""What megatron-core costs a step: our training step against plain PyTorch for the same model, rows and optimizer.
+"""Overhead of megatron-core: our training step against plain PyTorch for the same model, inputs and optimizer.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--repeats 7]
 
-Both sides take the same optimizer step in one process and float32: tower, projector, splice, decoder and loss over the
-same rows, forward and backward, gradients clipped by their common norm, AdamW. Plain: the oracle of check_parallel
-(checks/plain.py), autograd and torch's fused-loop optimizer, no process group. Ours: the training room's own step
-(megatron-core's layers, schedule, DistributedDataParallel and distributed optimizer). Rows are one document each, so
-that both sides see the same attention. Runs are interleaved; the least CPU time of each counts.
+Both sides take the same optimizer step in one process and float32: vision tower, projector, decoder and loss on the
+same packed sequences, forward and backward, clipping by the global norm, AdamW. Plain: the reference implementation of
+check_parallel (checks/plain.py) with autograd and torch's AdamW, no process group. Ours: training/step.py
+(megatron-core's layers, schedule, DistributedDataParallel and distributed optimizer). Each packed sequence is one
+document, so both sides compute the same attention. Runs are interleaved; the minimum CPU time is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = ModelConfig(
 
 
 def make_packs(model: ModelConfig, tokens: int, tiles: int) -> list[Pack]:
-    """Two rows of one document each, a quarter of whose tokens are labelled."""
+    """Two packed sequences of one document each, a quarter of whose tokens are labelled."""
     assert model.vision is not None
     source = torch.Generator().manual_seed(3)
     size, out = model.vision.image_size, []
@@ -56,14 +56,14 @@ def make_packs(model: ModelConfig, tokens: int, tiles: int) -> list[Pack]:
 
 
 def our_side(stage: StageConfig, packs: Sequence[Pack]) -> Callable[[], object]:
-    """The training room's step, in a world of one process."""
+    """training/step.py's train_step, with world size 1."""
     setup = build_model_and_optimizer(stage)
     step = step_batches(stage, setup.groups, packs)
     return lambda: train_step(stage, setup.groups, setup.wrapped, setup.optimizer, setup.scheduler, step, 1)
 
 
 def plain_side(stage: StageConfig, packs: Sequence[Pack]) -> Callable[[], object]:
-    """The same in plain PyTorch."""
+    """The same step in plain PyTorch."""
     model, settings = stage.model, stage.optimizer
     weights = {name: weight.requires_grad_() for name, weight in draw_weights(model).items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -116,7 +116,7 @@ def main() -> int:
         stage = make_stage(ParallelConfig(), model, len(packs), 1, False, seq_length=tokens)
         ours, plain = least_seconds([our_side(stage, packs), plain_side(stage, packs)], arguments.repeats, steps)
         print(
-            f"{name} model (width {model.hidden_size}), 2 rows of {tokens} tokens, {tiles} tiles: ours "
+            f"{name} model (width {model.hidden_size}), 2 packed sequences of {tokens} tokens, {tiles} tiles: ours "
             f"{1000 * ours:.1f} ms, plain {1000 * plain:.1f} ms of CPU a step: {ours / plain:.2f} times, "
             f"{1000 * (ours - plain):+.1f} ms"
         )

@@ -5,10 +5,9 @@
 Both sides train the same architecture (tower 3 x 128, decoder 4 x 256, 8 heads, 4 KV groups, vocabulary 4,096, float32,
 one thread) with AdamW and gradient clipping on the same token ids, labels and tiles. Stock: transformers'
 InternVLForConditionalGeneration, eager attention, samples padded to the longest of their batch, with an attention mask.
-Ours: the stage-2 step (DDP, distributed optimizer, packed row of 2,048 tokens, attention and positions reset per
-sample) through megatron-core. A batch of the stock side holds the samples of one of our packs. Runs are interleaved;
-the best of each counts. Prints samples per CPU-second of both and their ratio, for a realistic mix of lengths and for
-samples of one length.
+Ours: the stage-2 step (DDP, distributed optimizer, packs of 2,048 tokens, document masking) through megatron-core. A
+batch of the stock side holds the samples of one of our packs. Runs are interleaved; the minimum of each is reported.
+Prints samples per CPU-second of both and their ratio, for a realistic mix of lengths and for samples of one length.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from megatron_vita.parallel.groups import destroy_groups, init_distributed
 from megatron_vita.training.setup import build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
-ROW, VOCAB, CONTEXT_ID = 2048, 4096, 4095
+PACK, VOCAB, CONTEXT_ID = 2048, 4096, 4095
 VISION = VisionConfig(
     num_layers=3, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4, image_size=32, patch_size=4
 )
@@ -84,9 +83,9 @@ def make_samples(lengths: Sequence[int], rng: np.random.Generator) -> list[Sampl
 
 
 def our_batch(samples: Sequence[Sample]) -> Batch:
-    """The samples as one packed row, padded to ROW with a document of its own."""
+    """The samples as one packed sequence of PACK tokens; padding is a document of its own."""
     lengths = [len(sample.tokens) for sample in samples]
-    rest = ROW - sum(lengths)
+    rest = PACK - sum(lengths)
     layout = SequenceLayout(tuple(lengths + [rest] * (rest > 0)))
     tokens = np.concatenate([sample.tokens for sample in samples] + [np.zeros(rest, dtype=np.int64)])
     shifted = [np.append(sample.labels[1:], -100) for sample in samples]
@@ -111,11 +110,11 @@ def our_batch(samples: Sequence[Sample]) -> Batch:
 
 
 def our_side(packs: Sequence[Sequence[Sample]]) -> Callable[[], object]:
-    """A function that takes one optimizer step over all packs through the training room's own code."""
+    """A function that takes one optimizer step over all packs with training/step.py."""
     stage = StageConfig(
         name="bench",
         model=MODEL,
-        data=DataConfig(seq_length=ROW, reset_per_document=True),
+        data=DataConfig(seq_length=PACK, reset_per_document=True),
         optimizer=OptimizerConfig(lr=1e-4),
         train=TrainConfig(global_batch_size=len(packs), train_iters=1000),
         checkpoint=CheckpointConfig(),
@@ -215,14 +214,14 @@ def main() -> int:
     torch.set_num_threads(1)
     init_distributed()
     rng = np.random.default_rng(0)
-    spread = np.clip(rng.lognormal(5.6, 0.8, 24), 40, ROW).astype(int).tolist()
+    spread = np.clip(rng.lognormal(5.6, 0.8, 24), 40, PACK).astype(int).tolist()
     for title, lengths, bar in (("mixed lengths", spread, 1.0), ("one length of 512", [512] * 8, 0.9)):
         samples = make_samples(lengths, rng)
-        packs = [[samples[index] for index in one] for one in pack(lengths, ROW)]
+        packs = [[samples[index] for index in one] for one in pack(lengths, PACK)]
         ours, stock = our_side(packs), stock_side(packs)
         seconds = best_seconds([ours, stock], arguments.repeats)
         rates = [len(samples) / one for one in seconds]
-        fill = sum(lengths) / (ROW * len(packs))
+        fill = sum(lengths) / (PACK * len(packs))
         tokens = sum(len(one) * max(len(sample.tokens) for sample in one) for one in packs)
         print(
             f"{title}: {len(samples)} samples; packs {fill:.0%} full, padded {sum(lengths) / tokens:.0%} full\n"

@@ -19,11 +19,11 @@ FILL_BAR, SPEED_BAR, OPEN = 0.995, 1_000_000, 64
 
 
 def streaming_fill(lengths: mix.Int64, capacity: int) -> float:
-    """Fill of first fit with `OPEN` packs open at a time; the fullest is closed where none has room."""
+    """Fill of first fit with `OPEN` packs open at a time; the fullest is closed where a length fits into none."""
     free: list[int] = []
     packs = 0
     for length in lengths.tolist():
-        place = next((index for index, room in enumerate(free) if room >= length), None)
+        place = next((index for index, left in enumerate(free) if left >= length), None)
         if place is None:
             if len(free) == OPEN:
                 free.remove(min(free))

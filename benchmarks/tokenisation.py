@@ -8,11 +8,11 @@ several turns, instructions, and now and then a long document. Without --tokeniz
 that splits text as Qwen2.5's does is trained on them first.
 
     texts           every turn's text. Ours: `VitaTokenizer.encode`, one process a core, as preprocess_data.py works.
-                    Theirs: one call of `encode_batch`, rayon on all cores.
-    conversations   ours: `build_example` (template, ids, labels). Theirs: `encode_batch` of conversations that were
+                    tokenizers: one call of `encode_batch`, rayon on all cores.
+    conversations   ours: `build_example` (template, ids, labels). tokenizers: `encode_batch` of conversations that were
                     rendered beforehand, outside the clock; it makes no labels.
 
-Both sides hand the ids over as Python lists. Interleaved, the best of the repeats; the ratio is theirs : ours, above 1
+Both sides return the ids as Python lists. Interleaved, minimum of the repeats; the ratio is tokenizers : ours, above 1
 where ours takes less. Wall time is fair only on an idle machine.
 """
 
@@ -54,12 +54,12 @@ CHUNK = 64
 def corpus(megabytes: int) -> str:
     """Text of installed packages, always the same on one machine."""
     root = Path(sysconfig.get_path("purelib"))
-    pieces, room = [], megabytes << 20
+    pieces, left = [], megabytes << 20
     for path in sorted(file for ending in ("md", "rst", "py", "txt") for file in root.rglob(f"*.{ending}")):
         text = path.read_text(encoding="utf-8", errors="ignore")
         pieces.append(text)
-        room -= len(text)
-        if room < 0:
+        left -= len(text)
+        if left < 0:
             break
     random.Random(0).shuffle(pieces)
     return "\n".join(pieces)
@@ -171,7 +171,7 @@ def main() -> None:
             os.environ["TOKENIZERS_PARALLELISM"] = "true"
             (path / "tokenizer.json").write_bytes(train(text[: 8 << 20]))
         ours = VitaTokenizer.load(path)
-        theirs: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
+        reference: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
     samples = conversations(text)
     texts = [
         part.text for one in samples for message in one.messages for part in message.parts if isinstance(part, Text)
@@ -186,15 +186,15 @@ def main() -> None:
     )
     try:
         for name, number, strings in (("texts", len(texts), texts), ("conversations", len(samples), rendered)):
-            best = {"ours": (1e9, 1e9, 0), "theirs": (1e9, 1e9, 0)}
+            best = {"ours": (1e9, 1e9, 0), "tokenizers": (1e9, 1e9, 0)}
             for _ in range(args.repeats):
-                for side, got in (("ours", workers.run(name, number)), ("theirs", batch(theirs, strings))):
+                for side, got in (("ours", workers.run(name, number)), ("tokenizers", batch(reference, strings))):
                     best[side] = (min(best[side][0], got[0]), min(best[side][1], got[1]), got[2])
-            (cpu, wall, ids), (their_cpu, their_wall, their_ids) = best["ours"], best["theirs"]
+            (cpu, wall, ids), (other_cpu, other_wall, other_ids) = best["ours"], best["tokenizers"]
             print(
-                f"{name:<14} ours {ids / cpu / 1e6:.2f}, theirs {their_ids / their_cpu / 1e6:.2f} million ids a "
-                f"CPU-second: {their_cpu / cpu:.2f}; wall on {os.cpu_count()} cores {wall:.2f} s, theirs "
-                f"{their_wall:.2f} s: {their_wall / wall:.2f}  ({ids} ids, theirs {their_ids})"
+                f"{name:<14} ours {ids / cpu / 1e6:.2f}, tokenizers {other_ids / other_cpu / 1e6:.2f} million ids a "
+                f"CPU-second: {other_cpu / cpu:.2f}; wall on {os.cpu_count()} cores {wall:.2f} s, tokenizers "
+                f"{other_wall:.2f} s: {other_wall / wall:.2f}  ({ids} ids, tokenizers {other_ids})"
             )
     finally:
         workers.close()

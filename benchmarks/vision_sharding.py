@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vision_sharding.py [--tiles 24] [--repeats 5]
 
-Two forked ranks share a row of tiles under context parallelism. Spread: each encodes its half, forward and backward,
-and features travel to the ranks that own their tokens. Replicated: each encodes all tiles and keeps what it needs, as
-systems do that have no exchange. Trained and frozen tower, the projector trained. Counted is the CPU time of the busier
-rank, communication included; runs are interleaved and the least of each counts. 24 tiles of 256 patches are one
-micro-chunk of the tower: with more of them the replicated side would recompute, and the spread side not.
+Two forked context-parallel ranks share the tiles of one packed sequence. Spread: each encodes half of the tiles,
+forward and backward, and visual tokens are sent to the ranks that own them. Replicated: each encodes all tiles and
+keeps the visual tokens it owns, as systems without an all-to-all do. Trained and frozen tower; the projector is
+trained. Reported is the CPU time of the rank that takes longer, communication included; runs are interleaved, minimum
+of the repeats. 24 tiles of 256 patches are one encoder micro-batch: with more tiles the replicated side would
+recompute, the spread side not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MODEL = ModelConfig(
 
 
 def measure(tiles: int, frozen: bool, repeats: int) -> tuple[float, float]:
-    """(spread, replicated): least CPU seconds of the busier rank for one forward and backward."""
+    """(spread, replicated): minimum CPU seconds of one forward and backward, on the slower rank."""
     stage = StageConfig(
         model=MODEL,
         parallel=ParallelConfig(context_parallel_size=RANKS),
@@ -62,11 +63,11 @@ def measure(tiles: int, frozen: bool, repeats: int) -> tuple[float, float]:
         0, 256, (tiles, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     own = routes.tiles_of(groups.group_rank)
-    needed = torch.from_numpy(layout.local_positions(groups.cp_rank))  # every token is a feature row
+    needed = torch.from_numpy(layout.local_positions(groups.cp_rank))  # every token is a visual token
 
     def spread() -> None:
-        rows, _ = exchange_features(model.encode(pixels[own.start : own.stop]), routes, groups)
-        rows.sum().backward()
+        visual, _ = exchange_features(model.encode(pixels[own.start : own.stop]), routes, groups)
+        visual.sum().backward()
 
     def replicated() -> None:
         model.encode(pixels).index_select(0, needed).sum().backward()

@@ -1,8 +1,8 @@
-"""CUDA or CPU: the one module that knows, and everything that megatron-core 0.16.1 needs to run without CUDA.
+"""Device selection (CUDA or CPU), and the patches that megatron-core 0.16.1 needs to run without CUDA.
 
-megatron-core asks CUDA by name in some forty places. Where there is no CUDA, `install` gives each of those questions a
-CPU answer; where there is, it does nothing. Every line of it says who asks. No other file of the package names a device
-or a communication backend.
+megatron-core calls torch.cuda directly in about forty places. Without CUDA, `install` replaces these calls by CPU
+equivalents; with CUDA it does nothing. Each patch names the callers that need it. No other file of the package names a
+device or a communication backend.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _installed = False
 
 
 def has_accelerator() -> bool:
-    """True where CUDA is usable."""
+    """True if CUDA is usable."""
     return torch.cuda.is_available()
 
 
 def num_accelerators() -> int:
-    """GPUs that this process sees; 0 without CUDA. CUDA is not started by it, so processes may be forked afterwards."""
+    """Number of visible GPUs; 0 without CUDA. Does not initialise CUDA, so the process may fork afterwards."""
     return torch.cuda.device_count()
 
 
 def torch_device() -> torch.device:
-    """The device this rank computes on."""
+    """This rank's device: its current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else _CPU
 
 
 def on_accelerator(what: torch.Tensor | torch.device) -> bool:
-    """A tensor lies on a GPU, or a device is one. (Tests let "meta" stand for it.)"""
+    """True if a tensor is on a GPU, or a device is one; any device but the CPU counts (tests use `meta` for a GPU)."""
     return (what.device if isinstance(what, torch.Tensor) else what).type != "cpu"
 
 
@@ -49,35 +49,34 @@ def backend() -> str:
 
 
 def bind_rank(local_rank: int) -> None:
-    """Give this process its device, before any group exists: one GPU per local rank; nothing to do on CPU."""
+    """Select the GPU of this local rank, before any process group is created; no effect without CUDA."""
     if has_accelerator():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def prepare_network(*, single_node: bool) -> None:
-    """Safe defaults for the communication backend, set only where the user has set nothing.
+    """Set GLOO_SOCKET_IFNAME=lo for ranks of one Linux machine without CUDA, unless the user has set it.
 
-    gloo looks its own host name up; containers and laptops often have one that does not resolve, or resolves to an
-    interface that is down. Ranks of one machine need nothing but the loopback.
+    gloo resolves its own host name, which on containers and laptops often fails or gives an interface that is down.
     """
     if single_node and not has_accelerator() and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def empty_cache() -> None:
-    """Return cached memory to the device; nothing to do on CPU."""
+    """torch.cuda.empty_cache; no effect without CUDA."""
     if has_accelerator():
         torch.cuda.empty_cache()
 
 
 def synchronize() -> None:
-    """Wait until the device has done what was queued; CPU work is done when the call returns."""
+    """torch.cuda.synchronize; no effect without CUDA."""
     if has_accelerator():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this process has held: allocated on the GPU, or resident on CPU. Bytes."""
+    """Peak memory of this process in bytes: allocated by torch on the GPU, or resident set size without CUDA."""
     if has_accelerator():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -87,13 +86,13 @@ def peak_memory_bytes() -> int:
 
 
 def seed_all(seed: int, *, tp_rank: int = 0) -> None:
-    """Seed torch and megatron-core's tracker, whose state differs by tensor-parallel rank.
+    """Seed torch and megatron-core's RNG tracker; call it before the first forward.
 
-    Sequence parallelism forks the tracker even with dropout 0, so it must be seeded before any forward.
+    Sequence parallelism forks the tracker even without dropout, which fails if it has not been seeded.
 
     Args:
-        seed: the same on all ranks of one tensor-parallel group.
-        tp_rank: shifts the stream of the tracker only.
+        seed: the same on all ranks of a tensor-parallel group.
+        tp_rank: tensor-parallel rank, which makes the tracker's state (not torch's) different per rank.
     """
     install()
     from megatron.core.tensor_parallel import random as megatron_random
@@ -103,10 +102,10 @@ def seed_all(seed: int, *, tp_rank: int = 0) -> None:
 
 
 def install() -> None:
-    """Make megatron-core run on CPU and gloo; with CUDA only quiet its import warnings. Idempotent.
+    """Patch torch and megatron-core so that megatron-core runs on CPU and gloo; no effect with CUDA. Idempotent.
 
-    Call before anything of megatron-core is built (importing it earlier is fine). A forked child inherits the result,
-    a spawned one does not.
+    Call it before building any megatron-core object (importing megatron-core earlier is fine). Forked processes inherit
+    the patches, spawned ones do not.
     """
     global _installed
     if _installed:
@@ -125,9 +124,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _redirect_factories() -> None:
-    """Tensors created with device="cuda" are created on CPU, and nothing is pinned.
+    """Make factory functions create device="cuda" tensors on the CPU, and ignore pin_memory.
 
-    Asked by: optimizer/optimizer.py (found_inf, scale), optimizer/clip_grads.py (norms), pipeline_parallel/schedules.py
+    Callers: optimizer/optimizer.py (found_inf, scale), optimizer/clip_grads.py (norms), pipeline_parallel/schedules.py
     (token counts), dist_checkpointing/exchange_utils.py, transformer/utils.py, tensor_parallel/data.py; pin_memory by
     models/common/embeddings/rope_utils.py under context parallelism.
     """
@@ -143,19 +142,19 @@ def _redirect_factories() -> None:
 
         return wrapped
 
-    # torch lists its factories once, at first use, for `with torch.device(...)`. Listed after they are replaced, they
-    # would not be recognised, and whoever builds a model on "meta" (transformers does) would get unfilled memory.
+    # torch caches the list of its factories at first use of `with torch.device(...)`: it must be cached before they are
+    # replaced, else models built on "meta" (as transformers does) would be allocated, uninitialised.
     _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
 
 def _redirect_device_queries() -> None:
-    """Questions about the current device, moves to it, and waits for it."""
-    # distributed/param_and_grad_buffer.py, tensor_parallel/{layers,mappings}.py, p2p_communication.py,
-    # distrib_optimizer.py, dist_checkpointing/strategies: "where do I allocate?"
+    """Patch queries of the current device, transfers to it, and synchronisation."""
+    # Device of new buffers: distributed/param_and_grad_buffer.py, tensor_parallel/{layers,mappings}.py,
+    # p2p_communication.py, distrib_optimizer.py, dist_checkpointing/strategies.
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    # p2p_communication.py after a batched exchange, dist_checkpointing's writers: gloo work is done when waited for.
+    # p2p_communication.py after batched p2p, dist_checkpointing's writers: gloo operations are complete after wait().
     torch.cuda.synchronize = lambda *args, **kwargs: None
     # distrib_optimizer.py and exchange_utils.py when saving or loading, language_module.py with tied embeddings.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -163,8 +162,8 @@ def _redirect_device_queries() -> None:
     plain_type = torch.Tensor.type
 
     def type_as_megatron_expects(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # optimizer/{clip_grads,optimizer,distrib_optimizer}.py compare with "torch.cuda.FloatTensor". Only
-        # megatron-core is answered so: anybody else asks in earnest.
+        # optimizer/{clip_grads,optimizer,distrib_optimizer}.py compare with "torch.cuda.FloatTensor". Other callers
+        # get the true type.
         out = plain_type(self, *args, **kwargs)
         if isinstance(out, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
             return out.replace("torch.", "torch.cuda.", 1)
@@ -174,22 +173,22 @@ def _redirect_device_queries() -> None:
 
 
 class _ExpectedRngNoise(logging.Filter):
-    """Drops "CPU RNG state changed within GPU RNG context": without a GPU the tracker works on the CPU generator and
-    restores it, so every fork that draws numbers would log it."""
+    """Drops "CPU RNG state changed within GPU RNG context": without a GPU the tracker uses the CPU generator, so every
+    fork that draws random numbers would log it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
 
 
 def _redirect_rng() -> None:
-    """megatron-core's RNG tracker runs on the CPU generator."""
-    # tensor_parallel/random.py, CudaRNGStatesTracker.add: torch's CPU build would queue the seed for a CUDA that never
-    # comes, and the tracker's states would in silence be neither seeded nor distinct per tensor-parallel rank.
+    """Make megatron-core's RNG tracker use the CPU generator."""
+    # tensor_parallel/random.py, CudaRNGStatesTracker.add: torch's CPU build queues torch.cuda.manual_seed until CUDA is
+    # initialised, so without any error the tracker's states would be neither seeded nor different per tensor rank.
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     from megatron.core.tensor_parallel import random as megatron_random
 
-    # fork() of the tracker and activation recomputation save and restore through these two.
+    # Used by the tracker's fork() and by activation recomputation to save and restore the state.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(_ExpectedRngNoise())
@@ -199,7 +198,7 @@ def _redirect_rng() -> None:
 
 
 def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
-    """The DistributedOptimizers inside a (chained) optimizer that step with torch's own Adam."""
+    """The DistributedOptimizers of a (chained) optimizer whose inner optimizer is torch's Adam or AdamW."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -209,13 +208,14 @@ def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
 
 
 def prepare_optimizer_for_load(optimizer: Any) -> None:
-    """Let a distributed optimizer build the state dict that a checkpoint is read into. Call before asking for it.
+    """Work around two defects of megatron-core 0.16.1's distributed optimizer with torch's AdamW.
 
-    Two defects of megatron-core 0.16.1 with torch's AdamW: `state_dict` asserts on an optimizer without state
-    (distrib_optimizer.py:642): one that never stepped, or that has nothing to train on this rank (a pipeline stage
-    whose layers are all frozen). And the setter copies every entry of the state, `step` among them, which the
-    checkpoint does not hold per parameter, and copies without no_grad (:938-940). Such an optimizer can only be saved
-    after this call too.
+    Call it before the optimizer's (sharded) state dict is requested, for loading or saving.
+
+    * `state_dict` asserts that the optimizer has state (distrib_optimizer.py:642). It has none before the first step,
+      or on a rank without trainable parameters (a pipeline stage whose layers are all frozen).
+    * On loading, every entry of a parameter's state is copied, including `step`, which checkpoints do not store per
+      parameter, and the copy is not under no_grad (distrib_optimizer.py:938-940).
     """
     for one in _plain_distributed_optimizers(optimizer):
         if not one.optimizer.state:
@@ -226,8 +226,8 @@ def prepare_optimizer_for_load(optimizer: Any) -> None:
 
 
 def _give_first_state(adam: torch.optim.Optimizer) -> None:
-    """What AdamW holds before its first step. (megatron-core's own way is a step without gradients, which is counted
-    and lets weight decay move the weights.)"""
+    """Initialise AdamW's state as before its first step. (megatron-core would take a step with zero gradients instead,
+    which counts as a step and applies weight decay.)"""
     for group in adam.param_groups:
         for one in group["params"]:
             if one.numel():
@@ -236,17 +236,17 @@ def _give_first_state(adam: torch.optim.Optimizer) -> None:
 
 
 def _state_dict_of_nothing(optimizer: Any) -> dict[str, Any]:
-    """DistributedOptimizer.state_dict for a rank without a parameter; what is saved of it comes from rank 0."""
+    """Replacement of DistributedOptimizer.state_dict on a rank without parameters; checkpoints store rank 0's."""
     groups = optimizer.optimizer.state_dict()["param_groups"]
     kept = [{key: value for key, value in group.items() if key != "params"} | {"step": 0.0} for group in groups]
     return {"optimizer": {"param_groups": kept}}
 
 
 def fix_optimizer_after_load(optimizer: Any) -> None:
-    """Give every parameter a `step` of its own again. Call right after `load_state_dict`.
+    """Give every parameter a `step` tensor of its own. Call it right after `load_state_dict`.
 
-    megatron-core 0.16.1 loads one shared tensor into all of them (distrib_optimizer.py:818-824), and AdamW then
-    advances it once per parameter: wrong bias correction, without any error.
+    megatron-core 0.16.1 loads one shared `step` tensor for all parameters (distrib_optimizer.py:818-824), which AdamW
+    then increments once per parameter: wrong bias correction, without any error.
     """
     for one in _plain_distributed_optimizers(optimizer):
         for state in one.optimizer.state.values():
@@ -256,6 +256,7 @@ def fix_optimizer_after_load(optimizer: Any) -> None:
 
 @torch.no_grad()
 def _set_states_without_step(optimizer: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    """Replacement of DistributedOptimizer._set_main_param_and_optimizer_states that leaves `step` alone."""
     group, order = optimizer.model_param_group_index_map[model_param]
     main = optimizer.optimizer.param_groups[group]["params"][order]
     for key, target in {"param": main, **optimizer.optimizer.state[main]}.items():

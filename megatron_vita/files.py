@@ -31,10 +31,10 @@ def no_room(error: BaseException) -> bool:
 
 def readable_size(count: int) -> str:
     """Bytes for people: 1.5 GB, in decimal units as disks are sold and `df -H` counts."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 1000)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+    return f"{count} B"
 
 
 def usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""What device.py promises: megatron-core answered on CPU, the optimizer's load mended, everybody else left alone."""
+"""device.py: patches for megatron-core on CPU, the repaired loading of the optimizer, no effect on other code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for
 
 
 @cpu_only
-def test_questions_get_cpu_answers() -> None:
+def test_device_queries_return_cpu() -> None:
     device.install()
     device.install()  # twice is once
     assert torch.zeros(2, device="cuda").device.type == "cpu"

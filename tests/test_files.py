@@ -173,7 +173,7 @@ def test_a_file_that_is_shorter_than_was_said_has_no_digest(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (1_550_000, "1.55 MB"), (20e9, "20 GB"), (3e15, "3e+03 TB")],
+    [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (1_550_000, "1.55 MB"), (20e9, "20 GB"), (3e15, "3e+03 TB")],
 )
 def test_sizes_for_people(count: float, text: str) -> None:
     assert files.readable_size(int(count)) == text

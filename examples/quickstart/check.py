@@ -1,4 +1,4 @@
-"""Hold a quickstart run to what it promised.
+"""Check the results of a quickstart run against their expected values.
 
     python examples/quickstart/check.py --run DIR [--short]
 
@@ -26,7 +26,7 @@ from megatron_vita.inference.score import DEPTH_BANDS, RIGHT, depth_band
 
 @dataclass(frozen=True)
 class Promise:
-    """One thing that was promised, the figure that was found, and whether it holds."""
+    """One expected result, the measured value, and whether it holds."""
 
     says: str
     figure: str
@@ -55,13 +55,13 @@ def check_held_out_loss(run: Path) -> Promise:
 
 
 def accuracy(results: Iterable[Mapping[str, Any]]) -> float:
-    """Part of the answers that are right; NaN where there is none."""
+    """Fraction of correct answers; NaN without answers."""
     verdicts = [result["verdict"] == RIGHT for result in results]
     return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 
 def different(results: Iterable[Mapping[str, Any]]) -> int:
-    """How many questions were asked; none where one was asked twice, for then it is no single evaluation."""
+    """Number of questions; None if one occurs twice, because then the lines are not of a single evaluation."""
     lines = [result["line"] for result in results]
     return len(lines) if len(set(lines)) == len(lines) else 0
 

@@ -59,7 +59,7 @@ def build_tower() -> InternVLVisionModel:
 
 
 def train(tower: InternVLVisionModel, pictures: torch.Tensor, digits: torch.Tensor, *, steps: int, seed: int) -> float:
-    """Teach the tower; returns its accuracy over the last tenth of the steps, on training pictures."""
+    """Train the tower; returns its accuracy on training images over the last tenth of the steps."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGE_NORMS["imagenet"])
     head = torch.nn.Linear(4 * 256, 12)  # ten digits, and upright or inverted
     parameters = [*tower.parameters(), *head.parameters()]

@@ -29,7 +29,7 @@ NUMBER_OF_STEPS = 9
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is called, what it shows, and its lanes: commands of a lane run in turn, lanes side by side."""
+    """A step: its name, what it shows, and its lanes. Commands of a lane run one after the other, lanes in parallel."""
 
     name: str
     says: str
@@ -142,7 +142,7 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
 
 
 class Lane:
-    """Commands that run in turn. With other lanes beside it, what they say goes into a log each."""
+    """Commands that run one after the other; with other lanes in parallel, each command writes to a log file."""
 
     def __init__(self, commands: list[list[str]], logs: list[Path] | None) -> None:
         self.commands, self.logs = commands, logs
@@ -180,14 +180,14 @@ class Lane:
         return self.process is not None
 
     def show(self) -> None:
-        """What the running command said last, if that is new."""
+        """The running command's last line of output, if it has changed."""
         line = last_line(self.logs[self.at]) if self.logs and self.process else ""
         if line and line != self.shown:
             self.shown = line
             print(f"    ... {line}", flush=True)
 
     def stop(self) -> None:
-        """End the running command."""
+        """Terminate the running command."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
@@ -217,14 +217,14 @@ def run_step(step: Step, *, log_folder: Path) -> None:
 
 
 def last_line(log: Path) -> str:
-    """What a command said last; progress bars overwrite their line, so a carriage return ends one as well."""
+    """The last line of a command's output; a carriage return, as of progress bars, ends a line too."""
     text = log.read_bytes()[-2000:].decode("utf-8", "replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:150] if lines else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Walk the whole way; 0 when everything, the promises at the end included, holds."""
+    """Run all steps; returns 0 if all succeed, the final check included."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

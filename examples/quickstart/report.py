@@ -1,4 +1,4 @@
-"""Draw what a quickstart run did: loss, needle heat map, accuracy after each stage, a page of answers.
+"""Plot the results of a quickstart run: loss, needle heat map, accuracy after each stage, a page of answers.
 
     python examples/quickstart/report.py --run DIR [--save DIR] [--results DIR ...] [--data DIR] [--output DIR]
 
@@ -53,7 +53,7 @@ def natural(text: str) -> list[Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; one that a kill cut short is left out."""
+    """The complete lines of a JSONL file; an incomplete last line is ignored."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
@@ -288,7 +288,7 @@ def clip(text: str, length: int) -> str:
 
 
 def draw_answers(results: Sequence[Result], name: str, data: Path, path: Path) -> None:
-    """Pictures and videos that training never saw, what was asked, and what the model said."""
+    """Held-out images and videos with question and answer."""
     seen = [r for r in results if not r["zero_tiles"]]
     needles = sorted({kind_of(r) for r in seen if kind_of(r).startswith("needle")}, key=natural)
     blocks = [
@@ -371,7 +371,7 @@ def _length_rank(kind: str) -> int:
 
 
 def write_report(save: Path, results_from: Sequence[Path], data: Path, output: Path) -> list[str]:
-    """Write every page that the run has material for; returns what could not be drawn, in words."""
+    """Write every figure that the run has data for; returns descriptions of those without data."""
     output.mkdir(parents=True, exist_ok=True)
     ledgers = {stage: lines for stage, lines in read_ledgers(save).items() if lines}
     results = read_results(results_from)

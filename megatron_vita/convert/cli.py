@@ -4,7 +4,6 @@ else."""
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import math
 import os
@@ -20,8 +19,9 @@ from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.text_files import image_token
-from megatron_vita.convert.tokenizer_files import tokens_that_differ
+from megatron_vita.convert.token_ids import tokens_that_differ
 from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.files import no_room
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        remedy = " Make room; TMPDIR names the folder of scratch files." if error.errno == errno.ENOSPC else ""
+        remedy = " Make room; TMPDIR names the folder of scratch files." if no_room(error) else ""
         sys.stderr.write(f"error: {error}.{remedy}\n")
         return 1
     return int(status)

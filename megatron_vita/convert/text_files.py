@@ -12,18 +12,16 @@ from typing import Any
 from megatron_vita.convert import generation
 from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.opening import MEGATRON, OpenModel
-from megatron_vita.convert.tokenizer_files import (
+from megatron_vita.convert.token_ids import (
     TOKENIZER_FILE,
     Tokens,
-    as_published,
     check_exportable,
     check_image_token,
     check_rows,
     check_same_ids,
-    copy_for_export,
     read_tokens,
-    with_vision_tokens,
 )
+from megatron_vita.convert.tokenizer_files import as_published, copy_for_export, with_vision_tokens
 from megatron_vita.data.text.tokenizer import IM_END, IMG_CONTEXT
 from megatron_vita.errors import CheckpointError
 

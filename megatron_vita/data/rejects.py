@@ -10,6 +10,7 @@ CODES: dict[str, str] = {
     "bad_role": "a turn's role is not known",
     "bad_order": "turns do not alternate user, assistant",
     "empty_turn": "a turn says nothing",
+    "answer_joins": "the tokenizer joins the beginning of an answer with what stands before it",
     "no_answer": "the conversation has no answer to learn from",
     "media_count": "placeholders and media do not match",
     "media_missing": "the picture or video file does not exist",

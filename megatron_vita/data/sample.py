@@ -149,10 +149,14 @@ class Document:
         return f"{self.source}:{self.line}"
 
 
-def clean_answer(text: str) -> str:
+def clean_answer(text: str, *, blanks: bool = False) -> str:
     """An answer without leading line breaks (and the blanks before them).
 
     The tokenizer would join them with the newline of the turn's header, and the ids would no longer be those of the
     header and the answer one after the other.
+
+    Args:
+        text: the answer.
+        blanks: remove all leading blanks: there are tokenizers that join these too (GPT-2's).
     """
-    return _LEADING_BREAKS.sub("", text, count=1)
+    return text.lstrip() if blanks else _LEADING_BREAKS.sub("", text, count=1)

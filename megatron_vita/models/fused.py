@@ -1,4 +1,4 @@
-"""Which fused pieces of optional packages this process can use. (That they compute the same: checks/fused.py.)"""
+"""Availability of fused kernels of optional packages; checks/fused.py compares them with reference implementations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_vita import device
 
 
 def accumulates_gradients() -> bool:
-    """Weight gradients can be added straight into the float32 buffer by apex's GEMM; else autograd adds them."""
+    """apex's fused weight-gradient GEMM is available: linear layers then accumulate gradients in the float32 buffer."""
     return device.has_accelerator() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

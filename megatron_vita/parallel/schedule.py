@@ -12,7 +12,7 @@ earlier keys). `cp_comm_type` decides which keys a step brings, hence how the of
 Blocks are views where possible: adjacent blocks of equal shape are one kernel call without a copy. Only where blocks
 are so short that a kernel call costs more than copying them are they gathered first. On CPU, whose kernel takes blocks
 of equal shape, short diagonal blocks are then padded to a common length, which adds at most `_WASTE` of the rank's
-query-key pairs: padding stands last, so no real query attends to it, and its gradient is zeroed. On CUDA one
+query-key pairs: padding comes last, so no real query attends to it, and its gradient is zeroed. On CUDA one
 variable-length call takes blocks of any shapes: nothing is padded, and more off-diagonal blocks are gathered.
 """
 

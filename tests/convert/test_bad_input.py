@@ -473,7 +473,7 @@ def test_what_the_disk_cannot_hold_is_not_begun(
         "export": ["export", "--checkpoint", str(good / "ckpt"), "--format", "llm"],
     }[command]
     assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 1
-    assert re.search(r"has 1 kB free, [0-9.]+ kB are needed. Nothing was written. Make room", capsys.readouterr().err)
+    assert re.search(r"has 1 KB free, [0-9.]+ KB are needed. Nothing was written. Make room", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -98,6 +98,7 @@ def write_numbered(
     container_options: Mapping[str, str] | None = None,
     rotation: tuple[float, bool, bool] | None = None,
     aspect: fractions.Fraction | None = None,
+    start: int = 0,
 ) -> Path:
     """A clip whose frames show their numbers 0..count-1, at `rate` a second or at the given times.
 
@@ -115,6 +116,7 @@ def write_numbered(
         container_options: of the muxer.
         rotation: degrees counter-clockwise, flipped horizontally, flipped vertically.
         aspect: width of a pixel over its height.
+        start: of the first frame, in frames.
     """
     av = pytest.importorskip("av")
     with av.open(str(path), "w", format=form, options=dict(container_options or {})) as container:
@@ -130,7 +132,7 @@ def write_numbered(
             stream.codec_context.sample_aspect_ratio = aspect
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(numbered(number, side), format="rgb24").reformat(format=pix_fmt)
-            frame.pts = number if milliseconds is None else milliseconds[number]
+            frame.pts = start + number if milliseconds is None else milliseconds[number]
             frame.time_base = fractions.Fraction(1, rate if milliseconds is None else 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

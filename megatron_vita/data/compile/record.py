@@ -17,7 +17,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Document, Sample, Text
 from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.mix import MixFile
-from megatron_vita.data.sources.to_sample import Changes, record_to_sample
+from megatron_vita.data.sources.to_sample import Changes, clean_answers, record_to_sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_document, build_example, shift_labels
 from megatron_vita.data.text.frame_budget import frames_that_fit
@@ -77,6 +77,9 @@ class Compiler:
         return self._sample(sample, changes)
 
     def _sample(self, sample: Sample, changes: Changes) -> Compiled:
+        if self._tokenizer.joins_blanks:
+            sample, cleaned = clean_answers(sample, blanks=True)
+            changes = dataclasses.replace(changes, cleaned=changes.cleaned + cleaned)
         if sample.messages[-1].role != "assistant":
             raise reject("no_answer", "the conversation ends with a question.")
         if not any(message.learnt for message in sample.messages if message.role == "assistant"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-from typing import IO
 
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
@@ -42,38 +40,6 @@ class Window:
             return self.head[place : place + size]
         size = min(size, self.size - place)
         return os.pread(self._descriptor, size, self._base + place) if size > 0 else b""
-
-    def stream(self, limit: int | None = None) -> IO[bytes]:
-        """The window, or its first `limit` bytes, as a seekable file object; valid while the window is open."""
-        size = self.size if limit is None else min(limit, self.size)
-        return io.BufferedReader(_Stream(self, size)) if self._descriptor >= 0 else io.BytesIO(self.head[:size])
-
-
-class _Stream(io.RawIOBase):
-    """A window read through a moving place."""
-
-    def __init__(self, window: Window, size: int) -> None:
-        self._window, self._size, self._place = window, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self._window.read(self._place, min(len(buffer), max(0, self._size - self._place)))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = (0, self._place, self._size)[whence]
-        self._place = max(0, start + offset)
-        return self._place
 
 
 def open_window(file: MediaFile) -> Window:

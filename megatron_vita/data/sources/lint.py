@@ -18,6 +18,7 @@ from megatron_vita.data.sources.entries import DatasetEntry, read_entries
 from megatron_vita.data.sources.media_store.store import open_store
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.errors import DataError
+from megatron_vita.files import readable_size
 
 _FIRST = 8
 """Records at the beginning of a file whose media are looked for."""
@@ -88,8 +89,8 @@ def _line(group: DatasetEntry, files: list[Path]) -> str:
             rule = group.media(group.row, file)
             archives.update({one: sum(part.stat().st_size for part in _parts(one)) for one in rule.archives})
     where = f", media under {group.media_root}" if group.media_root is not None else ""
-    packed = f", {len(archives)} archives ({_human(sum(archives.values()))})" if archives else ""
-    size = _human(sum(file.stat().st_size for file in files))
+    packed = f", {len(archives)} archives ({readable_size(sum(archives.values()))})" if archives else ""
+    size = readable_size(sum(file.stat().st_size for file in files))
     return f"{group.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
 
 
@@ -218,12 +219,3 @@ def _parts(first: Path) -> list[Path]:
         return [first]
     stem = first.name[:-2]
     return sorted(one for one in first.parent.iterdir() if one.name.startswith(stem) and _LETTERS.search(one.name))
-
-
-def _human(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

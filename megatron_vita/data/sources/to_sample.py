@@ -43,7 +43,7 @@ class Changes:
     """What a record lost on its way to a Sample: counted, so that nothing is dropped in silence."""
 
     cleaned: int = 0
-    """Answers that lost leading line breaks."""
+    """Answers that lost leading line breaks, or blanks that the tokenizer would join with them."""
     dropped: int = 0
     """Turns that the fixes of its row took out."""
     tag_as_text: bool = False
@@ -135,14 +135,14 @@ def record_to_sample(
     )
 
 
-def clean_answers(sample: Sample) -> tuple[Sample, int]:
+def clean_answers(sample: Sample, *, blanks: bool = False) -> tuple[Sample, int]:
     """`clean_answer` on every answer of a Sample, and how many of them changed."""
     changed = 0
     messages = []
     for message in sample.messages:
         if message.role == "assistant" and all(isinstance(part, Text) for part in message.parts):
             joined = "".join(part.text for part in message.parts if isinstance(part, Text))
-            cleaned = clean_answer(joined)
+            cleaned = clean_answer(joined, blanks=blanks)
             if cleaned != joined:
                 changed += 1
                 message = dataclasses.replace(message, parts=(Text(cleaned),))

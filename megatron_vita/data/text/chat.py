@@ -6,8 +6,9 @@ One newline that the data has right behind a picture is absorbed by the template
 released weights): `<img>` thumbnail `</img>`, then for each row a newline and `<patch>` tiles; a frame is
 `<vid>...</vid>`; the template's newline is left out and the data's kept.
 
-Between two special tokens all text is tokenised in one piece, as stock transformers does; only an answer is a piece of
-its own, because it carries the labels. The two agree as long as no answer begins with line breaks (`clean_answer`).
+Between two special tokens all text is tokenised in one piece, as stock transformers does. The ids of a turn's header
+must be the first ids of header and answer together, which `clean_answer` makes so; a record in which they are not is
+rejected.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +26,9 @@ from megatron_vita.data.media.tiling import plan_tiles
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Document, Message, Sample, Text, clean_answer
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.data.text import tokenizer as names
+from megatron_vita.data.text import chat_tokenizer as names
+from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.data.text.template import SkeletonPart, shape_of
-from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 
 def build_example(
@@ -34,7 +36,7 @@ def build_example(
     images: Sequence[MediaItem],
     videos: Sequence[Sequence[MediaItem]],
     *,
-    tokenizer: VitaTokenizer,
+    tokenizer: ChatTokenizer,
     spec: PreprocessSpec,
     generation_prompt: bool = False,
 ) -> Example:
@@ -61,8 +63,10 @@ def build_example(
     if (sample.messages[-1].role != "assistant") != generation_prompt:
         wanted = "a user's turn to answer" if generation_prompt else "an answer to learn from"
         raise reject("bad_order" if generation_prompt else "no_answer", f"{sample.id}: it must end with {wanted}.")
-    writer = _Writer(tokenizer, spec)
-    pieces = iter(_skeleton(sample, tokenizer, generation_prompt, spec.layout))
+    writer = _Writer(tokenizer, spec, sample.id)
+    skeleton = _skeleton(sample, tokenizer, generation_prompt, spec.layout)
+    writer.ids(tokenizer.beginning(skeleton))
+    pieces = iter(skeleton)
     for piece in pieces:
         if piece.kind == "literal":
             writer.text(piece.value)
@@ -86,17 +90,17 @@ def build_example(
     return writer.example(labelled=not generation_prompt)
 
 
-def build_document(document: Document, *, tokenizer: VitaTokenizer) -> Example:
-    """Plain text and `<|endoftext|>`; every token but the first is learnt.
+def build_document(document: Document, *, tokenizer: ChatTokenizer) -> Example:
+    """Plain text and `<|endoftext|>`; every token but the first is learnt, and but what begins a text.
 
     Raises:
         DataError: empty_turn, if there is no text.
     """
     if not document.text.strip():
         raise reject("empty_turn", f"{document.id}: the text is empty.")
-    ids = [*tokenizer.encode(document.text), tokenizer.token_id(names.END_OF_TEXT)]
-    tokens = np.array(ids, dtype=np.int32)
-    return Example(tokens, shift_labels(tokens, np.ones(len(ids), dtype=bool)))
+    beginning, text = tokenizer.beginning(), tokenizer.between(document.text, None, names.END_OF_TEXT)
+    tokens = np.array([*beginning, *text, tokenizer.token_id(names.END_OF_TEXT)], dtype=np.int32)
+    return Example(tokens, shift_labels(tokens, np.arange(len(tokens)) >= len(beginning)))
 
 
 def without_answer(sample: Sample) -> Sample:
@@ -131,7 +135,7 @@ def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
 
 
 def frame_costs(
-    tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
+    tokenizer: ChatTokenizer, spec: PreprocessSpec, frames: int, times: Sequence[float] | None = None
 ) -> npt.NDArray[np.int64]:
     """Tokens that each frame of a video adds, int64 `[frames]`.
 
@@ -148,11 +152,12 @@ def frame_costs(
     if spec.layout == "long_vita":
         return np.full(frames, per_tile, dtype=np.int64)
     told = [None] * frames if times is None else times
-    labels = (len(tokenizer.encode("\n" + frame_label(number, time, spec))) for number, time in enumerate(told, 1))
+    texts = ("\n" + frame_label(number, time, spec) for number, time in enumerate(told, 1))
+    labels = (len(tokenizer.between(text, names.IMG_END, names.IMG)) for text in texts)
     return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
 
 
-def _skeleton(sample: Sample, tokenizer: VitaTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
+def _skeleton(sample: Sample, tokenizer: ChatTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
     pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt)
     if layout != "long_vita":
         return pieces
@@ -175,27 +180,30 @@ def _user_text(message: Message, number: int, layout: str) -> str:
 class _Writer:
     """Collects ids, labels and tiles. Text is held back until a special token ends it, then tokenised in one piece."""
 
-    def __init__(self, tokenizer: VitaTokenizer, spec: PreprocessSpec) -> None:
-        self._tokenizer, self._spec = tokenizer, spec
-        self._pending: list[str] = []
+    def __init__(self, tokenizer: ChatTokenizer, spec: PreprocessSpec, where: str) -> None:
+        self._tokenizer, self._spec, self._where = tokenizer, spec, where
+        self._pending: list[tuple[str, bool]] = []  # (text, learnt)
+        self._last: str | None = None  # the special token behind which it stands
         self._ids = array("i")
         self._labelled: list[tuple[int, bool]] = []  # runs of (tokens, learnt)
         self._length = 0
         self._tiles: list[TileSlot] = []
         self._media: list[MediaItem] = []
 
-    def text(self, text: str) -> None:
-        self._pending.append(text)
+    def text(self, text: str, *, learnt: bool = False) -> None:
+        if text:
+            self._pending.append((text, learnt))
 
-    def special(self, token: str) -> None:
-        self._flush()
-        self._add([self._tokenizer.token_id(token)])
+    def special(self, token: str, *, learnt: bool = False) -> None:
+        self._flush(token)
+        self.ids([self._tokenizer.token_id(token)], learnt=learnt)
+        self._last = token
 
-    def answer(self, text: str, *, learnt: bool = True) -> None:
-        """An answer, `<|im_end|>` and a newline: what is learnt, unless the data says otherwise."""
-        self._flush()
-        ids = [*self._tokenizer.encode(clean_answer(text)), self._tokenizer.eos_id, *self._tokenizer.encode("\n")]
-        self._add(ids, labelled=learnt)
+    def answer(self, text: str, *, learnt: bool) -> None:
+        """An answer, `<|im_end|>` and a newline: what is learnt, unless the data says that this answer is not."""
+        self.text(clean_answer(text, blanks=self._tokenizer.joins_blanks), learnt=learnt)
+        self.special(names.IM_END, learnt=learnt)
+        self.text("\n", learnt=learnt)
 
     def image(self, item: MediaItem) -> None:
         slots = plan_tiles(item, len(self._media), self._spec)
@@ -224,16 +232,35 @@ class _Writer:
                 self._wrapped(slot, names.VID, names.VID_CONTEXT, names.VID_END)
 
     def example(self, *, labelled: bool) -> Example:
-        self._flush()
+        self._flush(None)
         tokens = np.array(self._ids, dtype=np.int32)
         mask = np.repeat([one and labelled for _, one in self._labelled], [count for count, _ in self._labelled])
         return Example(tokens, shift_labels(tokens, mask), tuple(self._tiles), tuple(self._media))
 
-    def _flush(self) -> None:
-        text = "".join(self._pending)
-        self._pending.clear()
-        if text:
-            self._add(self._tokenizer.encode(text))
+    def ids(self, ids: Sequence[int], *, learnt: bool = False) -> None:
+        self._ids.extend(ids)
+        self._labelled.append((len(ids), learnt))
+        self._length += len(ids)
+
+    def _flush(self, right: str | None) -> None:
+        """Tokenise the text since the last special token, up to the next one, or to the end.
+
+        Raises:
+            DataError: answer_joins. No token may be half learnt: the header alone is the prompt of a chat.
+        """
+        pending, self._pending = self._pending, []
+        text = "".join(one for one, _ in pending)
+        ids = self._tokenizer.between(text, self._last, right)
+        head, at = "", 0
+        for learnt, run in groupby(pending, lambda one: one[1]):
+            head += "".join(one for one, _ in run)
+            before = ids if len(head) == len(text) else self._tokenizer.between(head, self._last)
+            if ids[: len(before)] != before:
+                raise reject(
+                    "answer_joins", f"{self._where}: {text[len(head) :][:20]!r} joins {head[-20:]!r} before it."
+                )
+            self.ids(ids[at : len(before)], learnt=learnt)
+            at = len(before)
 
     def _wrapped(self, slot: TileSlot, start: str, context: str, end: str) -> None:
         self.special(start)
@@ -242,9 +269,4 @@ class _Writer:
 
     def _tile(self, slot: TileSlot, context: str) -> None:
         self._tiles.append(dataclasses.replace(slot, first_token=self._length))
-        self._add(array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile)
-
-    def _add(self, ids: Sequence[int], labelled: bool = False) -> None:
-        self._ids.extend(ids)
-        self._labelled.append((len(ids), labelled))
-        self._length += len(ids)
+        self.ids(array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile)

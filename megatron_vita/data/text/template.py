@@ -9,6 +9,7 @@ that spells `<|im_end|>` cannot end its turn. (A template that trims or inspects
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,20 +50,23 @@ def shape_of(messages: tuple[Message, ...]) -> tuple[MessageShape, ...]:
 class ChatTemplate:
     """A Jinja chat template and the special tokens it may write."""
 
-    def __init__(self, source: str, special_tokens: tuple[str, ...], *, where: str) -> None:
+    def __init__(
+        self, source: str, special_tokens: tuple[str, ...], *, where: str, named: Mapping[str, str] | None = None
+    ) -> None:
         """Parse and try out a template.
 
         Args:
             source: the Jinja text.
             special_tokens: names of the tokenizer's special tokens.
             where: tokenizer's path, for messages.
+            named: tokens that the template may write as variables (`{{ bos_token }}`).
 
         Raises:
             ConfigError: not valid Jinja, or it does not write what the design needs: one `<IMG_CONTEXT>` or
                 `<video>` and a newline for each part, every text in its place, `<|im_end|>` and a newline behind
                 an answer.
         """
-        self._where = where
+        self._where, self._named = where, dict(named or {})
         # trim_blocks and lstrip_blocks as transformers sets them, so that both render the same
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -99,14 +103,22 @@ class ChatTemplate:
                     for part, kind in enumerate(kinds)
                 ]
             messages.append({"role": role, "content": content})
+        rendered = self.render(messages, generation_prompt)
+        expected = [(n, p, kind) for n, (_, kinds) in enumerate(shape) for p, kind in enumerate(kinds)]
+        return tuple(self._parse(rendered, expected, shape))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+        """What stock code makes of a conversation in transformers' form.
+
+        Raises:
+            ConfigError: the template cannot render it.
+        """
         try:
-            rendered = self._template.render(messages=messages, add_generation_prompt=generation_prompt)
+            return self._template.render(**self._named, messages=messages, add_generation_prompt=generation_prompt)
         except MemoryError:
             raise
         except Exception as error:  # a template may fail in any way: it is somebody's program
             raise ConfigError(f"{self._where}: the chat template cannot render roles and parts: {error}") from None
-        expected = [(n, p, kind) for n, (_, kinds) in enumerate(shape) for p, kind in enumerate(kinds)]
-        return tuple(self._parse(rendered, expected, shape))
 
     def _parse(
         self, rendered: str, expected: list[tuple[int, int, PartKind]], shape: tuple[MessageShape, ...]

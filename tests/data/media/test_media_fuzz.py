@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pil
 
-from megatron_vita.data.media.image import decode, read_image
-from megatron_vita.data.media.picture_header import read_header
+from megatron_vita.data.media.image import decode, read_header, read_image
 from megatron_vita.data.media.tiling import plan_tiles, render_tiles
 from megatron_vita.data.media.video.open import VideoLimits, open_video
 from megatron_vita.data.rejects import CODES
@@ -148,7 +147,7 @@ def test_fuzz_pictures(tmp_path: Path) -> None:
             path.write_bytes(b"archive" + data + b"more")
             file = MediaFile(path=str(path), offset=7, size=len(data))
         try:
-            header = read_header(file)
+            header = read_header(data)
             item = read_image(file)
             assert (item.width, item.height) == (header.width, header.height)
             slots = plan_tiles(item, 0, SPEC)

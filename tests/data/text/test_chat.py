@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import random
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from megatron_vita.data.text.chat import (
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
 from tests.data.kit import blank, picture, tokenizer_folder
+from tests.data.text.stock import Stock
 
 FILE = MediaFile(data=b"x")
 REAL = {layout: PreprocessSpec(layout=layout) for layout in ("internvl", "long_vita")}
@@ -230,7 +230,7 @@ def said(rng: random.Random, *, something: bool = True) -> str:
             return text
 
 
-def conversation(rng: random.Random) -> Drawn:
+def conversation(rng: random.Random, *, blanks: bool = False) -> Drawn:
     """One to four turns; several pictures and videos in any order and turn, or none; maybe a system turn."""
     messages: list[Message] = []
     images: list[MediaItem] = []
@@ -255,13 +255,13 @@ def conversation(rng: random.Random) -> Drawn:
         if not any(not isinstance(part, Text) or part.text.strip() for part in parts):
             parts.append(Text(said(rng)))
         messages += [Message("user", tuple(parts)), Message("assistant", (Text(said(rng)),))]
-    sample, _ = clean_answers(Sample(tuple(messages), (FILE,) * len(images), (FILE,) * len(videos)))
+    sample, _ = clean_answers(Sample(tuple(messages), (FILE,) * len(images), (FILE,) * len(videos)), blanks=blanks)
     return sample, images, videos
 
 
-def conversations(number: int) -> list[Drawn]:
+def conversations(number: int, *, blanks: bool = False) -> list[Drawn]:
     rng = random.Random(0)
-    return [conversation(rng) for _ in range(number)]
+    return [conversation(rng, blanks=blanks) for _ in range(number)]
 
 
 def check_labels(tok: VitaTokenizer, sample: Sample, example: Example) -> None:
@@ -296,46 +296,9 @@ def check_tiles(tok: VitaTokenizer, drawn: Drawn, spec: PreprocessSpec, example:
 
 
 @pytest.fixture(scope="module")
-def stock(folder: Path) -> Callable[[Sample, list, list], list[int]]:
-    """Ids of stock transformers: AutoTokenizer's template, then the InternVL processor's own expansion.
-
-    AutoProcessor itself needs torchvision for its video processor, which no text needs: the processor is
-    made without one, and its methods that write text are called.
-    """
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.internvl.processing_internvl import InternVLProcessor
-
-    hf = transformers.AutoTokenizer.from_pretrained(str(folder))
-    pictures = transformers.GotOcr2ImageProcessorPil(
-        size={"height": TINY.image_size, "width": TINY.image_size}, crop_to_patches=True, min_patches=1, max_patches=12
-    )
-    processor = InternVLProcessor.__new__(InternVLProcessor)
-    processor.image_seq_length = TINY.tokens_per_tile
-    processor.start_image_token, processor.end_image_token = hf.start_image_token, hf.end_image_token
-    processor.image_token, processor.video_token = hf.context_image_token, hf.video_token
-
-    def ids(sample: Sample, images: list[MediaItem], videos: list[list[MediaItem]]) -> list[int]:
-        content = []
-        for message in sample.messages:
-            parts = [
-                {"type": "text", "text": p.text} if isinstance(p, Text) else {"type": type(p).__name__.lower()}
-                for p in message.parts
-            ]
-            texts_only = all(part["type"] == "text" for part in parts)
-            content.append(
-                {"role": message.role, "content": "".join(p["text"] for p in parts) if texts_only else parts}
-            )
-        text = hf.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
-        tiles = {"num_patches": [pictures.get_number_of_image_patches(item.height, item.width) for item in images]}
-        clips = {"pixel_values_videos": [np.empty((len(frames), 0)) for frames in videos]}
-        (text,), _ = processor.get_text_with_replacements(
-            [text],
-            [processor.replace_image_token(tiles, index) for index in range(len(images))],
-            [processor.replace_video_token(clips, index) for index in range(len(videos))],
-        )
-        return hf(text, add_special_tokens=False)["input_ids"]
-
-    return ids
+def stock(folder: Path) -> Stock:
+    pytest.importorskip("transformers")
+    return Stock(folder, TINY)
 
 
 def until_question(sample: Sample, turn: int, images: list, videos: list) -> Drawn:
@@ -346,7 +309,7 @@ def until_question(sample: Sample, turn: int, images: list, videos: list) -> Dra
     return part, images[:num_images], videos[:num_videos]
 
 
-def test_ids_up_to_every_generation_prompt_equal_stock_transformers(tok: VitaTokenizer, stock: Callable) -> None:
+def test_ids_up_to_every_generation_prompt_equal_stock_transformers(tok: VitaTokenizer, stock: Stock) -> None:
     seen: dict[str, int] = {"prompts": 0, "pictures": 0, "videos": 0, "both": 0, "neither": 0}
     tile_counts: set[int] = set()
     for sample, images, videos in conversations(1200):
@@ -373,7 +336,7 @@ def test_ids_up_to_every_generation_prompt_equal_stock_transformers(tok: VitaTok
 )
 @pytest.mark.parametrize("place", ["question", "answer", "system"])
 def test_a_literal_special_token_is_text_to_us_and_a_special_token_to_stock(
-    tok: VitaTokenizer, stock: Callable, literal: str, place: str
+    tok: VitaTokenizer, stock: Stock, literal: str, place: str
 ) -> None:
     """The difference that docs/tokens.md lists first: everything else of the prompt stays equal."""
     words = {"question": "Which?", "answer": "seven", "system": "the a"}
@@ -393,9 +356,7 @@ def test_a_literal_special_token_is_text_to_us_and_a_special_token_to_stock(
 
 
 @pytest.mark.parametrize("literal", ["<IMG_CONTEXT>", "<video>"])
-def test_a_literal_placeholder_takes_no_medium_from_its_place(
-    tok: VitaTokenizer, stock: Callable, literal: str
-) -> None:
+def test_a_literal_placeholder_takes_no_medium_from_its_place(tok: VitaTokenizer, stock: Stock, literal: str) -> None:
     """Stock puts the first picture where somebody wrote `<IMG_CONTEXT>`."""
     image = literal == "<IMG_CONTEXT>"
     medium = Image(0) if image else Video(0)

@@ -64,8 +64,8 @@ def test_a_long_text_is_cut_as_if_it_had_been_tokenised_whole(
     seen: list[int] = []
     encode = VitaTokenizer.encode
 
-    def watched(self: VitaTokenizer, text: str) -> list[int]:
-        ids = encode(self, text)
+    def watched(self: VitaTokenizer, text: str, **first: bool) -> list[int]:
+        ids = encode(self, text, **first)
         seen.append(len(ids))
         return ids
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from megatron_vita.data.media.image import MAX_BYTES, decode, read_image, to_rgb
+from megatron_vita.data.media.image import MAX_BYTES, decode, open_picture, read_image, to_rgb
 from megatron_vita.data.media.names import FRAME_SUFFIXES, natural_key
-from megatron_vita.data.media.picture_header import open_picture
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.container import check_container
 from megatron_vita.data.media.video.pyav import PyAvVideo, first_line
