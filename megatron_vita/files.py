@@ -22,11 +22,17 @@ BLOCK_BYTES = 1 << 20
 """Bytes of a file that are read and hashed at once."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def no_room(error: BaseException) -> bool:
     """Did a write fail for want of room: disk full, quota or file size exceeded, file system read-only by now?"""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def exhausted(error: BaseException) -> bool:
+    """Did reading fail for want of file descriptors or memory? Then the file is not to blame: others will fail, too."""
+    return isinstance(error, OSError) and error.errno in _EXHAUSTED
 
 
 def readable_size(count: int) -> str:

@@ -40,7 +40,7 @@ ROOMS = (
     Room("layout", "who owns which token and tile: index arithmetic"),
     Room("planning", "parameters, operations, memory, before any rank starts", ("config",)),
     Room("data", "types: Sample, Example, settings, reject codes", ("config",)),
-    Room("data.media", "bytes → pixels: pictures, videos, tiles", ("config", "data")),
+    Room("data.media", "bytes → pixels: pictures, videos, tiles", ("files", "config", "data")),
     Room("data.text", "Sample → Example: tokenizer, template, labels, placeholders", ("data", "data.media")),
     Room("data.sources.fields", "what the field calls things: names of media, marks, weights",
          ("data", "data.media.names")),

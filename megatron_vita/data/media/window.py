@@ -6,6 +6,7 @@ import os
 
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
+from megatron_vita.files import exhausted
 
 HEAD = 4096
 """Bytes of a file that are read when it is opened: most picture headers, and one page."""
@@ -55,6 +56,8 @@ def open_window(file: MediaFile) -> Window:
     try:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
     except (OSError, ValueError) as error:
+        if exhausted(error):
+            raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise reject("media_missing", f"{file.name} cannot be read ({reason}).") from None
     try:
@@ -65,6 +68,8 @@ def open_window(file: MediaFile) -> Window:
         return Window(os.pread(descriptor, min(size, HEAD), file.offset), size, descriptor, file.offset)
     except OSError as error:
         os.close(descriptor)
+        if exhausted(error):
+            raise
         raise reject("media_missing", f"{file.name} cannot be read ({error.strerror}).") from None
     except BaseException:
         os.close(descriptor)

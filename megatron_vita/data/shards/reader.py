@@ -28,7 +28,7 @@ from megatron_vita.data.shards.format import HEADER, REFERENCE, SAMPLE, SMALL_SU
 from megatron_vita.data.shards.manifest import load_manifest
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import DataError
-from megatron_vita.files import file_info
+from megatron_vita.files import exhausted, file_info
 from megatron_vita.layout import Int64
 
 Int32 = npt.NDArray[np.int32]
@@ -235,6 +235,8 @@ class ShardSet:
                 stream.seek(info.get("offset", 0))
                 data = stream.read(info["bytes"]) if "offset" in info else stream.read()
         except OSError as error:
+            if exhausted(error):
+                raise
             raise DataError(f"{path}, to which {self.prefix} refers, cannot be read: {error}") from None
         if len(data) != info["bytes"] or hashlib.sha256(data).hexdigest() != info["sha256"]:
             raise DataError(f"{path} is not the file that {self.prefix} refers to. Restore it, or preprocess again.")
@@ -260,10 +262,8 @@ class ShardSet:
 
 
 def _open_index(prefix: str, dtype: type[np.integer[Any]]) -> Any:
-    """Open an IndexedDataset whose index describes its data file from end to end.
-
-    megatron-core trusts an index: a wrong pointer would give other data, and a wrong count complains when the half made
-    reader is taken down.
+    """Open an indexed container whose index describes its data file from end to end: a reader trusts an index, and a
+    wrong pointer would give other data.
 
     Raises:
         ValueError: the index does not fit the data file.

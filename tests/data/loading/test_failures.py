@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from megatron_vita.config import DataConfig, TrainConfig
 from megatron_vita.data.loading import packed_batch
 from megatron_vita.data.loading.loader import PackLoader, RankCoords
 from megatron_vita.data.media import image, tiling
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.shards.manifest import SourceCounts
 from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.data.shards.writer.in_memory import ShardWriter
 from megatron_vita.errors import VitaError
 from tests.data import packed
 
@@ -142,3 +146,29 @@ def test_nobody_swallows_an_interrupt(prefix: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiling, "decode", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(prefix, 0)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_want_of_file_descriptors_is_no_missing_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Neither in a set that refers to its pictures, nor while records are compiled."""
+    (tmp_path / "a.png").write_bytes(packed.png(3))
+    (item,) = (one for one in packed.examples(3) if len(one.media) == 1)
+    spec = {"spec": packed.SPEC, "seq_length": packed.SEQ_LENGTH, "tokenizer": packed.TOKENIZER}
+    with ShardWriter(tmp_path / "set", **spec, template_sha256="c" * 64, media="reference") as writer:
+        writer.add_pack([item], [(0, 1)], [[tmp_path / "a.png"]])
+        writer.finish([SourceCounts(name="made", read=1, used=1)])
+    with monkeypatch.context() as patch:
+        act = Path.open
+
+        def failing(path: Path, *args: Any, **kw: Any) -> Any:
+            return raising(OSError(code, "exhausted"))() if path.suffix == ".png" else act(path, *args, **kw)
+
+        patch.setattr(Path, "open", failing)
+        with pytest.raises(RuntimeError, match=r"sample 0, picture 0: OSError: .*exhausted"):
+            run(tmp_path / "set", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", raising(OSError(code, "exhausted")))
+        with pytest.raises(OSError, match="exhausted"):
+            image.read_image(MediaFile(path=str(tmp_path / "a.png")))
