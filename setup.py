@@ -29,8 +29,7 @@ setup(
         "tqdm",
         "jinja2",
         "pillow>=10.1",
-        "decord; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        "av>=14",  # since then it says how a frame is turned
+        "av>=15",  # since then it says which streams are pictures of the cover
         "pyarrow",
         "tokenizers>=0.20",
         "sentencepiece",
@@ -40,9 +39,11 @@ setup(
         "zstandard",
     ],
     extras_require={
+        "decord": ["decord"],  # preprocess_data.py --video-backend decord
         # transformer-engine compiles against the local torch and CUDA toolkit; 2.11 is what megatron-core 0.16 pins.
         "cuda": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
         "dev": [
+            "decord; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

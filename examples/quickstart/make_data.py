@@ -22,7 +22,7 @@ Files, one per habit of publishing that a reader meets in the open datasets:
     eval_frame_number.jsonl   the same kind of video, asked for a frame by its number
     eval_photos.jsonl         crops from the part of each photograph that training never sees
 
-Media paths are relative to DIR. A digit is drawn at 32 x 32 (videos; narrower frames trip decord's line padding) or
+Media paths are relative to DIR. A digit is drawn at 32 x 32 (videos) or
 16 x 16 (pictures). Every frame of a video is a key frame at one frame a second, so a reader that seeks and a reader
 that plays return the same pictures. The same seed and sizes give the same samples and the same pixels.
 """

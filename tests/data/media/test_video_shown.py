@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -72,6 +73,52 @@ def test_a_container_crops(tmp_path: Path) -> None:
     assert (item.width, item.height) == (SIDE[0] - 24, SIDE[1] - 16)
     wanted = numbered(1)[16:, 24:].astype(int)
     assert np.abs(np.asarray(decode(item)).astype(int) - wanted).mean() < 6
+
+
+def test_a_clean_aperture_crops(tmp_path: Path) -> None:
+    """MP4's and MOV's `clap`: 64 of 96 columns, 48 of 64 rows, in the middle."""
+    for suffix in ("mp4", "mov"):
+        path = write_numbered(tmp_path / f"a.{suffix}", 3, options=X264)
+        data, place, sizes = bytearray(path.read_bytes()), 0, []
+        for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+            place = data.index(name, place) + 4
+            sizes.append(place - 8)
+        end = sizes[-1] + int.from_bytes(data[sizes[-1] : sizes[-1] + 4], "big")
+        box = struct.pack(">I4s8i", 40, b"clap", 64, 1, 48, 1, 0, 1, 0, 1)
+        for at in sizes:
+            data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(box)).to_bytes(4, "big")
+        data[end:end] = box
+        path.write_bytes(data)
+        with open_video(MediaFile(path=str(path)), limits=None) as video:
+            (item,) = video.frames(ALL, 1)
+        assert (item.width, item.height) == (64, 48)
+        wanted = numbered(1)[8:56, 16:80].astype(int)
+        assert np.abs(np.asarray(decode(item)).astype(int) - wanted).mean() < 6
+
+
+@pytest.mark.parametrize("matrix", ["bt709", "smpte170m"])
+@pytest.mark.parametrize("span", ["tv", "pc"])
+def test_colours_are_those_of_the_stream(tmp_path: Path, matrix: str, span: str) -> None:
+    """A red encoded by either matrix and in either range is that red."""
+    av = pytest.importorskip("av")
+    weights = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114)}[matrix]
+    red = np.array([200.0, 30.0, 40.0])
+    luma = weights[0] * red[0] + (1 - sum(weights)) * red[1] + weights[1] * red[2]
+    chroma = (red[2] - luma) / (2 - 2 * weights[1]), (red[0] - luma) / (2 - 2 * weights[0])
+    scale, base, wide = (219 / 255, 16, 224 / 255) if span == "tv" else (1.0, 0, 1.0)
+    planes = np.empty((64 + 32, 96), np.uint8)
+    planes[:64] = round(base + luma * scale)
+    planes[64:80], planes[80:] = (round(128 + part * wide) for part in chroma)
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        options = {"qp": "1", "x264-params": f"colormatrix={matrix}:fullrange={'on' if span == 'pc' else 'off'}"}
+        stream = out.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
+        out.mux(stream.encode())
+    with open_video(MediaFile(path=str(tmp_path / "a.mp4")), limits=None) as video:
+        (item,) = video.frames(ALL, 1)
+    assert np.abs(np.asarray(decode(item)).astype(float) - red).max() < 5
 
 
 def grown(data: bytes, path: list[bytes], more: bytes) -> bytes:

@@ -79,8 +79,6 @@ def main(descriptor: int, memory: int) -> None:
     import av  # here, so that what the libraries need themselves does not count
 
     av.logging.set_level(av.logging.PANIC)
-    with contextlib.suppress(ImportError, OSError):
-        import decord  # noqa: F401
     _limit(memory)
     threading.Thread(target=_leave_with, args=(descriptor,), daemon=True).start()
     with contextlib.suppress(ClosedError):
