@@ -12,6 +12,7 @@ from megatron_vita.convert.exporter import export
 from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.sample import Image, Text, Video
 from megatron_vita.inference.engine import Engine, model_name
+from tests.data.videos import write_numbered
 from tests.inference.tiny import question, save_checkpoint, write_media
 from tests.scripts import load_script
 
@@ -59,6 +60,17 @@ def test_an_exported_folder_answers_as_its_checkpoint(here: Path, capsys: pytest
         torch.testing.assert_close(ours.prefill(prompts, None), exported.prefill(prompts, None), atol=0, rtol=0)
     assert model_name(here / "hf") == "hf"
     assert fingerprint(here / "hf") != fingerprint(checkpoint.resolve(here / "tiny"))
+
+
+def test_who_decodes_the_video_is_the_users_to_say(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("decord")
+    open_gop = {"bf": "3", "x264-params": "open-gop=1:keyint=12:scenecut=0"}
+    clip = write_numbered(tmp_path / "clip.ts", 60, options=open_gop)
+    assert ask(here, "--video", str(clip), "--video-backend", "pyav", "Which?") == 0
+    assert ask(here, "--video", str(clip), "--video-backend", "decord", "Which?") == 1
+    assert "video_inexact: " in capsys.readouterr().err
 
 
 def test_a_seed_repeats_a_warm_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}},
     "vp9.mp4": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "mpeg1.mpg": {"codec": "mpeg1video", "options": {"bf": "2", **GOOD}},
+    "mpeg1.avi": {"codec": "mpeg1video", "options": {"bf": "2", **GOOD}},
     "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2", **GOOD}},
     "mpeg2.vob": {"codec": "mpeg2video", "options": {"bf": "2", **GOOD}},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"bf": "2", **GOOD}},

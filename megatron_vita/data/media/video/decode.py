@@ -83,8 +83,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
         DataError: media_missing, video_codec, video_inexact, or video_broken if it cannot be read.
         ConfigError: the named backend is not installed.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"video backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    _check_backend(backend)
     if file.frames:
         return _Folder(file.name, file.frames, file.frame_rate)
     if file.path is not None and os.path.isdir(file.path):
@@ -130,12 +129,18 @@ def _opener(backend: str) -> Callable[[str, Callable[[], Any]], VideoFile]:
     return DecordVideo
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"video backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+
+
 def decoder_name(backend: str) -> str:
     """The decoder and its version: what must not change for frames to stay what they are.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not known, or not installed.
     """
+    _check_backend(backend)
     try:
         import av
 

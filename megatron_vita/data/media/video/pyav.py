@@ -49,7 +49,8 @@ class PyAvVideo(VideoFile):
         with self._open() as container:
             stream = self._choose(container)
             self._display = Display(described(container, stream), stream.sample_aspect_ratio)
-            indexed = container.format.name in _INDEXED
+            form = container.format.name
+            indexed = form in _INDEXED
             codec = _CODECS.get(stream.codec_context.name, stream.codec_context.name)
             packets = [
                 (packet.pts, packet.dts, indexed and _is_entry(packet, codec, stream.codec_context.extradata))
@@ -58,10 +59,11 @@ class PyAvVideo(VideoFile):
             ]
             self._rate = float(stream.average_rate or stream.guessed_rate or 0)
             self._step = float(stream.time_base or 1)
-            timed = container.format.name not in _UNTIMED
         self._packets = len(packets)
         shown, decoded = ([row[column] for row in packets] for column in (0, 1))
-        self._labels = self._stamps(shown, repeated=True) if timed else None
+        if form == "avi":  # which has frames at equal distances, in the order of decoding; ffmpeg guesses the rest
+            shown = decoded
+        self._labels = self._stamps(shown, repeated=True) if form not in _UNTIMED else None
         """When each frame is shown, in the stream's clock; None: a frame is known by its number."""
         self._decoded = decoded
         self._entries = np.array([], dtype=np.int64)
