@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_vita.data.rejects import reject
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 _LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
 
@@ -45,6 +45,10 @@ class Message:
     parts: tuple[Part, ...]
     learnt: bool = True
     """Of an answer: its tokens carry loss."""
+    reasoning: str = ""
+    """Of an answer: what is thought before it."""
+    calls: str = ""
+    """Of an answer: the functions that it calls, as JSON (OpenAI's `tool_calls`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +100,43 @@ class Sample:
     """Name of the dataset it came from."""
     line: int = 0
     """Record number inside its file, from 1."""
+    tools: str = ""
+    """Functions that may be called, as JSON (OpenAI's `tools`)."""
 
     @property
     def id(self) -> str:
         """Where the sample came from, for messages and ledgers."""
         return f"{self.source}:{self.line}"
 
+    @property
+    def is_plain(self) -> bool:
+        """Is it turns of text and media alone? Else `data/text/spell_out.py` makes it so, or nobody can."""
+        return not (self.tools or any(m.reasoning or m.calls or m.role == "tool" for m in self.messages))
+
+    def check_texts(self) -> None:
+        """Prove that every text is characters alone.
+
+        Raises:
+            DataError: bad_record.
+        """
+        for message in self.messages:
+            check_text(message.reasoning)
+            for part in message.parts:
+                if isinstance(part, Text):
+                    check_text(part.text)
+
     def check(self) -> None:
         """Turns must be [system] (user assistant)* [user]; every picture and video must be referred to exactly once.
 
         Raises:
             DataError: whose message starts with the reason code (`bad_order`, `bad_record`, `empty_turn`,
-                `media_count`).
+                `media_count`; `tools_unread` or `reasoning_unread`, if it is not plain).
         """
-        for message in self.messages:
-            for part in message.parts:
-                if isinstance(part, Text):
-                    check_text(part.text)
+        if self.tools or any(message.calls or message.role == "tool" for message in self.messages):
+            raise reject("tools_unread", f"{self.id}: it defines or calls functions")
+        if not self.is_plain:
+            raise reject("reasoning_unread", f"{self.id}: it holds reasoning beside an answer")
+        self.check_texts()
         turns = [m for m in self.messages if m.role != "system"]
         if any(m.role == "system" for m in self.messages[1:]) or not turns:
             raise reject("bad_order", f"{self.id}: a system turn may only come first, and some turn must follow")

@@ -22,6 +22,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_document, build_example, shift_labels
 from megatron_vita.data.text.frame_budget import frames_that_fit
 from megatron_vita.data.text.long_text import beginnings
+from megatron_vita.data.text.spell_out import spell_out
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
 
@@ -69,6 +70,8 @@ class Compiler:
             raise record
         store = open_store(file.media, self._work)
         sample, changes = record_to_sample(record, file.row, store=store, source=file.name, line=line)
+        if isinstance(sample, Sample):
+            sample = spell_out(sample, self._tokenizer)
         sample = beginnings(sample, self._rules.seq_length, self._tokenizer)
         if isinstance(sample, Document):
             example = build_document(sample, tokenizer=self._tokenizer)

@@ -52,11 +52,17 @@ class Turn:
     """Of an answer: it carries loss."""
     media: dict[Kind, list[Any]] = field(default_factory=dict)
     """References that stand in the turn itself, beside its content."""
+    reasoning: str = ""
+    """Of an answer: what is thought before it."""
+    calls: str = ""
+    """Of an answer: the functions that it calls, as JSON."""
+    is_result: bool = False
+    """What a function answered that the turn before called."""
 
     @property
     def ours(self) -> Role | None:
         """The role, if it is known."""
-        return ROLES.get(self.role)
+        return "tool" if self.is_result else ROLES.get(self.role)
 
 
 @dataclass
@@ -67,6 +73,8 @@ class Draft:
     images: list[Any] = field(default_factory=list)
     """References as the record holds them: path, URL, bytes, struct. While a mapper works, those of explicit parts."""
     videos: list[Any] = field(default_factory=list)
+    tools: str = ""
+    """Functions that may be called, as JSON."""
     text: str | None = None
     """Plain text to learn as it is; then there are no turns."""
     declared: set[str] = field(default_factory=set)
@@ -99,11 +107,9 @@ class Draft:
             DataError: media_unread, tools_unread, reasoning_unread or loss_weight.
         """
         for key, value in content.items():
-            if key in read or key in self.ignore or names.is_empty(value):
+            if key in read or key in self.ignore or names.is_nothing(value):
                 continue
             name, shown = names.plain(str(key)), f"`{prefix}{key}`"
-            if isinstance(value, str) and value.strip().lower() in _NONE:
-                continue
             if name in names.TOOLS:
                 raise reject("tools_unread", f"{shown}: nothing teaches calls of functions.{_HINT}")
             if name in names.REASONING:
@@ -126,6 +132,4 @@ class Draft:
             self.unread.add(name)
 
 
-_NONE = ("[]", "{}", "null", "none", "")
-"""Texts that say nothing."""
 _HINT = " To teach the record without it, list the field under `fields: {ignore: [...]}` in the data mix."

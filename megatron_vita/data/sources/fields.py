@@ -76,6 +76,11 @@ def is_empty(value: Any) -> bool:
     return isinstance(value, str | bytes | list | tuple) and not value
 
 
+def is_nothing(value: Any) -> bool:
+    """`is_empty`, or a text that says so."""
+    return is_empty(value) or (isinstance(value, str) and value.strip().lower() in ("", "[]", "{}", "null", "none"))
+
+
 def listed(value: Any) -> list[Any]:
     """The media of a field: none, one, or those of a list."""
     if is_empty(value):

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources import fields as names
+from megatron_vita.data.sources.calls import CALL_ROLES, RESULT_ROLES, read_call_text, read_calls
 from megatron_vita.data.sources.draft import Draft, Frames, Kind, Turn
 from megatron_vita.data.sources.marks import is_mark, turn_learnt
 from megatron_vita.data.sources.parts import read_part
@@ -40,10 +41,14 @@ def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) 
         content = _first(raw, texts)
         if not names.is_empty(raw.get(texts[1])) and content != raw[texts[1]]:
             raise reject("bad_record", "`value` and `content` of a turn differ; which counts?")
-        turn = Turn(role, "", turn_learnt(raw, role, draft), _turn_media(raw))
+        turn = Turn(role, "", media=_turn_media(raw))
+        read = _add_calls(turn, raw, draft)
+        turn.learnt = turn_learnt(raw, turn.role, draft)
         media = [key for key, value in raw.items() if _kind_of(key, value) is not None]
-        draft.leave_out(raw, (*role_keys, *texts, *media, *_marks(raw)), "turn.")
-        if isinstance(content, list):
+        draft.leave_out(raw, (*role_keys, *texts, *media, *read, *_marks(raw)), "turn.")
+        if turn.calls and (names.is_empty(content) or role in CALL_ROLES):
+            turn.content = ""
+        elif isinstance(content, list):
             turn.content = [read_part(part, draft) for part in content]
         else:
             turn.content = _text(raw, texts)
@@ -155,6 +160,26 @@ def _draft(fields: Fields, turns: list[Turn] | None = None) -> Draft:
 
 def _pair(question: str, answer: str) -> list[Turn]:
     return [Turn("user", question), Turn("assistant", answer)]
+
+
+def _add_calls(turn: Turn, raw: Mapping[str, Any], draft: Draft) -> set[str]:
+    """Reasoning, calls of functions and their results. Returns the fields that were read."""
+    before = draft.turns[-1] if draft.turns else None
+    if turn.role in CALL_ROLES:
+        turn.calls = read_call_text(_text(raw, ("value", "content")))
+        turn.role = "assistant"
+        return set()
+    turn.is_result = turn.role in RESULT_ROLES and before is not None and bool(before.calls or before.is_result)
+    if turn.ours != "assistant":
+        return set()
+    turn.calls, read = read_calls(raw, draft.ignore)
+    for key, value in raw.items():
+        if names.plain(key) in names.REASONING and key not in draft.ignore and isinstance(value, str) and value.strip():
+            if turn.reasoning not in ("", value):
+                raise reject("reasoning_unread", f"`{key}` and another field of the turn differ; which counts?")
+            turn.reasoning = value
+            read.add(key)
+    return read
 
 
 def _marks(turn: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_vita.data.sample import (
     clean_answer,
 )
 from megatron_vita.data.sources import fields as names
+from megatron_vita.data.sources.calls import read_tools
 from megatron_vita.data.sources.draft import KINDS, Bare, Draft, Frames, Kind, Turn
 from megatron_vita.data.sources.fixes import find_fix, unwrap
 from megatron_vita.data.sources.mappers import MAPPERS
@@ -96,6 +97,9 @@ def record_to_sample(
     draft = MAPPERS[row.map](seen if isinstance(record, dict) else record, row.fields)
     plain_record = dict(seen.items())
     held, read = gather(plain_record, row, draft)
+    if draft.text is None:
+        draft.tools, defined = read_tools(plain_record, draft.ignore)
+        read |= defined
     read |= seen.asked | mark_turns(plain_record, draft) | _add_system(plain_record, row, draft)
     draft.leave_out(plain_record, read)
     if draft.text is not None:
@@ -124,9 +128,13 @@ def record_to_sample(
         tuple(_media(reference, store) for reference in draft.videos),
         source,
         line,
+        draft.tools,
     )
     sample, cleaned = clean_answers(sample)
-    sample.check()
+    if sample.is_plain:
+        sample.check()
+    else:  # the tokenizer's template decides (data/text/spell_out.py)
+        sample.check_texts()
     return sample, Changes(
         cleaned=cleaned,
         dropped=turns - len(draft.turns),
@@ -198,7 +206,7 @@ def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Ki
             orphans |= {kind for tag, kind in _TAGS.items() if tag in turn.content and kind not in kinds}
         if role == "system" and not any(not isinstance(part, Text) or part.text.strip() for part in parts):
             continue  # an empty system turn says nothing and is none
-        messages.append(Message(role, parts, turn.learnt))
+        messages.append(Message(role, parts, turn.learnt, turn.reasoning, turn.calls))
     for kind in KINDS:
         if not explicit and counts[kind] != len(draft.media(kind)):
             raise reject(

@@ -8,6 +8,7 @@ that spells `<|im_end|>` cannot end its turn. (A template that trims or inspects
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -107,14 +109,21 @@ class ChatTemplate:
         expected = [(n, p, kind) for n, (_, kinds) in enumerate(shape) for p, kind in enumerate(kinds)]
         return tuple(self._parse(rendered, expected, shape))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, *, tools: Any = None) -> str:
         """What stock code makes of a conversation in transformers' form.
+
+        Args:
+            messages: `{role, content}`, and `reasoning_content` and `tool_calls`.
+            generation_prompt: end with the header of an answer to come.
+            tools: functions that may be called.
 
         Raises:
             ConfigError: the template cannot render it.
         """
         try:
-            return self._template.render(**self._named, messages=messages, add_generation_prompt=generation_prompt)
+            return self._template.render(
+                **self._named, messages=messages, add_generation_prompt=generation_prompt, tools=tools
+            )
         except MemoryError:
             raise
         except Exception as error:  # a template may fail in any way: it is somebody's program
@@ -163,6 +172,11 @@ class ChatTemplate:
                 raise ConfigError(
                     f"{self._where}: the chat template must end an answer with `<|im_end|>` and a newline."
                 )
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """The filter as transformers has it: Jinja's own escapes what HTML would read."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def _raise(message: str) -> None:
