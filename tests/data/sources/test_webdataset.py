@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vita.data.sample import Sample
 from megatron_vita.data.sources import load_table, open_reader, record_to_sample
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store
 from megatron_vita.errors import DataError
@@ -43,7 +44,10 @@ def outcomes(path: Path, work: Path | None = None) -> list[Any]:
         try:
             if isinstance(record, DataError):
                 raise record
-            out.append(shown(record_to_sample(record, ROW, store=store, source="s", line=line)[0]))
+            sample, _ = record_to_sample(record, ROW, store=store, source="s", line=line)
+            assert isinstance(sample, Sample)
+            sample.check()
+            out.append(shown(sample))
         except DataError as error:
             out.append(str(error))
     return out
