@@ -62,14 +62,19 @@ class DatasetEntry:
         """(path as written, the files it names) for each path that names any."""
         return [(written, files) for written, text in self.paths if (files := find_files(text))]
 
-    def problems(self) -> list[str]:
-        """What is missing on this disk, in words."""
-        out = []
+    def missing(self) -> list[str]:
+        """The paths that name no file and no folder."""
+        return [text for _, text in self.paths if not find_files(text) and not find_folders(text)]
+
+    def problems(self, *, paths: bool = True) -> list[str]:
+        """What is missing on this disk, in words; with `paths`, data files that are not there, too."""
+        out = [f"{text}: no such data file. {nearest(text)}" for text in self.missing()] if paths else []
         for _, text in self.paths:
-            if Path(text).is_dir():
-                out.append(f"{text} is a folder. Name its files, for instance {text}/*.json.")
-            elif not find_files(text):
-                out.append(f"{text}: no such data file. {nearest(text)}")
+            if not find_files(text) and (folders := find_folders(text)):
+                names = f"is a folder. Name its files, for instance {text}/*.json."
+                if str(folders[0]) != text:
+                    names = f"names folders ({folders[0]}) and no files. For instance {text}/*.json."
+                out.append(f"{text} {names}")
         if not self.paths:
             out.append("`data_paths` is empty. Name its files, or set `ratio: 0`.")
         if self.media_root is not None and not self.media_root.is_dir():
@@ -155,6 +160,13 @@ def find_files(text: str) -> list[Path]:
         known /= rest.pop(0)
     matches = glob.glob("/".join(rest), root_dir=known, recursive=True)
     return sorted(one for match in matches if (one := known / match).is_file())
+
+
+def find_folders(text: str) -> list[Path]:
+    """The folders that a path of a mix names."""
+    if Path(text).is_dir():
+        return [Path(text)]
+    return sorted(path for path in map(Path, glob.glob(text, recursive=True)) if path.is_dir())
 
 
 def nearest(text: str) -> str:

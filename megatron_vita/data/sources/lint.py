@@ -1,44 +1,38 @@
 """Lint: what is wrong with a data mix on this disk, before any work. Of the records only the first few are read.
 
-Wrong is what a run would stop at (paths, media folders and archives that are missing), media that lie elsewhere, and
-what would train a sample twice: a file in two groups, a copy of a file, a file beside its other form, a subset that two
-collections hold.
+Wrong is what a run would stop at (paths, media folders and archives that are missing), data files and members without a
+record, media that lie elsewhere, and what would train a sample twice.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
-from megatron_vita.data.sources.entries import DatasetEntry, read_entries
-from megatron_vita.data.sources.media_store.store import open_store
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sources.duplicates import find_duplicates
+from megatron_vita.data.sources.entries import DatasetEntry, nearest, read_entries
+from megatron_vita.data.sources.media_store import is_archive, open_archive
+from megatron_vita.data.sources.media_store.compressed import compression_of, parts_of
+from megatron_vita.data.sources.media_store.members import REFUSED
+from megatron_vita.data.sources.media_store.store import MediaStore, new_store
 from megatron_vita.data.sources.readers import open_reader
-from megatron_vita.errors import DataError
+from megatron_vita.data.sources.registry import DatasetSpec
+from megatron_vita.data.sources.to_sample import record_to_sample
+from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import readable_size
 
 _FIRST = 8
 """Records at the beginning of a file whose media are looked for."""
-_PROBE = 1 << 20
-"""Bytes at either end by which two files of one size are compared."""
-_ENDINGS = re.compile(r"(-\d+-of-\d+)?(\.(jsonl?|parquet|ndjson))?(\.(gz|zst|xz|bz2))?$")
+_NAMED = 3
+"""Of several files or members that are alike wrong, so many are named."""
 _NUMBER = re.compile(r"(?<=[_.-])\d{1,6}(?=\.)")
 _LETTERS = re.compile(r"(?<=\.)[a-z]{2}$")
-_CAULDRON, _ONEVISION = "the_cauldron", "LLaVA-OneVision-Data"
-_TAKEN_FROM = {
-    "allava_instruct_laion4v": "ALLaVA-Instruct-LAION-4V",
-    "allava_instruct_vflan4v": "ALLaVA-Instruct-VFLAN-4V",
-    "sharegpt4v(coco)": "ShareGPT4V/share",
-    "sharegpt4v(knowledge)": "ShareGPT4V/share",
-    "sharegpt4v(llava)": "ShareGPT4V/share",
-    "sharegpt4v(sam)": "ShareGPT4V/share",
-    "CLEVR-Math(MathV360K)": "the_cauldron/clevr_math",
-}
-"""Subset of LLaVA-OneVision-Data -> what the path of its own publisher's file holds. (Those that both collections
-hold under one name are found by that name.)"""
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Worth a look."""
     groups: list[str] = field(default_factory=list)
-    """One line for each group that is used."""
+    """One line for each dataset entry that is used."""
 
     def __str__(self) -> str:
         lines = [*self.groups, *(f"note: {one}" for one in self.notes), *(f"wrong: {one}" for one in self.wrong)]
@@ -64,67 +58,164 @@ def lint(path: str | Path) -> Report:
         ConfigError: it cannot be read as a mix at all.
     """
     report = Report()
-    used = [group for group in read_entries(Path(path)) if group.used]
+    used = [entry for entry in read_entries(Path(path)) if entry.used]
     if not used:
         report.wrong.append("every group has ratio or num 0; nothing is left to read.")
-    files = [(group, file) for group in used for _, shards in group.found() for file in shards]
-    for group in used:
-        mine = [file for one, file in files if one is group]
-        report.groups.append(_line(group, mine))
-        report.wrong += [f"{group.name}: {problem}" for problem in group.problems()]
-        if group.row is not None:
-            unknown = [file.name for file in mine if not group.row.published(file)]
-            report.notes += [f"{group.name}: {name} is no name of `{group.row.name}`'s files." for name in unknown]
-    report.wrong += [*_elsewhere(files), *_gaps(files)]
-    _twice(files, report)
+    files = [(entry, file) for entry in used for _, shards in entry.found() for file in shards]
+    report.wrong += _missing(used)
+    for entry in used:
+        mine = [file for one, file in files if one is entry]
+        report.groups.append(_line(entry, mine))
+        if entry.row is not None:
+            unknown = [file.name for file in mine if not entry.row.published(file)]
+            report.notes += [f"{entry.name}: {name} is no name of `{entry.row.name}`'s files." for name in unknown]
+    report.wrong += [*_elsewhere(files), *_gaps(files), *_empty(files)]
+    wrong, notes = find_duplicates(files)
+    report.wrong += wrong
+    report.notes += notes
     return report
 
 
-def _line(group: DatasetEntry, files: list[Path]) -> str:
-    taken = f"ratio {group.ratio:g}" + (f", at most {group.num} of each" if group.num is not None else "")
-    source = f"`{group.row.name}`" if group.row is not None else "form told from the records"
+def _line(entry: DatasetEntry, files: list[Path]) -> str:
+    taken = f"ratio {entry.ratio:g}" + (f", at most {entry.num} of each" if entry.num is not None else "")
+    source = f"`{entry.row.name}`" if entry.row is not None else "form told from the records"
     archives: dict[Path, int] = {}
-    if group.row is not None and (group.media_root is None or group.media_root.is_dir()):
+    if entry.row is not None and (entry.media_root is None or entry.media_root.is_dir()):
         for file in files:
-            rule = group.media(group.row, file)
+            rule = entry.media(entry.row, file)
             archives.update({one: sum(part.stat().st_size for part in _parts(one)) for one in rule.archives})
-    where = f", media under {group.media_root}" if group.media_root is not None else ""
+    where = f", media under {entry.media_root}" if entry.media_root is not None else ""
     packed = f", {len(archives)} archives ({readable_size(sum(archives.values()))})" if archives else ""
     size = readable_size(sum(file.stat().st_size for file in files))
-    return f"{group.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
+    return f"{entry.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
+
+
+def _missing(entries: Iterable[DatasetEntry]) -> Iterator[str]:
+    """One line for each dataset with all that is missing of it, and where that comes from."""
+    datasets: dict[str, list[DatasetEntry]] = defaultdict(list)
+    for entry in entries:
+        datasets[entry.row.hub if entry.row is not None and entry.row.hub else entry.name].append(entry)
+    for listed in datasets.values():
+        missing = [text for entry in listed for text in entry.missing()]
+        said = [problem for entry in listed for problem in entry.problems(paths=False)]
+        how = [words for entry in listed if entry.row is not None for words in _fetch(entry.row)]
+        if len(missing) == 1:
+            hint = nearest(missing[0])
+            said.insert(0, f"{missing[0]}: no such data file." + (f" {hint}" if "Did you" in hint or not how else ""))
+        elif missing:
+            top = os.path.commonpath([os.path.dirname(text) for text in missing])
+            names = _some([os.path.relpath(text, top or ".") for text in missing])
+            said.insert(0, f"{len(missing)} files missing below {top or 'the working folder'} ({names})")
+        if said:
+            parts = [one if one is said[-1] and not how else one.rstrip(".") for one in said] + how
+            yield f"{_some([entry.name for entry in listed])}: {'; '.join(dict.fromkeys(parts))}"
+
+
+def _fetch(row: DatasetSpec) -> Iterator[str]:
+    """How to come by a dataset, by its row in the table."""
+    if row.built_by:
+        yield f"to be built by: {row.built_by}"
+    elif row.hub:
+        yield f"get them from {row.hub} on the Hugging Face hub"
+    if row.gated:
+        yield "gated: accept its terms at its page there first"
+    if row.media_from:
+        yield f"its media: {row.media_from}"
+    elif row.archives:
+        yield f"its media: {', '.join(_expanded(row))}"
+
+
+def _expanded(row: DatasetSpec) -> list[str]:
+    """The row's archives; a pattern for a folder is said for every folder."""
+    folders = list(dict.fromkeys(row.folders.values())) or [""]
+    return list(dict.fromkeys(one.format(folder=folder) for one in row.archives for folder in folders))
+
+
+def _empty(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
+    """Data files that hold no record, and members of archives of records that are empty or are not read."""
+    for entry, file in files:
+        kind = "auto" if entry.row is None else entry.row.read
+        try:
+            if not is_archive(file):
+                if not open_reader(file, kind).head(1):
+                    yield f"{entry.name}: {file} holds no record. Fetch it again, or take it out of the mix."
+                continue
+            archive = open_archive(file) if _listable(file) else None
+            members = [one for one in archive.members() if not one.hidden] if archive is not None else None
+        except (ConfigError, DataError) as error:
+            yield f"{entry.name}: {error}"
+            continue
+        if members is None:  # it would have to be unpacked for that
+            continue
+        if not members:
+            yield f"{entry.name}: {file} holds no record. Fetch it again, or take it out of the mix."
+        empty = [one.name for one in members if not one.size and one.kind not in REFUSED]
+        if empty:
+            yield f"{entry.name}: {file}: {_some(empty)} {'is' if len(empty) == 1 else 'are'} empty."
+        refused = [f"{one.name} ({REFUSED[one.kind][1]})" for one in members if one.kind in REFUSED]
+        if refused:
+            yield f"{entry.name}: {file}: not read: {_some(refused)}."
+
+
+def _listable(file: Path) -> bool:
+    """Can an archive's members be listed without unpacking it?"""
+    with file.open("rb") as stream:
+        return compression_of(stream.read(64)) is None and len(parts_of(file)) == 1
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+class _Probe(MediaStore):
+    """Looks where a run would look, and remembers what it was asked for."""
+
+    def __init__(self, store: MediaStore) -> None:
+        self._store = store
+        self.asked: list[str] = []
+        self.found = False
+
+    def find(self, reference: str) -> MediaFile:
+        self.asked.append(reference)
+        file = self._store.find(reference)
+        self.found = True
+        return file
 
 
 def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
     """Files of whose first records not one has its media in the media folder. (Archives are not opened for it.)"""
-    for group, file in files:
-        if group.row is None or (group.media_root is not None and not group.media_root.is_dir()):
+    for entry, file in files:
+        if entry.row is None or (entry.media_root is not None and not entry.media_root.is_dir()):
             continue
-        row, rule = group.row, group.media(group.row, file)
-        if rule.root is None or rule.archives or rule.resolve == "stem":
+        row, rule = entry.fitted(entry.row), entry.media(entry.row, file)
+        if rule.root is None or rule.archives:
             continue
-        store, looked_for, found = open_store(rule), [], 0
-        for record in open_reader(file, row.read).head(_FIRST):
-            fields = record if isinstance(record, dict) else {}
-            for value in (fields.get(key) for key in row.image + row.video):
-                looked_for += [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
-        for reference in looked_for:
+        probe = _Probe(new_store(rule))
+        try:
+            first = open_reader(file, row.read).head(_FIRST)
+        except (ConfigError, DataError):
+            continue  # said already
+        for line, record in enumerate(first, 1):
             try:
-                store.find(reference)
-                found += 1
+                if not isinstance(record, DataError):
+                    record_to_sample(record, row, store=probe, source=entry.name, line=line)
             except DataError:
                 continue
-        if looked_for and not found:
-            patterns = ", ".join(row.archives if group.archives is None else group.archives)
+        if probe.asked and not probe.found:
+            patterns = ", ".join(_expanded(row) if entry.archives is None else entry.archives)
             packed = f", and no archive {patterns}" if patterns else ""
-            yield f"{group.name}: {file.name}: {looked_for[0]} and so on: none under {rule.root}{packed}."
+            by = {"stem": " by their names", "name": " by their names"}.get(rule.resolve, "")
+            source = f" Its media: {row.media_from}." if row.media_from else ""
+            yield f"{entry.name}: {file.name}: {probe.asked[0]} and so on: none under {rule.root}{by}{packed}.{source}"
 
 
 def _gaps(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
     """Numbered archives, and parts of split ones, of which one in the middle is missing."""
     seen: set[Path] = set()
-    for group, file in files:
-        if group.row is not None and (group.media_root is None or group.media_root.is_dir()):
-            for first in group.media(group.row, file).archives:
+    for entry, file in files:
+        if entry.row is not None and (entry.media_root is None or entry.media_root.is_dir()):
+            for first in entry.media(entry.row, file).archives:
                 seen.update(_parts(first))
                 if first.with_suffix(".z01").exists():
                     whole = first.name.replace("_split", "")
@@ -141,75 +232,6 @@ def _gaps(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
         for before, after in pairwise(sorted(members)):
             if after != before + 1:
                 yield f"{members[before]} is followed by {members[after].name}: what lies between is missing."
-
-
-def _twice(files: list[tuple[DatasetEntry, Path]], report: Report) -> None:
-    """What would train one sample twice."""
-    groups: dict[Path, list[DatasetEntry]] = defaultdict(list)
-    for group, file in files:
-        groups[file.resolve()].append(group)
-    for file, listed in groups.items():
-        if len(listed) > 1:
-            names = ", ".join(group.name for group in listed)
-            report.wrong.append(f"{file} appears {len(listed)} times: in {names}.")
-    by_name: dict[tuple[tuple[str, ...], str], list[Path]] = defaultdict(list)
-    by_folder: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    for file, (group, *_) in sorted(groups.items()):
-        by_name[file.parts[-3:-1], _ENDINGS.sub("", file.name)].append(file)
-        by_size[file.stat().st_size].append(file)
-        if group.row is not None and group.row.hub:
-            by_folder[file.parent, group.row.hub].append(file)
-    for alike in by_name.values():
-        forms = {_form(file): str(file) for file in alike}
-        if len(forms) > 1:
-            report.notes.append(f"{' and '.join(forms.values())} look like two forms of one file.")
-    for (folder, hub), alike in by_folder.items():
-        kinds = {file.suffix == ".parquet": file.name for file in alike}
-        if len(kinds) > 1:
-            report.wrong.append(f"{folder}: {' and '.join(kinds.values())} hold the same records of {hub}. Keep one.")
-    for size, alike in by_size.items():
-        for one, other in combinations(alike, 2) if size else ():
-            if _ends(one) == _ends(other):
-                report.wrong.append(f"{one} and {other} have one size and the same content at both ends.")
-    report.wrong += _subsets_twice(groups)
-
-
-def _form(file: Path) -> str:
-    """What tells two forms of a file apart; the shards of one set are one form."""
-    return str(file.parent) + re.sub(r"-\d+-of-", "-of-", _ENDINGS.search(file.name).group())  # type: ignore[union-attr]
-
-
-def _subsets_twice(files: Iterable[Path]) -> Iterator[str]:
-    """the_cauldron's subsets are in LLaVA-OneVision-Data too, as are parts of ALLaVA and ShareGPT4V."""
-    paths = sorted(map(str, files))
-    cauldron = {_subset(path, _CAULDRON) for path in paths} - {None}
-    for name in sorted({_subset(path, _ONEVISION) for path in paths} - {None}, key=str):
-        assert name is not None
-        bare, bracket, kind = name.partition("(")
-        if bare in cauldron and (not bracket or "cauldron" in kind):
-            yield f"{_CAULDRON}/{bare} and {_ONEVISION}/{name} are the same pictures and questions. Keep one."
-        own = _TAKEN_FROM.get(name)
-        for path in paths if own else ():
-            if str(own) in path and (own != "the_cauldron/clevr_math" or _subset(path, _CAULDRON) == "clevr_math"):
-                yield f"{_ONEVISION}/{name} is in {path} too. Keep one."
-                break
-
-
-def _subset(path: str, collection: str) -> str | None:
-    """`x` of `.../collection/x/train-0.parquet` and of `.../collection/x.jsonl`."""
-    parts = Path(path).parts
-    if collection not in parts[:-1]:
-        return None
-    after = parts[parts.index(collection) + 1]
-    return _ENDINGS.sub("", after)
-
-
-def _ends(file: Path) -> tuple[bytes, bytes]:
-    with file.open("rb") as stream:
-        head = stream.read(_PROBE)
-        stream.seek(max(0, file.stat().st_size - _PROBE))
-        return head, stream.read(_PROBE)
 
 
 def _parts(first: Path) -> list[Path]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_vita.data.sources.lint import Report, lint
 from megatron_vita.errors import ConfigError
 from tests.data.fixtures import Published, publish_everything
 from tests.data.fixtures_kit import put
+from tests.data.sources.test_readers import zip_of
 from tests.scripts import load_script
 
 STAGES = Path(__file__).parents[3] / "examples" / "long_vita_14b" / "mixes"
@@ -40,11 +46,30 @@ def test_the_example_mixes_are_right(published: Published, monkeypatch: pytest.M
         assert ", 3 archives (" in str(report)
 
 
-def test_everything_missing_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_everything_missing_is_one_line_a_dataset_that_says_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DATASETS", str(tmp_path))
     report = lint(STAGES / "stage4.yaml")
-    assert len(report.wrong) > 190
+    assert len(report.wrong) == 31
     assert "nothing is wrong" not in str(report)
+    by_name = {line.partition(": ")[0]: line for line in report.wrong}
+    for name, words in {
+        "the_cauldron": ["29 files missing below", "(chart2text/train-*.parquet, ", " and 26 more)",
+                         "get them from HuggingFaceM4/the_cauldron on the Hugging Face hub"],
+        "lima": [f"{tmp_path}/GAIR/lima/train.jsonl: no such data file", "gated: accept its terms"],
+        "Movie": ["to be built by: python tools/datasets/movienet.py", "its media: *.tar, 240P/*.tar"],
+        "Comic-9K": ["images.tar.gz.aa to .ae"],
+        "VideoGPT-plus_Training_Dataset": ["11 files missing", "instruction_tuning/webvid/*.tgz"],
+        "Share14/ShareGemini_cap": ["2 files missing", "WebVid and Kinetics-400"],
+        "ALLaVA, ALLaVA-text": ["7 files missing", "allava_laion/image_chunks/*.zip", "image_191-task_1k.zip"],
+        ", ".join(f"lmms-lab/LLaVA-Video-178K_{part}" for part in ("0_30_s_cap", "0_30_s_qa", "1_2_m_cap"))
+        + " and 6 more": ["39 files missing", "*_videos_N.tar.gz", "train_300k/chunk_N.tar.gz"],
+    }.items():  # fmt: skip
+        for word in words:
+            assert word in by_name[name], (word, by_name[name])
+    assert "{folder}" not in str(report)
+    assert "Correct the path, or fetch the dataset.;" not in str(report)
 
 
 def test_files_that_appear_twice(tmp_path: Path) -> None:
@@ -103,11 +128,11 @@ def test_archives_with_a_gap(tmp_path: Path) -> None:
     root = tmp_path / "FreedomIntelligence/ALLaVA-4V"
     for number in (0, 1, 3):
         put(root / f"allava_laion/image_chunks/images_{number}.zip", b"x" * 1500)
-    file = put(root / "allava_laion/ALLaVA-Caption-LAION-4V.json", b"[]")
+    file = put(root / "allava_laion/ALLaVA-Caption-LAION-4V.json", RECORD)
     report = look(tmp_path, a={"source": "allava", "data_paths": [str(file)]})
     assert len(report.wrong) == 1
     assert "images_1.zip is followed by images_3.zip" in report.wrong[0]
-    assert "3 archives (4.5 KB)" in report.groups[0]
+    assert "3 archives (4.5 kB)" in report.groups[0]
     comic = tmp_path / "VITA-MLLM/Comic-9K"
     for part in ("aa", "ac"):
         put(comic / f"images.tar.gz.{part}", b"x")
@@ -120,7 +145,7 @@ def test_a_zip_in_volumes(tmp_path: Path) -> None:
     for name in ("dreamsim_split.zip", "dreamsim_split.z01"):
         put(root / name, b"x")
     report = look(
-        tmp_path, a={"source": "m4_image", "data_paths": [str(put(root / "m4_instruct_annotations.json", b"[]"))]}
+        tmp_path, a={"source": "m4_image", "data_paths": [str(put(root / "m4_instruct_annotations.json", RECORD))]}
     )
     assert len(report.wrong) == 1
     assert "zip -s 0 dreamsim_split.zip --out dreamsim.zip" in report.wrong[0]
@@ -173,7 +198,7 @@ dataset:
     (wrong,) = report.wrong
     assert wrong.startswith("lima: datasets/jsonl/GAIR/lima/tran.jsonl: no such data file.")
     assert wrong.endswith("Did you mean datasets/jsonl/GAIR/lima/train.jsonl?")
-    assert report.groups == ["lima: ratio 1, at most 999999999 of each, form told from the records, 1 files (88 B)"]
+    assert report.groups == ["lima: ratio 1, at most 999999999 of each, form told from the records, 1 files (88 bytes)"]
 
 
 def test_the_command_needs_no_tokenizer(tmp_path: Path) -> None:
@@ -191,3 +216,72 @@ def test_no_mix_at_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         lint(tmp_path / "none.yaml")
     assert look(tmp_path, a={"ratio": 0, "data_paths": []}).wrong
+
+
+# -------------------------------------------------------------------------------------- media by name, empty, refused
+
+
+@pytest.mark.parametrize("source", ["sharegemini", "m4_video", "llava_hound"])
+def test_media_that_are_found_by_name(tmp_path: Path, source: str) -> None:
+    talk = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "a"}]
+    lines = "".join(json.dumps({"id": f"v{n}", "video": f"v{n}", "conversations": talk}) + "\n" for n in range(9))
+    group = {
+        "source": source,
+        "media_root": f"{tmp_path}/m",
+        "data_paths": [str(put(tmp_path / "r.jsonl", lines.encode()))],
+    }
+    put(tmp_path / "m/a/other.mp4", b"x")
+    (wrong,) = look(tmp_path, a=group).wrong
+    assert f"r.jsonl: v0 and so on: none under {tmp_path}/m by their names" in wrong
+    assert "Its media: " in wrong
+    assert ("chunk_*.tar.gz" in wrong) == (source != "sharegemini")
+    put(tmp_path / "m/deep/er/v3.webm", b"x")
+    assert look(tmp_path, a=group).wrong == []
+
+
+def test_references_in_parts_and_turns_are_looked_for(tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "no.png"}}
+    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}
+    group = {"source": "openai", "data_paths": [str(put(tmp_path / "r.jsonl", json.dumps(record).encode()))]}
+    (wrong,) = look(tmp_path, a=group).wrong
+    assert "no.png and so on: none under" in wrong
+
+
+def test_files_without_a_record(tmp_path: Path) -> None:
+    schema = pa.schema([("text", pa.string())])
+    pq.write_table(schema.empty_table(), tmp_path / "rows.parquet")
+    files = {"nothing.jsonl": b"", "blank.jsonl": b"\n \n", "array.json": b" [ ]\n", "empty.zip": zip_of({})}
+    files |= {"packed.jsonl.gz": gzip.compress(b""), "packed.json.gz": gzip.compress(b"[]")}
+    for name, data in files.items():
+        put(tmp_path / name, data)
+    names = [*files, "rows.parquet"]
+    report = look(tmp_path, a={"source": "text", "data_paths": [f"{tmp_path}/{name}" for name in names]})
+    for name in names:
+        assert any(f"{tmp_path}/{name} holds no record" in line for line in report.wrong), name
+
+
+def test_members_that_are_empty_or_not_read_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "r.zip", zip_of({"a.json": b'{"text": "a"}', "b.json": b"", "../c.json": b'{"text": "c"}'}))
+    tarred = io.BytesIO()
+    with tarfile.open(fileobj=tarred, mode="w") as out:
+        out.addfile(tarfile.TarInfo("1.txt"))
+        for name in ("2.json", "3.json", "4.json", "5.json"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "1.txt"
+            out.addfile(link)
+    put(tmp_path / "w.tar", tarred.getvalue())
+    wrong = look(tmp_path, a={"source": "text", "data_paths": [f"{tmp_path}/r.zip"]}).wrong
+    assert any(f"{tmp_path}/r.zip: b.json is empty" in line for line in wrong)
+    assert any("not read: c.json (its name in the archive is absolute or leaves the folder)" in line for line in wrong)
+    wrong = look(tmp_path, a={"source": "webdataset", "data_paths": [f"{tmp_path}/w.tar"]}).wrong
+    assert any("2.json (it is a link, and links in archives are not followed), 3.json" in line for line in wrong)
+    assert any("and 1 more" in line for line in wrong)
+
+
+def test_patterns_of_folders(tmp_path: Path) -> None:
+    put(tmp_path / "x1/a.jsonl", RECORD)
+    put(tmp_path / "x2/a.jsonl", RECORD + RECORD)
+    (wrong,) = look(tmp_path, a={"data_paths": [f"{tmp_path}/x*"]}).wrong
+    assert f"{tmp_path}/x* names folders ({tmp_path}/x1) and no files. For instance {tmp_path}/x*/*.json." in wrong
+    (wrong,) = look(tmp_path, a={"data_paths": [f"{tmp_path}/x1"]}).wrong
+    assert f"{tmp_path}/x1 is a folder. Name its files" in wrong

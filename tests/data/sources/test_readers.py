@@ -471,6 +471,20 @@ def test_webdataset_groups(tmp_path: Path, mode: str) -> None:
     assert six == {"texts": [{"user": "q", "assistant": "a"}]}
 
 
+def test_members_that_are_not_read_are_named(tmp_path: Path) -> None:
+    data = bytearray(zip_of({"a.json": b'{"text": "a"}', "b.json": b'{"text": "b"}' * 99, "../c.json": b"{}"}))
+    at = data.index(b"b.json") + 20
+    data[at : at + 4] = b"\xff" * 4
+    (tmp_path / "r.zip").write_bytes(data)
+    reader = open_reader(tmp_path / "r.zip", "archive_json", tmp_path / "w")
+    said = [str(record) for _, record in reader.read(reader.index())]
+    assert said[0] == "{'text': 'a'}"
+    assert said[1].startswith("bad_record: b.json: the member cannot be read: it is damaged (")
+    assert said[2] == (
+        "bad_record: c.json: the member cannot be read: its name in the archive is absolute or leaves the folder."
+    )
+
+
 def test_a_zip_is_no_webdataset(tmp_path: Path) -> None:
     (tmp_path / "w.zip").write_bytes(zip_of({"a.json": b"{}"}))
     with pytest.raises(ConfigError, match="WebDataset is a tar"):

@@ -442,6 +442,31 @@ def test_names_in_archives_that_are_unpacked_flat(tmp_path: Path) -> None:
     assert content(store(tmp_path, resolve="name").find("a/images/9.jpg")) == b"9"
 
 
+@pytest.mark.parametrize("resolve", ["name", "stem"])
+def test_members_that_are_not_read_are_named_by_name_too(tmp_path: Path, resolve: str) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, kind in (
+            ("a/link.mp4", tarfile.SYMTYPE),
+            ("a/pipe.mp4", tarfile.FIFOTYPE),
+            ("a/both.mp4", tarfile.SYMTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "good.mp4"
+            archive.addfile(info)
+        info = tarfile.TarInfo("b/both.mp4")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"good"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/x.tar").write_bytes(out.getvalue())
+    one, end = store(tmp_path, resolve=resolve), ".mp4" if resolve == "name" else ""
+    with pytest.raises(DataError, match=rf"path_escape: deep/x\.tar: link{end}: it is a link"):
+        one.find(f"link{end}")
+    with pytest.raises(DataError, match=rf"media_broken: deep/x\.tar: pipe{end}: it is no file"):
+        one.find(f"pipe{end}")
+    assert content(one.find(f"both{end}")) == b"good"
+
+
 # ---------------------------------------------------------------------------------------------------- what is kept
 
 

@@ -111,6 +111,8 @@ class ArchiveMedia:
         rows = self._table.find(key_of(NAME if self._resolve == "name" else STEM, name))
         folders = {(row.first, row.second) for row in rows if row.kind == FOLDER}
         files = [row for row in rows if row.kind != FOLDER]
+        if folders or any(row.kind not in REFUSED for row in files):
+            files = [row for row in files if row.kind not in REFUSED]
         if len(folders) + bool(files) > 1:
             raise reject("media_ambiguous", f"{name} is in the archives more than once. Give the path in the record.")
         if folders:
@@ -197,7 +199,7 @@ class ArchiveMedia:
         def build(target: Path) -> None:
             index_archive(archive, target, frames=self._frames, resolve=self._resolve)
 
-        detail = f"1 {self._frames} {self._resolve}"
+        detail = f"2 {self._frames} {self._resolve}"
         return build_once(self._work, "tables", [archive.data], build, detail)
 
     def _descriptor(self, number: int) -> int:

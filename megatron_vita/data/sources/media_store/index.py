@@ -105,14 +105,14 @@ def index_archive(archive: Archive, target: Path, *, frames: bool, resolve: str)
     table, folders = TableBuilder(), set()
     for member in archive.members():
         table.add(key_of(PATH, member.name), member.offset, member.size, member.kind, member.crc)
-        if member.kind in REFUSED or member.hidden:
+        if member.hidden:
             continue
         folder, _, last = member.name.rpartition("/")
         if resolve == "name":
             table.add(key_of(NAME, last), member.offset, member.size, member.kind, member.crc)
         elif resolve == "stem" and last.lower().endswith(VIDEO_SUFFIXES):
             table.add(key_of(STEM, stem_of(last)), member.offset, member.size, member.kind, member.crc)
-        if frames and folder and last.lower().endswith(FRAME_SUFFIXES):
+        if frames and folder and member.kind not in REFUSED and last.lower().endswith(FRAME_SUFFIXES):
             key = key_of(FRAMES, folder)
             table.add(key, member.header, member.size, member.kind, member.crc)
             if resolve == "stem" and folder not in folders:

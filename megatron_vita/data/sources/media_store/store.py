@@ -142,6 +142,17 @@ def open_store(rule: MediaRule, work: Path | None = None) -> MediaStore:
     return _Rooted(rule, rule.root, work) if rule.root is not None else _Nothing()
 
 
+def new_store(rule: MediaRule, work: Path | None = None, *, progress: bool = False) -> MediaStore:
+    """The store of a rule as the media lie now, whatever an earlier one has found.
+
+    Args: as `prepare`.
+
+    Raises:
+        ConfigError: as `open_store`.
+    """
+    return _Rooted(rule, rule.root, work, anew=True, progress=progress) if rule.root is not None else _Nothing()
+
+
 def prepare(rule: MediaRule, work: Path, *, progress: bool = True) -> None:
     """Unpack and index the archives of a rule, and list names on disk, once, before processes open its store.
 
@@ -153,8 +164,7 @@ def prepare(rule: MediaRule, work: Path, *, progress: bool = True) -> None:
     Raises:
         ConfigError: an archive cannot be used; the message names it.
     """
-    if rule.root is not None:
-        _Rooted(rule, rule.root, work, anew=True, progress=progress)
+    new_store(rule, work, progress=progress)
 
 
 def list_archives(root: Path, patterns: Sequence[str] = ("**/*",)) -> tuple[Path, ...]:

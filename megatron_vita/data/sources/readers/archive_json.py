@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from array import array
@@ -21,10 +22,9 @@ from megatron_vita.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".json", *_LINES)
-_TEXT, _INDEX = "text", "places.npy"
+_TEXT, _INDEX, _UNREAD = "text", "places.npy", "unread.json"
 _BROKEN = -1
-"""In place of where a record begins: its member cannot be read, for the reason that the third number says."""
-_DAMAGED = 0
+"""In place of where a record begins: its member cannot be read; the third number is its place in `_UNREAD`."""
 _MOST_MEMBER = 16 << 30
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,13 @@ class ArchiveJson(Reader):
         return np.load(self._copied(progress=False) / _INDEX)
 
     def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
-        with (self._copied(progress=False) / _TEXT).open("rb") as stream:
+        copied = self._copied(progress=False)
+        unread = json.loads((copied / _UNREAD).read_text(encoding="utf-8"))
+        with (copied / _TEXT).open("rb") as stream:
             for number, start, stop in places.tolist():
                 if start == _BROKEN:
-                    reason = REFUSED[stop][1] if stop in REFUSED else "it is damaged"
-                    yield number, reject("bad_record", f"a member of the archive cannot be read: {reason}.")
+                    name, reason = unread[stop]
+                    yield number, reject("bad_record", f"{name}: the member cannot be read: {reason}.")
                 else:
                     yield number, read_range(stream, start, stop)
 
@@ -63,7 +65,7 @@ def _copy(archive: Archive, target: Path) -> None:
     if len(chosen) < len(members):
         log.info("%s: %d members are no JSON files and are left out", archive.path, len(members) - len(chosen))
     chosen.sort(key=lambda member: member.name)
-    found = array("q")
+    found, unread = array("q"), list[tuple[str, str]]()
     if target.exists():  # of a run that was killed
         for one in target.iterdir():
             one.unlink()
@@ -72,31 +74,34 @@ def _copy(archive: Archive, target: Path) -> None:
     try:
         with (target / _TEXT).open("w+b", buffering=1 << 20) as out:
             for member in chosen:
-                _copy_member(archive, member, descriptor, out, found)
+                reason = _copy_member(archive, member, descriptor, out, found)
+                if reason is not None:
+                    found.extend((len(found) // 3 + 1, _BROKEN, len(unread)))
+                    unread.append((member.name, reason))
     finally:
         os.close(descriptor)
+    (target / _UNREAD).write_text(json.dumps(unread), encoding="utf-8")
     np.save(target / _INDEX, as_places(found))
 
 
-def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> None:
+def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> str | None:
+    """Append a member's text and its records; or say why it cannot be read."""
     begin, number = out.seek(0, 2), len(found) // 3
-    reason: int | None = member.kind if member.kind in REFUSED else None
+    if member.kind in REFUSED:
+        return REFUSED[member.kind][1]
     if member.size > _MOST_MEMBER:
-        reason = _DAMAGED
-    if reason is None:
-        try:
-            for piece in archive.content(member, descriptor):
-                out.write(piece)
-        except DataError:
-            reason = _DAMAGED
-    if reason is not None:
+        return f"it has {member.size} bytes"
+    try:
+        for piece in archive.content(member, descriptor):
+            out.write(piece)
+    except DataError as error:
         out.truncate(begin)
-        found.extend((number + 1, _BROKEN, reason))
-        return
+        return f"it is damaged ({str(error).rstrip('.')})"
     flat = _records(out, begin, out.tell(), member.name)
     for at in range(0, len(flat), 3):
         number += 1
         found.extend((number, flat[at + 1], flat[at + 2]))
+    return None
 
 
 def _records(stream: BinaryIO, begin: int, end: int, name: str) -> array[int]:
