@@ -132,7 +132,7 @@ def test_archives_with_a_gap(tmp_path: Path) -> None:
     report = look(tmp_path, a={"source": "allava", "data_paths": [str(file)]})
     assert len(report.wrong) == 1
     assert "images_1.zip is followed by images_3.zip" in report.wrong[0]
-    assert "3 archives (4.5 kB)" in report.groups[0]
+    assert "3 archives (4.5 KB)" in report.groups[0]
     comic = tmp_path / "VITA-MLLM/Comic-9K"
     for part in ("aa", "ac"):
         put(comic / f"images.tar.gz.{part}", b"x")
@@ -198,7 +198,7 @@ dataset:
     (wrong,) = report.wrong
     assert wrong.startswith("lima: datasets/jsonl/GAIR/lima/tran.jsonl: no such data file.")
     assert wrong.endswith("Did you mean datasets/jsonl/GAIR/lima/train.jsonl?")
-    assert report.groups == ["lima: ratio 1, at most 999999999 of each, form told from the records, 1 files (88 bytes)"]
+    assert report.groups == ["lima: ratio 1, at most 999999999 of each, form told from the records, 1 files (88 B)"]
 
 
 def test_the_command_needs_no_tokenizer(tmp_path: Path) -> None:
