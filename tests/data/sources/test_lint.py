@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vita.data.sources.lint import Report, lint
 from megatron_vita.errors import ConfigError
+from megatron_vita.files import readable_size
 from tests.data.fixtures import Published, publish_everything
 from tests.data.fixtures_kit import put
 from tests.data.sources.test_readers import zip_of
@@ -132,7 +133,7 @@ def test_archives_with_a_gap(tmp_path: Path) -> None:
     report = look(tmp_path, a={"source": "allava", "data_paths": [str(file)]})
     assert len(report.wrong) == 1
     assert "images_1.zip is followed by images_3.zip" in report.wrong[0]
-    assert "3 archives (4.5 KB)" in report.groups[0]
+    assert f"3 archives ({readable_size(4500)})" in report.groups[0]
     comic = tmp_path / "VITA-MLLM/Comic-9K"
     for part in ("aa", "ac"):
         put(comic / f"images.tar.gz.{part}", b"x")
@@ -198,7 +199,9 @@ dataset:
     (wrong,) = report.wrong
     assert wrong.startswith("lima: datasets/jsonl/GAIR/lima/tran.jsonl: no such data file.")
     assert wrong.endswith("Did you mean datasets/jsonl/GAIR/lima/train.jsonl?")
-    assert report.groups == ["lima: ratio 1, at most 999999999 of each, form told from the records, 1 files (88 B)"]
+    assert report.groups == [
+        f"lima: ratio 1, at most 999999999 of each, form told from the records, 1 files ({readable_size(88)})"
+    ]
 
 
 def test_the_command_needs_no_tokenizer(tmp_path: Path) -> None:
