@@ -18,6 +18,7 @@ from megatron_vita.convert.token_ids import (
     check_exportable,
     check_image_token,
     check_rows,
+    check_same_as_trained,
     check_same_ids,
     read_tokens,
 )
@@ -74,6 +75,7 @@ def tokens_for_export(opened: OpenModel, tokenizer: Path | None, *, vision: bool
     tokens = read_tokens(tokenizer or opened.tokenizer_dir)
     check_exportable(tokens, vision=vision)
     check_same_ids(tokens, opened.tokenizer_dir)
+    check_same_as_trained(tokens, opened.state.stage.data.tokenizer_model if opened.state else "")
     if vision:
         check_image_token(tokens, opened.image_token_id, opened.path / "config.json")
     check_rows(tokens, opened.model.vocab_size)

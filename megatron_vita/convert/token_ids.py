@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.convert.hf_config import read_json
-from megatron_vita.data.text.tokenizer import IMG_CONTEXT, NAMED_TOKENS
-from megatron_vita.errors import CheckpointError
+from megatron_vita.data.text.tokenizer import IMG_CONTEXT, NAMED_TOKENS, VitaTokenizer
+from megatron_vita.errors import CheckpointError, ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -131,6 +131,29 @@ def check_image_token(tokens: Tokens, image_token_id: int | None, where: Path) -
             f"{tokens.folder / TOKENIZER_FILE}: {IMG_CONTEXT} is {'missing' if found is None else found}, but {where} "
             f"says image_token_id={image_token_id}: pictures would stand where the model looks for none. Give the "
             "tokenizer that it was trained with (--tokenizer), or correct the one that is wrong."
+        )
+
+
+def check_same_as_trained(tokens: Tokens, trained: str) -> None:
+    """Refuse a folder for what was trained with a SentencePiece model, unless conversations become the same ids.
+
+    Args:
+        tokens: of the folder that is to be exported.
+        trained: the run's data.tokenizer_model; anything else than a `.model` file lies in the checkpoint already.
+
+    Raises:
+        CheckpointError: they differ, or the file is gone.
+    """
+    if not trained.endswith(".model"):
+        return
+    try:
+        same = VitaTokenizer.load(trained).same_ids(VitaTokenizer.load(tokens.folder))
+    except (ConfigError, DataError) as error:
+        raise CheckpointError(f"{tokens.folder}: cannot be compared with {trained}: {error}") from None
+    if not same:
+        raise CheckpointError(
+            f"{tokens.folder}: conversations become other ids than with {trained}, which the model was trained with. "
+            "Name the folder of the same tokenizer (--tokenizer), its special tokens behind the pieces."
         )
 
 

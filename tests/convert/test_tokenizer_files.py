@@ -14,7 +14,7 @@ import pytest
 from megatron_vita import checkpoint
 from megatron_vita.convert import cli, open_model
 from megatron_vita.convert.text_files import image_token
-from megatron_vita.data.text.tokenizer import DEFAULT_TEMPLATE
+from megatron_vita.data.text.tokenizer import CHAT_TOKENS, DEFAULT_TEMPLATE, VITA_TOKENS
 from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
 
@@ -289,3 +289,47 @@ def test_verify_names_a_damaged_tokenizer(good: Path, tmp_path: Path, capsys: py
     (tmp_path / "llm" / "tokenizer.json").write_text('{"model": null}')
     convert("verify", good / "llm", tmp_path / "llm", expect=1)
     assert f"{tmp_path / 'llm' / 'tokenizer.json'}: holds no model" in capsys.readouterr().err
+
+
+def test_a_sentencepiece_model_is_exported_with_its_own_ids_only(tmp_path: Path) -> None:
+    """What a model was trained with is no tokenizer.json: the folder that is named is held against it."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    from megatron_vita.convert.token_ids import check_same_as_trained, read_tokens
+    from tests.data.kit import tokenizer_folder
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["The digit is in the picture."] * 50), model_writer=model, vocab_size=300,
+        hard_vocab_limit=False, minloglevel=2, byte_fallback=True, model_type="bpe",
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    trained = tmp_path / "t.model"
+    trained.write_bytes(model.getvalue())
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "tokenizer.json").write_text(_as_tokenizer_json(trained))
+    check_same_as_trained(read_tokens(tmp_path / "same"), str(trained))
+    tokens = read_tokens(tokenizer_folder(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"other ids than with .*t\.model"):
+        check_same_as_trained(tokens, str(trained))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        check_same_as_trained(tokens, str(tmp_path / "gone.model"))
+    check_same_as_trained(tokens, str(tmp_path / "other"))
+
+
+def _as_tokenizer_json(model: Path) -> str:
+    """A SentencePiece BPE as Llama 2's publishers converted theirs, with the special tokens behind its pieces."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+    pieces = SentencePieceProcessor(model_file=str(model))
+    vocab = {pieces.id_to_piece(one): one for one in range(pieces.vocab_size())}
+    pairs = [(piece[:at], piece[at:]) for piece in vocab for at in range(1, len(piece))]
+    merges = [(a, b) for a, b in pairs if a in vocab and b in vocab and not (a + b).startswith("<")]
+    tokenizer: Any = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    names = [*CHAT_TOKENS, *VITA_TOKENS]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return tokenizer.to_str()

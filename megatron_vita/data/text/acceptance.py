@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vita.data.example import MediaItem
+from megatron_vita.data.example import Example, MediaItem
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import chat_tokenizer as names
@@ -62,6 +62,14 @@ def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> Non
                 _compare(tokenizer, backend, _conversation(text, answers, generation_prompt), generation_prompt)
 
 
+def same_ids(first: ChatTokenizer, second: ChatTokenizer) -> bool:
+    """Whether the special tokens of the first, and probe conversations, have the same ids with the second."""
+    return first.special_tokens.items() <= second.special_tokens.items() and all(
+        _render(first, one).tokens.tolist() == _render(second, one).tokens.tolist()
+        for one in (_conversation(text, _ANSWERS[-3:], False) for text in _TEXTS)
+    )
+
+
 def _prompt_and_answer(tokenizer: ChatTokenizer, answer: str) -> None:
     turns = (Message("user", (Text("a"),)), Message("assistant", (Text(answer),)))
     build_example(Sample(turns), [], [], tokenizer=tokenizer, spec=_SPEC)
@@ -81,11 +89,13 @@ def _conversation(text: str, answers: tuple[str, ...], generation_prompt: bool) 
     return Sample(tuple(turns[:-1] if generation_prompt else turns), (_FILE, _FILE), (_FILE,))
 
 
-def _compare(tokenizer: ChatTokenizer, backend: HuggingFace, sample: Sample, generation_prompt: bool) -> None:
+def _render(tokenizer: ChatTokenizer, sample: Sample, generation_prompt: bool = False) -> Example:
     images, frames = [MediaItem(b"", 16, 16), MediaItem(b"", 32, 16)], [MediaItem(b"", 16, 16, frame=True)] * 2
-    example = build_example(
-        sample, images, [frames], tokenizer=tokenizer, spec=_SPEC, generation_prompt=generation_prompt
-    )
+    return build_example(sample, images, [frames], tokenizer=tokenizer, spec=_SPEC, generation_prompt=generation_prompt)
+
+
+def _compare(tokenizer: ChatTokenizer, backend: HuggingFace, sample: Sample, generation_prompt: bool) -> None:
+    example = _render(tokenizer, sample, generation_prompt)
     text = tokenizer.template.render([_plain(message) for message in sample.messages], generation_prompt)
     begun = tokenizer.writes_beginning(text)
     tile = names.IMG_CONTEXT * _SPEC.tokens_per_tile

@@ -109,3 +109,7 @@ class VitaTokenizer(ChatTokenizer):
         tokenizer = cls(backend, path, template or own_template(backend.beginning), named)
         acceptance.check(tokenizer, backend)
         return tokenizer
+
+    def same_ids(self, other: ChatTokenizer) -> bool:
+        """Whether conversations become the same ids with another tokenizer, as far as probes tell."""
+        return acceptance.same_ids(self, other)
