@@ -60,7 +60,8 @@ def misbehave(what):
 
 class Frame(SimpleNamespace):
     width = height = 8
-    interlaced_frame, side_data, format = False, (), SimpleNamespace(components=())
+    interlaced_frame = key_frame = False
+    side_data, format = (), SimpleNamespace(components=())
     def to_ndarray(self, format, threads):
         return np.full((8, 8, 3), 77, np.uint8)
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from megatron_vita.data.media.video.clip import VideoFile, is_even
 from megatron_vita.data.media.video.open import open_video
+from megatron_vita.data.rejects import code_of
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.errors import DataError
 from tests.data.media.clips import ALL, FRAMES, GOOD, RATE, X264, clip, sample, shown
 from tests.data.videos import write_numbered
 
@@ -141,3 +143,21 @@ def test_a_stream_whose_clock_starts_again(clips: Path, tmp_path: Path) -> None:
         numbers, told = shown(video.frames(ALL, 4096))
     assert numbers in ([*range(FRAMES), *range(FRAMES)], [*range(FRAMES)])
     assert (np.diff(told) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["h264.ts", "mpeg2.ts", "h264.mkv", "hevc.ts", "h264.avi", "mpeg2.mpg", "vp9.webm"])
+@pytest.mark.parametrize("every", [1, 40, 300])
+def test_spoilt_frames_are_left_out_or_the_clip_is_rejected(clips: Path, name: str, every: int) -> None:
+    data, rejected = bytearray(Path(str(clip(clips, name).path)).read_bytes()), []
+    rng = np.random.default_rng(every)
+    for place in rng.integers(len(data) // 3, len(data) * 2 // 3, max(1, len(data) // 188 // every)):
+        data[place] ^= 1 << int(rng.integers(8))
+    try:
+        with open_video(MediaFile(data=bytes(data)), limits=None) as video:
+            numbers, told = shown(video.frames(ALL, 4096))
+    except DataError as error:
+        rejected.append(code_of(error)[0])
+    else:
+        right = sum(abs(when * RATE - number) < 1.5 for number, when in zip(numbers, told, strict=True))
+        assert right >= 0.9 * len(numbers) >= 0.8 * FRAMES
+    assert set(rejected) <= {"video_broken"}
