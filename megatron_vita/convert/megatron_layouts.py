@@ -18,13 +18,14 @@ import numpy as np
 
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.placed import TensorPlace
-from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.config import ModelConfig
 from megatron_vita.convert.combined import Subset
-from megatron_vita.convert.families import DECODERS, decoder, long_vita
-from megatron_vita.convert.hf_config import check_layers, integer, number, read_json, require
+from megatron_vita.convert.families import decoder, long_vita
+from megatron_vita.convert.hf_config import check_layers
+from megatron_vita.convert.megatron_settings import EMBEDDING, read_model
 from megatron_vita.convert.rank_files import NOT_WEIGHTS, RankFiles, grid, read_rank
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
-from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,7 @@ _NORMS = {
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
 """MindSpeed's names of a layer's norms -> Transformer Engine's."""
-_EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _HEAD = "language_model.output_layer.weight"
-_TOWER_HEADS = {"intern_300m": 16}
-"""--vision-model-type -> heads, which no tensor tells."""
 _REPLICA_TOLERANCE = 2.0**-7
 """Relative difference that copies of one weight on different ranks may have gathered: that of one bfloat16 step."""
 
@@ -94,16 +92,16 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
                 layers = max(layers, layer + 1)
                 found.setdefault(ours, []).append(f"{rank.name}:{name}")
         first_layer += layers
-    for rows in (row for name in (_EMBEDDING, _HEAD) for row in found.get(name, ())):
+    for rows in (row for name in (EMBEDDING, _HEAD) for row in found.get(name, ())):
         if len(places[rows].shape) != 2:
             raise CheckpointError(f"{folder}: {rows} has shape {places[rows].shape}, no rows of a vocabulary.")
-    model = _model(folder, settings, found, places, ranks, vocab_size)
+    model = read_model(folder, settings, found, places, ranks, vocab_size)
     for part in (model, model.vision):
         if part is not None:
             check_layers(part.num_layers, len(places), str(folder), key="num_layers")
     source = RankFiles(places, left_out)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
-        copies, firsts = found.pop(_HEAD), found.get(_EMBEDDING, [])
+        copies, firsts = found.pop(_HEAD), found.get(EMBEDDING, [])
         if len(copies) != len(firsts):
             raise CheckpointError(
                 f"{folder}: the head stands on {len(copies)} ranks, the embedding that it is tied to on {len(firsts)}. "
@@ -111,7 +109,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
             )
         for copy, first in zip(copies, firsts, strict=True):
             _leave_copy(source, copy, first, left_out)
-    for name in (_EMBEDDING, _HEAD):
+    for name in (EMBEDDING, _HEAD):
         if name in found:
             found[name] = _cut_vocabulary(found[name], model.vocab_size, places, left_out, folder)
     source = RankFiles(places, left_out)
@@ -143,7 +141,7 @@ def _expected(model: ModelConfig) -> list[Named]:
 
 def _split(name: str) -> tuple[int, bool] | None:
     """(axis that tensor ranks split, whether in two halves), or none for what each rank has whole."""
-    if name in (_EMBEDDING, _HEAD) or ".linear_qkv.weight" in name or ".linear_qkv.bias" in name:
+    if name in (EMBEDDING, _HEAD) or ".linear_qkv.weight" in name or ".linear_qkv.bias" in name:
         return 0, False
     if re.search(r"\.linear_fc1\.(weight|bias)$", name):
         return 0, name.startswith("language_model.")
@@ -155,7 +153,7 @@ def _rule(
 ) -> Rule:
     parts = found.get(ours.name, [])
     split = _split(ours.name)
-    vocabulary = ours.name in (_EMBEDDING, _HEAD)
+    vocabulary = ours.name in (EMBEDDING, _HEAD)
     if len(parts) != ranks and not (vocabulary and parts):
         has = f"stands on {len(parts)} of {ranks} tensor ranks" if parts else "is missing"
         raise CheckpointError(f"{folder}: {ours.name} {ours.shape} {has}. The config and the weights do not fit.")
@@ -217,125 +215,3 @@ def _cut_vocabulary(
     if left:
         raise CheckpointError(f"{folder}: the embedding has {rows - left} rows, config.json's vocab_size is {rows}.")
     return kept
-
-
-def _model(
-    folder: Path,
-    settings: Mapping[str, Any],
-    found: Mapping[str, list[str]],
-    places: Mapping[str, TensorPlace],
-    ranks: int,
-    vocab_size: int | None,
-) -> ModelConfig:
-    for path in (folder / "config.json", folder.parent / "config.json"):
-        if path.is_file():
-            config = read_json(path)
-            family = decoder if config.get("model_type") in tuple(DECODERS) else long_vita
-            told: ModelConfig = family.read_config(config, str(path))
-            if vocab_size not in (None, told.vocab_size):
-                raise ConfigError(f"--vocab-size {vocab_size}: {path} says {told.vocab_size}. Leave the flag out.")
-            return told
-    where = f"{folder}: the run's settings (args)"
-    if not settings:
-        raise CheckpointError(
-            f"{folder}: its files hold no settings (args). Put the config.json of the model's Hugging Face repository "
-            "beside them."
-        )
-    for key, wanted in (
-        ("normalization", "RMSNorm"),
-        ("swiglu", True),
-        ("rotary_percent", 1.0),
-        ("position_embedding_type", "rope"),
-        ("rotary_interleaved", False),
-        ("use_rope_scaling", False),
-        ("rotary_seq_len_interpolation_factor", None),
-        ("qk_layernorm", False),
-        ("num_experts", None),
-        ("add_bias_linear", False),
-    ):
-        require(settings, key, wanted, wanted, where)
-
-    def rows(name: str) -> int:
-        return sum(sum(places[part].shape[:1]) for part in found.get(name, ()))
-
-    heads = integer(settings, "num_attention_heads", where)
-    grouped = settings.get("group_query_attention", True)
-    layer = "language_model.decoder.layers.0.self_attention.linear_qkv.bias"
-    epsilon = number(settings, "norm_epsilon", where)
-    vocabulary = _vocabulary(rows(_EMBEDDING), settings.get("vocab_size"), vocab_size, folder)
-    try:
-        model = ModelConfig(
-            num_layers=integer(settings, "num_layers", where),
-            hidden_size=integer(settings, "hidden_size", where),
-            ffn_hidden_size=integer(settings, "ffn_hidden_size", where),
-            num_attention_heads=heads,
-            num_query_groups=integer(settings, "num_query_groups", where) if grouped else heads,
-            vocab_size=vocabulary,
-            untie_embeddings_and_output_weights=bool(settings.get("untie_embeddings_and_output_weights", False)),
-            add_qkv_bias=layer in found,
-            norm_epsilon=epsilon,
-            rotary_base=number(settings, "rotary_base", where),
-            max_position_embeddings=integer(settings, "max_position_embeddings", where),
-        )
-        if "vision_model.conv1.weight" not in found:
-            return model
-        tower = _tower(settings, found, places, ranks, epsilon, where)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    width = rows("vision_projection.encoder.linear_fc1.weight")
-    bias = "vision_projection.encoder.linear_fc1.bias" in found
-    return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=width or None, bias=bias))
-
-
-def _vocabulary(rows: int, told: Any, asked: int | None, folder: Path) -> int:
-    """Rows of an embedding that are not Megatron's padding, which may hold anything: as asked for, else as the run's
-    own --vocab-size told it. A run that counted them from its tokenizer has not written them down."""
-    known = asked if asked is not None else told
-    if isinstance(known, bool) or not isinstance(known, int) or known < 1:
-        raise ConfigError(
-            f"{folder}: its embedding has {rows} rows, and nothing says how many of them are Megatron's padding. Put "
-            "the config.json of the model's Hugging Face repository beside the ranks, or import with --vocab-size N "
-            "(that file's vocab_size; 152064 for Long-VITA-14B)."
-        )
-    if known > rows:
-        raise ConfigError(f"{folder}: a vocabulary of {known} was asked for, but its embedding has {rows} rows.")
-    return known
-
-
-def _tower(
-    settings: Mapping[str, Any],
-    found: Mapping[str, list[str]],
-    places: Mapping[str, TensorPlace],
-    ranks: int,
-    epsilon: float,
-    where: str,
-) -> VisionConfig:
-    """The tower's sizes are constants of Long-VITA's code: taken from its tensors, which must then fit."""
-    kind = settings.get("vision_model_type")
-    if kind not in _TOWER_HEADS:
-        raise CheckpointError(
-            f"{where}: vision_model_type={kind!r} is not supported ({', '.join(_TOWER_HEADS)} only). If it is an "
-            "InternViT all the same, put a config.json with its `visual` object beside the ranks."
-        )
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        parts = found.get("vision_model." + name)
-        if not parts:
-            raise CheckpointError(f"{where}: the tower's {name} is missing. The download is incomplete.")
-        sizes = places[parts[0]].shape
-        if len(sizes) != dimensions or 0 in sizes:
-            raise CheckpointError(f"{where}: the tower's {name} has shape {sizes}, as no tower's has.")
-        return sizes
-
-    width, _, patch, _ = shape("conv1.weight", 4)
-    layers = {int(m[1]) for m in (re.match(r"vision_model\.decoder\.layers\.(\d{1,6})\.", one) for one in found) if m}
-    side = math.isqrt(shape("position_embeddings.weight", 2)[0] - 1)
-    return VisionConfig(
-        num_layers=1 + max(layers, default=-1),
-        hidden_size=width,
-        ffn_hidden_size=ranks * shape("decoder.layers.0.mlp.linear_fc1.weight", 2)[0],
-        num_attention_heads=_TOWER_HEADS[kind],
-        norm_epsilon=epsilon,  # Long-VITA's towers inherit the decoder's
-        image_size=side * patch,
-        patch_size=patch,
-    )

@@ -9,9 +9,7 @@ prompt that is not finished.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -19,9 +17,8 @@ import numpy as np
 import torch
 
 from megatron_vita import checkpoint
-from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
+from megatron_vita.config import ModelConfig, StageConfig
 from megatron_vita.convert import open_model
-from megatron_vita.data.example import Example
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.rejects import reject
@@ -31,33 +28,13 @@ from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
 from megatron_vita.device import empty_cache, torch_device
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.inference.groups import one_rank_groups
+from megatron_vita.inference.prompt import Generation, Prompt
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig, choose, generators_for
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.context import KVCache
-from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One answer."""
-
-    text: str
-    """Without special tokens and without white space at its ends."""
-    ids: tuple[int, ...]
-    """Generated ids; the token that ended the answer is not among them."""
-    finished: bool
-    """The model ended the answer itself; otherwise it was cut at the limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A Sample made ready for the model."""
-
-    example: Example
-    tiles: torch.Tensor
-    """uint8 [n, 3, S, S]; n = tiles of the example, in token order."""
 
 
 class Engine:
@@ -309,26 +286,3 @@ def model_name(path: str | Path) -> str:
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
     opened = open_model(path)
     return opened.state.stage.name if opened.state else opened.path.resolve().name
-
-
-_groups: Groups | None = None
-
-
-def one_rank_groups() -> Groups:
-    """The groups of a world of one rank; shared by all engines of the process.
-
-    Raises:
-        ConfigError: started by torchrun on several ranks.
-    """
-    global _groups
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("chat and evaluation run in one process. Start without torchrun.")
-    init_distributed()
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        if _groups is not None and parallel_state.get_tensor_model_parallel_group() is _groups.collection.tp:
-            return _groups
-        destroy_groups()
-    _groups = build_groups(ParallelConfig())
-    return _groups

@@ -363,7 +363,7 @@ def test_a_tower_inside_a_model_of_pictures_and_texts(published: Path, tmp_path:
 
 def test_native_internvl_is_normalised_as_its_processor_says(published: Path, tmp_path: Path) -> None:
     publishers.write_internvl(tmp_path / "hf")
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(processor))
     convert("import", "--model", tmp_path / "hf", "--output", tmp_path / "ckpt")
     prompt, wanted = _stock(tmp_path / "hf")

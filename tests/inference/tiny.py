@@ -12,7 +12,7 @@ from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, Train
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
-from megatron_vita.inference.engine import one_rank_groups
+from megatron_vita.inference.groups import one_rank_groups
 from megatron_vita.models.build import build_model
 from tests.data.kit import picture, tokenizer_folder
 
