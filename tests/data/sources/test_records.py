@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vita.data.rejects import CODES
 from megatron_vita.data.sample import Document, Sample
 from megatron_vita.data.sources import detect_row, load_table, record_to_sample
 from megatron_vita.data.sources import fields as names
@@ -467,3 +468,33 @@ def test_what_a_tag_asks_for_is_not_passed_over_as_metadata(root: Path) -> None:
 def test_fields_that_say_none_in_words(root: Path) -> None:
     for nothing in ("[]", "{}", "null", "None", " "):
         assert outcome(asked("q", tools=nothing, turn={"tool_calls": nothing}), root, "sharegpt") == ("q", [], [])
+
+
+KEYS = st.sampled_from([
+    "messages", "conversations", "texts", "text", "images", "image", "img", "video", "frames", "image_1", "tools",
+    "system", "tool_calls", "function_call", "reasoning", "weight", "loss_mask", "mask", "train", "start", "audio",
+    "file_name", "meta", "role", "from", "content", "value", "type", "index", "user", "assistant", "instruction",
+    "output", "name", "history",
+])  # fmt: skip
+WORDS = st.sampled_from([
+    "user", "assistant", "gpt", "human", "tool", "function_call", "<image>", "<image_1>", "a.png", "[]", "image",
+    "video", "text", "<img>a.png</img>", '{"name": "f"}', "",
+])  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(allow_infinity=True) | WORDS | st.binary(max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(record=st.dictionaries(KEYS, VALUES, max_size=6), row=st.sampled_from(sorted(load_table())))
+def test_whatever_a_record_holds_it_is_a_sample_or_rejected_by_code(
+    root: Path, record: dict[str, Any], row: str
+) -> None:
+    code = next(iter(CODES))
+    try:
+        convert(record, root, row)
+    except DataError as error:
+        code = str(error).partition(":")[0]
+    assert code in CODES
