@@ -180,8 +180,8 @@ class PyAvVideo(VideoFile):
                 raise MissedError  # by numbers alone, only the right count proves them
 
     def _decode(self, container: Any, stream: Any, packets: Iterator[Any] | None = None) -> Iterator[Any]:
-        """The decoder's frames in the order in which they are shown, without those that damage has spoilt."""
-        begun = damaged = False
+        """The decoder's frames in the order in which they are shown; damage after the first one rejects the clip."""
+        begun = False
         for packet in container.demux(stream) if packets is None else packets:
             if not packet.size and packet.dts is not None:
                 continue  # a frame that was left out; to the decoder it would mean the end
@@ -190,17 +190,13 @@ class PyAvVideo(VideoFile):
             except MemoryError:
                 raise
             except Exception as error:  # av.error.FFmpegError and its many children
-                # a recording may begin between two key frames, and have gaps where times tell what is missing
-                if "memory" in str(error).lower() or (begun and self._labels is None):
+                if begun or "memory" in str(error).lower():
                     raise reject(
                         "video_broken", f"{self.name}: a frame cannot be decoded ({first_line(error)})."
                     ) from None
-                damaged = begun
-                continue
+                continue  # a recording may begin between two key frames
             for frame in frames:
-                if damaged and not frame.key_frame:
-                    continue  # it may refer to what is missing
-                begun, damaged = True, False
+                begun = True
                 yield frame
 
     def _entry_before(self, last: int, wanted: int) -> int | None:
