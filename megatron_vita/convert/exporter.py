@@ -24,7 +24,7 @@ from megatron_vita.convert.processor_files import processor_files
 from megatron_vita.convert.publish import new_folder
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.text_files import out_of_checkpoint, tokens_for_export
-from megatron_vita.convert.views import TheirView
+from megatron_vita.convert.views import HfView
 from megatron_vita.data.spec import PreprocessSpec
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def export(
     rows = -(-model.vocab_size // vocabulary_multiple) * vocabulary_multiple
     if rows != model.vocab_size:
         model, source = replace(model, vocab_size=rows), MoreRows(source, VOCABULARY, rows, mean=False)
-    tensors = TheirView(family.rules(model, decoder=opened.decoder), source, str(opened.path), dtype)
+    tensors = HfView(family.rules(model, decoder=opened.decoder), source, str(opened.path), dtype)
     coverage = account(tensors)
     files = plan_shards(tensors, max_shard_bytes)
     vision = None if format_name == "llm" else model.vision

@@ -55,7 +55,7 @@ class MegatronModel:
 
     def used(self) -> LazyTensors:
         """The tensors that the rules speak of."""
-        return Subset(self.source, [named.name for rule in self.rules for named in rule.theirs])
+        return Subset(self.source, [named.name for rule in self.rules for named in rule.hf])
 
 
 def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
@@ -88,9 +88,9 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
                 if NOT_WEIGHTS.fullmatch(name):
                     left_out[f"{rank.name}:{name}"] = "no weight of the model"
                     continue
-                ours, layer = _our_name(name, first_layer)
+                mcore, layer = _mcore_name(name, first_layer)
                 layers = max(layers, layer + 1)
-                found.setdefault(ours, []).append(f"{rank.name}:{name}")
+                found.setdefault(mcore, []).append(f"{rank.name}:{name}")
         first_layer += layers
     for rows in (row for name in (EMBEDDING, _HEAD) for row in found.get(name, ())):
         if len(places[rows].shape) != 2:
@@ -113,30 +113,30 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
         if name in found:
             found[name] = _cut_vocabulary(found[name], model.vocab_size, places, left_out, folder)
     source = RankFiles(places, left_out)
-    rules = [_rule(ours, found, source, left_out, folder, ranks) for ours in _expected(model)]
-    extra = sorted(set(found) - {rule.ours.name for rule in rules if rule.ours})
+    rules = [_rule(mcore, found, source, left_out, folder, ranks) for mcore in _expected(model)]
+    extra = sorted(set(found) - {rule.mcore.name for rule in rules if rule.mcore})
     if extra:
         raise CheckpointError(f"{folder}: holds {found[extra[0]][0]} (of {len(extra)}), which the model has not.")
     return MegatronModel(model, RankFiles(places, left_out), rules)
 
 
-def _our_name(name: str, first_layer: int) -> tuple[str, int]:
+def _mcore_name(name: str, first_layer: int) -> tuple[str, int]:
     """(checkpoint key, number of its decoder layer on its stage or -1)."""
-    theirs, prefix = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
-    ours = prefix + name.removeprefix(theirs)
+    hf, prefix = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
+    mcore = prefix + name.removeprefix(hf)
     for old, new in _NORMS.items():
-        ours = ours.replace(old, new)
-    layer = re.match(r"language_model\.decoder\.layers\.(\d{1,6})\.", ours)
+        mcore = mcore.replace(old, new)
+    layer = re.match(r"language_model\.decoder\.layers\.(\d{1,6})\.", mcore)
     if layer is None:
-        return ours, -1
+        return mcore, -1
     number = int(layer[1])
-    return f"language_model.decoder.layers.{first_layer + number}.{ours[layer.end() :]}", number
+    return f"language_model.decoder.layers.{first_layer + number}.{mcore[layer.end() :]}", number
 
 
 def _expected(model: ModelConfig) -> list[Named]:
     """Every tensor of the model, ours."""
     table = long_vita.rules(model) if model.vision else decoder.rules(model)
-    return [rule.ours for rule in table if rule.ours is not None]
+    return [rule.mcore for rule in table if rule.mcore is not None]
 
 
 def _split(name: str) -> tuple[int, bool] | None:
@@ -149,32 +149,32 @@ def _split(name: str) -> tuple[int, bool] | None:
 
 
 def _rule(
-    ours: Named, found: dict[str, list[str]], source: RankFiles, left_out: dict[str, str], folder: Path, ranks: int
+    mcore: Named, found: dict[str, list[str]], source: RankFiles, left_out: dict[str, str], folder: Path, ranks: int
 ) -> Rule:
-    parts = found.get(ours.name, [])
-    split = _split(ours.name)
-    vocabulary = ours.name in (EMBEDDING, _HEAD)
+    parts = found.get(mcore.name, [])
+    split = _split(mcore.name)
+    vocabulary = mcore.name in (EMBEDDING, _HEAD)
     if len(parts) != ranks and not (vocabulary and parts):
         has = f"stands on {len(parts)} of {ranks} tensor ranks" if parts else "is missing"
-        raise CheckpointError(f"{folder}: {ours.name} {ours.shape} {has}. The config and the weights do not fit.")
+        raise CheckpointError(f"{folder}: {mcore.name} {mcore.shape} {has}. The config and the weights do not fit.")
     if vocabulary:
-        return _stacked_rows(ours, parts, source)
+        return _stacked_rows(mcore, parts, source)
     if split is None:
         for copy in parts[1:]:
             _leave_copy(source, copy, parts[0], left_out)
         shape = source.shape(parts[0])
-        same = math.prod(shape) == math.prod(ours.shape) and shape[-len(ours.shape) :] == ours.shape[-len(shape) :]
-        return rename(ours.name, parts[0], ours.shape, their_shape=shape if same else None)
+        same = math.prod(shape) == math.prod(mcore.shape) and shape[-len(mcore.shape) :] == mcore.shape[-len(shape) :]
+        return rename(mcore.name, parts[0], mcore.shape, hf_shape=shape if same else None)
     axis, halves = split
-    if ours.shape[axis] % (ranks * (2 if halves else 1)):
-        raise CheckpointError(f"{folder}: {ours.name} {ours.shape} does not split over {ranks} tensor ranks.")
-    return split_over_ranks(ours.name, parts, ours.shape, axis, halves=halves)
+    if mcore.shape[axis] % (ranks * (2 if halves else 1)):
+        raise CheckpointError(f"{folder}: {mcore.name} {mcore.shape} does not split over {ranks} tensor ranks.")
+    return split_over_ranks(mcore.name, parts, mcore.shape, axis, halves=halves)
 
 
-def _stacked_rows(ours: Named, parts: Sequence[str], source: RankFiles) -> Rule:
+def _stacked_rows(mcore: Named, parts: Sequence[str], source: RankFiles) -> Rule:
     """Rows of the vocabulary: the last ranks may have fewer, once the padding is cut."""
-    rule = stacked(ours.name, parts, [source.shape(part)[0] for part in parts], ours.shape[1])
-    return replace(rule, ours=ours)
+    rule = stacked(mcore.name, parts, [source.shape(part)[0] for part in parts], mcore.shape[1])
+    return replace(rule, mcore=mcore)
 
 
 def _leave_copy(source: RankFiles, copy: str, first: str, left_out: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.families import DECODERS, MODELS, TOWER_TYPES, TOWERS, decoder
 from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
-from megatron_vita.convert.views import OurView
+from megatron_vita.convert.views import McoreView
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError
 
@@ -155,7 +155,7 @@ def _open_tower(path: Path, config: Mapping[str, Any]) -> tuple[VisionConfig, La
     stored = SafetensorsFolder(path)
     check_layers(vision.num_layers, len(stored), where)
     source, rules = used(stored)
-    return processor_files.with_norm(path, vision), OurView(rules, source, str(path))
+    return processor_files.with_norm(path, vision), McoreView(rules, source, str(path))
 
 
 def _open_checkpoint(folder: Path) -> OpenModel:
@@ -184,7 +184,7 @@ def _open_megatron(folder: Path, vocab_size: int | None) -> OpenModel:
         path=folder,
         kind=MEGATRON,
         model=opened.model,
-        tensors=OurView(opened.rules, opened.used(), str(folder)),
+        tensors=McoreView(opened.rules, opened.used(), str(folder)),
         preprocess=spec,
         tokenizer_dir=places[0] if places else folder,
     )
@@ -211,14 +211,14 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
     text = inner.get("model_type") if kind not in DECODERS and isinstance(inner, Mapping) else kind
     known = text if isinstance(text, str) and text in DECODERS else None
     rules = family.rules(model, list(source), known)
-    embedding = rules[0].theirs[0].name
+    embedding = rules[0].hf[0].name
     heads = [name for name in (decoder.HEAD, "language_model." + decoder.HEAD) if name in source]
     tied = (heads[0], embedding) if heads and not model.untie_embeddings_and_output_weights else None
     return OpenModel(
         path=folder,
         kind=kind,
         model=model,
-        tensors=OurView(rules, source, str(folder), tied=tied),
+        tensors=McoreView(rules, source, str(folder), tied=tied),
         preprocess=preprocess,
         tokenizer_dir=folder,
         image_token_id=family.image_token_id(config, where),

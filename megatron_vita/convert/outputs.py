@@ -134,13 +134,13 @@ def _exists(held: Path, final: Path) -> str:
     return f"{held}: exists and is not empty{moved}. Choose another --output, or replace it with --overwrite."
 
 
-def _refuse_foreign(folder: Path, ours: set[str], mark: str, command: str) -> None:
-    if not ours:
+def _refuse_foreign(folder: Path, mcore: set[str], mark: str, command: str) -> None:
+    if not mcore:
         raise ConfigError(
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."
         )
     there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in ours)
+    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in mcore)
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise ConfigError(

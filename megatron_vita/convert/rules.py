@@ -1,4 +1,4 @@
-"""Two-way slicing rules: which box of elements of which of their tensors is which box of ours.
+"""Two-way slicing rules: which slice of which Hugging Face tensor is which slice of ours.
 
 A rule ties one of our tensors to one or more of theirs by a list of copies between boxes. Everything else follows from
 that list: importing copies one way, exporting the other; a reader that wants only some rows reads only the boxes that
@@ -26,12 +26,12 @@ class Named:
 
 @dataclass(frozen=True)
 class Copy:
-    """One box of ours that is one box of theirs, of the same extent."""
+    """One slice of the megatron-core tensor that is one slice of a Hugging Face tensor, of the same extent."""
 
-    theirs: int
-    """Index among the rule's tensors of theirs."""
-    their_box: Region
-    our_box: Region
+    hf: int
+    """Index among the rule's Hugging Face tensors."""
+    hf_box: Region
+    mcore_box: Region
 
 
 @dataclass(frozen=True)
@@ -47,37 +47,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours and what it is made of; or, with ours none, a tensor of theirs that is all zeros.
+    """One megatron-core tensor and what it is made of; or, without one, a Hugging Face tensor of zeros.
 
     Boxes address both sides in `rank` dimensions; a tensor of either side with more has leading dimensions of size 1.
     What no copy covers is zero by definition: writing fills it with zeros, reading theirs insists on it.
     """
 
-    ours: Named | None
-    theirs: tuple[Named, ...]
+    mcore: Named | None
+    hf: tuple[Named, ...]
     copies: tuple[Copy, ...]
 
-    def parts_of_ours(self, region: Region) -> list[Part]:
-        """The boxes of theirs that a region of our tensor is made of."""
-        assert self.ours is not None
+    def parts_of_mcore(self, region: Region) -> list[Part]:
+        """The slices of Hugging Face tensors that a slice of the megatron-core tensor is made of."""
+        assert self.mcore is not None
         inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
-            shared = overlap(copy.our_box, inner)
+            shared = overlap(copy.mcore_box, inner)
             if shared is not None:
-                there = move(shared, copy.our_box, copy.their_box)
-                parts.append(self._part(self.theirs[copy.theirs], there, shift(shared, inner)))
+                there = move(shared, copy.mcore_box, copy.hf_box)
+                parts.append(self._part(self.hf[copy.hf], there, shift(shared, inner)))
         return parts
 
-    def parts_of_theirs(self, index: int, region: Region) -> list[Part]:
-        """The boxes of ours that a region of one of their tensors is made of; what none of them fills is zero."""
-        if self.ours is None:
+    def parts_of_hf(self, index: int, region: Region) -> list[Part]:
+        """The slices of ours that a slice of one Hugging Face tensor is made of; what none fills is zero."""
+        if self.mcore is None:
             return []
         inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
-            shared = overlap(copy.their_box, inner) if copy.theirs == index else None
+            shared = overlap(copy.hf_box, inner) if copy.hf == index else None
             if shared is not None:
-                here = move(shared, copy.their_box, copy.our_box)
-                parts.append(self._part(self.ours, here, shift(shared, inner)))
+                here = move(shared, copy.hf_box, copy.mcore_box)
+                parts.append(self._part(self.mcore, here, shift(shared, inner)))
         return parts
 
     def _part(self, named: Named, box: Region, target: Region) -> Part:
@@ -86,13 +86,11 @@ class Rule:
     @property
     def rank(self) -> int:
         """Dimensions of the boxes; none where there are no boxes."""
-        return len(self.copies[0].our_box) if self.copies else 0
+        return len(self.copies[0].mcore_box) if self.copies else 0
 
     def uncovered(self, index: int) -> int:
         """Elements of one of their tensors that no copy takes: they must be zero."""
-        return math.prod(self.theirs[index].shape) - sum(
-            volume(copy.their_box) for copy in self.copies if copy.theirs == index
-        )
+        return math.prod(self.hf[index].shape) - sum(volume(copy.hf_box) for copy in self.copies if copy.hf == index)
 
 
 def prove(rules: Iterable[Rule]) -> None:
@@ -105,45 +103,43 @@ def prove(rules: Iterable[Rule]) -> None:
     """
     seen: set[tuple[str, str]] = set()
     for rule in rules:
-        for side, named in [("ours", rule.ours), *(("theirs", one) for one in rule.theirs)]:
+        for side, named in [("ours", rule.mcore), *(("theirs", one) for one in rule.hf)]:
             if named is None:
                 continue
             if (side, named.name) in seen:
                 raise CheckpointError(f"{named.name}: appears in two rules of one conversion table.")
             seen.add((side, named.name))
-        if rule.ours is not None:
-            boxes = [copy.our_box for copy in rule.copies]
-            if not disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.ours.shape):
-                raise CheckpointError(f"{rule.ours.name}: its conversion rule does not fill every element once.")
-        for index, named in enumerate(rule.theirs):
-            boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
+        if rule.mcore is not None:
+            boxes = [copy.mcore_box for copy in rule.copies]
+            if not disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.mcore.shape):
+                raise CheckpointError(f"{rule.mcore.name}: its conversion rule does not fill every element once.")
+        for index, named in enumerate(rule.hf):
+            boxes = [copy.hf_box for copy in rule.copies if copy.hf == index]
             if not disjoint(boxes) or rule.uncovered(index) < 0:
                 raise CheckpointError(f"{named.name}: its conversion rule uses elements twice.")
 
 
-def rename(ours: str, theirs: str, shape: Sequence[int], *, their_shape: Sequence[int] | None = None) -> Rule:
+def rename(mcore: str, hf: str, shape: Sequence[int], *, hf_shape: Sequence[int] | None = None) -> Rule:
     """The same tensor under two names; one of the two may have extra leading dimensions of size 1."""
-    their_shape = shape if their_shape is None else their_shape
-    box = whole(min(shape, their_shape, key=len))
-    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape)),), (Copy(0, box, box),))
+    hf_shape = shape if hf_shape is None else hf_shape
+    box = whole(min(shape, hf_shape, key=len))
+    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, box, box),))
 
 
-def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
+def stacked(mcore: str, hf: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
     """Our tensor is theirs one below the other (gate above up)."""
     copies, start = [], 0
     for index, size in enumerate(rows):
         copies.append(_rows(index, 0, start, size, columns))
         start += size
     return Rule(
-        Named(ours, _shape(start, columns)),
-        tuple(Named(name, _shape(size, columns)) for name, size in zip(theirs, rows, strict=True)),
+        Named(mcore, _shape(start, columns)),
+        tuple(Named(name, _shape(size, columns)) for name, size in zip(hf, rows, strict=True)),
         tuple(copies),
     )
 
 
-def grouped_qkv(
-    ours: str, theirs: Sequence[str], *, heads: int, groups: int, head_dim: int, columns: int | None
-) -> Rule:
+def grouped_qkv(mcore: str, hf: Sequence[str], *, heads: int, groups: int, head_dim: int, columns: int | None) -> Rule:
     """Separate q, k, v against megatron-core's order: for each key/value group its query heads, then its k, then its v.
 
     Args:
@@ -158,13 +154,13 @@ def grouped_qkv(
             start += size
     sizes = (heads * head_dim, groups * head_dim, groups * head_dim)
     return Rule(
-        Named(ours, _shape(start, columns)),
-        tuple(Named(name, _shape(size, columns)) for name, size in zip(theirs, sizes, strict=True)),
+        Named(mcore, _shape(start, columns)),
+        tuple(Named(name, _shape(size, columns)) for name, size in zip(hf, sizes, strict=True)),
         tuple(copies),
     )
 
 
-def joint_qkv(ours: str, theirs: str, *, heads: int, head_dim: int, columns: int | None) -> Rule:
+def joint_qkv(mcore: str, hf: str, *, heads: int, head_dim: int, columns: int | None) -> Rule:
     """One tensor [all Q; all K; all V] against megatron-core's order: q, k, v of each head."""
     width = heads * head_dim
     copies = [
@@ -173,12 +169,10 @@ def joint_qkv(ours: str, theirs: str, *, heads: int, head_dim: int, columns: int
         for part in range(3)
     ]
     shape = _shape(3 * width, columns)
-    return Rule(Named(ours, shape), (Named(theirs, shape),), tuple(copies))
+    return Rule(Named(mcore, shape), (Named(hf, shape),), tuple(copies))
 
 
-def split_over_ranks(
-    ours: str, theirs: Sequence[str], shape: Sequence[int], axis: int, *, halves: bool = False
-) -> Rule:
+def split_over_ranks(mcore: str, hf: Sequence[str], shape: Sequence[int], axis: int, *, halves: bool = False) -> Rule:
     """Our tensor, cut into equal parts along one axis; theirs are the parts of tensor rank 0, 1 and so on.
 
     Args:
@@ -189,38 +183,38 @@ def split_over_ranks(
         halves: each rank has its part of the first half, then its part of the second (gate above up); axis 0.
     """
     part = list(shape)
-    part[axis] //= len(theirs)
+    part[axis] //= len(hf)
     pieces = 2 if halves else 1
     size = part[axis] // pieces
     copies = []
-    for index in range(len(theirs)):
+    for index in range(len(hf)):
         for piece in range(pieces):
             there, here = list(whole(part)), list(whole(shape))
             there[axis] = slice(piece * size, (piece + 1) * size)
             start = piece * (shape[axis] // pieces) + index * size
             here[axis] = slice(start, start + size)
             copies.append(Copy(index, tuple(there), tuple(here)))
-    return Rule(Named(ours, tuple(shape)), tuple(Named(name, tuple(part)) for name in theirs), tuple(copies))
+    return Rule(Named(mcore, tuple(shape)), tuple(Named(name, tuple(part)) for name in hf), tuple(copies))
 
 
-def zero_padded(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Rule:
+def zero_padded(mcore: str, hf: str, shape: Sequence[int], hf_shape: Sequence[int]) -> Rule:
     """Our tensor is the first corner of a larger one of theirs, whose rest is zero."""
     box = whole(shape)
-    return Rule(Named(ours, tuple(shape)), (Named(theirs, tuple(their_shape)),), (Copy(0, box, box),))
+    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, box, box),))
 
 
-def all_zero(theirs: str, shape: Sequence[int]) -> Rule:
+def all_zero(hf: str, shape: Sequence[int]) -> Rule:
     """A tensor that only they have, and that must be zero (the biases of a projector without biases)."""
-    return Rule(None, (Named(theirs, tuple(shape)),), ())
+    return Rule(None, (Named(hf, tuple(shape)),), ())
 
 
 def _shape(rows: int, columns: int | None) -> tuple[int, ...]:
     return (rows,) if columns is None else (rows, columns)
 
 
-def _rows(index: int, their_start: int, our_start: int, size: int, columns: int | None) -> Copy:
+def _rows(index: int, hf_start: int, mcore_start: int, size: int, columns: int | None) -> Copy:
     rest = () if columns is None else (slice(0, columns),)
-    return Copy(index, (slice(their_start, their_start + size), *rest), (slice(our_start, our_start + size), *rest))
+    return Copy(index, (slice(hf_start, hf_start + size), *rest), (slice(mcore_start, mcore_start + size), *rest))
 
 
 def disjoint(boxes: Sequence[Region]) -> bool:

@@ -114,8 +114,8 @@ def _write_for_stock(source: Path, target: Path, appended: Sequence[str] = (), p
         (target / name).unlink(missing_ok=True)
     named = {key: name for key, name in named_tokens(source).items() if name in names}
     if IM_END in names:
-        ours = {"eos_token": IM_END, "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END}
-        named = {**ours, **named} if IM_END in present else {**named, **ours}
+        mcore = {"eos_token": IM_END, "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END}
+        named = {**mcore, **named} if IM_END in present else {**named, **mcore}
     if not _write_picture_template(source, target, own_template(beginning)):
         named |= named_beginning(beginning)
     config = {

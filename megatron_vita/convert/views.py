@@ -1,4 +1,4 @@
-"""A table of rules laid over tensors: theirs under our names, ours under theirs. Nothing is copied until read."""
+"""Rules laid over tensors: Hugging Face tensors under megatron-core names, and back. Nothing is copied until read."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class _RuledView(LazyTensors):
             yield Origin(None, ZEROS, None, made_up)
 
 
-class OurView(_RuledView):
-    """Their tensors under our names."""
+class McoreView(_RuledView):
+    """Hugging Face tensors under megatron-core names."""
 
     def __init__(
         self, rules: Sequence[Rule], source: LazyTensors, where: str, *, tied: tuple[str, str] | None = None
@@ -92,30 +92,30 @@ class OurView(_RuledView):
         prove(rules)
         self._source = source
         self._where = where
-        self._rules = {rule.ours.name: rule for rule in rules if rule.ours is not None}
-        self._left_out = _match([named for rule in rules for named in rule.theirs], source, where, tied)
+        self._rules = {rule.mcore.name: rule for rule in rules if rule.mcore is not None}
+        self._left_out = _match([named for rule in rules for named in rule.hf], source, where, tied)
         for rule in rules:
             self._check_types(rule)
-            for index, named in enumerate(rule.theirs):
+            for index, named in enumerate(rule.hf):
                 if rule.uncovered(index):
                     self._check_zeros(rule, index, named)
                     self._left_out[named.name] = "zeros, as the model asks, beyond what it has"
 
     def _check_types(self, rule: Rule) -> None:
-        for one in rule.theirs:
+        for one in rule.hf:
             if not self._source.dtype(one.name).floating:
                 raise CheckpointError(
                     f"{self._where}: {one.name} has type {self._source.dtype(one.name)}, but weights are of floating "
                     "types. Quantised ones must be dequantised first."
                 )
-        kinds = {self._source.dtype(one.name) for one in rule.theirs}
+        kinds = {self._source.dtype(one.name) for one in rule.hf}
         if len(kinds) > 1:
-            parts = ", ".join(one.name for one in rule.theirs)
+            parts = ", ".join(one.name for one in rule.hf)
             names = ", ".join(sorted(str(one) for one in kinds))
             raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types ({names}).")
 
     def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
-        boxes = [copy.their_box for copy in rule.copies if copy.theirs == index]
+        boxes = [copy.hf_box for copy in rule.copies if copy.hf == index]
         lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
         for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
             rest = self._source.bits(named.name, region)
@@ -129,16 +129,16 @@ class OurView(_RuledView):
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        named = self._rules[name].ours
+        named = self._rules[name].mcore
         assert named is not None
         return named.shape
 
     def dtype(self, name: str) -> DType:
-        return self._source.dtype(self._rules[name].theirs[0].name)
+        return self._source.dtype(self._rules[name].hf[0].name)
 
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         rule = self._rules[name]
-        return rule.rank, rule.parts_of_ours(region)
+        return rule.rank, rule.parts_of_mcore(region)
 
     def left_out(self) -> Mapping[str, str]:
         return {**self._source.left_out(), **self._left_out}
@@ -150,8 +150,8 @@ class OurView(_RuledView):
         return len(self._rules)
 
 
-class TheirView(_RuledView):
-    """Our tensors under their names."""
+class HfView(_RuledView):
+    """megatron-core tensors under Hugging Face names."""
 
     def __init__(self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: DType | None = None) -> None:
         """Check that the source holds exactly what the table speaks of.
@@ -167,26 +167,26 @@ class TheirView(_RuledView):
         self._source = source
         self._where = where
         self._dtype = dtype
-        self._places = {named.name: (rule, index) for rule in rules for index, named in enumerate(rule.theirs)}
-        _match([rule.ours for rule in rules if rule.ours is not None], source, where, None)
+        self._places = {named.name: (rule, index) for rule in rules for index, named in enumerate(rule.hf)}
+        _match([rule.mcore for rule in rules if rule.mcore is not None], source, where, None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         rule, index = self._places[name]
-        return rule.theirs[index].shape
+        return rule.hf[index].shape
 
     def dtype(self, name: str) -> DType:
         return self._dtype or self._own_dtype(name)
 
     def _own_dtype(self, name: str) -> DType:
         rule = self._places[name][0]
-        if rule.ours is None:  # zeros of theirs take the type of their neighbours
+        if rule.mcore is None:  # zeros of theirs take the type of their neighbours
             kinds = [self._source.dtype(one) for one in self._source if one.startswith("vision_projection.")]
             return kinds[0] if kinds else FLOAT32
-        return self._source.dtype(rule.ours.name)
+        return self._source.dtype(rule.mcore.name)
 
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
         rule, index = self._places[name]
-        return rule.rank, rule.parts_of_theirs(index, region)
+        return rule.rank, rule.parts_of_hf(index, region)
 
     def _fill(self, name: str, region: Region, box: Bits) -> None:
         if self._dtype in (None, self._source.dtype(name)):

@@ -524,15 +524,15 @@ def test_verify_sees_what_logits_cannot(good: Path, tmp_path: Path, capsys: pyte
 def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
     from megatron_vita.checkpoint.lazy import TensorsInMemory
     from megatron_vita.convert import rules
-    from megatron_vita.convert.views import OurView
+    from megatron_vita.convert.views import McoreView
 
     table = [rules.zero_padded("x", "y", (2, 2), (3, 3)), rules.all_zero("b", (2,))]
     padded = torch.zeros(3, 3)
     padded[:2, :2] = 1
-    OurView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
+    McoreView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
     padded[2, 0] = 1e-30
     with pytest.raises(CheckpointError, match=r"here: y holds values"):
-        OurView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
+        McoreView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 1
 
 
 def _theirs(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
-    return {named.name: named.shape for rule in rules for named in rule.theirs}
+    return {named.name: named.shape for rule in rules for named in rule.hf}
 
 
 def _elements(rules: Iterable[Rule]) -> int:
-    return sum(math.prod(rule.ours.shape) for rule in rules if rule.ours is not None)
+    return sum(math.prod(rule.mcore.shape) for rule in rules if rule.mcore is not None)
 
 
 def _tower_alone(vision: VisionConfig) -> int:
@@ -86,7 +86,7 @@ def test_intern_vit(name: str) -> None:
     other = intern_vit.rules(vision, intern_vit.REMOTE)
     prove(other)
     assert _theirs(other) == _remote_names(remote)
-    assert {rule.ours for rule in other} == {rule.ours for rule in rules}
+    assert {rule.mcore for rule in other} == {rule.mcore for rule in rules}
 
 
 def _remote_names(config: dict[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:

@@ -82,7 +82,7 @@ def write_recipe(path: Path, name: str, **changes: Any) -> Path:
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What a training job asks a checkpoint for."""
     rules: list[Rule] = long_vita.rules(model)
-    wanted = {rule.ours.name: rule.ours.shape for rule in rules if rule.ours is not None}
+    wanted = {rule.mcore.name: rule.mcore.shape for rule in rules if rule.mcore is not None}
     if model.projector.bias:
         inner, width = model.projector_width, model.hidden_size
         wanted |= {f"vision_projection.encoder.linear_fc{n}.bias": (size,) for n, size in ((1, inner), (2, width))}

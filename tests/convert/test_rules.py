@@ -12,7 +12,7 @@ from megatron_vita.checkpoint.lazy import TensorsInMemory
 from megatron_vita.convert import rules
 from megatron_vita.convert.coverage import Coverage
 from megatron_vita.convert.rules import Copy, Named, Rule
-from megatron_vita.convert.views import OurView, TheirView
+from megatron_vita.convert.views import HfView, McoreView
 from megatron_vita.errors import CheckpointError
 
 
@@ -22,12 +22,12 @@ def _numbers(*shape: int, start: int = 1) -> Tensor:
 
 def _both_ways(rule: Rule, theirs: dict[str, Tensor], ours: Tensor) -> None:
     """Forward, inverse, and every part of either read alone equal the whole."""
-    assert rule.ours is not None
-    name = rule.ours.name
-    forward = OurView([rule], TensorsInMemory(theirs), "here")
+    assert rule.mcore is not None
+    name = rule.mcore.name
+    forward = McoreView([rule], TensorsInMemory(theirs), "here")
     assert torch.equal(forward[name], ours)
-    back = TheirView([rule], TensorsInMemory({name: ours}), "here")
-    for named in rule.theirs:
+    back = HfView([rule], TensorsInMemory({name: ours}), "here")
+    for named in rule.hf:
         whole = back[named.name]
         assert torch.equal(whole, theirs[named.name])
         for start, stop in itertools.combinations(range(0, whole.shape[-2] + 1 if whole.dim() > 1 else 0, 3), 2):
@@ -67,7 +67,7 @@ def test_stacked_and_renamed() -> None:
     gate, up = _numbers(4, 3), _numbers(4, 3, start=100)
     _both_ways(rules.stacked("x", ["g", "u"], (4, 4), 3), {"g": gate, "u": up}, torch.cat([gate, up]))
     table = _numbers(5, 3)
-    _both_ways(rules.rename("x", "p", (5, 3), their_shape=(1, 5, 3)), {"p": table[None]}, table)
+    _both_ways(rules.rename("x", "p", (5, 3), hf_shape=(1, 5, 3)), {"p": table[None]}, table)
     kernel = _numbers(4, 3, 2, 2)
     _both_ways(rules.rename("x", "c", (4, 3, 2, 2)), {"c": kernel}, kernel)
 
@@ -80,7 +80,7 @@ def test_zero_padding_is_cut_on_the_way_in_and_filled_on_the_way_out() -> None:
     _both_ways(rule, {"y": large}, small)
     assert rule.uncovered(0) == 14
     zeros = rules.all_zero("b", (3,))
-    assert torch.equal(TheirView([zeros], TensorsInMemory({}), "here")["b"], torch.zeros(3))
+    assert torch.equal(HfView([zeros], TensorsInMemory({}), "here")["b"], torch.zeros(3))
     assert zeros.uncovered(0) == 3
 
 

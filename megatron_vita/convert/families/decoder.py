@@ -181,15 +181,15 @@ def rules(
     if model.add_qkv_bias:
         qkv_parts.append(("bias", None))
     for layer in range(model.num_layers):
-        ours, theirs = f"language_model.decoder.layers.{layer}.", f"{body}layers.{layer}."
+        mcore, hf = f"language_model.decoder.layers.{layer}.", f"{body}layers.{layer}."
         table.append(
-            rename(ours + "self_attention.linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (width,))
+            rename(mcore + "self_attention.linear_qkv.layer_norm_weight", hf + "input_layernorm.weight", (width,))
         )
         for kind, columns in qkv_parts:
             table.append(
                 grouped_qkv(
-                    f"{ours}self_attention.linear_qkv.{kind}",
-                    [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"],
+                    f"{mcore}self_attention.linear_qkv.{kind}",
+                    [f"{hf}self_attn.{part}_proj.{kind}" for part in "qkv"],
                     heads=model.num_attention_heads,
                     groups=model.num_query_groups,
                     head_dim=model.head_dim,
@@ -198,13 +198,13 @@ def rules(
             )
         if model.qk_layernorm:
             for part in "qk":
-                one, two = f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}self_attn.{part}_norm.weight"
+                one, two = f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}self_attn.{part}_norm.weight"
                 table.append(rename(one, two, (model.head_dim,)))
         table += [
-            rename(ours + "self_attention.linear_proj.weight", theirs + "self_attn.o_proj.weight", (width, query)),
-            rename(ours + "mlp.linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", (width,)),
-            _gate_up(family, ours + "mlp.linear_fc1.weight", theirs + "mlp.", inner, width),
-            rename(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (width, inner)),
+            rename(mcore + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight", (width, query)),
+            rename(mcore + "mlp.linear_fc1.layer_norm_weight", hf + "post_attention_layernorm.weight", (width,)),
+            _gate_up(family, mcore + "mlp.linear_fc1.weight", hf + "mlp.", inner, width),
+            rename(mcore + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight", (width, inner)),
         ]
     table.append(rename("language_model.decoder.final_layernorm.weight", body + "norm.weight", (width,)))
     if model.untie_embeddings_and_output_weights:
@@ -212,7 +212,7 @@ def rules(
     return table
 
 
-def _gate_up(family: DecoderFamily, ours: str, theirs: str, inner: int, width: int) -> Rule:
+def _gate_up(family: DecoderFamily, mcore: str, hf: str, inner: int, width: int) -> Rule:
     if family.gate_up is not None:
-        return rename(ours, f"{theirs}{family.gate_up}.weight", (2 * inner, width))
-    return stacked(ours, (theirs + "gate_proj.weight", theirs + "up_proj.weight"), (inner, inner), width)
+        return rename(mcore, f"{hf}{family.gate_up}.weight", (2 * inner, width))
+    return stacked(mcore, (hf + "gate_proj.weight", hf + "up_proj.weight"), (inner, inner), width)

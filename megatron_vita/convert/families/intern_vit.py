@@ -142,7 +142,7 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
         CheckpointError: the publisher's classes cannot hold the tower; says why.
     """
     check_exportable(vision, names)
-    norm = next(theirs for theirs, ours in _NORMS.items() if ours == vision.normalization)
+    norm = next(hf for hf, mcore in _NORMS.items() if mcore == vision.normalization)
     common = {
         "hidden_size": vision.hidden_size,
         "num_hidden_layers": vision.num_layers,
@@ -223,22 +223,22 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
             our + "position_embeddings.weight",
             prefix + names.position,
             (positions, width),
-            their_shape=(1, positions, width),
+            hf_shape=(1, positions, width),
         ),
         rename(our + "conv1.weight", f"{prefix}{names.patch}.weight", (width, 3, side, side)),
         rename(our + "conv1.bias", f"{prefix}{names.patch}.bias", (width,)),
     ]
     for layer in range(vision.num_layers):
-        ours, theirs = f"{our}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
+        mcore, hf = f"{our}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
         for kind, columns in (("weight", width), ("bias", None)):
-            target = f"{ours}self_attention.linear_qkv.{kind}"
+            target = f"{mcore}self_attention.linear_qkv.{kind}"
             if kind == "bias" and not vision.add_qkv_bias:
                 pass
             elif names.joint:
-                source = f"{theirs}{names.joint}.{kind}"
+                source = f"{hf}{names.joint}.{kind}"
                 table.append(joint_qkv(target, source, heads=heads, head_dim=width // heads, columns=columns))
             else:
-                parts = [f"{theirs}{part}.{kind}" for part in names.separate]
+                parts = [f"{hf}{part}.{kind}" for part in names.separate]
                 table.append(
                     grouped_qkv(target, parts, heads=heads, groups=heads, head_dim=width // heads, columns=columns)
                 )
@@ -248,17 +248,17 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
                 ("mlp.linear_fc2", "mlp.fc2", width, inner),
             ):
                 shape = (rows, inputs) if kind == "weight" else (rows,)
-                table.append(rename(f"{ours}{one}.{kind}", f"{theirs}{two}.{kind}", shape))
+                table.append(rename(f"{mcore}{one}.{kind}", f"{hf}{two}.{kind}", shape))
             for one, two in (
                 ("self_attention.linear_qkv.layer_norm", names.norm1),
                 ("mlp.linear_fc1.layer_norm", names.norm2),
             ):
                 if kind == "weight" or vision.normalization == "LayerNorm":
-                    table.append(rename(f"{ours}{one}_{kind}", f"{theirs}{two}.{kind}", (width,)))
+                    table.append(rename(f"{mcore}{one}_{kind}", f"{hf}{two}.{kind}", (width,)))
         if vision.qk_layernorm:
             for part, theirs_norm in (("q", names.query_norm), ("k", names.key_norm)):
-                one, two = f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}{theirs_norm}.weight"
+                one, two = f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}{theirs_norm}.weight"
                 table.append(rename(one, two, (width,)))
-        table.append(rename(ours + "ls1", theirs + names.scale1, (width,)))
-        table.append(rename(ours + "ls2", theirs + names.scale2, (width,)))
+        table.append(rename(mcore + "ls1", hf + names.scale1, (width,)))
+        table.append(rename(mcore + "ls2", hf + names.scale2, (width,)))
     return table

@@ -167,14 +167,14 @@ def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None =
     our = "vision_projection."
     for kind in ("weight", "bias"):
         table.append(rename(f"{our}pre_proj_layernorm.{kind}", f"{projector}layer_norm.{kind}", (shuffled,)))
-    for number, rows, columns, their_rows, their_columns in (
+    for number, rows, columns, hf_rows, hf_columns in (
         (1, inner, shuffled, width, shuffled),
         (2, width, inner, width, width),
     ):
-        ours, theirs = f"{our}encoder.linear_fc{number}", f"{projector}linear_{number}"
-        table.append(zero_padded(ours + ".weight", theirs + ".weight", (rows, columns), (their_rows, their_columns)))
+        mcore, hf = f"{our}encoder.linear_fc{number}", f"{projector}linear_{number}"
+        table.append(zero_padded(mcore + ".weight", hf + ".weight", (rows, columns), (hf_rows, hf_columns)))
         if model.projector.bias:
-            table.append(zero_padded(ours + ".bias", theirs + ".bias", (rows,), (their_rows,)))
+            table.append(zero_padded(mcore + ".bias", hf + ".bias", (rows,), (hf_rows,)))
         else:
-            table.append(all_zero(theirs + ".bias", (their_rows,)))
+            table.append(all_zero(hf + ".bias", (hf_rows,)))
     return table

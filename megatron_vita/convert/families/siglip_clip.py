@@ -150,17 +150,17 @@ def rules(vision: VisionConfig, prefix: str = "") -> list[Rule]:
         table.append(rename(our + "conv1.bias", f"{prefix}{patch}.bias", (width,)))
     if family.class_token:
         name = prefix + "embeddings.class_embedding"
-        table.append(rename(our + "class_token", name, (1, 1, width), their_shape=(width,)))
+        table.append(rename(our + "class_token", name, (1, 1, width), hf_shape=(width,)))
     outer = [("ln_pre", "pre_layrnorm")] * family.pre_norm + [("ln_post", "post_layernorm")] * vision.post_norm
     for kind in ("weight", "bias"):
         table += [rename(f"{our}{one}.{kind}", f"{prefix}{two}.{kind}", (width,)) for one, two in outer]
     for layer in range(vision.built_layers):
-        ours, theirs = f"{our}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
+        mcore, hf = f"{our}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
         for kind, columns in (("weight", width), ("bias", None)):
             table.append(
                 grouped_qkv(
-                    f"{ours}self_attention.linear_qkv.{kind}",
-                    [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"],
+                    f"{mcore}self_attention.linear_qkv.{kind}",
+                    [f"{hf}self_attn.{part}_proj.{kind}" for part in "qkv"],
                     heads=heads,
                     groups=heads,
                     head_dim=width // heads,
@@ -173,7 +173,7 @@ def rules(vision: VisionConfig, prefix: str = "") -> list[Rule]:
                 ("mlp.linear_fc2", "mlp.fc2", width, inner),
             ):
                 shape = (rows, inputs) if kind == "weight" else (rows,)
-                table.append(rename(f"{ours}{one}.{kind}", f"{theirs}{two}.{kind}", shape))
+                table.append(rename(f"{mcore}{one}.{kind}", f"{hf}{two}.{kind}", shape))
             for one, two in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
-                table.append(rename(f"{ours}{one}.layer_norm_{kind}", f"{theirs}{two}.{kind}", (width,)))
+                table.append(rename(f"{mcore}{one}.layer_norm_{kind}", f"{hf}{two}.{kind}", (width,)))
     return table
