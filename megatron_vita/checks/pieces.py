@@ -48,6 +48,7 @@ def check_kernels() -> Iterator[KernelCheck]:
     yield KernelCheck("RMSNorm (ours)", _verdict(_norm(), _CLOSE))
     yield KernelCheck("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
     yield KernelCheck("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
+    yield KernelCheck("rotary embedding (GLM-4's, ours)", _verdict(_rotary(32, interleaved=True), _CLOSE))
     for name in kernels.KERNELS:
         allowed = _CLOSE if name == kernels.CPU_KERNEL else _HALF
         yield KernelCheck(f"block attention ({name})", _verdict(kernels.parity(name), allowed))
@@ -80,15 +81,18 @@ def _swiglu() -> float:
     return _compare(SwiGLU(None), lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], x)
 
 
-def _rotary() -> float:
-    x, angles = _draw((40, 4, 32), (40, 1, 16))
+def _rotary(rest: int = 0, *, interleaved: bool = False) -> float:
+    """32 numbers of each head are turned, `rest` more are not."""
+    x, angles = _draw((40, 4, 32 + rest), (40, 1, 16))
     table = angles.detach().cos(), angles.detach().sin()
 
     def plain(x: Tensor) -> Tensor:
-        turned = torch.complex(*x.chunk(2, -1)) * torch.complex(*table)
-        return torch.cat([turned.real, turned.imag], -1)
+        x, kept = x[..., :32], x[..., 32:]
+        pairs = x.unflatten(-1, (16, 2)) if interleaved else x.unflatten(-1, (2, 16)).transpose(-1, -2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(*table))
+        return torch.cat([(turned if interleaved else turned.transpose(-1, -2)).flatten(-2), kept], -1)
 
-    return _compare(lambda x: rotate(x, table), plain, x)
+    return _compare(lambda x: rotate(x, table, interleaved=interleaved), plain, x)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[Tensor]:

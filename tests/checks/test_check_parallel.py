@@ -166,7 +166,13 @@ def test_fused_pieces_pass_fail_or_are_not_installed(
 ) -> None:
     found = {piece.name: piece for piece in pieces.check_kernels()}
     assert not any(piece.broken for piece in found.values())
-    for name in ("RMSNorm (ours)", "SwiGLU (ours)", "rotary embedding (ours)", "block attention (torch flash, cpu)"):
+    for name in (
+        "RMSNorm (ours)",
+        "SwiGLU (ours)",
+        "rotary embedding (ours)",
+        "rotary embedding (GLM-4's, ours)",
+        "block attention (torch flash, cpu)",
+    ):
         assert found[name].verdict.startswith("ok")
     if not device.has_accelerator():
         assert {piece.verdict for name, piece in found.items() if "ours" not in name and "cpu" not in name} == {

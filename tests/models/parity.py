@@ -31,6 +31,8 @@ MODEL = ModelConfig(
     init_method_std=0.3,
     vision=VISION,
 )
+GLM = dataclasses.replace(MODEL, kv_channels=8, rotary_percent=0.5, rotary_interleaved=True)
+"""As GLM-4: half of each head is turned, by pairs of neighbours."""
 TOKENS_PER_TILE = VISION.tokens_per_tile
 
 SPECS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (

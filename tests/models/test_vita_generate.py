@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vita.config import ParallelConfig
+from megatron_vita.config import ModelConfig, ParallelConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.context import KVCache, PackedSeqContext
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
-from tests.models.parity import MODEL, TOKENS_PER_TILE, VISION, stage_of
+from tests.models.parity import GLM, MODEL, TOKENS_PER_TILE, VISION, stage_of
 from tests.ranks import run_ranks
 
 LENGTHS = (11, 7, 16)
@@ -44,9 +44,9 @@ def _forward(
         )
 
 
-def _check_cache(parallel: dict[str, Any]) -> None:
+def _check_cache(parallel: dict[str, Any], settings: ModelConfig) -> None:
     groups = build_groups(ParallelConfig(**parallel))
-    (model,) = build_model(stage_of(parallel), groups, dtype=torch.float64)
+    (model,) = build_model(stage_of(parallel, model=settings), groups, dtype=torch.float64)
     model.eval()
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(0, MODEL.vocab_size, (length,), generator=generator) for length in LENGTHS]
@@ -74,15 +74,17 @@ def _check_cache(parallel: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"),
+    ("world", "parallel", "settings"),
     [
-        (1, {}),
-        (2, {"tensor_model_parallel_size": 2}),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (1, {}, MODEL),
+        (1, {}, GLM),
+        (2, {"tensor_model_parallel_size": 2}, MODEL),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, MODEL),
     ],
+    ids=["one rank", "GLM-4", "tp", "sp"],
 )
-def test_cached_decoding_equals_a_full_forward(world: int, parallel: dict[str, Any]) -> None:
-    run_ranks(world, _check_cache, parallel)
+def test_cached_decoding_equals_a_full_forward(world: int, parallel: dict[str, Any], settings: ModelConfig) -> None:
+    run_ranks(world, _check_cache, parallel, settings)
 
 
 def _check_refusals() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import ProjectorConfig
-from tests.models.parity import MODEL, SPECS, VISION, compare_step, write_reference
+from tests.models.parity import GLM, MODEL, SPECS, VISION, compare_step, write_reference
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -57,6 +57,7 @@ VARIANTS = {
         SPECS,
     ),
     "Llama 3.1": (dataclasses.replace(MODEL, add_qkv_bias=False, rope_scaling_factor=8.0, rotary_base=5e5), SPECS),
+    "GLM-4": (GLM, SPECS),
 }
 
 
