@@ -47,7 +47,7 @@ _REPLICA_TOLERANCE = 2.0**-7
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint of either layout: the model, and its weights under the names RANK:TENSOR with rules to ours."""
+    """A checkpoint of either layout: the model, its weights as RANK:TENSOR, and rules to checkpoint keys."""
 
     model: ModelConfig
     source: RankFiles
@@ -59,8 +59,8 @@ class MegatronModel:
 
 
 def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
-    """Read the directory of every rank's file and tie their tensors to ours. No weight is read, save copies of one
-    weight on several ranks, which are compared.
+    """Read the directory of every rank's file and tie its tensors to checkpoint keys. No weight is read, save copies of
+    one weight on several ranks, which are compared.
 
     The shape of the model is that of a config.json of Long-VITA's Hugging Face format, or of a decoder's for a run
     without a tower, beside the ranks or one folder above, if there is one; else that of the run's own settings, in
@@ -73,7 +73,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     ranks = 1 + max(tensor for _, tensor in files)
     stages = 1 + max(stage for stage, _ in files)
     places: dict[str, TensorPlace] = {}
-    found: dict[str, list[str]] = {}  # our name -> names of its parts, by tensor rank
+    found: dict[str, list[str]] = {}  # checkpoint key -> names of its shards, by tensor rank
     left_out: dict[str, str] = {}
     first_layer = 0
     settings: Mapping[str, Any] = {}
@@ -122,8 +122,8 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
 
 def _mcore_name(name: str, first_layer: int) -> tuple[str, int]:
     """(checkpoint key, number of its decoder layer on its stage or -1)."""
-    hf, prefix = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
-    mcore = prefix + name.removeprefix(hf)
+    stored, prefix = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
+    mcore = prefix + name.removeprefix(stored)
     for old, new in _NORMS.items():
         mcore = mcore.replace(old, new)
     layer = re.match(r"language_model\.decoder\.layers\.(\d{1,6})\.", mcore)
@@ -134,7 +134,7 @@ def _mcore_name(name: str, first_layer: int) -> tuple[str, int]:
 
 
 def _expected(model: ModelConfig) -> list[Named]:
-    """Every tensor of the model, ours."""
+    """Every tensor of the model by its checkpoint key."""
     table = long_vita.rules(model) if model.vision else decoder.rules(model)
     return [rule.mcore for rule in table if rule.mcore is not None]
 

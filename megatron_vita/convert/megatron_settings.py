@@ -33,7 +33,7 @@ def read_model(
     Args:
         folder: the step's.
         settings: the run's args.
-        found: our name of each tensor -> its stored tensors, by rank.
+        found: checkpoint key of each tensor -> its stored tensors, by rank.
         places: where each stored tensor lies.
         ranks: tensor-parallel ranks.
         vocab_size: rows of the embedding that are no padding, as the user says.

@@ -1,4 +1,4 @@
-"""Open a model in any format: a checkpoint of ours or a Hugging Face folder, found out by itself, under our names."""
+"""Open a model in any format, found out by itself: a checkpoint, a Hugging Face folder or a Megatron layout."""
 
 from __future__ import annotations
 

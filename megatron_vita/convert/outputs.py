@@ -134,13 +134,13 @@ def _exists(held: Path, final: Path) -> str:
     return f"{held}: exists and is not empty{moved}. Choose another --output, or replace it with --overwrite."
 
 
-def _refuse_foreign(folder: Path, mcore: set[str], mark: str, command: str) -> None:
-    if not mcore:
+def _refuse_foreign(folder: Path, written: set[str], mark: str, command: str) -> None:
+    if not written:
         raise ConfigError(
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."
         )
     there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in mcore)
+    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in written)
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise ConfigError(

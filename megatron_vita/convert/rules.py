@@ -1,9 +1,9 @@
-"""Two-way slicing rules: which slice of which Hugging Face tensor is which slice of ours.
+"""Two-way slicing rules: which slice of which Hugging Face tensor is which slice of which megatron-core tensor.
 
-A rule ties one of our tensors to one or more of theirs by a list of copies between boxes. Everything else follows from
-that list: importing copies one way, exporting the other; a reader that wants only some rows reads only the boxes that
-meet them; and the proof that each element is used exactly once is arithmetic on boxes. Rules are pure: they know no
-file, no device and no process group.
+A rule ties one megatron-core tensor to one or more Hugging Face tensors by a list of copies between slices. Everything
+else follows from that list: import copies one way, export the other; a reader of some rows reads the slices that they
+overlap; the proof that each element is used exactly once is arithmetic on slices. Rules are pure: they know no file,
+no device and no process group.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Copy:
 
     hf: int
     """Index among the rule's Hugging Face tensors."""
-    hf_box: Region
-    mcore_box: Region
+    hf_slice: Region
+    mcore_slice: Region
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor on the one side, and what it is of a region on the other."""
+    """A slice of a tensor on the one side, and what it is of a region on the other."""
 
     name: str
     box: Region
@@ -49,8 +49,8 @@ class Part:
 class Rule:
     """One megatron-core tensor and what it is made of; or, without one, a Hugging Face tensor of zeros.
 
-    Boxes address both sides in `rank` dimensions; a tensor of either side with more has leading dimensions of size 1.
-    What no copy covers is zero by definition: writing fills it with zeros, reading theirs insists on it.
+    Slices address both sides in `rank` dimensions; a tensor of either side with more has leading dimensions of size 1.
+    What no copy covers of a Hugging Face tensor is zero: writing fills it with zeros, reading rejects anything else.
     """
 
     mcore: Named | None
@@ -62,21 +62,21 @@ class Rule:
         assert self.mcore is not None
         inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
-            shared = overlap(copy.mcore_box, inner)
+            shared = overlap(copy.mcore_slice, inner)
             if shared is not None:
-                there = move(shared, copy.mcore_box, copy.hf_box)
+                there = move(shared, copy.mcore_slice, copy.hf_slice)
                 parts.append(self._part(self.hf[copy.hf], there, shift(shared, inner)))
         return parts
 
     def parts_of_hf(self, index: int, region: Region) -> list[Part]:
-        """The slices of ours that a slice of one Hugging Face tensor is made of; what none fills is zero."""
+        """The slices of the megatron-core tensor that make up a slice of a Hugging Face tensor; the rest is zero."""
         if self.mcore is None:
             return []
         inner, parts = region[len(region) - self.rank :], []
         for copy in self.copies:
-            shared = overlap(copy.hf_box, inner) if copy.hf == index else None
+            shared = overlap(copy.hf_slice, inner) if copy.hf == index else None
             if shared is not None:
-                here = move(shared, copy.hf_box, copy.mcore_box)
+                here = move(shared, copy.hf_slice, copy.mcore_slice)
                 parts.append(self._part(self.mcore, here, shift(shared, inner)))
         return parts
 
@@ -85,36 +85,37 @@ class Rule:
 
     @property
     def rank(self) -> int:
-        """Dimensions of the boxes; none where there are no boxes."""
-        return len(self.copies[0].mcore_box) if self.copies else 0
+        """Dimensions of the slices; 0 without any copy."""
+        return len(self.copies[0].mcore_slice) if self.copies else 0
 
     def uncovered(self, index: int) -> int:
-        """Elements of one of their tensors that no copy takes: they must be zero."""
-        return math.prod(self.hf[index].shape) - sum(volume(copy.hf_box) for copy in self.copies if copy.hf == index)
+        """Elements of one Hugging Face tensor that no copy takes: they must be zero."""
+        return math.prod(self.hf[index].shape) - sum(volume(copy.hf_slice) for copy in self.copies if copy.hf == index)
 
 
 def prove(rules: Iterable[Rule]) -> None:
-    """Prove a table: no tensor named twice on either side, each of our elements filled once, each of theirs used once.
+    """Prove a table: no tensor named twice on either side, each megatron-core element filled once, each Hugging Face
+    element used once.
 
-    Elements of theirs that no copy takes are zeros by rule and are checked when read.
+    Hugging Face elements that no copy takes are zeros by rule and are checked when read.
 
     Raises:
         CheckpointError: naming the first tensor that is not covered exactly. It is a defect of the table.
     """
     seen: set[tuple[str, str]] = set()
     for rule in rules:
-        for side, named in [("ours", rule.mcore), *(("theirs", one) for one in rule.hf)]:
+        for side, named in [("mcore", rule.mcore), *(("hf", one) for one in rule.hf)]:
             if named is None:
                 continue
             if (side, named.name) in seen:
                 raise CheckpointError(f"{named.name}: appears in two rules of one conversion table.")
             seen.add((side, named.name))
         if rule.mcore is not None:
-            boxes = [copy.mcore_box for copy in rule.copies]
+            boxes = [copy.mcore_slice for copy in rule.copies]
             if not disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.mcore.shape):
                 raise CheckpointError(f"{rule.mcore.name}: its conversion rule does not fill every element once.")
         for index, named in enumerate(rule.hf):
-            boxes = [copy.hf_box for copy in rule.copies if copy.hf == index]
+            boxes = [copy.hf_slice for copy in rule.copies if copy.hf == index]
             if not disjoint(boxes) or rule.uncovered(index) < 0:
                 raise CheckpointError(f"{named.name}: its conversion rule uses elements twice.")
 
@@ -127,7 +128,7 @@ def rename(mcore: str, hf: str, shape: Sequence[int], *, hf_shape: Sequence[int]
 
 
 def stacked(mcore: str, hf: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
-    """Our tensor is theirs one below the other (gate above up)."""
+    """The megatron-core tensor is the Hugging Face tensors one below the other (gate above up)."""
     copies, start = [], 0
     for index, size in enumerate(rows):
         copies.append(_rows(index, 0, start, size, columns))
@@ -143,7 +144,7 @@ def grouped_qkv(mcore: str, hf: Sequence[str], *, heads: int, groups: int, head_
     """Separate q, k, v against megatron-core's order: for each key/value group its query heads, then its k, then its v.
 
     Args:
-        theirs: names of q, k, v.
+        hf: names of q, k, v.
         columns: width of the weight, or none for a bias.
     """
     queries = heads // groups * head_dim
@@ -173,38 +174,38 @@ def joint_qkv(mcore: str, hf: str, *, heads: int, head_dim: int, columns: int | 
 
 
 def split_over_ranks(mcore: str, hf: Sequence[str], shape: Sequence[int], axis: int, *, halves: bool = False) -> Rule:
-    """Our tensor, cut into equal parts along one axis; theirs are the parts of tensor rank 0, 1 and so on.
+    """A tensor that is stored in equal shards along one axis, those of tensor rank 0, 1 and so on.
 
     Args:
-        ours: our name.
-        theirs: names of the parts; their number divides the axis.
-        shape: ours.
+        mcore: name of the whole tensor.
+        hf: names of the shards; their number divides the axis.
+        shape: of the whole tensor.
         axis: 0 or 1.
-        halves: each rank has its part of the first half, then its part of the second (gate above up); axis 0.
+        halves: each rank has its shard of the first half, then its part of the second (gate above up); axis 0.
     """
     part = list(shape)
     part[axis] //= len(hf)
-    pieces = 2 if halves else 1
-    size = part[axis] // pieces
+    count = 2 if halves else 1
+    size = part[axis] // count
     copies = []
     for index in range(len(hf)):
-        for piece in range(pieces):
+        for half in range(count):
             there, here = list(whole(part)), list(whole(shape))
-            there[axis] = slice(piece * size, (piece + 1) * size)
-            start = piece * (shape[axis] // pieces) + index * size
+            there[axis] = slice(half * size, (half + 1) * size)
+            start = half * (shape[axis] // count) + index * size
             here[axis] = slice(start, start + size)
             copies.append(Copy(index, tuple(there), tuple(here)))
     return Rule(Named(mcore, tuple(shape)), tuple(Named(name, tuple(part)) for name in hf), tuple(copies))
 
 
 def zero_padded(mcore: str, hf: str, shape: Sequence[int], hf_shape: Sequence[int]) -> Rule:
-    """Our tensor is the first corner of a larger one of theirs, whose rest is zero."""
+    """The megatron-core tensor is the first corner of a larger Hugging Face tensor, whose rest is zero."""
     box = whole(shape)
     return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, box, box),))
 
 
 def all_zero(hf: str, shape: Sequence[int]) -> Rule:
-    """A tensor that only they have, and that must be zero (the biases of a projector without biases)."""
+    """A tensor that only Hugging Face has, and that must be zero (the biases of a projector without biases)."""
     return Rule(None, (Named(hf, tuple(shape)),), ())
 
 
@@ -218,7 +219,7 @@ def _rows(index: int, hf_start: int, mcore_start: int, size: int, columns: int |
 
 
 def disjoint(boxes: Sequence[Region]) -> bool:
-    """No two boxes share an element. Sweeps along the first dimension, where boxes rarely meet."""
+    """No two slices share an element. Sweeps along the first dimension, where slices rarely overlap."""
     ordered = sorted((box for box in boxes if box), key=lambda box: box[0].start)
     for index, box in enumerate(ordered):
         for other in ordered[index + 1 :]:

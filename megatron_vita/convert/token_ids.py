@@ -91,12 +91,12 @@ def check_same_ids(tokens: Tokens, own: Path) -> None:
     """
     if own == tokens.folder or not (own / TOKENIZER_FILE).is_file():
         return
-    hf, named = read_tokens(own).ids, tokens.ids
-    other = [name for name, number in hf.items() if named.get(name, number) != number]
+    known, named = read_tokens(own).ids, tokens.ids
+    other = [name for name, number in known.items() if named.get(name, number) != number]
     if other:
         name = IMG_CONTEXT if IMG_CONTEXT in other else other[0]
         raise CheckpointError(
-            f"{tokens.folder}: {name!r} is {named[name]}, but {hf[name]} in the model's own tokenizer, {own} "
+            f"{tokens.folder}: {name!r} is {named[name]}, but {known[name]} in the model's own tokenizer, {own} "
             f"({len(other)} tokens differ). Name the tokenizer that the model was trained with, or none."
         )
 

@@ -110,12 +110,15 @@ def _write_for_stock(source: Path, target: Path, appended: Sequence[str] = (), p
     present, publisher = read_tokens(source).special, tokenizer_config(source)
     names, content, beginning = _completed(source, appended)
     (target / TOKENIZER_FILE).write_bytes(content)
-    for name in ("added_tokens.json", "special_tokens_map.json"):  # list tokens again, without ours or otherwise
+    for name in (
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ):  # list tokens again, without the appended ones or otherwise
         (target / name).unlink(missing_ok=True)
     named = {key: name for key, name in named_tokens(source).items() if name in names}
     if IM_END in names:
-        mcore = {"eos_token": IM_END, "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END}
-        named = {**mcore, **named} if IM_END in present else {**named, **mcore}
+        chatml = {"eos_token": IM_END, "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END}
+        named = {**chatml, **named} if IM_END in present else {**named, **chatml}
     if not _write_picture_template(source, target, own_template(beginning)):
         named |= named_beginning(beginning)
     config = {
@@ -150,7 +153,7 @@ def _completed(source: Path, appended: Sequence[str] = ()) -> tuple[set[str], by
 
 
 def _write_picture_template(source: Path, target: Path, own: str) -> bool:
-    """Into TEMPLATE_FILE and nowhere else: the publisher's chat template if it knows pictures (True), else our own."""
+    """Into TEMPLATE_FILE and nowhere else: the publisher's chat template if it knows pictures (True), else `own`."""
     templates = _templates(source)
     known = [text for text in templates.values() if IMG_CONTEXT in text]
     if templates and not known:

@@ -32,13 +32,13 @@ _BLOCK_BYTES = 32 << 20
 
 
 class _RuledView(LazyTensors):
-    """What both directions share: a region is put together from boxes of the source, the rest being zeros."""
+    """What both directions share: a region is put together from slices of the source, the rest being zeros."""
 
     _source: LazyTensors
 
     @abstractmethod
     def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
-        """(dimensions of the boxes, the boxes that make up a region)."""
+        """(dimensions of the slices, the slices that make up a region)."""
 
     def read_into(self, name: str, region: Region, out: Bits) -> None:
         rank, parts = self._parts(name, region)
@@ -69,9 +69,9 @@ class _RuledView(LazyTensors):
         _, parts = self._parts(name, region)
         for one in parts:
             yield from self._source.origins(one.name, one.box)
-        made_up = volume(region) - sum(volume(one.target) for one in parts)
-        if made_up:
-            yield Origin(None, ZEROS, None, made_up)
+        zeros = volume(region) - sum(volume(one.target) for one in parts)
+        if zeros:
+            yield Origin(None, ZEROS, None, zeros)
 
 
 class McoreView(_RuledView):
@@ -115,7 +115,7 @@ class McoreView(_RuledView):
             raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types ({names}).")
 
     def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
-        boxes = [copy.hf_box for copy in rule.copies if copy.hf == index]
+        boxes = [copy.hf_slice for copy in rule.copies if copy.hf == index]
         lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
         for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
             rest = self._source.bits(named.name, region)
@@ -179,7 +179,7 @@ class HfView(_RuledView):
 
     def _own_dtype(self, name: str) -> DType:
         rule = self._places[name][0]
-        if rule.mcore is None:  # zeros of theirs take the type of their neighbours
+        if rule.mcore is None:  # zeros that only Hugging Face has take the type of their neighbours
             kinds = [self._source.dtype(one) for one in self._source if one.startswith("vision_projection.")]
             return kinds[0] if kinds else FLOAT32
         return self._source.dtype(rule.mcore.name)

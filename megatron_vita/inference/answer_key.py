@@ -40,12 +40,12 @@ def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
     Raises:
         ConfigError, CheckpointError: no tokenizer, or a file that cannot be read.
     """
-    ours = integrity.is_checkpoint(opened.path)
-    text = [] if opened.tokenizer_dir == opened.path else _files(opened.tokenizer_dir, below=ours)
+    is_checkpoint = integrity.is_checkpoint(opened.path)
+    text = [] if opened.tokenizer_dir == opened.path else _files(opened.tokenizer_dir, below=is_checkpoint)
     return _digest(
         _FORMAT,
         {"megatron_vita": __version__, **{name: _version(name) for name in _PACKAGES}},
-        integrity.fingerprint(opened.path) if ours else _files(opened.path),
+        integrity.fingerprint(opened.path) if is_checkpoint else _files(opened.path),
         text,
         VitaTokenizer.load(opened.tokenizer_dir).template_sha256,  # the package's own, where the folder has none
         to_dict(opened.model),
@@ -59,7 +59,7 @@ class QuestionKeys:
     """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str | None, int, int | None], str] = {}
+        self._known: dict[tuple[str | None, int, int | None, float], str] = {}
 
     def key(self, question: Question) -> str:
         """Digest of a question. A medium that cannot be read has a digest, too: reading tells what is wrong."""
@@ -69,13 +69,12 @@ class QuestionKeys:
         return _digest(repr(bare), media, question.expected, dict(question.fields))
 
     def _medium(self, file: MediaFile) -> str:
-        place = (file.path, file.offset, file.size)
-        if file.data is None and not file.frames and place in self._known:
-            return self._known[place]
-        found = _content(file)
-        if file.data is None and not file.frames:
-            self._known[place] = found
-        return found
+        if file.data is not None or file.frames:
+            return _content(file)
+        place = (file.path, file.offset, file.size, file.frame_rate)
+        if place not in self._known:
+            self._known[place] = _content(file)
+        return self._known[place]
 
 
 def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:
@@ -84,15 +83,15 @@ def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:
 
 
 def _content(file: MediaFile) -> str:
-    """Digest of a medium's bytes; of a folder of frames, of the names and bytes in it."""
+    """Digest of a medium's bytes; of a folder of frames, of their names, bytes and rate."""
     if file.data is not None:
         return hashlib.sha256(file.data).hexdigest()
     if file.frames:
-        return _digest(*(_content(frame) for frame in file.frames))
+        return _digest(file.frame_rate, *(_content(frame) for frame in file.frames))
     assert file.path is not None
     path = Path(file.path)
     if path.is_dir():
-        return _digest(file.name, _files(path))  # its name says how fast its frames follow each other
+        return _digest(file.frame_rate, _files(path))
     try:
         digest, left = new_digest(), file.size if file.size is not None else path.stat().st_size
         with path.open("rb") as stream:

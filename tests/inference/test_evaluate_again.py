@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 
 from megatron_vita.convert.exporter import export
-from megatron_vita.data.sample import Sample
+from megatron_vita.data.sample import MediaFile, Message, Sample, Text, Video
 from megatron_vita.errors import DataError
 from megatron_vita.inference import answer_key
 from megatron_vita.inference import evaluate as module
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.evaluate import EvalSettings, evaluate
+from megatron_vita.inference.questions import Question
 from megatron_vita.inference.sampling import SamplingConfig
 from tests.data.kit import picture
 from tests.inference.tiny import save_checkpoint, write_media
@@ -265,3 +267,25 @@ def test_a_medium_that_was_only_out_of_reach_is_tried_again(place: Place, monkey
     assert [one["verdict"] for one in place.results()].count("unreadable") == 1
     assert place.asked() == 1
     assert [one["verdict"] for one in place.results()].count("unreadable") == 0
+
+
+def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> None:
+    """Wherever it lies, and however it is called."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture(16, 16, seed=1))
+
+    def key(*files: MediaFile) -> str:
+        talk = (Message("user", (Text("Which?"), *(Video(number) for number in range(len(files))))),)
+        return keys.key(Question(Sample(talk, videos=files), "7", 1, {}))
+
+    keys = answer_key.QuestionKeys()
+    here, there = (MediaFile(path=str(tmp_path / name)) for name in ("here", "there"))
+    frames = MediaFile(frames=(MediaFile(path=str(tmp_path / "here/1.png")),))
+    assert key(here) == key(there)
+    for file in (here, frames):
+        assert key(file) != key(replace(file, frame_rate=2.0)), "other frames are sampled of it"
+    before = key(here)
+    (tmp_path / "here/2.png").write_bytes(picture(16, 16, seed=2))
+    keys = answer_key.QuestionKeys()
+    assert key(here) != before

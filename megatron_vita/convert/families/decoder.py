@@ -31,7 +31,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """A decoder's config.json (or text_config) as ours.
+    """A decoder's config.json (or text_config) as a ModelConfig.
 
     Raises:
         CheckpointError: a setting is missing, or asks for what the decoder cannot do.
@@ -92,7 +92,7 @@ def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def check_features(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what no decoder of ours has: windows, experts, quantised weights, further biases.
+    """Reject what the decoder here has not: windows, experts, quantised weights, further biases.
 
     Raises:
         CheckpointError: naming the setting.
@@ -114,7 +114,7 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
 def write_config(
     model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
 ) -> dict[str, Any]:
-    """Our decoder as a config.json of the family that holds it.
+    """The decoder as a config.json of the family that holds it.
 
     Args:
         model: the decoder.
@@ -166,8 +166,8 @@ def rules(
         model: the decoder.
         names: tensor names of a folder that is being read; each family has one spelling.
         decoder: model_type of the family whose names are meant, where several hold it.
-        body: their prefix of `embed_tokens`, `layers` and `norm`.
-        head: their name of the output layer.
+        body: prefix of the Hugging Face names of `embed_tokens`, `layers` and `norm`.
+        head: Hugging Face name of the output layer.
     """
     family = family_of(model, decoder)
     width, inner = model.hidden_size, model.ffn_hidden_size

@@ -84,13 +84,13 @@ _NATIVE_QK_EPSILON = 1e-6
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """model_type; remote code's may be left out, and its own settings tell it. None for what is no tower of ours."""
+    """model_type; remote code's may be left out, and its own settings tell it. None for any other tower."""
     kind = config.get("model_type", "intern_vit_6b" if "qkv_bias" in config else None)
     return kind if isinstance(kind, str) and kind in MODEL_TYPES else None
 
 
 def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Names]:
-    """A tower's config.json (or vision_config, or Long-VITA's `visual`) as ours, and how its tensors are named.
+    """A tower's config.json (or vision_config, or Long-VITA's `visual`) as a VisionConfig, and its tensors' names.
 
     Raises:
         CheckpointError: an unknown kind, or a feature that the tower cannot do.
@@ -136,7 +136,7 @@ def read_tower(
 
 
 def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, Any]:
-    """Our tower as a config.json of either publisher.
+    """The tower as a config.json of either publisher.
 
     Raises:
         CheckpointError: the publisher's classes cannot hold the tower; says why.
@@ -192,7 +192,7 @@ def check_exportable(vision: VisionConfig, names: Names) -> None:
     """Refuse a tower that a publisher's classes cannot hold.
 
     Raises:
-        CheckpointError: another family; states of a block before the last; or norms of an epsilon that is not theirs.
+        CheckpointError: another family; states of a block before the last; or norms of another epsilon than its.
     """
     if vision.model_type != "intern_vit":
         raise CheckpointError(
@@ -213,23 +213,23 @@ def check_exportable(vision: VisionConfig, names: Names) -> None:
 
 
 def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
-    """Every tensor of the tower; `prefix` is theirs."""
+    """Every tensor of the tower; `prefix` begins its Hugging Face names."""
     width, inner, side = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
     heads, positions = vision.num_attention_heads, vision.num_patches + 1
-    our = "vision_model."
+    top = "vision_model."
     table = [
-        rename(our + "class_token", prefix + names.class_token, (1, 1, width)),
+        rename(top + "class_token", prefix + names.class_token, (1, 1, width)),
         rename(
-            our + "position_embeddings.weight",
+            top + "position_embeddings.weight",
             prefix + names.position,
             (positions, width),
             hf_shape=(1, positions, width),
         ),
-        rename(our + "conv1.weight", f"{prefix}{names.patch}.weight", (width, 3, side, side)),
-        rename(our + "conv1.bias", f"{prefix}{names.patch}.bias", (width,)),
+        rename(top + "conv1.weight", f"{prefix}{names.patch}.weight", (width, 3, side, side)),
+        rename(top + "conv1.bias", f"{prefix}{names.patch}.bias", (width,)),
     ]
     for layer in range(vision.num_layers):
-        mcore, hf = f"{our}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
+        mcore, hf = f"{top}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
         for kind, columns in (("weight", width), ("bias", None)):
             target = f"{mcore}self_attention.linear_qkv.{kind}"
             if kind == "bias" and not vision.add_qkv_bias:
@@ -256,8 +256,8 @@ def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
                 if kind == "weight" or vision.normalization == "LayerNorm":
                     table.append(rename(f"{mcore}{one}_{kind}", f"{hf}{two}.{kind}", (width,)))
         if vision.qk_layernorm:
-            for part, theirs_norm in (("q", names.query_norm), ("k", names.key_norm)):
-                one, two = f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}{theirs_norm}.weight"
+            for part, hf_norm in (("q", names.query_norm), ("k", names.key_norm)):
+                one, two = f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}{hf_norm}.weight"
                 table.append(rename(one, two, (width,)))
         table.append(rename(mcore + "ls1", hf + names.scale1, (width,)))
         table.append(rename(mcore + "ls2", hf + names.scale2, (width,)))

@@ -1,4 +1,4 @@
-"""transformers' native InternVL: what stock code loads and serves, with no code of ours.
+"""transformers' native InternVL: what stock code loads and serves, without remote code.
 
 Its class builds the decoder by its own model_type, but every tower as an InternViT: a config.json
 that says otherwise is read as one all the same.
@@ -24,14 +24,14 @@ from megatron_vita.errors import CheckpointError
 MODEL_TYPE = "internvl"
 ARCHITECTURE = "InternVLForConditionalGeneration"
 _PROJECTOR_EPSILON = 1e-5
-"""torch's default, which their projector's LayerNorm always has."""
+"""torch's default, which the LayerNorm of InternVL's projector always has."""
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """A config.json of model_type internvl as ours.
+    """A config.json of model_type internvl as a ModelConfig.
 
     Raises:
-        CheckpointError: a part is of an unknown kind, or asks for what we cannot do.
+        CheckpointError: a part is of an unknown kind, or asks for what is not supported.
     """
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
     if text is None or vision is None:
@@ -95,10 +95,10 @@ def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collectio
 def write_config(
     model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
 ) -> dict[str, Any]:
-    """Our model as their config.json.
+    """The model as a config.json of model_type internvl.
 
     Raises:
-        CheckpointError: their classes cannot represent the model; says why.
+        CheckpointError: transformers' classes cannot represent the model; says why.
     """
     check_exportable(model)
     assert model.vision is not None
@@ -123,10 +123,10 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Refuse a model that their classes cannot hold.
+    """Reject a model that transformers' InternVL cannot hold.
 
     Raises:
-        CheckpointError: no tower, a decoder or tower that no class of theirs holds, or a projector wider than the
+        CheckpointError: no tower, a decoder or tower that no class holds, or a projector wider than the
             decoder or with another epsilon in its LayerNorm.
     """
     if model.vision is None:
@@ -147,7 +147,7 @@ def check_exportable(model: ModelConfig) -> None:
 
 
 def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None = None) -> list[Rule]:
-    """Every tensor of the model; a projector narrower than theirs is padded with zeros, which changes nothing.
+    """Every tensor of the model; a projector narrower than the decoder is padded with zeros, which changes nothing.
 
     Args:
         model: the whole model.
@@ -164,14 +164,14 @@ def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None =
         table = decoders.rules(model, names, decoder, body=body, head=head)
     table += intern_vit.rules(model.vision, intern_vit.NATIVE, tower)
     shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
-    our = "vision_projection."
+    top = "vision_projection."
     for kind in ("weight", "bias"):
-        table.append(rename(f"{our}pre_proj_layernorm.{kind}", f"{projector}layer_norm.{kind}", (shuffled,)))
+        table.append(rename(f"{top}pre_proj_layernorm.{kind}", f"{projector}layer_norm.{kind}", (shuffled,)))
     for number, rows, columns, hf_rows, hf_columns in (
         (1, inner, shuffled, width, shuffled),
         (2, width, inner, width, width),
     ):
-        mcore, hf = f"{our}encoder.linear_fc{number}", f"{projector}linear_{number}"
+        mcore, hf = f"{top}encoder.linear_fc{number}", f"{projector}linear_{number}"
         table.append(zero_padded(mcore + ".weight", hf + ".weight", (rows, columns), (hf_rows, hf_columns)))
         if model.projector.bias:
             table.append(zero_padded(mcore + ".bias", hf + ".bias", (rows,), (hf_rows,)))

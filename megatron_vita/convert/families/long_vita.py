@@ -22,7 +22,7 @@ _DECODER = "qwen2"
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """A published config.json as ours. Raises CheckpointError for what is missing or not supported."""
+    """A published config.json as a ModelConfig. Raises CheckpointError for what is missing or not supported."""
     visual = config.get("visual")
     if not isinstance(visual, Mapping):
         raise CheckpointError(f"{where}: has no `visual` object. Is it a Long-VITA model?")
@@ -51,10 +51,10 @@ def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
 def write_config(
     model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
 ) -> dict[str, Any]:
-    """Our model as their config.json.
+    """The model as a config.json of Long-VITA.
 
     Raises:
-        CheckpointError: their projector cannot represent ours; says why.
+        CheckpointError: Long-VITA's classes cannot represent the model; says why.
     """
     check_exportable(model)
     assert model.vision is not None
@@ -67,7 +67,7 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Refuse a model that is not a Qwen2 with their projector: no biases, as wide as the tower.
+    """Reject a model that is not a Qwen2 with Long-VITA's projector: no biases, as wide as the tower.
 
     Raises:
         CheckpointError: saying what differs.
@@ -93,12 +93,12 @@ def rules(model: ModelConfig, names: Collection[str] = (), decoder: str | None =
     """Every tensor of the model in the published names."""
     assert model.vision is not None
     shuffled, inner = 4 * model.vision.hidden_size, model.projector_width
-    their, our = "model.vision_projection.", "vision_projection."
+    hf, mcore = "model.vision_projection.", "vision_projection."
     return [
         *decoders.rules(model, names, _DECODER),
         *intern_vit.rules(model.vision, intern_vit.REMOTE, "model.vision_model."),
-        rename(our + "pre_proj_layernorm.weight", their + "pre_proj_layernorm.weight", (shuffled,)),
-        rename(our + "pre_proj_layernorm.bias", their + "pre_proj_layernorm.bias", (shuffled,)),
-        rename(our + "encoder.linear_fc1.weight", their + "mlp.0.weight", (inner, shuffled)),
-        rename(our + "encoder.linear_fc2.weight", their + "mlp.2.weight", (model.hidden_size, inner)),
+        rename(mcore + "pre_proj_layernorm.weight", hf + "pre_proj_layernorm.weight", (shuffled,)),
+        rename(mcore + "pre_proj_layernorm.bias", hf + "pre_proj_layernorm.bias", (shuffled,)),
+        rename(mcore + "encoder.linear_fc1.weight", hf + "mlp.0.weight", (inner, shuffled)),
+        rename(mcore + "encoder.linear_fc2.weight", hf + "mlp.2.weight", (model.hidden_size, inner)),
     ]

@@ -48,7 +48,7 @@ MODEL_TYPES = {
     "clip": "clip",
     "clip_vision_model": "clip",
 }
-"""model_type of a whole model or of its tower -> our family."""
+"""model_type of a whole model or of its tower -> model.vision.model_type."""
 _NESTED = "vision_model."
 """Their prefix inside a model of pictures and texts, and in towers that older releases saved."""
 _OTHER_HALF = re.compile(
@@ -58,7 +58,7 @@ _OTHER_HALF = re.compile(
 
 
 def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
-    """A tower's config.json, or that of a model of pictures and texts, as ours.
+    """A tower's config.json, or that of a model of pictures and texts, as a VisionConfig.
 
     Raises:
         CheckpointError: an unknown kind, or a feature that the tower cannot do.
@@ -133,29 +133,29 @@ def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
 
 
 def rules(vision: VisionConfig, prefix: str = "") -> list[Rule]:
-    """Every tensor of the tower that runs; `prefix` is theirs."""
+    """Every tensor of the tower that runs; `prefix` begins its Hugging Face names."""
     width, inner, side = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
     heads, family = vision.num_attention_heads, vision.family
-    our = "vision_model."
+    top = "vision_model."
     patch = "embeddings.patch_embedding"
     table = [
         rename(
-            our + "position_embeddings.weight",
+            top + "position_embeddings.weight",
             prefix + "embeddings.position_embedding.weight",
             (vision.num_positions, width),
         ),
-        rename(our + "conv1.weight", f"{prefix}{patch}.weight", (width, 3, side, side)),
+        rename(top + "conv1.weight", f"{prefix}{patch}.weight", (width, 3, side, side)),
     ]
     if family.patch_bias:
-        table.append(rename(our + "conv1.bias", f"{prefix}{patch}.bias", (width,)))
+        table.append(rename(top + "conv1.bias", f"{prefix}{patch}.bias", (width,)))
     if family.class_token:
         name = prefix + "embeddings.class_embedding"
-        table.append(rename(our + "class_token", name, (1, 1, width), hf_shape=(width,)))
+        table.append(rename(top + "class_token", name, (1, 1, width), hf_shape=(width,)))
     outer = [("ln_pre", "pre_layrnorm")] * family.pre_norm + [("ln_post", "post_layernorm")] * vision.post_norm
     for kind in ("weight", "bias"):
-        table += [rename(f"{our}{one}.{kind}", f"{prefix}{two}.{kind}", (width,)) for one, two in outer]
+        table += [rename(f"{top}{one}.{kind}", f"{prefix}{two}.{kind}", (width,)) for one, two in outer]
     for layer in range(vision.built_layers):
-        mcore, hf = f"{our}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
+        mcore, hf = f"{top}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
         for kind, columns in (("weight", width), ("bias", None)):
             table.append(
                 grouped_qkv(
