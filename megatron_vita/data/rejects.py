@@ -31,6 +31,7 @@ CODES: dict[str, str] = {
     "media_unread": "the record names a medium that nothing reads",
     "tools_unread": "the record defines or calls functions, and the chat template has no place for them",
     "reasoning_unread": "the record holds reasoning beside an answer, and the chat template has no place for it",
+    "field_unread": "the record holds words that a chat template could write, and nothing reads them",
     "video_span": "the record asks for a part of a video",
     "loss_weight": "a mark says that something is learnt by a weight, or that a question is",
     "overlong": "the sample is longer than a pack",

@@ -104,7 +104,7 @@ class Draft:
             prefix: for messages, of the field's name.
 
         Raises:
-            DataError: media_unread, tools_unread, reasoning_unread or loss_weight.
+            DataError: media_unread, tools_unread, reasoning_unread, field_unread or loss_weight.
         """
         for key, value in content.items():
             if key in read or key in self.ignore or names.is_nothing(value):
@@ -114,6 +114,8 @@ class Draft:
                 raise reject("tools_unread", f"{shown}: nothing teaches calls of functions.{_HINT}")
             if name in names.REASONING:
                 raise reject("reasoning_unread", f"{shown}: the chat template has no place for it.{_HINT}")
+            if name in names.CONTEXT:
+                raise reject("field_unread", f"{shown}: nothing reads it, and a chat template could teach it.{_HINT}")
             if name in names.TRAIN_ON_INPUT:
                 raise reject("loss_weight", f"{shown}: loss lies on answers alone.{_HINT}")
             if name in names.SPANS:

@@ -30,8 +30,8 @@ _SURE = frozenset(_NAMES["sure"])
 UNREAD_MEDIA = frozenset(_spelt("unread_media"))
 FRAMES_NAMES, FILE_NAMES = tuple(_NAMES["frames"]), tuple(_NAMES["file"])
 _MEDIA = frozenset((*IMAGE_NAMES, *VIDEO_NAMES, *FRAMES_NAMES))
-TOOLS, REASONING, SPANS, TRAIN_ON_INPUT, METADATA = (
-    frozenset(_NAMES[group]) for group in ("tools", "reasoning", "span", "train_on_input", "metadata")
+TOOLS, REASONING, CONTEXT, SPANS, TRAIN_ON_INPUT, METADATA = (
+    frozenset(_NAMES[group]) for group in ("tools", "reasoning", "context", "span", "train_on_input", "metadata")
 )
 WEIGHTS, LEARNT, MASKED, LAST_ONLY, LEARNT_SPANS = (
     frozenset(_NAMES[group]) for group in ("weight", "learnt", "masked", "last_only", "learnt_spans")

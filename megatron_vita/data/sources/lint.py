@@ -6,6 +6,7 @@ record, media that lie elsewhere, and what would train a sample twice.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import defaultdict
@@ -175,16 +176,19 @@ class _Probe(MediaStore):
         self._store = store
         self.asked: list[str] = []
         self.found = False
+        self.empty: list[str] = []
 
     def find(self, reference: str) -> MediaFile:
         self.asked.append(reference)
         file = self._store.find(reference)
         self.found = True
+        if file.path is not None and os.path.isfile(file.path) and not os.path.getsize(file.path):
+            self.empty.append(reference)
         return file
 
 
 def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
-    """Files of whose first records not one has its media in the media folder. (Archives are not opened for it.)"""
+    """Files of whose first records a medium is empty, or not one lies in the media folder (archives are not opened)."""
     for entry, file in files:
         if entry.row is None or (entry.media_root is not None and not entry.media_root.is_dir()):
             continue
@@ -197,11 +201,11 @@ def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
         except (ConfigError, DataError):
             continue  # said already
         for line, record in enumerate(first, 1):
-            try:
+            with contextlib.suppress(DataError):
                 if not isinstance(record, DataError):
                     record_to_sample(record, row, store=probe, source=entry.name, line=line)
-            except DataError:
-                continue
+        if probe.empty:
+            yield f"{entry.name}: {file.name}: its first records name empty files: {_some(probe.empty)}. Fetch them."
         if probe.asked and not probe.found:
             patterns = ", ".join(_expanded(row) if entry.archives is None else entry.archives)
             packed = f", and no archive {patterns}" if patterns else ""

@@ -107,7 +107,7 @@ def _fill(turns: list[Turn], kind: Kind, bare: list[Bare], numbers: range, where
         )
     said = [part.index for part in bare]
     order = [0 if index is None else index for index in said]
-    if len(set(said)) == 1:  # the same of each says nothing
+    if set(said) in ({None}, {0}):  # a column's default says nothing
         order = list(range(len(bare)))
     if sorted(order) != list(range(len(bare))) or (None in said and len(set(said)) > 1):
         raise reject("media_count", f"the parts of type {kind!r} say index {said}, but there are {len(bare)} {kind}s.")

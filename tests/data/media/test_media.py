@@ -235,6 +235,19 @@ def test_folder_of_frames(tmp_path: Path) -> None:
     assert sorted(["f10", "f9", "f1a"], key=natural_key) == ["f1a", "f9", "f10"]
 
 
+def test_every_picture_of_a_folder_is_a_frame(tmp_path: Path) -> None:
+    for number, suffix in enumerate(("png", "webp", "jpg", "bmp", "tif", "ppm", "tiff", "jpeg")):
+        Pil.new("RGB", (16, 16), (number * 20,) * 3).save(tmp_path / f"{number:03}.{suffix}")
+    with open_video(MediaFile(path=str(tmp_path))) as video:
+        means = [np.asarray(decode(item)).mean() for item in video.frames(SPEC, 8)]
+    assert means == pytest.approx([number * 20 for number in range(8)], abs=2)
+    for name in ("004b.gif", "004b.HEIC"):
+        (tmp_path / name).write_bytes(b"a picture")
+        with pytest.raises(DataError, match=f"^video_broken: .*{name} is no frame"):
+            open_video(MediaFile(path=str(tmp_path)))
+        (tmp_path / name).unlink()
+
+
 def test_broken_videos_are_data_errors(tmp_path: Path) -> None:
     whole = make_video(tmp_path / "v.mp4", [20, 200] * 10).read_bytes()
     for data in (b"", b"text" * 99, whole[: len(whole) // 2], whole[:500] + bytes(len(whole) - 500)):

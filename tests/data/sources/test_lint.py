@@ -281,6 +281,17 @@ def test_members_that_are_empty_or_not_read_are_named(tmp_path: Path) -> None:
     assert any("and 1 more" in line for line in wrong)
 
 
+def test_media_that_are_empty_files_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "m/a.png", b"")
+    put(tmp_path / "m/b.png", b"x")
+    talk = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    lines = [json.dumps({"image": name, "conversations": talk}) for name in ("a.png", "b.png")]
+    put(tmp_path / "r.jsonl", "\n".join(lines).encode())
+    mix = {"source": "llava", "data_paths": [f"{tmp_path}/r.jsonl"], "media_root": f"{tmp_path}/m"}
+    (wrong,) = look(tmp_path, a=mix).wrong
+    assert "r.jsonl: its first records name empty files: a.png" in wrong
+
+
 def test_patterns_of_folders(tmp_path: Path) -> None:
     put(tmp_path / "x1/a.jsonl", RECORD)
     put(tmp_path / "x2/a.jsonl", RECORD + RECORD)

@@ -195,6 +195,8 @@ PARTS: list[tuple[dict[str, Any], Any]] = [
      ("[i0][i1]q", [A, B], [])),  # the same index for all: a column's default
     (spoken([part("image", index=0.0), TEXT], "a", images=["a.png"]), ("[i0]q", [A], [])),
     (spoken([part("image", index=0), part("image", index=2)], "a", images=["a.png", "b.png"]), "media_count"),
+    (spoken([part("image", index=5), TEXT], "a", images=["a.png"]), "media_count"),
+    (spoken([part("image", index=1), part("image", index=1)], "a", images=["a.png", "b.png"]), "media_count"),
     (spoken([part("image", index=0), part("image")], "a", images=["a.png", "b.png"]), "media_count"),
     (spoken([part("image"), TEXT], "a", images=["a.png", "b.png"]), "media_count"),
     (spoken([part("image"), part("image"), TEXT], "a", images=["a.png"]), "media_count"),
@@ -264,6 +266,7 @@ UNREAD = [
     ("tools_unread", {"tools": '[{"name": "f"}]'}), ("tools_unread", {"tools": [{"name": "f"}]}),
     ("tools_unread", {"functions": [{"name": "f"}]}), ("tools_unread", {"available_tools": "f"}),
     ("reasoning_unread", {"reasoning": "hm"}), ("reasoning_unread", {"thinking": "hm"}),
+    ("field_unread", {"documents": [{"title": "t", "text": "words"}]}), ("field_unread", {"refusal": "I will not."}),
     ("loss_weight", {"train_on_input": True}), ("loss_weight", {"train_on_inputs": 1}),
 ]  # fmt: skip
 
@@ -382,7 +385,7 @@ LEARNT: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 MASKED: tuple[dict[str, Any], ...] = (
     {"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"train": False}, {"loss_mask": 0}, {"mask": True},
-    {"train_on_turn": False}, {"loss": "false"}, {"masked": True}, {"loss_weight": 0}, {"trainable": False},
+    {"is_train": False}, {"train_on_turn": False}, {"loss": "false"}, {"masked": True}, {"loss_weight": 0}, {"trainable": False},
     {"Weight": 0}, {"trainOnTurn": False}, {"loss_scale": 0.0}, {"calculate_loss": False},
 )  # fmt: skip
 NEITHER: tuple[dict[str, Any], ...] = (

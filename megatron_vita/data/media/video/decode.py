@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from megatron_vita.data.media.image import MAX_BYTES, decode, open_picture, read_image, to_rgb
-from megatron_vita.data.media.names import FRAME_SUFFIXES, natural_key
+from megatron_vita.data.media.names import FRAME_SUFFIXES, NO_FRAMES, natural_key
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.container import check_container
 from megatron_vita.data.media.video.pyav import PyAvVideo, first_line
@@ -60,14 +60,18 @@ class _WebP(VideoFile):
 
 
 def _frames_of(path: str) -> list[MediaFile]:
-    """Pictures of a folder and its sub-folders in natural order."""
+    """Pictures of a folder and its sub-folders in natural order.
+
+    Raises:
+        DataError: video_broken, if one of them is no frame: a clip without it would be another clip.
+    """
     root = os.path.realpath(path)
-    files = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
-    ]
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name[0] != "."]
+    unread = sorted(file for file in found if file.lower().endswith(NO_FRAMES))
+    if unread:
+        name = os.path.relpath(unread[0], root)
+        raise reject("video_broken", f"{path}: {name} is no frame that can be read. Convert it, or take it out.")
+    files = [file for file in found if file.lower().endswith(FRAME_SUFFIXES)]
     inside = [file for file in files if os.path.realpath(file).startswith(root + os.sep)]
     return [MediaFile(path=file) for file in sorted(inside, key=lambda file: natural_key(os.path.relpath(file, root)))]
 
