@@ -385,8 +385,8 @@ LEARNT: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 MASKED: tuple[dict[str, Any], ...] = (
     {"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"train": False}, {"loss_mask": 0}, {"mask": True},
-    {"is_train": False}, {"train_on_turn": False}, {"loss": "false"}, {"masked": True}, {"loss_weight": 0}, {"trainable": False},
-    {"Weight": 0}, {"trainOnTurn": False}, {"loss_scale": 0.0}, {"calculate_loss": False},
+    {"is_train": False}, {"train_on_turn": False}, {"loss": "false"}, {"masked": True}, {"loss_weight": 0},
+    {"trainable": False}, {"Weight": 0}, {"trainOnTurn": False}, {"loss_scale": 0.0}, {"calculate_loss": False},
 )  # fmt: skip
 NEITHER: tuple[dict[str, Any], ...] = (
     {"weight": 0.5}, {"weight": 2}, {"weight": -1}, {"loss": 0.3}, {"mask": 1}, {"mask": 0}, {"weight": "much"},
