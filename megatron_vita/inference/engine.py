@@ -1,8 +1,8 @@
-"""Answers from a model on one rank: prompts joined as documents of one packed row, then decoded together.
+"""Answers from a model on one rank: prompts joined as documents of one packed sequence, then decoded together.
 
 The prompt of a question is an Example made by the functions that training used, so ids and pixels are the same. Many
-prompts are laid side by side in one row; attention and positions restart at each, so none sees its neighbours. The
-first pass fills a key/value cache and gives the last token's logits only; every later pass carries one token for each
+prompts make one packed sequence; attention and positions restart at each, so none sees its neighbours. The first pass
+fills a key/value cache and gives the last token's logits only; every later pass carries one token for each
 prompt that is not finished.
 """
 
@@ -158,48 +158,48 @@ class Engine:
         zero_tiles: bool = False,
         batch_tokens: int = 4096,
     ) -> Iterator[tuple[int, Generation | DataError]]:
-        """Answer samples row by row, in order, reading each sample only when its row is filled.
+        """Answer samples batch by batch, in order, reading each sample only when its batch is filled.
 
         Args:
             samples: questions.
             max_new_tokens: longest answer.
             sampling: how tokens are chosen.
             zero_tiles: show the model black tiles.
-            batch_tokens: prompt tokens of one row; a longer prompt gets a row of its own.
+            batch_tokens: prompt tokens of one batch; a longer prompt gets a batch of its own.
 
         Yields:
             (number of the sample, its answer or why it cannot be read).
         """
-        row: list[tuple[int, Prompt | DataError]] = []
+        batch: list[tuple[int, Prompt | DataError]] = []
         tokens = 0
         for number, sample in enumerate(samples):
             prompt: Prompt | DataError
             try:
                 prompt = self.prepare(sample, zero_tiles=zero_tiles)
             except DataError as error:
-                row.append((number, error))
+                batch.append((number, error))
                 continue
             length = len(prompt.example.tokens)
             if tokens and tokens + length > batch_tokens:
-                yield from self._answer_row(row, max_new_tokens, sampling)
-                row, tokens = [], 0
-            row.append((number, prompt))
+                yield from self._answer_batch(batch, max_new_tokens, sampling)
+                batch, tokens = [], 0
+            batch.append((number, prompt))
             tokens += length
-        yield from self._answer_row(row, max_new_tokens, sampling)
+        yield from self._answer_batch(batch, max_new_tokens, sampling)
 
-    def _answer_row(
-        self, row: Sequence[tuple[int, Prompt | DataError]], max_new_tokens: int, sampling: SamplingConfig
+    def _answer_batch(
+        self, batch: Sequence[tuple[int, Prompt | DataError]], max_new_tokens: int, sampling: SamplingConfig
     ) -> Iterator[tuple[int, Generation | DataError]]:
-        readable = [prompt for _, prompt in row if isinstance(prompt, Prompt)]
+        readable = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
         answers = iter(self.answer(readable, max_new_tokens=max_new_tokens, sampling=sampling) if readable else ())
-        for number, prompt in row:
+        for number, prompt in batch:
             yield number, (prompt if isinstance(prompt, DataError) else next(answers))
 
     @torch.inference_mode()
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: SamplingConfig = GREEDY
     ) -> list[Generation]:
-        """Answer prompts that share one row.
+        """Answer prompts as one packed sequence.
 
         Args:
             prompts: at least one.
