@@ -130,7 +130,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Loan:
+class BorrowedView:
     """A region of a tensor in somebody else's memory, to be looked at and given back."""
 
     bits: Bits
@@ -160,9 +160,9 @@ class LazyTensors(Mapping[str, "Tensor"]):
             out: unsigned integers of the elements' size, in any layout.
         """
 
-    def lend(self, name: str, region: Region) -> Loan:
-        """A region to look at: where it lies in memory already, not copied. Several threads may ask at once."""
-        return Loan(self.bits(name, region), lambda: None)
+    def borrow(self, name: str, region: Region) -> BorrowedView:
+        """A region to look at, not copied where it lies in memory already. Several threads may borrow at once."""
+        return BorrowedView(self.bits(name, region), lambda: None)
 
     def bits(self, name: str, region: Region | None = None) -> Bits:
         """A region (all by default) as a new array of the region's extent."""

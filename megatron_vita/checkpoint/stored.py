@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_vita.checkpoint.archive import frame, tensor_in
 from megatron_vita.checkpoint.dtypes import Bits, DType
 from megatron_vita.checkpoint.integrity import Integrity
-from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, box, overlap, part, shift
+from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Region, box, overlap, part, shift
 from megatron_vita.checkpoint.metadata import StoredPiece, parse_metadata
 from megatron_vita.checkpoint.storage import METADATA_FILE
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, Buffers, Bytes, raw, read_exactly, reading, shaped
@@ -81,7 +81,7 @@ class CheckpointTensors(LazyTensors):
             finally:
                 self._give(cached)
 
-    def lend(self, name: str, region: Region) -> Loan:
+    def borrow(self, name: str, region: Region) -> BorrowedView:
         for stored in self._tensors[name].pieces:
             held = box(stored.offsets, stored.sizes)
             if overlap(held, region) != region:
@@ -89,9 +89,9 @@ class CheckpointTensors(LazyTensors):
             cached = self._take(name, stored)
             bits = part(cached.content.result()[1], shift(region, held))  # one that failed holds no memory to give
             if bits.flags.c_contiguous:
-                return Loan(bits, functools.partial(self._give, cached))
+                return BorrowedView(bits, functools.partial(self._give, cached))
             self._give(cached)
-        return super().lend(name, region)
+        return super().borrow(name, region)
 
     def _take(self, name: str, stored: StoredPiece) -> _Cached:
         """A verified piece, to be given back; who asks for one that another thread is reading waits for its result."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from megatron_vita.checkpoint.dtypes import Bits, DType, as_tensor
 from megatron_vita.checkpoint.lazy import (
     ZEROS,
+    BorrowedView,
     LazyTensors,
-    Loan,
     Origin,
     Region,
     extent,
@@ -46,8 +46,8 @@ class Subset(LazyTensors):
     def read_into(self, name: str, region: Region, out: Bits) -> None:
         self._source.read_into(name, region, out)
 
-    def lend(self, name: str, region: Region) -> Loan:
-        return self._source.lend(name, region)
+    def borrow(self, name: str, region: Region) -> BorrowedView:
+        return self._source.borrow(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         return self._source.origins(name, region)
@@ -93,8 +93,8 @@ class Joined(LazyTensors):
     def read_into(self, name: str, region: Region, out: Bits) -> None:
         self._home[name].read_into(name, region, out)
 
-    def lend(self, name: str, region: Region) -> Loan:
-        return self._home[name].lend(name, region)
+    def borrow(self, name: str, region: Region) -> BorrowedView:
+        return self._home[name].borrow(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         return self._home[name].origins(name, region)
@@ -137,10 +137,10 @@ class MoreRows(LazyTensors):
             else:
                 as_tensor(rest, self.dtype(name)).copy_(mean[region[1]])
 
-    def lend(self, name: str, region: Region) -> Loan:
+    def borrow(self, name: str, region: Region) -> BorrowedView:
         if name in self._new and overlap(whole(self._source.shape(name)), region) != region:
-            return super().lend(name, region)
-        return self._source.lend(name, region)
+            return super().borrow(name, region)
+        return self._source.borrow(name, region)
 
     def origins(self, name: str, region: Region) -> Iterator[Origin]:
         old = overlap(whole(self._source.shape(name)), region) if name in self._new else region

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.journal import Entry, Journal
-from megatron_vita.checkpoint.lazy import LazyTensors, Loan, Region, runs, volume, whole
+from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Region, runs, volume, whole
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, OutputFile, Workers, digest_of, in_turn, raw
 from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError
@@ -149,19 +149,19 @@ def _write_files(
             digests[planned.name].update(planned.header)
             yield from _runs(tensors, planned)
 
-        def write(run: _Run) -> tuple[_Run, list[Loan]]:
-            loans, position = [], run.position
+        def write(run: _Run) -> tuple[_Run, list[BorrowedView]]:
+            borrowed, position = [], run.position
             for region in runs(run.region, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
-                loans.append(tensors.lend(run.name, region))
-                outputs[run.file].write([raw(loans[-1].bits)], position)
-                position += loans[-1].bits.nbytes
-            return run, loans
+                borrowed.append(tensors.borrow(run.name, region))
+                outputs[run.file].write([raw(borrowed[-1].bits)], position)
+                position += borrowed[-1].bits.nbytes
+            return run, borrowed
 
-        for run, loans in workers.map(write, in_turn(runs_of(one) for one in files)):
-            for loan in loans:
-                digests[run.file].update(raw(loan.bits))
-                advance(loan.bits.nbytes)
-                loan.release()
+        for run, borrowed in workers.map(write, in_turn(runs_of(one) for one in files)):
+            for view in borrowed:
+                digests[run.file].update(raw(view.bits))
+                advance(view.bits.nbytes)
+                view.release()
             if run.last:
                 outputs[run.file].close()
                 finished(run.file, digests[run.file].hexdigest())

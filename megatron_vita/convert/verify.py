@@ -124,7 +124,7 @@ def _compare(first: LazyTensors, second: LazyTensors, name: str, region: Region)
     kinds = first.dtype(name), second.dtype(name)
     sums, same = _Sums(), []
     for block in runs(region, kinds[0].itemsize, BLOCK_BYTES):
-        a, b = first.lend(name, block), second.lend(name, block)
+        a, b = first.borrow(name, block), second.borrow(name, block)
         try:
             if kinds[0] == kinds[1] and _same(a.bits, b.bits):
                 sums += _Sums(worst=math.nan if _holds_no_number(a.bits, kinds[0]) else 0.0)
@@ -141,12 +141,12 @@ def _squares(tensors: LazyTensors, name: str, region: Region) -> _Sums:
     """The share of elements that are the same on both sides in the three sums."""
     total = 0.0
     for block in runs(region, tensors.dtype(name).itemsize, BLOCK_BYTES):
-        loan = tensors.lend(name, block)
+        view = tensors.borrow(name, block)
         try:
-            values = _values(loan.bits, tensors.dtype(name))
+            values = _values(view.bits, tensors.dtype(name))
             total += float(np.square(values, out=values).sum())
         finally:
-            loan.release()
+            view.release()
     return _Sums(True, 0.0, total, total, total)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, DType, all_zero, as_tensor
 from megatron_vita.checkpoint.lazy import (
     ZEROS,
+    BorrowedView,
     LazyTensors,
-    Loan,
     Origin,
     Region,
     extent,
@@ -51,16 +51,16 @@ class _RuledView(LazyTensors):
             lead = tuple(range(len(one.box) - rank))
             self._fill(one.name, one.box, np.expand_dims(part(inner, one.target), lead))
 
-    def lend(self, name: str, region: Region) -> Loan:
+    def borrow(self, name: str, region: Region) -> BorrowedView:
         _, parts = self._parts(name, region)
         if (
             len(parts) != 1
             or volume(parts[0].box) != volume(region)
             or self.dtype(name) != self._source.dtype(parts[0].name)
         ):
-            return super().lend(name, region)
-        loan = self._source.lend(parts[0].name, parts[0].box)
-        return Loan(loan.bits.reshape(extent(region)), loan.release)
+            return super().borrow(name, region)
+        view = self._source.borrow(parts[0].name, parts[0].box)
+        return BorrowedView(view.bits.reshape(extent(region)), view.release)
 
     def _fill(self, name: str, region: Region, box: Bits) -> None:
         self._source.read_into(name, region, box)

@@ -37,7 +37,7 @@ POISON = 0xEE
 
 
 class PoisonedBuffers(streams.Buffers):
-    """Memory that shows whether it was given back too early, twice, or lent to two at once."""
+    """Memory that shows whether it was given back too early, twice, or borrowed by two at once."""
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
@@ -95,15 +95,15 @@ def read_at_random(tensors: CheckpointTensors, seed: int, outcomes: list[str]) -
 
 
 def _lent(tensors: CheckpointTensors, name: str, region: Region, right: Bits, chance: random.Random) -> str:
-    """Looks at a loan again after others were read, which pushes its piece out of memory."""
-    loan = tensors.lend(name, region)
+    """Looks at a view again after others were read, which pushes its piece out of memory."""
+    view = tensors.borrow(name, region)
     try:
-        assert loan.bits.flags.c_contiguous
+        assert view.bits.flags.c_contiguous
         for _ in range(chance.randrange(3)):
             tensors.bits("a", (slice(0, 37), slice(chance.randrange(5), 11)))
-        return "lent" if np.array_equal(loan.bits, right) else f"{name} {region}: {loan.bits} lent, not {right}"
+        return "borrowed" if np.array_equal(view.bits, right) else f"{name} {region}: {view.bits} borrowed, not {right}"
     finally:
-        loan.release()
+        view.release()
 
 
 @pytest.mark.parametrize("failing", [0.0, 0.02])
@@ -128,9 +128,9 @@ def test_threads_never_see_another_pieces_bytes(
         one.join(20)
         assert not one.is_alive(), "a thread waits for a piece that nobody reads"
     assert len(outcomes) == THREADS * READS
-    assert set(outcomes) <= {"read", "lent"} | ({"failed"} if failing else set())
+    assert set(outcomes) <= {"read", "borrowed"} | ({"failed"} if failing else set())
     assert outcomes.count("read") > READS
-    assert outcomes.count("lent") > READS
+    assert outcomes.count("borrowed") > READS
     buffers, kept = tensors._buffers, tensors._cache.values()
     assert isinstance(buffers, PoisonedBuffers)
     assert buffers.reused > READS, "nothing was given back"
