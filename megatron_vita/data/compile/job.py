@@ -21,7 +21,7 @@ from megatron_vita.data.shards.manifest import SetInfo, check_example, reference
 from megatron_vita.data.shards.writer.intermediate import Body, ChunkWriter, Region
 from megatron_vita.data.shards.writer.plan import chunk_path
 from megatron_vita.data.sources.mix import MixFile
-from megatron_vita.data.sources.readers import Places
+from megatron_vita.data.sources.readers import RecordOffsets
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
 
@@ -36,10 +36,10 @@ class ChunkTask:
     """Of the chunk, over the whole mix."""
     file: int
     """Of the file in the mix."""
-    places: Places
+    offsets: RecordOffsets
     """Which of its records."""
     poison: tuple[int, ...] = ()
-    """Rows of `places` that have killed the process twice, and are rejected."""
+    """Rows of `offsets` that have killed the process twice, and are rejected."""
     outcomes: tuple[tuple[str, str], ...] = ()
     """For a `RetryJob`: (code, message) with which each record was rejected."""
 
@@ -153,7 +153,7 @@ class _ChunkWorker:
         try:
             if task.poison:
                 return True
-            records = file.reader(self._job.sources_work).read(task.places)
+            records = file.reader(self._job.sources_work).read(task.offsets)
             for row, ((line, record), outcome) in enumerate(zip(records, task.outcomes, strict=True)):
                 os.pwrite(marker, _PLACE.pack(row), 0)
                 try:
@@ -177,10 +177,10 @@ class _ChunkWorker:
 
     def _compile(self, task: ChunkTask, writer: ChunkWriter, marker: int) -> None:
         file = self._job.files[task.file]
-        lines = task.places[:, 0].tolist()
+        lines = task.offsets[:, 0].tolist()
         known = [self._earlier.find(task.file, line) if self._earlier else None for line in lines]
         fresh = [row for row, one in enumerate(known) if one is None and row not in task.poison]
-        records = file.reader(self._job.sources_work).read(task.places[fresh])
+        records = file.reader(self._job.sources_work).read(task.offsets[fresh])
         for row, (line, sample) in enumerate(zip(lines, known, strict=True)):
             os.pwrite(marker, _PLACE.pack(row), 0)
             if row in task.poison:

@@ -78,11 +78,11 @@ def _may_change(code: str) -> bool:
 
 def _of_chunk(task: ChunkTask, outcomes: Outcomes) -> list[ChunkTask]:
     """A task for those records of a chunk that were rejected; none if there are none."""
-    lines = task.places[:, 0].tolist()
+    lines = task.offsets[:, 0].tolist()
     rows = [row for row, line in enumerate(lines) if line in outcomes]
     if not rows:
         return []
-    return [ChunkTask(task.number, task.file, task.places[rows], outcomes=tuple(outcomes[lines[row]] for row in rows))]
+    return [ChunkTask(task.number, task.file, task.offsets[rows], outcomes=tuple(outcomes[lines[row]] for row in rows))]
 
 
 def _changed(inputs: Inputs, retries: Sequence[ChunkTask], engine: Executor) -> list[int]:

@@ -117,8 +117,8 @@ def _compile(inputs: Inputs, chunks: Sequence[ChunkTask], earlier: EarlierSet | 
         folder.mkdir(parents=True, exist_ok=True)
     todo = [task for task in chunks if not chunk_path(work, task.number).exists()]
     job = ChunkJob.of(inputs, earlier)
-    total = sum(len(task.places) for task in chunks)
-    done = total - sum(len(task.places) for task in todo)
+    total = sum(len(task.offsets) for task in chunks)
+    done = total - sum(len(task.offsets) for task in todo)
     # What was being compiled when a run ended may have ended it: it gets a process of its own, whose end is survived.
     suspects = [task for task in todo if job.marker(task.number).exists()] if options.workers == 1 else []
     alone = {task.number for task in suspects}
@@ -126,7 +126,7 @@ def _compile(inputs: Inputs, chunks: Sequence[ChunkTask], earlier: EarlierSet | 
     with _bar(options, "compile", "records", total, done) as bar, LocalExecutor(1) as apart:
         for one, tasks in ((apart, suspects), (engine, rest)):
             for task, _ in one.map(job, tasks):
-                bar.update(len(task.places))
+                bar.update(len(task.offsets))
 
 
 def _earlier(inputs: Inputs, finished: Manifest | None) -> EarlierSet | None:
@@ -152,7 +152,7 @@ def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
     read: Counter[int] = Counter()
     codes = [Counter[str]() for _ in inputs.files]
     for task in chunks:
-        read[task.file] += len(task.places)
+        read[task.file] += len(task.offsets)
     notes = count_notes(inputs.work, chunks)
     for file, reject in _rejects(inputs, chunks):
         codes[file][reject.code] += 1

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_vita.data.sample import Document, Sample
 from megatron_vita.data.sources.entries import DatasetEntry, read_entries
 from megatron_vita.data.sources.media_store.store import MediaRule, open_store
-from megatron_vita.data.sources.readers import Places, Reader, open_reader
+from megatron_vita.data.sources.readers import Reader, RecordOffsets, open_reader
 from megatron_vita.data.sources.registry import DatasetSpec, detect_row, find_row
 from megatron_vita.data.sources.to_sample import record_to_sample
 from megatron_vita.errors import ConfigError, DataError
@@ -52,18 +52,18 @@ class MixFile:
         """
         return open_reader(self.path, self.row.read, work)
 
-    def choose(self, places: Places, seed: int, work: Path | None = None) -> Places:
+    def choose(self, offsets: RecordOffsets, seed: int, work: Path | None = None) -> RecordOffsets:
         """The records that `ratio` and `num` take: min(int(total * ratio), num), in file order within each round.
 
         Which ones is decided by the seed and the file's written path, so that files draw apart and alike everywhere.
         The shards of a pattern share what is taken of them together by their sizes.
 
         Args:
-            places: every record of this file.
+            offsets: every record of this file.
             seed: of the run.
             work: folder for what is unpacked, should other shards have to be counted.
         """
-        total, before, of_all = len(places), 0, len(places)
+        total, before, of_all = len(offsets), 0, len(offsets)
         if len(self.shards) > 1 and not (self.num is None and self.ratio.is_integer()):
             counts = [_count(path, self.row.read, work) for path in self.shards]
             before, of_all = sum(counts[: self.shards.index(self.path)]), sum(counts)
@@ -75,7 +75,7 @@ class MixFile:
         rounds, rest = divmod(wanted, total) if total else (0, 0)
         rng = np.random.default_rng([seed, zlib.crc32(self.written.encode())])
         some = np.sort(rng.permutation(total)[:rest])
-        return np.concatenate([*([places] * rounds), places[some]]) if wanted else places[:0]
+        return np.concatenate([*([offsets] * rounds), offsets[some]]) if wanted else offsets[:0]
 
 
 def load_mix(path: str | Path) -> list[MixFile]:

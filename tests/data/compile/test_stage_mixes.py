@@ -104,14 +104,14 @@ def test_a_stage_compiles_and_its_counts_add_up(
         promise = published.files[file.path]
         assert file.row.name == promise.source
         reader = file.reader(tmp_path / "work")
-        places = reader.index()
-        assert len(places) == len(promise.wanted), file.path
-        chosen = file.choose(places, SEED)[:, 0].tolist()
+        offsets = reader.index()
+        assert len(offsets) == len(promise.wanted), file.path
+        chosen = file.choose(offsets, SEED)[:, 0].tolist()
         codes = [(line, code) for line in chosen if isinstance(code := promise.wanted[line - 1], str)]
         good = sum(isinstance(promise.wanted[line - 1], Good) for line in chosen)
         wanted[file.name] = (good, dict(collections.Counter(code for _, code in codes)), codes)
         one = asked.setdefault(tuple(map(str, file.shards or (file.path,))), [0, 0, file])
-        one[0] += len(places)
+        one[0] += len(offsets)
         one[1] += len(chosen)
     for total, taken, file in asked.values():
         assert taken == min(int(total * file.ratio + 1e-9), total if file.num is None else file.num)

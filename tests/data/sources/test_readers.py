@@ -121,9 +121,9 @@ def test_every_container_gives_the_same_records(
         (folder / name).write_bytes(data)
         assert records(folder / name, work=folder / "work") == list(enumerate(content, 1)), name
         reader = open_reader(folder / name, work=folder / "work")
-        places = reader.index()
-        order = random.Random(seed).choices(range(len(places)), k=5)
-        assert [record for _, record in reader.read(places[order])] == [content[n] for n in order], name
+        offsets = reader.index()
+        order = random.Random(seed).choices(range(len(offsets)), k=5)
+        assert [record for _, record in reader.read(offsets[order])] == [content[n] for n in order], name
         assert reader.head(2) == content[:2]
 
 
@@ -175,18 +175,18 @@ def test_a_record_that_does_not_pair_up_swallows_no_other(
 @given(text=st.binary(max_size=60).map(lambda data: bytes(b'[]{}",\\ a\n'[byte % 10] for byte in data)))
 @settings(deadline=None, max_examples=300)
 def test_any_text_is_cut_without_loss(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
-    """Places ascend, do not overlap, and leave nothing out but separators, the same in small blocks as in large."""
+    """Offsets ascend, do not overlap, and leave nothing out but separators, the same in small blocks as in large."""
     path = tmp_path_factory.mktemp("any") / "x"
     for kind, content in (("json", b"[" + text), ("jsonl", text)):
         path.write_bytes(content)
-        places = open_reader(path, kind).index()
+        offsets = open_reader(path, kind).index()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scan, "_BLOCK", 3)
-            assert np.array_equal(open_reader(path, kind).index(), places)
-        ends = places[:, 1:].ravel()
+            assert np.array_equal(open_reader(path, kind).index(), offsets)
+        ends = offsets[:, 1:].ravel()
         assert (np.diff(ends) >= 0).all()
         left = bytearray(content)
-        for _, start, stop in places[::-1].tolist():
+        for _, start, stop in offsets[::-1].tolist():
             del left[start:stop]
         assert not left.strip(b"[]},\n ")
 
@@ -213,9 +213,9 @@ def test_bare_message_lists_a_line(tmp_path: Path) -> None:
 def test_parquet_rows_by_group(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": list(range(230))}), tmp_path / "p.parquet", row_group_size=100)
     reader = open_reader(tmp_path / "p.parquet")
-    places = reader.index()
-    assert [r["n"] for _, r in reader.read(places)] == list(range(230))
-    some = places[[3, 99, 100, 170, 229]]
+    offsets = reader.index()
+    assert [r["n"] for _, r in reader.read(offsets)] == list(range(230))
+    some = offsets[[3, 99, 100, 170, 229]]
     assert [(line, r["n"]) for line, r in reader.read(some)] == [(4, 3), (100, 99), (101, 100), (171, 170), (230, 229)]
     assert [len(chunk) for chunk in reader.chunks(some, 1)] == [2, 2, 1]
     (tmp_path / "q.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-9])
@@ -227,9 +227,9 @@ def test_parquet_records_that_repeat_are_all_read(tmp_path: Path) -> None:
     """A ratio above 1 in a file of one row group: the second round begins it anew."""
     pq.write_table(pa.table({"n": list(range(50))}), tmp_path / "p.parquet")
     reader = open_reader(tmp_path / "p.parquet")
-    places = reader.index()
+    offsets = reader.index()
     wanted = [*range(50), 1, 2, 40]
-    twice = places[wanted]
+    twice = offsets[wanted]
     assert [r["n"] for _, r in reader.read(twice)] == wanted
     assert [r["n"] for chunk in reader.chunks(twice, 128) for _, r in reader.read(chunk)] == wanted
 
@@ -244,7 +244,7 @@ def test_whatever_pyarrow_raises_rejects_by_name(
         pytest.skip("no error")
     pq.write_table(pa.table({"n": [1, 2]}), tmp_path / "p.parquet")
     reader = open_reader(tmp_path / "p.parquet")
-    places = reader.index()
+    offsets = reader.index()
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error("odd")
@@ -258,7 +258,7 @@ def test_whatever_pyarrow_raises_rejects_by_name(
         monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
     else:
         monkeypatch.setattr(parquet, "dict", fail, raising=False)
-    for _, record in reader.read(places):
+    for _, record in reader.read(offsets):
         assert str(record).startswith("bad_record: the row")
         assert "odd" in str(record)
 
@@ -499,18 +499,18 @@ from pathlib import Path
 from megatron_vita.data.sources import open_reader
 from megatron_vita.errors import DataError
 reader = open_reader(Path(sys.argv[1]))
-places = reader.index()
-bad = sum(isinstance(record, DataError) for _, record in reader.read(places[:: max(1, len(places) // 50)]))
+offsets = reader.index()
+bad = sum(isinstance(record, DataError) for _, record in reader.read(offsets[:: max(1, len(offsets) // 50)]))
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # getrusage counts the parent's, too
-print(len(places), bad, peak[1])
+print(len(offsets), bad, peak[1])
 """
 
 
 def peak(path: Path) -> tuple[int, int, int]:
     """(records, broken ones among those read, most KiB) of a process that lists a file's records and reads some."""
     done = subprocess.run([sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True, check=True)
-    places, bad, most = map(int, done.stdout.split())
-    return places, bad, most
+    offsets, bad, most = map(int, done.stdout.split())
+    return offsets, bad, most
 
 
 def write_large(path: Path, form: str) -> int:
@@ -538,8 +538,8 @@ def test_memory_is_bounded(tmp_path: Path, form: str) -> None:
     path = tmp_path / "large.json"
     count = write_large(path, form)
     try:
-        places, bad, most = peak(path)
+        offsets, bad, most = peak(path)
     finally:
         path.unlink()
-    assert (places, bad) == (count, 0)
+    assert (offsets, bad) == (count, 0)
     assert most < 1 << 20, f"{most / 1024:.0f} MiB"

@@ -218,11 +218,11 @@ def test_mix_in_long_vitas_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [file.name for file in files] == ["one", "two/a.jsonl", "two/b.jsonl", "two/odd(1,2)+x.jsonl"]
     assert files[2].written == "${HERE}/[b].jsonl: b.jsonl"
     assert {file.row.name for file in files} == {"long_vita"}
-    places = files[0].reader().index()
-    chosen = files[0].choose(places, seed=1)
+    offsets = files[0].reader().index()
+    chosen = files[0].choose(offsets, seed=1)
     assert len(chosen) == 2
-    assert not np.array_equal(chosen, files[0].choose(places, seed=5))
-    lines = files[1].choose(places, seed=1)[:, 0].tolist()
+    assert not np.array_equal(chosen, files[0].choose(offsets, seed=5))
+    lines = files[1].choose(offsets, seed=1)[:, 0].tolist()
     assert len(lines) == 22
     assert lines[:20] == [*range(1, 11)] * 2
     assert lines[20] < lines[21]

@@ -114,11 +114,11 @@ def test_places_are_read_in_any_order_by_another_reader(tmp_path: Path) -> None:
     path, work = write_tar(tmp_path / "a.tar", members), tmp_path / "work"
     reader = open_reader(path, "wds", work)
     reader.prepare(progress=False)
-    places = reader.index()[::-3]
-    lines = [line for line, _ in open_reader(path, "wds", work).read(places)]
-    assert lines == places[:, 0].tolist()
+    offsets = reader.index()[::-3]
+    lines = [line for line, _ in open_reader(path, "wds", work).read(offsets)]
+    assert lines == offsets[:, 0].tolist()
     everything = dict(reader.read(reader.index()))
-    for line, record in open_reader(path, "wds", work).read(places):
+    for line, record in open_reader(path, "wds", work).read(offsets):
         assert record == everything[line]
     assert outcomes(write_tar(tmp_path / "none.tar", [("README", b"x")])) != []  # nothing is left out unseen
     assert len(open_reader(write_tar(tmp_path / "dots.tar", [(".hidden", b"x")]), "wds").index()) == 0

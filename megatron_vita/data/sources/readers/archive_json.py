@@ -15,14 +15,14 @@ import numpy as np
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import REFUSED, Member
-from megatron_vita.data.sources.readers.base import Places, Reader, Record, as_places, parse_record
+from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets, as_offsets, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, array_records, is_turn, json_form, read_range
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
 from megatron_vita.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".json", *_LINES)
-_TEXT, _INDEX, _UNREAD = "text", "places.npy", "unread.json"
+_TEXT, _INDEX, _UNREAD = "text", "offsets.npy", "unread.json"
 _BROKEN = -1
 """In place of where a record begins: its member cannot be read; the third number is its place in `_UNREAD`."""
 _MOST_MEMBER = 16 << 30
@@ -40,14 +40,14 @@ class ArchiveJson(Reader):
     def prepare(self, *, progress: bool = True) -> None:
         self._copied(progress)
 
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         return np.load(self._copied(progress=False) / _INDEX)
 
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
         copied = self._copied(progress=False)
         unread = json.loads((copied / _UNREAD).read_text(encoding="utf-8"))
         with (copied / _TEXT).open("rb") as stream:
-            for number, start, stop in places.tolist():
+            for number, start, stop in offsets.tolist():
                 if start == _BROKEN:
                     name, reason = unread[stop]
                     yield number, reject("bad_record", f"{name}: the member cannot be read: {reason}.")
@@ -81,7 +81,7 @@ def _copy(archive: Archive, target: Path) -> None:
     finally:
         os.close(descriptor)
     (target / _UNREAD).write_text(json.dumps(unread), encoding="utf-8")
-    np.save(target / _INDEX, as_places(found))
+    np.save(target / _INDEX, as_offsets(found))
 
 
 def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> str | None:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from megatron_vita.data.rejects import reject
 from megatron_vita.errors import DataError
 
-Places = npt.NDArray[np.int64]
-"""`[records, 3]`: record number (from 1; the line in a JSONL file), and two numbers that the reader understands."""
+RecordOffsets = npt.NDArray[np.int64]
+"""`[records, 3]`: record number (from 1; the line of a JSONL file), and two numbers that each reader defines."""
 Record = dict[str, Any] | list[Any]
 
 MAX_RECORD = 256 << 20
@@ -33,7 +33,7 @@ class Reader(ABC):
         self.path = path
 
     @abstractmethod
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         """Where every record lies, in file order.
 
         Raises:
@@ -42,8 +42,8 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
-        """(record number, record) for each place, in that order; a DataError in place of a record that is broken."""
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
+        """(record number, record) of each offset, in that order; a DataError instead of a broken record."""
 
     def head(self, count: int) -> list[Record | DataError]:
         """The first records, without listing all where the container allows that.
@@ -64,9 +64,9 @@ class Reader(ABC):
             ConfigError: it cannot be used as it is.
         """
 
-    def chunks(self, places: Places, size: int) -> list[Places]:
-        """Cut chosen places into runs for one process each; here of `size` records."""
-        return [places[start : start + size] for start in range(0, len(places), size)]
+    def chunks(self, offsets: RecordOffsets, size: int) -> list[RecordOffsets]:
+        """Split chosen offsets into chunks, each for one process; by default of `size` records."""
+        return [offsets[start : start + size] for start in range(0, len(offsets), size)]
 
 
 def parse_record(text: bytes) -> Record | DataError:
@@ -89,8 +89,8 @@ def parse_record(text: bytes) -> Record | DataError:
     return record
 
 
-def as_places(flat: array[int]) -> Places:
-    """Numbers collected one after another as places."""
+def as_offsets(flat: array[int]) -> RecordOffsets:
+    """A flat array of (record number, second number, third number) as RecordOffsets."""
     return np.frombuffer(flat, dtype=np.int64).reshape(-1, 3) if flat else np.zeros((0, 3), dtype=np.int64)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sources.readers.base import MAX_RECORD, Places, Reader, Record, as_places, parse_record
+from megatron_vita.data.sources.readers.base import MAX_RECORD, Reader, Record, RecordOffsets, as_offsets, parse_record
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, ArrayScanner, scan_array, scan_lines
 from megatron_vita.errors import DataError
 
@@ -29,25 +29,25 @@ _TURNS = ({"role", "content"}, {"from", "value"})
 
 
 class ByteRanges(Reader):
-    """Records as byte ranges: second and third number of a place are where one begins and ends."""
+    """Records as byte ranges: second and third number of an offset are its begin and its end."""
 
     @abstractmethod
     def _scan(self, stream: BinaryIO, most: int | None = None) -> array[int]:
         """Number, begin and end of every record, or of the first."""
 
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         with self.path.open("rb", buffering=0) as stream:
-            return as_places(self._scan(stream))
+            return as_offsets(self._scan(stream))
 
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
         with self.path.open("rb") as stream:
-            for line, start, stop in places.tolist():
+            for line, start, stop in offsets.tolist():
                 yield line, read_range(stream, start, stop)
 
     def head(self, count: int) -> list[Record | DataError]:
         with self.path.open("rb", buffering=0) as stream:
-            places = as_places(self._scan(stream, most=count))
-        return [record for _, record in self.read(places)]
+            offsets = as_offsets(self._scan(stream, most=count))
+        return [record for _, record in self.read(offsets)]
 
 
 class JsonLines(ByteRanges):
@@ -93,8 +93,8 @@ def json_form(head: bytes) -> str:
 
 def is_turn(text: bytes) -> bool:
     """Is the first thing in an array a turn of a conversation, and the array so a record itself?"""
-    places, _ = scan_array(io.BytesIO(text), most=1)
-    first = parse_record(text[places[1] : places[2]]) if places else None
+    offsets, _ = scan_array(io.BytesIO(text), most=1)
+    first = parse_record(text[offsets[1] : offsets[2]]) if offsets else None
     if isinstance(first, dict):
         return {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys()
     return _TURN.match(text) is not None
@@ -104,7 +104,7 @@ def array_records(stream: BinaryIO, start: int = 0, stop: int | None = None, mos
     """As `scan_array`; but where the array does not end as it should, a broken record swallows no sound one.
 
     An open quote turns text into structure and structure into text, so what follows looks broken to its end. Then every
-    record is parsed, and behind a broken one the next place is sought where a record like the others begins.
+    record is parsed, and behind a broken one the next offset at which a record like the others begins is searched for.
     """
     found, whole = scan_array(stream, start, stop, most)
     if whole or (most is not None and len(found) >= 3 * most):

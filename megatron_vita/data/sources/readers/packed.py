@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_vita.data.sources.media_store import build_once, unpack
 from megatron_vita.data.sources.media_store.compressed import peek
-from megatron_vita.data.sources.readers.base import Places, Reader, Record, parse_record
+from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, JsonArray, JsonLines, array_records, json_form
 from megatron_vita.data.sources.readers.scan import scan_lines
 from megatron_vita.errors import DataError
@@ -28,11 +28,11 @@ class PackedJson(Reader):
     def prepare(self, *, progress: bool = True) -> None:
         self._unpacked(progress)
 
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         return self._inner().index()
 
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
-        return self._inner().read(places)
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
+        return self._inner().read(offsets)
 
     def head(self, count: int) -> list[Record | DataError]:
         size = PEEK

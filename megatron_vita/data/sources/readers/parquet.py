@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sources.readers.base import Places, Reader, Record
+from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets
 from megatron_vita.errors import DataError
 
 _ROWS = 16
@@ -18,9 +18,9 @@ _BUFFER = 1 << 20
 
 
 class Parquet(Reader):
-    """Rows of row groups (second number of a place: the group, third: the row in it)."""
+    """Rows of row groups (second number of an offset: the row group, third: the row in it)."""
 
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         with self._open() as file:
             try:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
@@ -32,32 +32,32 @@ class Parquet(Reader):
         groups = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
         return np.stack([np.arange(1, len(rows) + 1, dtype=np.int64), groups, rows], axis=1)
 
-    def chunks(self, places: Places, size: int) -> list[Places]:
+    def chunks(self, offsets: RecordOffsets, size: int) -> list[RecordOffsets]:
         """Whole row groups, so that none is decoded twice; records that repeat begin it anew."""
-        new = (np.diff(places[:, 1]) != 0) | (np.diff(places[:, 2]) < 0)
-        return [chunk for chunk in np.split(places, np.flatnonzero(new) + 1) if len(chunk)]
+        new = (np.diff(offsets[:, 1]) != 0) | (np.diff(offsets[:, 2]) < 0)
+        return [chunk for chunk in np.split(offsets, np.flatnonzero(new) + 1) if len(chunk)]
 
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
         with self._open() as file:
-            for chunk in self.chunks(places, 0):
+            for chunk in self.chunks(offsets, 0):
                 yield from self._read_group(file, chunk)
 
-    def _read_group(self, file: Any, places: Places) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-        wanted = places[:, 2].tolist()
+    def _read_group(self, file: Any, offsets: RecordOffsets) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+        wanted = offsets[:, 2].tolist()
         waiting = 0
         start = 0
         reason: object = "it ends early"
         try:
-            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[int(places[0, 1])], use_threads=False):
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[int(offsets[0, 1])], use_threads=False):
                 while waiting < len(wanted) and wanted[waiting] < start + batch.num_rows:
-                    yield int(places[waiting, 0]), _row(batch.slice(wanted[waiting] - start, 1))
+                    yield int(offsets[waiting, 0]), _row(batch.slice(wanted[waiting] - start, 1))
                     waiting += 1
                 start += batch.num_rows
                 if waiting == len(wanted):
                     return
         except _errors() as error:
             reason = error
-        for line in places[waiting:, 0].tolist():
+        for line in offsets[waiting:, 0].tolist():
             yield line, reject("bad_record", f"the row group cannot be decoded ({reason}). Fetch the file again.")
 
     def _open(self) -> Any:

@@ -89,11 +89,11 @@ class ArrayScanner:
         self._escaped = False
         if not len(slashes):
             return
-        places = marks[slashes]
-        first = np.ones(len(places), dtype=bool)
-        first[1:] = np.diff(places) != 1
-        run = np.maximum.accumulate(np.where(first, np.arange(len(places)), 0))
-        active = slashes[(np.arange(len(places)) - run) % 2 == 0]
+        at = marks[slashes]
+        first = np.ones(len(at), dtype=bool)
+        first[1:] = np.diff(at) != 1
+        run = np.maximum.accumulate(np.where(first, np.arange(len(at)), 0))
+        active = slashes[(np.arange(len(at)) - run) % 2 == 0]
         self._escaped = bool(marks[active[-1]] == len(text) - 1)
         following = active[active + 1 < len(marks)]
         following = following[marks[following + 1] == marks[following] + 1] + 1

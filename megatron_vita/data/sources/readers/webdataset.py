@@ -20,7 +20,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import Member
 from megatron_vita.data.sources.media_store.tars import walk
-from megatron_vita.data.sources.readers.base import Places, Reader, Record
+from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets
 from megatron_vita.data.sources.readers.webdataset_group import Group, split_name
 from megatron_vita.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ _SKIPPED = re.compile(r"__[^/]*__(?:$|/)")
 
 
 class WebDataset(Reader):
-    """Groups of members (second and third number of a place: rows of the index of grouped members).
+    """Groups of members (second and third number of an offset: rows of the index of grouped members).
 
     A record is what the json member says, with the pictures and videos of the group as `images` and `videos`; a caption
     without a conversation becomes the answer to them. A member that nothing reads becomes a field `.extension`.
@@ -42,16 +42,16 @@ class WebDataset(Reader):
     def prepare(self, *, progress: bool = True) -> None:
         self._grouped(progress)
 
-    def index(self) -> Places:
+    def index(self) -> RecordOffsets:
         groups = np.load(self._grouped())[:, 0]
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
         stops = np.append(starts[1:], len(groups))
         return np.stack([np.arange(1, len(starts) + 1), starts, stops[: len(starts)]], axis=1).astype(np.int64)
 
-    def read(self, places: Places) -> Iterator[tuple[int, Record | DataError]]:
+    def read(self, offsets: RecordOffsets) -> Iterator[tuple[int, Record | DataError]]:
         archive, rows = self._archive(), np.load(self._grouped(), mmap_mode="r")
         with archive.data.open("rb") as stream:
-            for number, start, stop in places.tolist():
+            for number, start, stop in offsets.tolist():
                 try:
                     members = list(_members_at(archive.data, stream, rows[start:stop, 1].tolist()))
                     yield number, Group(archive, members, stream).record()
