@@ -90,7 +90,7 @@ class _Open:
         return int(rows[place]) if place < len(lines) and lines[place] == line else None
 
     def copy(self, sample: int, line: int, writer: ChunkWriter) -> None:
-        """Spool a sample of the set; its media stay where they are.
+        """Write a sample of the set to an intermediate shard; its media stay where they are.
 
         Raises:
             DataError: the set is damaged there.

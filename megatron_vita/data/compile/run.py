@@ -104,7 +104,7 @@ def _chunks(inputs: Inputs) -> list[ChunkTask]:
             parts = reader.chunks(chosen, CHUNK)
             chunks += [ChunkTask(n, number, part) for n, part in enumerate(parts, len(chunks))]
     except VitaError:
-        if not (inputs.work / "spool").exists():  # nothing is compiled yet that could be kept
+        if not (inputs.work / "intermediate").exists():  # nothing is compiled yet that could be kept
             shutil.rmtree(inputs.work)
         raise
     return chunks

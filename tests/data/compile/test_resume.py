@@ -32,7 +32,7 @@ SPEC = PreprocessSpec(image_size=16, patch_size=4, max_tiles=4, max_frames=4)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, frames of videos (spooled), text, and a few bad records."""
+    """Pictures, frames of videos (in the intermediate shards), text, and a few bad records."""
     root = tmp_path_factory.mktemp("world")
     tokenizer_folder(root / "tok")
     (root / "clip").mkdir()
@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
 ) -> None:
     prefix = tmp_path / "set"
     kill(world, prefix, place, count, when)
-    kept = [int(path.name) for path in tmp_path.glob(".set.work/spool/*/*") if path.suffix != ".partial"]
+    kept = [int(path.name) for path in tmp_path.glob(".set.work/intermediate/*/*") if path.suffix != ".partial"]
     # what was being compiled gets a process of its own, in case that it was the cause
     elsewhere = {int(path.name) for path in tmp_path.glob(".set.work/active/*")} - set(kept)
     manifest = run(options(world, prefix, resume=True))

@@ -51,7 +51,7 @@ _ENTRIES = "entries.npy"
 
 def chunk_path(work: Path, number: int) -> Path:
     """Intermediate shard of a chunk; a thousand to a folder."""
-    return work / "spool" / f"{number // 1000:05d}" / f"{number:08d}"
+    return work / "intermediate" / f"{number // 1000:05d}" / f"{number:08d}"
 
 
 class EntryTable:
