@@ -3,7 +3,7 @@
     python tools/inspect_data.py DIR/PREFIX [--html OUT.html] [--sample K | --pack K] [--pictures OUT.png] [--stats]
         [--plot OUT.png] [--verify]
 
-By itself: the set's statistics. --html writes them as a page that stands alone, with charts, what was refused, and
+By itself: the set's statistics. --html writes them as a page that stands alone, with charts, what was rejected, and
 samples (that of --sample, those of --pack, or six spread over the set) with their pictures; what carries loss is
 marked. --sample prints the text with what carries loss in ⟦brackets⟧, and the table of its tiles; --pack, what lies
 in a pack. --pictures writes a sheet of their tiles (by itself: one tile of each of up to 64 samples). --plot draws the

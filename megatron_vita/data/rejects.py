@@ -1,4 +1,4 @@
-"""Why a record is refused: the reason codes. (A refused record itself is a `manifest.Reject`.)"""
+"""Why a record is rejected: the error codes. (A rejected record itself is a `manifest.Reject`.)"""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ CODES: dict[str, str] = {
     "loss_weight": "a mark says that something is learnt by a weight, or that a question is",
     "overlong": "the sample is longer than a pack",
 }
-"""Every reason code with its meaning."""
+"""Every error code with its meaning."""
 
 
 def reject(code: str, message: str) -> DataError:
-    """A DataError whose message begins with its reason code."""
+    """A DataError whose message begins with its error code."""
     return DataError(f"{code}: {message}")
 
 
 def code_of(error: DataError) -> tuple[str, str]:
-    """(reason code, message without it) of a DataError; `bad_record` where it names no known code."""
+    """(error code, message without it) of a DataError; `bad_record` where it names no known code."""
     code, colon, rest = str(error).partition(": ")
     return (code, rest) if colon and code in CODES else ("bad_record", str(error))

@@ -129,7 +129,7 @@ class Sample:
         """Turns must be [system] (user assistant)* [user]; every picture and video must be referred to exactly once.
 
         Raises:
-            DataError: whose message starts with the reason code (`bad_order`, `bad_record`, `empty_turn`,
+            DataError: whose message starts with the error code (`bad_order`, `bad_record`, `empty_turn`,
                 `media_count`; `tools_unread` or `reasoning_unread`, if it is not plain).
         """
         if self.tools or any(message.calls or message.role == "tool" for message in self.messages):

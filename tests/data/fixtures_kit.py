@@ -35,7 +35,7 @@ class Good:
 
 
 Wanted = Good | str
-"""What a record becomes: a Good one, or the code it is refused with."""
+"""What a record becomes: a Good one, or the code it is rejected with."""
 Pairs = list[tuple[Any, Wanted]]
 """(record as published, what becomes of it)."""
 

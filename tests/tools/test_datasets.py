@@ -60,7 +60,7 @@ def samples(folder: Path, source: str, work: Path) -> list[Sample]:
     return made  # type: ignore[return-value]
 
 
-def refused(folder: Path) -> list[tuple[int, str]]:
+def rejected(folder: Path) -> list[tuple[int, str]]:
     lines = (folder / "summary.rejects.jsonl").read_text().splitlines()
     return [(one["line"], one["code"]) for one in map(json.loads, lines)]
 
@@ -68,8 +68,8 @@ def refused(folder: Path) -> list[tuple[int, str]]:
 def test_movienet_as_pictures(movienet: Path, tmp_path: Path) -> None:
     built = build_movienet(movienet / "240P", movienet / "meta.v1.zip", movienet, most=3, prompt="Tell.")
     assert (built.read, built.written, built.images) == (7, 2, 5)
-    assert built.read == built.written + built.refused.total()
-    assert refused(movienet) == [
+    assert built.read == built.written + built.rejected.total()
+    assert rejected(movienet) == [
         (3, "media_missing"), (4, "no_answer"), (5, "bad_json"), (6, "no_answer"), (7, "media_missing"),
     ]  # fmt: skip
     records = [json.loads(line) for line in (movienet / "summary.jsonl").read_text().splitlines()]
@@ -98,7 +98,7 @@ def test_movienet_as_videos(movienet: Path, tmp_path: Path) -> None:
         gaps=True,
         text_fields=["synopsis", "overview"],
     )
-    assert (built.written, built.images, dict(built.refused)) == (
+    assert (built.written, built.images, dict(built.rejected)) == (
         4, 0, {"bad_json": 1, "no_answer": 1, "media_missing": 1},
     )  # fmt: skip
     records = [json.loads(line) for line in (output / "summary.jsonl").read_text().splitlines()]
@@ -153,8 +153,8 @@ def test_comic9k_from_its_parts(comic: Path, tmp_path: Path) -> None:
     output = tmp_path / "built"
     built = build_comic(comic / "summary.jsonl", comic / "images.tar.gz.aa", output)
     assert (built.read, built.written, built.images, built.unsorted) == (11, 3, 36, 1)
-    assert built.read == built.written + built.refused.total()
-    assert refused(output) == [
+    assert built.read == built.written + built.rejected.total()
+    assert rejected(output) == [
         (4, "media_missing"), (5, "media_count"), (6, "no_answer"), (7, "media_missing"), (8, "path_escape"),
         (9, "media_ambiguous"), (10, "bad_role"), (11, "bad_json"),
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def test_the_command(comic: Path, movienet: Path, tmp_path: Path, capsys: pytest
     assert comic9k.main(["--summary", str(comic / "summary.jsonl"), *pages, "--output", f"{tmp_path}/c"]) == 0
     out = capsys.readouterr().out
     assert "1 books have pages out of the order" in out
-    assert f"wrote {tmp_path}/c/summary.jsonl: 3 of 11 records, 36 pictures; refused: 1 bad_json, 1 bad_role" in out
+    assert f"wrote {tmp_path}/c/summary.jsonl: 3 of 11 records, 36 pictures; rejected: 1 bad_json, 1 bad_role" in out
     given = ["--keyframes", f"{movienet}/240P", "--output", f"{tmp_path}/m", "--meta"]
     assert films.main([*given, f"{movienet}/meta.v1.zip"]) == 0
     assert films.main([*given, f"{movienet}/none.zip"]) == 2

@@ -25,7 +25,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG
 from megatron_vita.data.sources.mappers import map_messages
 from megatron_vita.data.sources.media_store import open_archive, unpack
-from megatron_vita.data.sources.media_store.members import REFUSED
+from megatron_vita.data.sources.media_store.members import REJECTED
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.errors import ConfigError, DataError
 
@@ -105,7 +105,7 @@ def _page_names(pages: Path, output: Path) -> list[str]:
         partial = output / f".{PAGES}.partial"
         unpack(pages, partial)
         partial.replace(target)
-    return [member.name for member in open_archive(target).members() if member.kind not in REFUSED]
+    return [member.name for member in open_archive(target).members() if member.kind not in REJECTED]
 
 
 def _known_by(names: Iterable[str]) -> dict[str, str | None]:

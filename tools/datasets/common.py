@@ -1,4 +1,4 @@
-"""Builders: what the makers of MovieNet-Summary and Comic-9K share. A record is written, or refused with a reason."""
+"""Builders: what the makers of MovieNet-Summary and Comic-9K share. A record is written, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Built:
     written: int = 0
     images: int = 0
     """Pictures that the written records name; frames of folders are not counted."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Reason code -> records. `read` is what is written and what is refused."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Error code -> records. `read` is what is written and what is rejected."""
     unsorted: int = 0
     """Books whose pages are not in the order of their names; written as they are."""
 
@@ -51,7 +51,7 @@ def write_records(
                 made = make()
             except DataError as error:
                 code, message = code_of(error)
-                built.refused[code] += 1
+                built.rejected[code] += 1
                 rejects.write(json.dumps({"line": number, "code": code, "message": message}, ensure_ascii=False) + "\n")
                 continue
             built.written += 1
@@ -70,11 +70,11 @@ def run(build: Callable[[], Built], output: Path) -> int:
     except VitaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    why = ", ".join(f"{count} {code}" for code, count in sorted(built.refused.items()))
+    why = ", ".join(f"{count} {code}" for code, count in sorted(built.rejected.items()))
     if built.unsorted:
         print(f"{built.unsorted} books have pages out of the order of their names; they are written as they are")
     print(
         f"wrote {output / SUMMARY}: {built.written} of {built.read} records, {built.images} pictures"
-        + (f"; refused: {why}" if why else "")
+        + (f"; rejected: {why}" if why else "")
     )
     return 0 if built.written else 1

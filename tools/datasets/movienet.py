@@ -32,7 +32,7 @@ from common import Built, run, write_records
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG, VIDEO_TAG
 from megatron_vita.data.sources.media_store import open_archive
-from megatron_vita.data.sources.media_store.members import REFUSED
+from megatron_vita.data.sources.media_store.members import REJECTED
 from megatron_vita.errors import ConfigError
 
 MOVIE_PROMPT = "These are key frames of a film, in their order. Write its synopsis."
@@ -115,7 +115,7 @@ def _shots(place: Path, film: str, gaps: bool) -> list[list[str]]:
         names = [path.name for path in place.iterdir() if path.is_file()]
     else:
         try:
-            members = [member for member in open_archive(place).members() if member.kind not in REFUSED]
+            members = [member for member in open_archive(place).members() if member.kind not in REJECTED]
         except ConfigError as error:
             raise reject("media_broken", str(error)) from None
         inside = f"{film}/"

@@ -1,4 +1,4 @@
-"""One record becomes an Example of a packed set, or is refused."""
+"""One record becomes an Example of a packed set, or is rejected."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Compiler:
         """Convert, read media, tokenise, and fit to the sequence.
 
         Raises:
-            DataError: beginning with a reason code.
+            DataError: beginning with a error code.
         """
         if isinstance(record, DataError):
             raise record

@@ -24,8 +24,8 @@ def too_many(sources: Sequence[SourceCounts], limit: float | None) -> list[Sourc
 
 
 def describe(source: SourceCounts) -> str:
-    """`NAME: 3 of 10 records are refused (2 media_missing, 1 bad_json)`."""
-    return f"{source.name}: {_rejected(source)} of {source.read} records are refused ({by_code(source.rejected)})"
+    """`NAME: 3 of 10 records are rejected (2 media_missing, 1 bad_json)`."""
+    return f"{source.name}: {_rejected(source)} of {source.read} records are rejected ({by_code(source.rejected)})"
 
 
 def by_code(counts: Mapping[str, int]) -> str:

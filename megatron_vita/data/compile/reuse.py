@@ -1,7 +1,7 @@
 """An earlier set as a source of Examples: what it holds of a mix that has grown is not compiled again.
 
 A dataset of both sets counts as unchanged if its key is the same (`source_key`): data file, form, media folder and
-settings. Pictures and videos are taken to be what they were. Refused records are always tried again.
+settings. Pictures and videos are taken to be what they were. Rejected records are always compiled again.
 """
 
 from __future__ import annotations

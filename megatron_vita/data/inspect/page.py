@@ -167,7 +167,7 @@ def _rejects(shards: ShardSet) -> str:
         for (code, source), count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     )
     return (
-        "<h2>Refused records</h2><table><tr><th>reason</th><th class=l>source</th><th>records</th>"
+        "<h2>Rejected records</h2><table><tr><th>reason</th><th class=l>source</th><th>records</th>"
         f"<th class=l>the first one</th></tr>{rows}</table>"
     )
 

@@ -152,10 +152,10 @@ def statistics(shards: ShardSet) -> str:
     ]
     labelled = labelled_share(shards)
     for index, source in enumerate(shards.manifest.sources):
-        refused = ", ".join(f"{code} {number}" for code, number in sorted(source.rejected.items()))
+        codes_text = ", ".join(f"{code} {number}" for code, number in sorted(source.rejected.items()))
         lines.append(
             f"{source.name:<24} {source.read:>9} {source.used:>9} {sum(source.rejected.values()):>9} "
-            f"{source.truncated:>9} {source.tokens:>12} {labelled[index]:>6.1%} {source.tiles}  {refused}".rstrip()
+            f"{source.truncated:>9} {source.tokens:>12} {labelled[index]:>6.1%} {source.tiles}  {codes_text}".rstrip()
         )
     return "\n".join(lines)
 
@@ -166,7 +166,7 @@ def totals(shards: ShardSet) -> list[tuple[str, str]]:
     pictures = _pictures(shards)
     frames = int(pictures["frame"].sum()) if len(pictures) else 0
     codes = rejects_by_code(shards)
-    refused = f" ({', '.join(f'{code} {number}' for code, number in codes.items())})" if codes else ""
+    codes_text = f" ({', '.join(f'{code} {number}' for code, number in codes.items())})" if codes else ""
     return [
         ("format", f"{manifest.format_version}, layout {manifest.layout}, digest {manifest.digest[:16]}"),
         ("packs", f"{total['packs']} of {manifest.seq_length} tokens, {manifest.packing['fill']:.2%} full"),
@@ -176,12 +176,12 @@ def totals(shards: ShardSet) -> list[tuple[str, str]]:
             "media",
             f"{total['tiles']} tiles ({manifest.image['size']} px), {len(pictures) - frames} pictures, {frames} frames",
         ),
-        ("records", f"{total['read']} read, {total['rejected']} rejected{refused}"),
+        ("records", f"{total['read']} read, {total['rejected']} rejected{codes_text}"),
     ]
 
 
 def rejects_by_code(shards: ShardSet) -> dict[str, int]:
-    """Reason code -> records of all sources, most frequent first."""
+    """Error code -> records of all sources, most frequent first."""
     counts: Counter[str] = Counter()
     for source in shards.manifest.sources:
         counts.update(source.rejected)

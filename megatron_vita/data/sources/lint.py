@@ -20,7 +20,7 @@ from megatron_vita.data.sources.duplicates import find_duplicates
 from megatron_vita.data.sources.entries import DatasetEntry, nearest, read_entries
 from megatron_vita.data.sources.media_store import is_archive, open_archive
 from megatron_vita.data.sources.media_store.compressed import compression_of, parts_of
-from megatron_vita.data.sources.media_store.members import REFUSED
+from megatron_vita.data.sources.media_store.members import REJECTED
 from megatron_vita.data.sources.media_store.store import MediaStore, new_store
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.data.sources.registry import DatasetSpec
@@ -150,12 +150,12 @@ def _empty(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
             continue
         if not members:
             yield f"{entry.name}: {file} holds no record. Fetch it again, or take it out of the mix."
-        empty = [one.name for one in members if not one.size and one.kind not in REFUSED]
+        empty = [one.name for one in members if not one.size and one.kind not in REJECTED]
         if empty:
             yield f"{entry.name}: {file}: {_some(empty)} {'is' if len(empty) == 1 else 'are'} empty."
-        refused = [f"{one.name} ({REFUSED[one.kind][1]})" for one in members if one.kind in REFUSED]
-        if refused:
-            yield f"{entry.name}: {file}: not read: {_some(refused)}."
+        rejected = [f"{one.name} ({REJECTED[one.kind][1]})" for one in members if one.kind in REJECTED]
+        if rejected:
+            yield f"{entry.name}: {file}: not read: {_some(rejected)}."
 
 
 def _listable(file: Path) -> bool:

@@ -48,7 +48,7 @@ class DatasetSpec:
     video: tuple[str, ...] = ()
     """Fields that may hold videos."""
     media: bool = False
-    """Every record holds media: one without is refused, and so no placeholder is taken for text."""
+    """Every record holds media: one without is rejected, and so no placeholder is taken for text."""
     root: str = "none"
     """Where relative media paths start, unless the mix says `media_root`: `cwd`, `json_dir` (the data file's folder),
     `dataset` (the dataset's root), `user` (the mix must say it), or `none` (media are embedded)."""

@@ -20,7 +20,7 @@ _SURELY = 2
 def beginnings(sample: Sample | Document, limit: int, tokenizer: VitaTokenizer) -> Sample | Document:
     """The Sample with its longest texts cut to beginnings that are too long for a pack all the same.
 
-    Whatever `--overlong` does with it comes out as from the whole: it is refused, or the first tokens of a text are
+    Whatever `--overlong` does with it comes out as from the whole: it is rejected, or the first tokens of a text are
     taken, and those are the same.
 
     Args:

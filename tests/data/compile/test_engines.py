@@ -257,7 +257,7 @@ def test_too_many_refused_records_stop_the_run_and_it_can_go_on(world: Path, tmp
     group = {"data_paths": [str(tmp_path / "more.jsonl")], "media_root": str(world)}
     (tmp_path / "more.yaml").write_text(json.dumps({"dataset": {"images": group}}))
     settings = {"data_config": str(tmp_path / "more.yaml")}
-    with pytest.raises(DataError, match=r"8 of 32 records are refused \(8 bad_json\), more than --max-rejected 0.2"):
+    with pytest.raises(DataError, match=r"8 of 32 records are rejected \(8 bad_json\), more than --max-rejected 0.2"):
         run(options(world, tmp_path / "out" / "set", max_rejected=0.2, **settings))
     assert not list((tmp_path / "out").glob("set.*"))
     manifest = run(options(world, tmp_path / "out" / "set", max_rejected=0.25, resume=True, **settings))

@@ -222,7 +222,7 @@ def test_turns_that_fixes_drop_are_counted(world: Path, tmp_path: Path) -> None:
     records = [
         {"conversations": [odd, *turns("q"), odd]},
         {"conversations": turns("q")},
-        {"conversations": [odd, {"from": "tool", "value": "more"}]},  # nothing is left of it: refused, not counted
+        {"conversations": [odd, {"from": "tool", "value": "more"}]},  # nothing is left of it: rejected, not counted
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     group = {"source": "sharegpt", "fix": ["drop_bad_role"], "data_paths": [str(tmp_path / "r.jsonl")]}

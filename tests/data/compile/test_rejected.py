@@ -75,8 +75,8 @@ def test_what_is_said_at_the_end() -> None:
     assert total([counts("a", 5)]) == "rejected: none"
     sources = [counts("a", 100, bad_json=5), counts("b", 100, bad_json=6), counts("c", 10, bad_role=1, media_missing=2)]
     assert warnings(sources) == [
-        "warning: c: 3 of 10 records are refused (2 media_missing, 1 bad_role)",
-        "warning: b: 6 of 100 records are refused (6 bad_json)",
+        "warning: c: 3 of 10 records are rejected (2 media_missing, 1 bad_role)",
+        "warning: b: 6 of 100 records are rejected (6 bad_json)",
     ]
     assert total(sources) == "rejected: 14 of 210 records (11 bad_json, 2 media_missing, 1 bad_role)"
     assert by_code({}) == "none"
@@ -96,12 +96,12 @@ def test_the_last_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert lines[-2] == said
         assert lines[-1].startswith("wrote ")
         warned = [line for line in lines if line.startswith("warning")]
-        assert warned == (["warning: a: 3 of 20 records are refused (3 media_missing)"] if missing == 3 else [])
+        assert warned == (["warning: a: 3 of 20 records are rejected (3 media_missing)"] if missing == 3 else [])
 
 
 def test_a_refused_run_keeps_its_rejects_and_goes_on(tmp_path: Path, compiled: list[tuple[str, int]]) -> None:
     root = world(tmp_path, {"a": (10, 6), "b": (30, 0)})
-    said = r"a: 6 of 10 records are refused \(6 media_missing\), more than --max-rejected 0.5 allows"
+    said = r"a: 6 of 10 records are rejected \(6 media_missing\), more than --max-rejected 0.5 allows"
     with pytest.raises(DataError, match=said) as caught:
         run(options(root))
     assert not list((root / "out").glob("set*"))

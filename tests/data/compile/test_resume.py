@@ -277,7 +277,7 @@ def test_a_mix_that_grows_compiles_only_what_is_new(
     assert (new.totals["cleaned"], old.totals["cleaned"]) == (14, sum(name == "images" for name, _ in taken))
     if workers == 1:
         wanted = {(new.sources[int(row["source"])].name, int(row["line"])) for row in ShardSet(prefix).samples}
-        assert set(compiled) == (wanted - taken) | {("images", 6)}  # what was refused is tried again
+        assert set(compiled) == (wanted - taken) | {("images", 6)}  # what was rejected is tried again
         assert len(compiled) == len(set(compiled))
 
 

@@ -31,7 +31,7 @@ from tests.data.kit import picture
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_frames=8)
 
 
-def refused(data: bytes, verify: str = "structure") -> str:
+def rejected(data: bytes, verify: str = "structure") -> str:
     with pytest.raises(DataError) as error:
         read_image(MediaFile(data=data), verify=verify)
     return str(error.value).partition(":")[0]
@@ -86,21 +86,21 @@ def test_animation_gives_its_first_picture() -> None:
 def test_truncated_files_are_refused_without_decoding(kind: str) -> None:
     data = picture(80, 60, kind=kind)
     assert read_image(MediaFile(data=data)).width == 80
-    assert refused(data[: len(data) * 3 // 5]) in ("media_truncated", "media_broken")
-    assert refused(data[: len(data) * 3 // 5], "decode") in ("media_truncated", "media_broken")
+    assert rejected(data[: len(data) * 3 // 5]) in ("media_truncated", "media_broken")
+    assert rejected(data[: len(data) * 3 // 5], "decode") in ("media_truncated", "media_broken")
 
 
 def test_damaged_files_are_refused() -> None:
-    assert refused(b"") == "media_broken"
-    assert refused(b"<html>not found</html>") == "media_broken"
-    assert refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "media_broken"
+    assert rejected(b"") == "media_broken"
+    assert rejected(b"<html>not found</html>") == "media_broken"
+    assert rejected(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "media_broken"
     png = bytearray(picture(40, 40))
     png[len(png) // 2] ^= 4
-    assert refused(bytes(png)) == "media_broken"
+    assert rejected(bytes(png)) == "media_broken"
     jpeg = picture(80, 60, kind="JPEG")
-    assert refused(jpeg[:-2]) == "media_truncated"
+    assert rejected(jpeg[:-2]) == "media_truncated"
     for cut in (picture(40, 30)[:-20], picture(80, 60, kind="JPEG")[:-2]):  # what decodes need not be whole
-        assert refused(cut, "decode") == "media_truncated"
+        assert rejected(cut, "decode") == "media_truncated"
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -113,9 +113,9 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def test_bombs_and_impossible_shapes_are_refused_unread() -> None:
-    assert refused(bomb(20000, 15000)) == "media_bomb"
-    assert refused(bomb(10000, MAX_PIXELS // 10000 + 1)) == "media_bomb"
-    assert refused(bomb(0, 5)) == "media_size"
+    assert rejected(bomb(20000, 15000)) == "media_bomb"
+    assert rejected(bomb(10000, MAX_PIXELS // 10000 + 1)) == "media_bomb"
+    assert rejected(bomb(0, 5)) == "media_size"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1500), (1500, 1), (9000, 1), (3, 1)])

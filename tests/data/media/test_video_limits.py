@@ -1,4 +1,4 @@
-"""Videos in their child process: what hangs, crashes or eats memory is refused, and the next clip is decoded.
+"""Videos in their child process: what hangs, crashes or eats memory is rejected, and the next clip is decoded.
 
 The misbehaving decoder is an `av` of our own on the module search path, which the child takes over.
 """

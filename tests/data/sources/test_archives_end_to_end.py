@@ -59,7 +59,7 @@ def _said(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def _files_and_records() -> tuple[Files, list[dict[str, Any]]]:
-    """Pictures, a video, a folder of frames, and records that are refused each for a reason that media give."""
+    """Pictures, a video, a folder of frames, and records that are rejected each for a reason that media give."""
     files = {f"a/{number}.png": picture(16 + 3 * number, 24, seed=number) for number in range(9)}
     files |= {f"b/clip/{number}.png": picture(16, 16, seed=number) for number in range(6)}
     files |= {"a/cut.png": picture(30, 30)[:-20], "a/junk.jpg": b"no picture", "b/film.mp4": clip(2)}

@@ -1,5 +1,5 @@
 """Every dataset of the table, from its published form to Samples: what each good record becomes, and why a bad one is
-refused."""
+rejected."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_each_record_becomes_what_it_should(
         got = converted(mix_file(promise, tmp_path), work)
         assert len(got) == len(promise.wanted), promise.path
         for line, (one, wanted) in enumerate(zip(got, promise.wanted, strict=True), 1):
-            if wanted in LATE:  # the compiler refuses it, this room does not
+            if wanted in LATE:  # the compiler rejects it, this package does not
                 assert isinstance(one, Good)
             else:
                 assert one == wanted, (promise.path, line)

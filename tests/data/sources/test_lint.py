@@ -221,7 +221,7 @@ def test_no_mix_at_all(tmp_path: Path) -> None:
     assert look(tmp_path, a={"ratio": 0, "data_paths": []}).wrong
 
 
-# -------------------------------------------------------------------------------------- media by name, empty, refused
+# -------------------------------------------------------------------------------------- media by name, empty, rejected
 
 
 @pytest.mark.parametrize("source", ["sharegemini", "m4_video", "llava_hound"])

@@ -40,7 +40,7 @@ def store(root: Path, **rule: Any) -> stores.MediaStore:
     return open_store(MediaRule(root=root, **rule), root / ".work")
 
 
-def refused(one: stores.MediaStore, reference: str) -> str:
+def rejected(one: stores.MediaStore, reference: str) -> str:
     with pytest.raises(DataError) as caught:
         one.find(reference)
     return str(caught.value).partition(":")[0]
@@ -87,8 +87,8 @@ def test_lookups_equal_a_real_unpack(
             reference = "/".join([*parts[:above], name])
             assert content(looked.find(reference)) == data
             assert content(looked.find(str(root / reference))) == data
-        assert refused(looked, name + "x") == "media_missing"
-        assert refused(looked, "elsewhere/" + name) == "media_missing"
+        assert rejected(looked, name + "x") == "media_missing"
+        assert rejected(looked, "elsewhere/" + name) == "media_missing"
 
 
 def _opened_tar(path: Path) -> tarfile.TarFile:
@@ -111,8 +111,8 @@ def test_files_on_disk_win_and_several_archives_are_one(tmp_path: Path) -> None:
     assert content(one.find("laion/chunks/images/3.jpg")) == b"3"
     assert content(one.find("laion/images/same.jpg")) == b"same"
     (folder / "more.zip").write_bytes(zip_of({"images/same.jpg": b"else", "images/0.jpg": b"00"}))
-    assert refused(store(tmp_path), "laion/images/same.jpg") == "media_ambiguous"
-    assert refused(store(tmp_path), "laion/images/0.jpg") == "media_ambiguous"
+    assert rejected(store(tmp_path), "laion/images/same.jpg") == "media_ambiguous"
+    assert rejected(store(tmp_path), "laion/images/0.jpg") == "media_ambiguous"
     assert content(store(tmp_path).find("laion/images/1.jpg")) == b"1"
 
 
@@ -124,7 +124,7 @@ def test_an_archive_counts_in_its_own_folder_and_above_alone(tmp_path: Path) -> 
     for reference in ("a/a.jpg", "b/b.jpg", "a.jpg", "b.jpg"):
         assert content(one.find(reference)) == b"x"
     for reference in ("a/b.jpg", "b/a.jpg"):
-        assert refused(one, reference) == "media_missing"
+        assert rejected(one, reference) == "media_missing"
 
 
 def test_split_archives_are_joined(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_hostile_members_of_a_tar(tmp_path: Path) -> None:
         ("x" * 5000, "media_missing"),
         ("good", "media_missing"),
     ):
-        assert refused(one, reference) == code, reference
+        assert rejected(one, reference) == code, reference
 
 
 def test_members_of_one_name_that_differ_are_refused(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_members_of_one_name_that_differ_are_refused(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"other"))
     (tmp_path / "x.tar").write_bytes(out.getvalue())
     one = store(tmp_path)
-    assert refused(one, "twice.jpg") == "media_ambiguous"
+    assert rejected(one, "twice.jpg") == "media_ambiguous"
     assert content(one.find("thrice.jpg")) == b"evil"  # twice the same
     assert content(one.find("good/1.jpg")) == b"good"
 
@@ -252,7 +252,7 @@ def test_hostile_members_of_a_zip(tmp_path: Path) -> None:
         ("larger.jpg", "media_broken"),
         ("folder", "media_missing"),
     ):
-        assert refused(one, name) == code, name
+        assert rejected(one, name) == code, name
 
 
 def test_bombs_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,14 +263,14 @@ def test_bombs_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         zip_of({"bomb.jpg": bytes(4 << 20), "film.mp4": large, "flat.bmp": bytes(1 << 17)})
     )
     one = store(tmp_path)
-    assert refused(one, "bomb.jpg") == "media_bomb"
+    assert rejected(one, "bomb.jpg") == "media_bomb"
     film = one.find("film.mp4")  # too large for memory: on disk, once
     assert film.data is None
     assert content(film) == large
     assert one.find("film.mp4") == film
     assert content(one.find("flat.bmp")) == bytes(1 << 17)
     monkeypatch.setattr(archive_media, "MAX_MEMBER", 1 << 20)
-    assert refused(one, "film.mp4") == "media_bomb"
+    assert rejected(one, "film.mp4") == "media_bomb"
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -388,7 +388,7 @@ def test_empty_archives_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(zip_of({}))
     (tmp_path / "x.tar").write_bytes(tar_of({}))
     for archives in (list_archives(tmp_path), (tmp_path / "x.zip",)):
-        assert refused(store(tmp_path, archives=archives), "a.jpg") == "media_missing"
+        assert rejected(store(tmp_path, archives=archives), "a.jpg") == "media_missing"
 
 
 # -------------------------------------------------------------------------------------------------- ids, names, frames
@@ -413,19 +413,19 @@ def test_ids_and_folders_of_frames(tmp_path: Path, form: str) -> None:
     for name, wanted in (("one", b"1"), ("two", b"2"), ("v.1", b"3"), ("there", b"disk"), ("there.mp4", b"disk")):
         assert content(one.find(name)) == wanted
     assert one.find("shots").path == str(tmp_path / "disk/shots")
-    assert refused(one, "both") == "media_ambiguous"
-    assert refused(one, "none") == "media_missing"
-    assert refused(one, "elsewhere/one") == "media_missing"  # a path that is not there is no id
+    assert rejected(one, "both") == "media_ambiguous"
+    assert rejected(one, "none") == "media_missing"
+    assert rejected(one, "elsewhere/one") == "media_missing"  # a path that is not there is no id
     (tmp_path / "disk/there.webm").write_bytes(b"again")
     prepare(MediaRule(root=tmp_path, archives=list_archives(tmp_path), resolve="stem"), tmp_path / ".work")
     stores.open_store.cache_clear()
-    assert refused(store(tmp_path, resolve="stem"), "there") == "media_ambiguous"
+    assert rejected(store(tmp_path, resolve="stem"), "there") == "media_ambiguous"
     for found in (one.find("clip"), store(tmp_path, frames=True).find("t/clip")):
         assert [content(file) for file in found.frames] == [frame(n) for n in (9, 10, 11)]
         with open_video(found) as video:
             items = video.frames(PreprocessSpec(image_size=8, patch_size=4), 3)
         assert [Image.open(io.BytesIO(item.data)).convert("RGB").getpixel((0, 0))[0] for item in items] == [9, 10, 11]
-    assert refused(store(tmp_path), "t/clip") == "media_missing"
+    assert rejected(store(tmp_path), "t/clip") == "media_missing"
 
 
 def test_names_in_archives_that_are_unpacked_flat(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_names_in_archives_that_are_unpacked_flat(tmp_path: Path) -> None:
     (tmp_path / "a/chunks/1.zip").write_bytes(zip_of({"data/1/8.jpg": b"88", "__MACOSX/data/._7.jpg": b"no"}))
     one = store(tmp_path, resolve="name")
     assert content(one.find("a/images/7.jpg")) == b"7"
-    assert refused(one, "a/images/8.jpg") == "media_ambiguous"
+    assert rejected(one, "a/images/8.jpg") == "media_ambiguous"
     (tmp_path / "b").mkdir()
     (tmp_path / "b/9.jpg").write_bytes(b"9")
     stores.open_store.cache_clear()

@@ -108,12 +108,12 @@ def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[b
     except DataError as error:
         if any(words in str(error).lower() for words in _NO_MEMORY):
             return {"memory": True}, []
-        return {"refused": str(error)}, []
+        return {"rejected": str(error)}, []
     except Exception as error:  # a damaged clip may bring a decoder to raise anything
         if any(words in str(error).lower() for words in _NO_MEMORY):
             return {"memory": True}, []
         name = request.get("name", "the video")
-        return {"refused": str(reject("video_broken", f"{name}: {type(error).__name__}: {error}"[:500]))}, []
+        return {"rejected": str(reject("video_broken", f"{name}: {type(error).__name__}: {error}"[:500]))}, []
 
 
 def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:

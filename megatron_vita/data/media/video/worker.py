@@ -145,7 +145,7 @@ class _Decoder:
         """Send a request and wait for the answer, no longer than `seconds`.
 
         Raises:
-            DataError: video_timeout, video_memory, media_crash, or what the child refused.
+            DataError: video_timeout, video_memory, media_crash, or what the child rejected.
         """
         with self._lock:
             child = self.child(limits)
@@ -176,8 +176,8 @@ class _Decoder:
                 raise ConfigError(answer["config"])
             if "memory" in answer:
                 self._lose(name, limits, "video_memory")
-            if "refused" in answer:
-                raise DataError(answer["refused"])
+            if "rejected" in answer:
+                raise DataError(answer["rejected"])
             return answer, parts
 
     def child(self, limits: VideoLimits) -> _Child:

@@ -158,11 +158,11 @@ def _counted(
     out = []
     for index, source in enumerate(sources):
         packed = plan.by_source.get(index, {})
-        used, refused = packed.get("samples", 0), sum(source.rejected.values())
-        if source.used != used or source.read != used + refused or rejected.get(source.name, 0) != refused:
+        used, rejects = packed.get("samples", 0), sum(source.rejected.values())
+        if source.used != used or source.read != used + rejects or rejected.get(source.name, 0) != rejects:
             raise DataError(
                 f"{prefix}: the counts of {source.name} do not add up: read {source.read}, said to be used "
-                f"{source.used}, packed {used}, rejected {refused}, lines of rejects {rejected.get(source.name, 0)}."
+                f"{source.used}, packed {used}, rejected {rejects}, lines of rejects {rejected.get(source.name, 0)}."
             )
         out.append(
             dataclasses.replace(

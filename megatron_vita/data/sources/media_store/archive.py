@@ -38,7 +38,7 @@ class Archive:
         """A member's bytes, block by block.
 
         Args:
-            member: one that is not refused.
+            member: one that is not rejected.
             descriptor: of the opened `data`.
 
         Raises:

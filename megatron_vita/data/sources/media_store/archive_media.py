@@ -23,7 +23,7 @@ from megatron_vita.data.sources.media_store.index import (
     key_of,
     merge_tables,
 )
-from megatron_vita.data.sources.media_store.members import DEFLATED, FOLDER, REFUSED, STORED, TAR, Member
+from megatron_vita.data.sources.media_store.members import DEFLATED, FOLDER, REJECTED, STORED, TAR, Member
 from megatron_vita.data.sources.media_store.tars import walk
 from megatron_vita.data.sources.media_store.zips import data_offset, inflate, local_name
 from megatron_vita.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ from megatron_vita.errors import ConfigError, DataError
 IN_MEMORY = 64 << 20
 """Bytes up to which a packed member is unpacked into memory; a larger one into the work folder."""
 MAX_MEMBER = 64 << 30
-"""A packed member that says it is larger is refused."""
+"""A packed member that says it is larger is rejected."""
 _FRAMES_IN_MEMORY = 256 << 20
 _OPEN = 16
 """Archives held open by one store."""
@@ -88,7 +88,7 @@ class ArchiveMedia:
         """The member or folder of frames that a path relative to the root means.
 
         Raises:
-            DataError: it is refused, or several differ.
+            DataError: it is rejected, or several differ.
         """
         parts = path.split("/")
         for domain in (PATH, FRAMES) if self._frames else (PATH,):
@@ -111,8 +111,8 @@ class ArchiveMedia:
         rows = self._table.find(key_of(NAME if self._resolve == "name" else STEM, name))
         folders = {(row.first, row.second) for row in rows if row.kind == FOLDER}
         files = [row for row in rows if row.kind != FOLDER]
-        if folders or any(row.kind not in REFUSED for row in files):
-            files = [row for row in files if row.kind not in REFUSED]
+        if folders or any(row.kind not in REJECTED for row in files):
+            files = [row for row in files if row.kind not in REJECTED]
         if len(folders) + bool(files) > 1:
             raise reject("media_ambiguous", f"{name} is in the archives more than once. Give the path in the record.")
         if folders:
@@ -176,9 +176,9 @@ class ArchiveMedia:
 
     def _one(self, rows: list[Found], name: str) -> Found:
         """The row that is fit; of several, any if they are the same."""
-        good = [row for row in rows if row.kind not in REFUSED]
+        good = [row for row in rows if row.kind not in REJECTED]
         if not good:
-            code, why = REFUSED[rows[0].kind]
+            code, why = REJECTED[rows[0].kind]
             raise reject(code, f"{self._names[rows[0].archive]}: {name}: {why}.")
         if len(good) > 1 and len({self._identity(row) for row in good}) > 1:
             where = " and ".join(dict.fromkeys(self._names[row.archive] for row in good))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_vita.data.media.names import FRAME_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from megatron_vita.data.sources.media_store.archive import Archive
 from megatron_vita.data.sources.media_store.cache import build_once
-from megatron_vita.data.sources.media_store.members import FOLDER, REFUSED
+from megatron_vita.data.sources.media_store.members import FOLDER, REJECTED
 
 PATH, FRAMES, NAME, STEM = b"p", b"f", b"n", b"s"
 """What is hashed: a member's path; the folder that a frame lies in; the last part of a path; that part without suffix,
@@ -112,7 +112,7 @@ def index_archive(archive: Archive, target: Path, *, frames: bool, resolve: str)
             table.add(key_of(NAME, last), member.offset, member.size, member.kind, member.crc)
         elif resolve == "stem" and last.lower().endswith(VIDEO_SUFFIXES):
             table.add(key_of(STEM, stem_of(last)), member.offset, member.size, member.kind, member.crc)
-        if frames and folder and member.kind not in REFUSED and last.lower().endswith(FRAME_SUFFIXES):
+        if frames and folder and member.kind not in REJECTED and last.lower().endswith(FRAME_SUFFIXES):
             key = key_of(FRAMES, folder)
             table.add(key, member.header, member.size, member.kind, member.crc)
             if resolve == "stem" and folder not in folders:

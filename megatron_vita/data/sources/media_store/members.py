@@ -7,15 +7,15 @@ from dataclasses import dataclass
 TAR, STORED, DEFLATED, FOLDER = range(4)
 """How a member lies in its archive: as a region, as a region behind a header, packed; or it stands for a folder."""
 
-REFUSED: dict[int, tuple[str, str]] = {
+REJECTED: dict[int, tuple[str, str]] = {
     16: ("path_escape", "its name in the archive is absolute or leaves the folder"),
     17: ("path_escape", "it is a link, and links in archives are not followed"),
     18: ("media_broken", "it is no file (a device, a pipe or a sparse file)"),
     19: ("media_broken", "it is encrypted. Unpack the archive"),
     20: ("media_broken", "it is packed by a method that is not read in place. Unpack the archive"),
 }
-"""Why a member is refused: number in the index -> (reason code, what to say)."""
-HOSTILE_NAME, LINK, NO_FILE, ENCRYPTED, METHOD = REFUSED
+"""Why a member is rejected: number in the index -> (error code, what to say)."""
+HOSTILE_NAME, LINK, NO_FILE, ENCRYPTED, METHOD = REJECTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Member:
     name: str
     """Cleaned: relative, no `.` and `..`, parts joined by `/`."""
     kind: int
-    """TAR, STORED, DEFLATED, or a number of REFUSED."""
+    """TAR, STORED, DEFLATED, or a number of REJECTED."""
     header: int
     """Offset of its header."""
     offset: int

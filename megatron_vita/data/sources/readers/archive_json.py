@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
-from megatron_vita.data.sources.media_store.members import REFUSED, Member
+from megatron_vita.data.sources.media_store.members import REJECTED, Member
 from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets, as_offsets, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, array_records, is_turn, json_form, read_range
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
@@ -87,8 +87,8 @@ def _copy(archive: Archive, target: Path) -> None:
 def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> str | None:
     """Append a member's text and its records; or say why it cannot be read."""
     begin, number = out.seek(0, 2), len(found) // 3
-    if member.kind in REFUSED:
-        return REFUSED[member.kind][1]
+    if member.kind in REJECTED:
+        return REJECTED[member.kind][1]
     if member.size > _MOST_MEMBER:
         return f"it has {member.size} bytes"
     try:

@@ -10,7 +10,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.fields import IMAGE_NAMES, VIDEO_NAMES, is_address, is_embedded, listed, plain
 from megatron_vita.data.sources.media_store import Archive
-from megatron_vita.data.sources.media_store.members import REFUSED, Member
+from megatron_vita.data.sources.media_store.members import REJECTED, Member
 from megatron_vita.data.sources.readers.base import Record
 from megatron_vita.data.sources.readers.json_files import read_range
 from megatron_vita.errors import DataError
@@ -40,8 +40,8 @@ class Group:
         self._parts: dict[str, Member] = {}
         for member in sorted(members, key=lambda one: natural_key(one.name)):
             part = split_name(member.name)[1]
-            if member.kind in REFUSED:
-                code, why = REFUSED[member.kind]
+            if member.kind in REJECTED:
+                code, why = REJECTED[member.kind]
                 raise reject(code, f"{member.name}: {why}.")
             if part in self._parts:
                 raise self._contradiction(f"{member.name} stands in the tar twice.")
