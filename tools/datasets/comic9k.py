@@ -67,10 +67,10 @@ def build_comic(summary: Path, pages: Path, output: Path) -> Built:
         found = [_page(known, name) for name in names]
         talk: list[tuple[str, str]] = []
         for turn in draft.turns:
-            if turn.ours is None or not isinstance(turn.content, str):
-                code = "bad_role" if turn.ours is None else "bad_record"
+            if turn.known_role is None or not isinstance(turn.content, str):
+                code = "bad_role" if turn.known_role is None else "bad_record"
                 raise reject(code, f"a turn of {turn.role!r} with {turn.content!r:.40}.")
-            talk.append((turn.ours, turn.content))
+            talk.append((turn.known_role, turn.content))
         asked = "".join(text for role, text in talk if role == "user")
         if IMAGE_TAG not in asked:
             talk = _with_tags(talk, len(found))

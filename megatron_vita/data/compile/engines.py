@@ -155,7 +155,7 @@ class _Attempts:
             return True, self._run(task)
         except VitaError as error:
             return False, error
-        except Exception as error:  # a defect of ours: its traceback would be lost on the way
+        except Exception as error:  # a defect of this package: its traceback would not reach the parent
             if isinstance(error, OSError) and no_room(error):
                 return False, error
             return False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
@@ -176,10 +176,10 @@ class _Local:
     def __init__(self) -> None:
         # spawn: this process may hold threads (digests), which a fork would copy in the middle of their work
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,))
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_end,))
         self.process.start()
-        theirs.close()
+        child_end.close()
 
 
 class LocalExecutor(_WorkerPool[_Local]):

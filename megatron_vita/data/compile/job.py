@@ -210,14 +210,14 @@ class _ChunkWorker:
         origin = item.origin
         if origin is None or origin.path is None:
             return item.data
-        ours = Path(origin.path).is_relative_to(self._job.sources_work)  # unpacked for this run only
+        unpacked = Path(origin.path).is_relative_to(self._job.sources_work)  # exists for this run only
         if self._job.info.media == "reference":
-            if ours:
+            if unpacked:
                 return item.data
             offset = None if origin.size is None else origin.offset
             return reference_record(item, Path(origin.path), Path(os.path.realpath(self._job.folder)), offset)
         try:
-            stamp = -1 if ours else os.stat(origin.path).st_mtime_ns
+            stamp = -1 if unpacked else os.stat(origin.path).st_mtime_ns
         except OSError:
             return item.data
         return Region(origin.path, origin.offset, len(item.data), stamp)

@@ -50,12 +50,12 @@ class EarlierSet:
     @classmethod
     def matching(cls, prefix: str, manifest: Manifest, keys: list[str]) -> EarlierSet | None:
         """What a set has in common with a mix, given the key of each of its files; None if nothing."""
-        theirs = {  # how often a tag is text is not known record by record
+        numbers = {  # how often a tag is text is not known record by record
             source.key: number
             for number, source in enumerate(manifest.sources)
             if source.key and not source.tags_as_text
         }
-        sources = {number: theirs[key] for number, key in enumerate(keys) if key in theirs}
+        sources = {number: numbers[key] for number, key in enumerate(keys) if key in numbers}
         return cls(prefix, sources) if sources else None
 
     def open(self) -> _Open:

@@ -143,7 +143,7 @@ def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64, who
 
     Raises:
         VitaError: there is not enough memory.
-        RuntimeError: anything else that is no fault of the picture: a defect of ours, a disk that fails.
+        RuntimeError: anything else that is no fault of the picture: a defect of this package, a disk that fails.
     """
     failed: set[int] = set()
     records = shards.tiles(tile_ids)

@@ -15,7 +15,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "system": "system", "developer": "system",
 }  # fmt: skip
-"""Role as datasets write it -> ours."""
+"""Role as datasets write it -> role of a Message."""
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, Kind] = ("image", "video")
@@ -60,8 +60,8 @@ class Turn:
     """What a function answered that the turn before called."""
 
     @property
-    def ours(self) -> Role | None:
-        """The role, if it is known."""
+    def known_role(self) -> Role | None:
+        """The role that a Message gets; None if the dataset's role is not known."""
         return "tool" if self.is_result else ROLES.get(self.role)
 
 

@@ -26,24 +26,24 @@ def _in_questions(change: Callable[[str], str]) -> Callable[[Draft], None]:
 
 
 def _drop_leading_nonuser(draft: Draft) -> None:
-    while draft.turns and draft.turns[0].ours not in ("user", "system"):
+    while draft.turns and draft.turns[0].known_role not in ("user", "system"):
         del draft.turns[0]
 
 
 def _drop_trailing_user(draft: Draft) -> None:
-    while draft.turns and draft.turns[-1].ours != "assistant":
+    while draft.turns and draft.turns[-1].known_role != "assistant":
         del draft.turns[-1]
 
 
 def _drop_bad_role(draft: Draft) -> None:
-    draft.turns = [turn for turn in draft.turns if turn.ours is not None]
+    draft.turns = [turn for turn in draft.turns if turn.known_role is not None]
 
 
 def _relabel_alternating_if_bad(draft: Draft) -> None:
     """Roles are wrong, the order of the turns is right: the user speaks first, and then they take turns."""
-    turns = draft.turns[1:] if draft.turns and draft.turns[0].ours == "system" else draft.turns
+    turns = draft.turns[1:] if draft.turns and draft.turns[0].known_role == "system" else draft.turns
     wanted = [("user", "assistant")[number % 2] for number in range(len(turns))]
-    if any(turn.ours != role for turn, role in zip(turns, wanted, strict=True)):
+    if any(turn.known_role != role for turn, role in zip(turns, wanted, strict=True)):
         for turn, role in zip(turns, wanted, strict=True):
             turn.role = role
 
@@ -56,14 +56,14 @@ def _alias_image_tag_to_video(draft: Draft) -> None:
 
 def _ensure_placeholder(draft: Draft) -> None:
     """Media without a single placeholder go before the first question, in order."""
-    asked = "".join(t.content for t in draft.turns if isinstance(t.content, str) and t.ours != "assistant")
+    asked = "".join(t.content for t in draft.turns if isinstance(t.content, str) and t.known_role != "assistant")
     tags = ""
     if draft.images and IMAGE_TAG not in asked:
         tags += f"{IMAGE_TAG}\n" * len(draft.images)
     if draft.videos and VIDEO_TAG not in asked:
         tags += f"{VIDEO_TAG}\n" * len(draft.videos)
     for turn in draft.turns:
-        if tags and turn.ours == "user" and isinstance(turn.content, str):
+        if tags and turn.known_role == "user" and isinstance(turn.content, str):
             turn.content = tags + turn.content
             return
 
@@ -74,7 +74,7 @@ def _dedupe_placeholder(draft: Draft) -> None:
         return
     seen = False
     for turn in draft.turns:
-        if not isinstance(turn.content, str) or turn.ours == "assistant" or IMAGE_TAG not in turn.content:
+        if not isinstance(turn.content, str) or turn.known_role == "assistant" or IMAGE_TAG not in turn.content:
             continue
         before, _, after = turn.content.partition(IMAGE_TAG)
         turn.content = before + ("" if seen else IMAGE_TAG) + after.replace(IMAGE_TAG, "")
@@ -85,14 +85,14 @@ def _strip_orphan_placeholder(draft: Draft) -> None:
     """No medium of a kind: its placeholders in questions are taken out, and the record stays as text."""
     for tag, media in ((IMAGE_TAG, draft.images), (VIDEO_TAG, draft.videos)):
         for turn in draft.turns:
-            if not media and turn.ours == "user" and isinstance(turn.content, str):
+            if not media and turn.known_role == "user" and isinstance(turn.content, str):
                 turn.content = turn.content.replace(f"{tag}\n", "").replace(tag, "")
 
 
 def _default_prompt(prompt: str) -> Callable[[Draft], None]:
     def fix(draft: Draft) -> None:
         for turn in draft.turns:
-            if turn.ours == "user" and isinstance(turn.content, str):
+            if turn.known_role == "user" and isinstance(turn.content, str):
                 if not turn.content.replace(IMAGE_TAG, "").replace(VIDEO_TAG, "").strip():
                     turn.content = f"{turn.content.rstrip()}\n{prompt}"
                 return

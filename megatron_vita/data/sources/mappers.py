@@ -170,7 +170,7 @@ def _add_calls(turn: Turn, raw: Mapping[str, Any], draft: Draft) -> set[str]:
         turn.role = "assistant"
         return set()
     turn.is_result = turn.role in RESULT_ROLES and before is not None and bool(before.calls or before.is_result)
-    if turn.ours != "assistant":
+    if turn.known_role != "assistant":
         return set()
     turn.calls, read = read_calls(raw, draft.ignore)
     for key, value in raw.items():

@@ -64,9 +64,9 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
         if (
             isinstance(value, str) and name in names.MASKED and value.lower() in ROLES
         ):  # NeMo: whose turns carry no loss
-            _apply(draft, (turn.ours != ROLES[value.lower()] for turn in draft.turns))
+            _apply(draft, (turn.known_role != ROLES[value.lower()] for turn in draft.turns))
         elif name in names.LAST_ONLY:
-            last = max((n for n, turn in enumerate(draft.turns) if turn.ours == "assistant"), default=-1)
+            last = max((n for n, turn in enumerate(draft.turns) if turn.known_role == "assistant"), default=-1)
             if _learnt(name, value, key):
                 _apply(draft, (n == last for n in range(len(draft.turns))))
         elif isinstance(value, list | tuple):
@@ -74,7 +74,7 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
                 raise reject("loss_weight", f"`{key}` marks {len(value)} turns, but there are {len(draft.turns)}.")
             marks = [_absent(one) or _learnt(name, one, key) for one in value]
             for turn, one, mark in zip(draft.turns, value, marks, strict=True):
-                if mark and turn.ours != "assistant" and not _absent(one) and name not in names.WEIGHTS:
+                if mark and turn.known_role != "assistant" and not _absent(one) and name not in names.WEIGHTS:
                     raise reject("loss_weight", f"`{key}` marks a question to be learnt; loss lies on answers alone.")
             _apply(draft, marks)
         else:

@@ -55,7 +55,7 @@ def place(draft: Draft, held: dict[Kind, list[Any]], *, generic: bool) -> bool:
 
 def _in_turn(turn: Turn, kind: Kind, references: list[Any], media: list[Any], explicit: bool) -> None:
     """Media that stand in a turn, beside its content."""
-    if turn.ours == "assistant":
+    if turn.known_role == "assistant":
         raise reject("media_unread", f"a {kind} in an answer: nothing teaches to make one.")
     numbers = range(len(media), len(media) + len(references))
     media += references
@@ -126,7 +126,7 @@ def _part(kind: Kind, number: int) -> Part:
 
 def _read_paths(turn: Turn) -> None:
     """Older forms of Qwen-VL and ms-swift write `<img>a.png</img>` in a question."""
-    if turn.ours == "assistant" or not isinstance(turn.content, str) or "</" not in turn.content:
+    if turn.known_role == "assistant" or not isinstance(turn.content, str) or "</" not in turn.content:
         return
 
     def replaced(match: re.Match[str]) -> str:
@@ -145,7 +145,9 @@ def _read_paths(turn: Turn) -> None:
 
 def _read_numbers(draft: Draft) -> None:
     """`<image_1>`, `<|image_1|>`, `<image 1>` stand for the record's pictures, in records that write no `<image>`."""
-    questions = [turn.content for turn in draft.turns if isinstance(turn.content, str) and turn.ours != "assistant"]
+    questions = [
+        turn.content for turn in draft.turns if isinstance(turn.content, str) and turn.known_role != "assistant"
+    ]
     if not draft.images or any("<image>" in text for text in questions):
         return
     tags = {match.group(): int(match[1]) for text in questions for match in _NUMBERED_TAG.finditer(text)}

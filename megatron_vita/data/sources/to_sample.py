@@ -176,7 +176,7 @@ def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[s
     for key in keys:
         system = record.get(key)
         if isinstance(system, str) and system.strip() and draft.turns and key not in draft.ignore:
-            if draft.turns[0].ours != "system":
+            if draft.turns[0].known_role != "system":
                 draft.turns.insert(0, Turn("system", system))
             return set(keys)
     return set()
@@ -192,7 +192,7 @@ def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Ki
     messages = []
     orphans: set[Kind] = set()
     for turn in draft.turns:
-        role = turn.ours
+        role = turn.known_role
         if role is None:
             raise reject("bad_role", f"role {turn.role!r} is not known.")
         if not isinstance(turn.content, str):

@@ -105,12 +105,10 @@ def _compare(tokenizer: ChatTokenizer, backend: HuggingFace, sample: Sample, gen
     text = text.replace(names.VIDEO, clip, 1)
     for tiles in (1, 3):
         text = text.replace(f"\ue000{tiles}", tile * tiles, 1)
-    ours, stock = example.tokens.tolist(), backend.parse(text, affixes=not begun)
-    if ours != stock:
-        place = next(
-            (i for i, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock))
-        )
-        here, there = (" ".join(map(backend.token, ids[max(place - 4, 0) : place + 4])) for ids in (ours, stock))
+    own, stock = example.tokens.tolist(), backend.parse(text, affixes=not begun)
+    if own != stock:
+        place = next((i for i, (a, b) in enumerate(zip(own, stock, strict=False)) if a != b), min(len(own), len(stock)))
+        here, there = (" ".join(map(backend.token, ids[max(place - 4, 0) : place + 4])) for ids in (own, stock))
         raise ConfigError(
             f"{tokenizer.path}: cannot be used: the same conversation becomes other ids in stock transformers, at "
             f"position {place}: {there!r} there, {here!r} here. Look at the flags of its added tokens (single_word, "

@@ -193,7 +193,7 @@ class SentencePiece:
         self._model: Any = SentencePieceProcessor(model_proto=content)
         self.sha256 = hashlib.sha256(content).hexdigest()
         own = self._model.vocab_size()
-        # A piece of the same name inside the model is plain text to us; ours come behind it.
+        # A piece of the same name inside the model is plain text here; the tokens of this package come behind it.
         self.special: dict[str, int] = {name: own + number for number, name in enumerate(names)}
         self._names = dict(zip(self.special.values(), self.special, strict=True))
         self._own = own

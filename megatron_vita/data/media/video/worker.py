@@ -62,15 +62,15 @@ class _Child:
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
-        self.link, theirs = Pipe()
+        self.link, child_end = Pipe()
         path = [entry or os.getcwd() for entry in sys.path]
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        with theirs:
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(memory), *path],
+                [sys.executable, "-c", _BOOT, str(child_end.fileno()), str(memory), *path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_end.fileno(),),
                 env={**os.environ, **single},
             )
         self._usage = psutil.Process(self._process.pid)
