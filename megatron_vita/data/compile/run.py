@@ -193,7 +193,7 @@ def _refused(
     return DataError(
         f"{inputs.options.data_config}:{what} {'; '.join(map(rejects.describe, beyond))}, more than --max-rejected "
         f"{rejects.MAX_REJECTED if limit is None else limit:g} allows. For instance {' '.join(shown)} Nothing is "
-        f"published; {listed} holds every rejected record. Mend them, or go on with --resume and a higher "
+        f"published; {listed} holds every rejected record. Repair them, or go on with --resume and a higher "
         "--max-rejected."
     )
 

@@ -1,7 +1,7 @@
 """Open datasets: readers x mappers x media rules, and the table that names them.
 
 A *reader* knows a container and gives records, a *mapper* knows a record's fields and gives turns, a *media rule* says
-which fields hold pictures and where their files lie, and *fixes* mend what a publisher is known to get wrong. A dataset
+which fields hold pictures and where their files lie, and *fixes* repair what a publisher is known to get wrong. A dataset
 is one row of table.yaml that names one of each.
 """
 

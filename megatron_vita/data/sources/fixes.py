@@ -1,4 +1,4 @@
-"""Fixes: small changes to a Draft that mend what a publisher is known to get wrong. A table row lists them in order."""
+"""Fixes: small repairs of a Draft for known defects of a publisher's records. A table row lists them in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A record becomes a Sample: map its fields, mend it, put its media in their places, prove it whole."""
+"""Converts a record to a Sample: map its fields, repair it, place its media in the turns, check the result."""
 
 from __future__ import annotations
 

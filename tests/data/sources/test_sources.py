@@ -338,8 +338,8 @@ def test_placeholders_that_a_mix_mends(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=r"^media_count"):
             record_to_sample(record, row, store=store, source="s", line=1)
-        mended = dataclasses.replace(row, fix=(fix,))
-        assert talk(record_to_sample(record, mended, store=store, source="s", line=1)[0]) == wanted
+        repaired = dataclasses.replace(row, fix=(fix,))
+        assert talk(record_to_sample(record, repaired, store=store, source="s", line=1)[0]) == wanted
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:

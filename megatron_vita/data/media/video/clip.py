@@ -112,7 +112,7 @@ class VideoFile(ABC):
         """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory.
 
         Raises:
-            MissedError: `times` is wrong about the clip; `learn` mends that.
+            MissedError: `times` is wrong about the clip; `learn` corrects it.
         """
 
     def check_size(self, width: int, height: int) -> None:

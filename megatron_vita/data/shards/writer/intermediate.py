@@ -174,7 +174,7 @@ class ChunkFile:
         except OSError as error:
             self.close()
             raise DataError(
-                f"{path} cannot be read ({error.strerror}). Mend that, and run again with --resume."
+                f"{path} cannot be read ({error.strerror}). Repair that, and run again with --resume."
             ) from None
         except (ValueError, IndexError) as error:
             self.close()

@@ -214,5 +214,5 @@ class ArchiveMedia:
 def _opened(path: Path, work: Path | None, progress: bool) -> Archive:
     try:
         return open_archive(path, work, progress=progress)
-    except DataError as error:  # media, so a setting is to be mended and no record
+    except DataError as error:  # the archive is at fault and no record
         raise ConfigError(str(error)) from None

@@ -112,7 +112,7 @@ def array_records(stream: BinaryIO, start: int = 0, stop: int | None = None, mos
     end = stream.seek(0, 2) if stop is None else stop
     keys: set[str] = set()
     out = array("q")
-    at = mended = 0
+    at = repaired = 0
     while at < len(found):
         begin, until = found[at + 1], found[at + 2]
         at += 3
@@ -121,11 +121,11 @@ def array_records(stream: BinaryIO, start: int = 0, stop: int | None = None, mos
             record = parse_record(stream.read(until - begin))
             if isinstance(record, dict):
                 keys = keys or set(record)
-            elif not isinstance(record, list) and mended < _MOST:
+            elif not isinstance(record, list) and repaired < _MOST:
                 stream.seek(begin)
                 again = _next_record(stream.read(min(end, until + _BEYOND) - begin), until - begin, keys)
                 if again is not None:
-                    mended += 1
+                    repaired += 1
                     out.extend((len(out) // 3 + 1, begin, begin + again[0]))
                     found, at = scan_array(stream, begin + again[1], end, begun=True)[0], 0
                     continue
