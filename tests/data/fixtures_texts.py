@@ -140,11 +140,11 @@ def long_instruction(root: Path) -> Iterator[Promise]:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
     )
     talk = Good([("user", "c\n\nq"), ("assistant", "a"), ("user", "r"), ("assistant", "b")])
-    told = Good([("system", "Be brief."), ("user", "q"), ("assistant", "a")])
+    good = Good([("system", "Be brief."), ("user", "q"), ("assistant", "a")])
     pairs: Pairs = [
         ({"messages": messages("报告……什么坏了？", "'阀门 3'。")}, qa("报告……什么坏了？", "'阀门 3'。")),
         ({"context": "c", "questions": ["q", "r"], "answers": ["a", "b"]}, talk),
-        ({"chatml": chatml}, told),
+        ({"chatml": chatml}, good),
         ({"context": "c", "questions": ["q"], "answers": [" "]}, "empty_turn"),
         ({"context": "c", "questions": ["q"], "answers": []}, "bad_record"),
         ({"text": "no ChatML"}, "bad_record"),
@@ -174,10 +174,10 @@ def long_texts(root: Path) -> Iterator[Promise]:
         ({"prompt": "q"}, "bad_record"),
     ]  # fmt: skip
     yield lines(root / "THUDM/LongCite-45k/long.jsonl", "longcite", cite)
-    told = Good([("system", "s"), ("user", "Write."), ("assistant", "Chapter 1")])
+    good = Good([("system", "s"), ("user", "Write."), ("assistant", "Chapter 1")])
     writer: Pairs = [
         ({"messages": messages("Write.", "Chapter 1")}, qa("Write.", "Chapter 1")),
-        ({"messages": [{"role": "system", "content": "s"}, *messages("Write.", "Chapter 1")]}, told),
+        ({"messages": [{"role": "system", "content": "s"}, *messages("Write.", "Chapter 1")]}, good),
     ]
     yield lines(root / "THUDM/LongWriter-6k/long.jsonl", "longwriter", writer)
     qlora: Pairs = [({"input": "Long text.", "output": "Summary."}, qa("Long text.", "Summary."))] * 2

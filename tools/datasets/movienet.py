@@ -71,7 +71,7 @@ def build_movienet(
     if form not in ("images", "video") or most < 1:
         raise ConfigError(f"form {form!r}, at most {most} pictures: choose images or video, and at least 1.")
     films = _films(keyframes)
-    told = _meta(meta)
+    read_meta = _meta(meta)
     base = output.resolve() if output.resolve() in [keyframes.resolve(), *keyframes.resolve().parents] else keyframes
 
     def records() -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
@@ -79,7 +79,7 @@ def build_movienet(
             yield number, lambda film=film, place=place: record(film, place)  # type: ignore[misc]
 
     def record(film: str, place: Path) -> dict[str, Any]:
-        synopsis = _synopsis(told, film, text_fields)
+        synopsis = _synopsis(read_meta, film, text_fields)
         shots = _shots(place, film, gaps)
         above = os.path.relpath(keyframes.resolve(), base.resolve())
         folder = film if above == "." else f"{above}/{film}"
@@ -153,8 +153,8 @@ def _meta(meta: Path) -> Callable[[str], bytes | None]:
     return from_zip
 
 
-def _synopsis(told: Callable[[str], bytes | None], film: str, fields: Sequence[str]) -> str:
-    text = told(film)
+def _synopsis(read_meta: Callable[[str], bytes | None], film: str, fields: Sequence[str]) -> str:
+    text = read_meta(film)
     if text is None:
         raise reject("no_answer", f"{film}: no meta file {film}.json.")
     try:

@@ -46,7 +46,7 @@ def _places(file: Path, root: Path | None, work: Path) -> tuple[tuple[re.Pattern
 
 
 def _names(path: Path) -> set[str]:
-    """How a path may be spelled; what is too short to be told from text is left out."""
+    """The spellings of a path, without those too short to be distinguished from text."""
     return {name for name in (str(path), os.path.abspath(path), os.path.realpath(path)) if "/" in name.strip("/.")} | {
         name for name in (os.path.abspath(path), os.path.realpath(path)) if name != "/"
     }

@@ -1,4 +1,4 @@
-"""What is told at the end of a run, beside what was rejected: fields that nothing reads, tags that stayed text."""
+"""Notes reported at the end of a run, besides rejected records: fields that nothing reads, tags kept as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LISTED = 8
 
 
 def count_notes(work: Path, chunks: Iterable[ChunkTask]) -> dict[int, Counter[str]]:
-    """Number of a file in the mix -> what its records left out, and in how many of those compiled in this run."""
+    """Number of a file in the mix -> each note of its records, and the number of records that have it."""
     notes: dict[int, Counter[str]] = {}
     for task in chunks:
         notes.setdefault(task.file, Counter()).update(ChunkFile(chunk_path(work, task.number)).notes)

@@ -69,7 +69,7 @@ _OTHERS = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 
 Image.preinit()
-for _plugin in ("TiffImagePlugin", "WebPImagePlugin"):  # Pillow knows only the commonest formats until it is told
+for _plugin in ("TiffImagePlugin", "WebPImagePlugin"):  # by default, Pillow loads only the commonest formats
     importlib.import_module(f"PIL.{_plugin}")
 
 # Pillow warns between once and twice its bound, and we reject there; and about EXIF that nobody needs.

@@ -1,8 +1,8 @@
 """Open datasets: readers x mappers x media rules, and the table that names them.
 
-A *reader* knows a container and gives records, a *mapper* knows a record's fields and gives turns, a *media rule* says
-which fields hold pictures and where their files lie, and *fixes* repair what a publisher is known to get wrong. A dataset
-is one row of table.yaml that names one of each.
+A *reader* reads the records of a container, a *mapper* converts a record's fields to turns, a *media rule* names the
+fields that hold media and the folders and archives of their files, and *fixes* repair known defects of a publisher's
+records. A dataset is a row of table.yaml that names one of each.
 """
 
 from megatron_vita.data.sources.mix import MixFile, load_mix, read_samples

@@ -93,10 +93,10 @@ class Draft:
         return self.images if kind == "image" else self.videos
 
     def leave_out(self, content: Mapping[str, Any], read: Container[str], prefix: str = "") -> None:
-        """Decide what becomes of the fields that were not read.
+        """Sort the fields that were not read into unused and rejected ones.
 
-        Where a record comes from and what was measured of it is left out. What would change what is taught rejects the
-        record. Other words are left out, and told at the end.
+        A field that would change what is taught rejects the record. Metadata (origin, measurements) are unused; other
+        fields with words in them are unused and reported at the end of the run.
 
         Args:
             content: a record, a turn or a part.

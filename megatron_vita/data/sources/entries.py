@@ -42,7 +42,7 @@ class DatasetEntry:
     paths: tuple[tuple[str, str], ...]
     """(what the mix calls it, alike on every machine; with variables filled in)."""
     row: DatasetSpec | None = None
-    """The row that `source` names; none: told from the records."""
+    """The row that `source` names; None: detected from the records."""
     media_root: Path | None = None
     media_written: str = ""
     """`media_root` as the mix writes it; nothing if that and all `data_paths` are absolute."""

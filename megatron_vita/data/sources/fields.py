@@ -1,4 +1,4 @@
-"""What the field calls things: names of media, of marks, of what is told besides, and what counts as a medium.
+"""Names of fields: of media, of loss marks, of tools, reasoning and metadata; and which values are media.
 
 Every name is compared as `plain` writes it: `imagePath`, `Image-Path` and `IMAGE_PATH` are `image_path`.
 """

@@ -79,7 +79,7 @@ def lint(path: str | Path) -> Report:
 
 def _line(entry: DatasetEntry, files: list[Path]) -> str:
     taken = f"ratio {entry.ratio:g}" + (f", at most {entry.num} of each" if entry.num is not None else "")
-    source = f"`{entry.row.name}`" if entry.row is not None else "form told from the records"
+    source = f"`{entry.row.name}`" if entry.row is not None else "form detected from the records"
     archives: dict[Path, int] = {}
     if entry.row is not None and (entry.media_root is None or entry.media_root.is_dir()):
         for file in files:

@@ -85,7 +85,7 @@ def load_mix(path: str | Path) -> list[MixFile]:
     folder; a path with `*`, `?` or `[` that is no file's name is a pattern.
 
     Raises:
-        ConfigError: unreadable, an unknown key, a form that cannot be told, or whatever is missing: every path of it.
+        ConfigError: unreadable, an unknown key, a form that cannot be detected, or files are missing: all of them.
     """
     path = Path(path)
     entries = [entry for entry in read_entries(path) if entry.used]
@@ -173,4 +173,4 @@ def _detect(file: Path, where: str) -> DatasetSpec:
     for record in open_reader(file).head(50):
         if not isinstance(record, DataError):
             return detect_row(record, f"{where}: {file}")
-    raise ConfigError(f"{where}: {file}: no record can be read, so the form cannot be told. Set `source:`.")
+    raise ConfigError(f"{where}: {file}: no record can be read, so the form cannot be detected. Set `source:`.")

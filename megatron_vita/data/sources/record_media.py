@@ -28,7 +28,7 @@ def gather(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> tuple[dict
     Args:
         record: what a reader gave.
         row: its fields come first. A publisher's row that declares no field for a kind takes none.
-        draft: is told which kinds have a field.
+        draft: its `declared` and `tags` are filled.
 
     Returns:
         (kind -> references, names of fields that were read).

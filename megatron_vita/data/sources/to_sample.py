@@ -54,7 +54,7 @@ class Changes:
 
     @property
     def notes(self) -> list[str]:
-        """What is counted and told at the end of a run: names of unread fields, and TAG_AS_TEXT."""
+        """Notes that are counted and reported at the end of a run: names of unread fields, and TAG_AS_TEXT."""
         return [*self.unread, *([TAG_AS_TEXT] if self.tag_as_text else [])]
 
 

@@ -37,9 +37,9 @@ def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> Non
         ConfigError: saying what stands in the way.
     """
     if backend.behind:
-        told = " ".join(backend.token(one) for one in backend.behind)
+        tokens = " ".join(backend.token(one) for one in backend.behind)
         raise ConfigError(
-            f"{tokenizer.path}: its post_processor puts {told} behind every text, so that a prompt would end before "
+            f"{tokenizer.path}: its post_processor puts {tokens} behind every text, so that a prompt would end before "
             "its answer. Take it out of tokenizer.json, or take another tokenizer."
         )
     for answer in _BLANKS:

@@ -128,7 +128,7 @@ def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
     Args:
         number: of the frame, from 1.
         time: seconds into the clip.
-        spec: whether times are told.
+        spec: whether times are written.
     """
     when = f" ({time:.1f}s)" if spec.video_timestamps and time is not None else ""
     return f"Frame{number}{when}: "
@@ -140,19 +140,19 @@ def frame_costs(
     """Tokens that each frame of a video adds, int64 `[frames]`.
 
     258 in `long_vita` at the real size, in `internvl` 262 and the digits of its number, and its time where that is
-    told. (The newline counted with the first frame stands behind the last.)
+    written. (The newline counted with the first frame stands behind the last.)
 
     Args:
         tokenizer: counts the labels.
-        spec: layout, tokens a tile, whether times are told.
+        spec: layout, tokens a tile, whether times are written.
         frames: how many.
-        times: seconds into the clip of each; needed where they are told.
+        times: seconds into the clip of each; needed where they are written.
     """
     per_tile = spec.tokens_per_tile + 2
     if spec.layout == "long_vita":
         return np.full(frames, per_tile, dtype=np.int64)
-    told = [None] * frames if times is None else times
-    texts = ("\n" + frame_label(number, time, spec) for number, time in enumerate(told, 1))
+    shown = [None] * frames if times is None else times
+    texts = ("\n" + frame_label(number, time, spec) for number, time in enumerate(shown, 1))
     labels = (len(tokenizer.between(text, names.IMG_END, names.IMG)) for text in texts)
     return np.fromiter(labels, dtype=np.int64, count=frames) + per_tile
 

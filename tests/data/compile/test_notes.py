@@ -1,4 +1,4 @@
-"""What a compiled record left out is counted, told at the end, and the same however the set was made."""
+"""What a compiled record leaves unused is counted, reported at the end, and the same however the set was made."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_tags_without_media_and_unread_fields_are_told(world: Path, caplog: pyte
     (source,) = manifest.sources
     assert (source.read, source.used, source.rejected, source.tags_as_text) == (6, 5, {"media_count": 1}, 2)
     assert load_manifest(world / "out" / "one") == manifest
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([line for line in told if line.startswith("set: 2 records spell `<image>`")]) == 1
-    assert len([line for line in told if "nothing reads `gloss` (2 records), `remark` (1 records)" in line]) == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([line for line in warnings if line.startswith("set: 2 records spell `<image>`")]) == 1
+    assert len([line for line in warnings if "nothing reads `gloss` (2 records), `remark` (1 records)" in line]) == 1
 
 
 def test_an_answer_of_weight_zero_is_not_learnt(world: Path) -> None:

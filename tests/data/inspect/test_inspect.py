@@ -196,7 +196,7 @@ def test_usage_errors(made: Path, tool: ModuleType, tmp_path: Path, capsys: pyte
         assert tool.main([str(made), flag, path]) == 2
         printed = capsys.readouterr()
         assert message in printed.err
-        assert not printed.out  # told before anything is read
+        assert not printed.out  # reported before anything is read
 
 
 def test_a_pack_says_what_each_sample_costs(tmp_path: Path) -> None:

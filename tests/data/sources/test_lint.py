@@ -200,7 +200,7 @@ dataset:
     assert wrong.startswith("lima: datasets/jsonl/GAIR/lima/tran.jsonl: no such data file.")
     assert wrong.endswith("Did you mean datasets/jsonl/GAIR/lima/train.jsonl?")
     assert report.groups == [
-        f"lima: ratio 1, at most 999999999 of each, form told from the records, 1 files ({readable_size(88)})"
+        f"lima: ratio 1, at most 999999999 of each, form detected from the records, 1 files ({readable_size(88)})"
     ]
 
 

@@ -1,6 +1,6 @@
 """The process that decodes videos for another one: it may hang, crash or eat memory, and nobody else is hurt.
 
-Started by `worker.py` and told what to do over a connection; it leaves as soon as the other end of that is closed. A
+`worker.py` starts it and sends it messages over a connection; it exits as soon as the other end of that is closed. A
 message is a JSON object and byte strings. No pickle: what a decoder was made to do by a hostile file must not reach the
 process that trains.
 """
@@ -157,7 +157,7 @@ def _limit(memory: int) -> None:
 def _leave_with(descriptor: int) -> None:
     """End this process when the other end of the connection is closed, whatever a decoder is doing."""
     watch = select.poll()
-    watch.register(descriptor, 0)  # hang-ups and errors are always told
+    watch.register(descriptor, 0)  # hang-ups and errors are always reported
     while not watch.poll():
         pass
     os._exit(0)

@@ -92,7 +92,7 @@ class VideoFile(ABC):
                 raise reject("video_broken", f"{self.name}: its frames come out differently each time.") from None
 
     def learn(self) -> None:
-        """Decode the whole clip to see which frames it has and when they are shown: the container told it wrongly.
+        """Decode the whole clip for its frames and their times, where the container is wrong about them.
 
         Raises:
             DataError: video_broken, where too few come out.

@@ -106,7 +106,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
         if file.data is not None:
             return io.BytesIO(file.data)
         path = os.path.abspath(file.path or "")
-        # ffmpeg reads a part of a file without being told twice
+        # ffmpeg itself can read a part of a file
         return path if file.size is None else f"subfile,,start,{file.offset},end,{file.offset + size},,:{path}"
 
     try:

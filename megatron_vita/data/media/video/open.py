@@ -1,7 +1,7 @@
 """Videos: opened once, asked how many frames they have to give, then for the frames.
 
 Decoders are large programs that read strangers' files. They run in a child process with limits (`worker.py`, and
-`child.py` inside it) unless told otherwise; what they do there is in `decode.py`, which frames are taken in `clip.py`.
+`child.py` inside it) by default; `decode.py` opens and decodes, `clip.py` chooses the frames.
 """
 
 from __future__ import annotations

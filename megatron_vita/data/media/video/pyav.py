@@ -146,7 +146,7 @@ class PyAvVideo(VideoFile):
                 "Convert it, or drop the sample.",
             )
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"err_detect": "explode"}  # damage is told and not painted over
+        stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, and is not concealed
         return stream
 
     def _play(self, wanted: Sequence[int], *, jump: bool = False) -> Iterator[Image.Image]:

@@ -124,7 +124,7 @@ class ChunkWriter:
         self._rejects.append((line, code, message))
 
     def note(self, what: str) -> None:
-        """Count something that is told at the end of the run."""
+        """Count a note for the report at the end of the run."""
         self._notes[what] += 1
 
     def publish(self) -> None:

@@ -51,7 +51,7 @@ class Archive:
 
 
 def is_archive(path: Path) -> bool:
-    """Is it a zip, or a tar, packed or not? Told by its content."""
+    """Whether a file is a zip or a tar, compressed or not, by its content."""
     head = peek(path, 2 * BLOCK)
     return is_zip(head) or (is_tar(head) and any(head))
 

@@ -16,7 +16,7 @@ from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, Arra
 from megatron_vita.errors import DataError
 
 PEEK = 1 << 20
-"""Bytes of a file that its form is told from."""
+"""Bytes at the begin of a file from which its form is detected."""
 _TURN = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:\s*"[^"]{0,32}"\s*,\s*"(content|value)"\s*:')
 """How a conversation without its record begins."""
 _BETWEEN = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
@@ -73,7 +73,7 @@ def read_range(stream: BinaryIO, start: int, stop: int) -> Record | DataError:
 
 
 def json_form(head: bytes) -> str:
-    """`json` (an array of records) or `jsonl`, told from the first bytes, since `.json` is the name of both.
+    """`json` (an array of records) or `jsonl`, by the first bytes, since `.json` is the name of both.
 
     `[` may also open the first line of a JSONL file whose records are bare lists of messages.
 

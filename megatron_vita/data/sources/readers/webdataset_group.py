@@ -72,7 +72,7 @@ class Group:
         for part in unread:
             if _suffix(part) not in ("json", *_CAPTIONS, *_METADATA):
                 said[f".{part}"] = self._medium(part)
-        self._told(said, caption)
+        self._add_conversation(said, caption)
         return said
 
     def _json(self) -> dict[str, Any]:
@@ -153,8 +153,8 @@ class Group:
             )
         return sorted(parts, key=lambda part: int(numbers[part][2]))
 
-    def _told(self, said: dict[str, Any], caption: str | None) -> None:
-        """Turn a caption into a conversation, and see that nothing contradicts it."""
+    def _add_conversation(self, said: dict[str, Any], caption: str | None) -> None:
+        """Convert a caption to a conversation, and check that nothing contradicts it."""
         has_media = bool(said.get("images") or said.get("videos"))
         talks = [name for name in _TALKS if said.get(name)]
         if talks:
@@ -162,12 +162,12 @@ class Group:
                 raise self._contradiction("its json holds a conversation, and its text member says something else.")
             return
         for name in ("caption", "text"):
-            told = said.get(name)
-            if not isinstance(told, str) or not told.strip():
+            text = said.get(name)
+            if not isinstance(text, str) or not text.strip():
                 continue
-            if caption is not None and caption.strip() and caption.strip() != told.strip():
+            if caption is not None and caption.strip() and caption.strip() != text.strip():
                 raise self._contradiction(f"`{name}` of its json and its text member say different things.")
-            caption = caption if caption is not None and caption.strip() else told
+            caption = caption if caption is not None and caption.strip() else text
             del said[name]
         if not has_media and not any(key.startswith(".") for key in said):
             self._explain(said)
