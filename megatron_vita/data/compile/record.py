@@ -48,7 +48,7 @@ class Compiled:
 
     example: Example
     shortened: bool
-    """Text was cut or frames were left out to fit the sequence."""
+    """Text or frames were dropped to fit the sequence."""
     changes: Changes
     """What the record lost before it was a Sample."""
 

@@ -174,13 +174,13 @@ def _rejects(shards: ShardSet) -> str:
 
 def _sample(shards: ShardSet, sample: int, tokenizer: VitaTokenizer | None) -> str:
     title, numbers = sample_title(shards, sample)
-    text, room = [], _TEXT
+    text, left = [], _TEXT
     for run in sample_runs(shards, sample, tokenizer):
-        shown = escape(run.text[: max(room, 0)])
-        room -= len(run.text)
+        shown = escape(run.text[: max(left, 0)])
+        left -= len(run.text)
         shown = f"<span class=s>{shown}</span>" if run.special else shown
         text.append(f"<mark>{shown}</mark>" if run.taught else shown)
-        if room < 0:
+        if left < 0:
             text.append(" <span class=s>… and more</span>")
             break
     head = f"<h3>{escape(title)}</h3><div class=s>{escape(numbers)}</div>"

@@ -92,7 +92,7 @@ class Draft:
         """References of a kind."""
         return self.images if kind == "image" else self.videos
 
-    def leave_out(self, content: Mapping[str, Any], read: Container[str], prefix: str = "") -> None:
+    def sort_unread(self, content: Mapping[str, Any], read: Container[str], prefix: str = "") -> None:
         """Sort the fields that were not read into unused and rejected ones.
 
         A field that would change what is taught rejects the record. Metadata (origin, measurements) are unused; other

@@ -45,7 +45,7 @@ def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) 
         read = _add_calls(turn, raw, draft)
         turn.learnt = turn_learnt(raw, turn.role, draft)
         media = [key for key, value in raw.items() if _kind_of(key, value) is not None]
-        draft.leave_out(raw, (*role_keys, *texts, *media, *read, *_marks(raw)), "turn.")
+        draft.sort_unread(raw, (*role_keys, *texts, *media, *read, *_marks(raw)), "turn.")
         if turn.calls and (names.is_empty(content) or role in CALL_ROLES):
             turn.content = ""
         elif isinstance(content, list):
@@ -84,7 +84,7 @@ def map_pairs_list(record: Any, fields: Fields) -> Draft:
     for pair in map(_dict, _list(record, fields.get("list", "texts"))):
         draft.turns += _pair(_text(pair, asked), _text(pair, answered))
         draft.turns[-1].learnt = turn_learnt(pair, "assistant", draft)
-        draft.leave_out(pair, (asked, answered, *_marks(pair)), "turn.")
+        draft.sort_unread(pair, (asked, answered, *_marks(pair)), "turn.")
     return draft
 
 

@@ -81,7 +81,7 @@ class MixFile:
 def load_mix(path: str | Path) -> list[MixFile]:
     """Read a data mix: `dataset: {NAME: {ratio, num, data_paths, source, media_root, ...}}`, see docs/datasets.md.
 
-    Long-VITA's own form is one. An entry whose ratio or num is 0 is left out. Relative paths start in the working
+    Long-VITA's own form is one. An entry whose ratio or num is 0 is unused. Relative paths start in the working
     folder; a path with `*`, `?` or `[` that is no file's name is a pattern.
 
     Raises:

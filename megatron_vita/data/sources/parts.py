@@ -38,7 +38,7 @@ def read_part(part: Any, draft: Draft) -> Part | Bare:
         text = part.get("text")
         if not isinstance(text, str):
             raise reject("bad_record", f"a part of text must hold text, found {type(text).__name__}.")
-        draft.leave_out(part, (*_READ,), "content.")
+        draft.sort_unread(part, (*_READ,), "content.")
         return Text(text)
     if kind in _TOOLS:
         raise reject("tools_unread", f"a part of type {kind!r}: nothing teaches calls of functions.")
@@ -54,7 +54,7 @@ def read_part(part: Any, draft: Draft) -> Part | Bare:
 def _medium(part: dict[str, Any], kind: Kind, draft: Draft) -> Image | Video | Bare:
     known = names.IMAGE_NAMES if kind == "image" else (*names.VIDEO_NAMES, *names.FRAMES_NAMES)
     holding = [key for key in part if (names.plain(key) in known or key in _WHERE) and _says(part[key])]
-    draft.leave_out(part, (*_READ, *holding), "content.")
+    draft.sort_unread(part, (*_READ, *holding), "content.")
     if not holding:
         index = part.get("index")
         return Bare(kind, int(index) if isinstance(index, int | float) and index == index else None)
@@ -62,7 +62,7 @@ def _medium(part: dict[str, Any], kind: Kind, draft: Draft) -> Image | Video | B
         raise reject("bad_record", f"a part holds its {kind} in `{holding[0]}` and in `{holding[1]}`; which counts?")
     reference = part[holding[0]]
     if isinstance(reference, dict) and "bytes" not in reference:
-        draft.leave_out(reference, (*_READ, *_WHERE), f"content.{holding[0]}.")
+        draft.sort_unread(reference, (*_READ, *_WHERE), f"content.{holding[0]}.")
     if isinstance(reference, list | tuple):
         reference = Frames(tuple(reference)) if kind == "video" else reference[0] if len(reference) == 1 else reference
     media = draft.media(kind)

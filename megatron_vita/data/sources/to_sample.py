@@ -101,7 +101,7 @@ def record_to_sample(
         draft.tools, defined = read_tools(plain_record, draft.ignore)
         read |= defined
     read |= seen.asked | mark_turns(plain_record, draft) | _add_system(plain_record, row, draft)
-    draft.leave_out(plain_record, read)
+    draft.sort_unread(plain_record, read)
     if draft.text is not None:
         check_text(draft.text)
         return Document(draft.text, source, line), Changes(unread=frozenset(draft.unread))

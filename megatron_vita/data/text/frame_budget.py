@@ -86,18 +86,18 @@ def _added(tokenizer: VitaTokenizer, spec: PreprocessSpec, frames: int) -> npt.N
     return np.asarray(np.cumsum(costs) - costs[0])
 
 
-def most_that_fit(most: int, room: int, length: Callable[[int], int]) -> int:
-    """The largest number of frames up to `most` whose `length` (in tokens) is at most `room`; 0 if none is.
+def most_that_fit(most: int, budget: int, length: Callable[[int], int]) -> int:
+    """The largest number of frames up to `most` whose `length` (in tokens) is at most `budget`; 0 if none is.
 
     Args:
         most: frames that would be taken at best.
-        room: tokens there are.
+        budget: tokens that are free.
         length: tokens of so many frames; a frame more is many tokens more.
     """
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if length(middle) <= room:
+        if length(middle) <= budget:
             low = middle
         else:
             high = middle - 1

@@ -120,7 +120,7 @@ def test_places_are_read_in_any_order_by_another_reader(tmp_path: Path) -> None:
     everything = dict(reader.read(reader.index()))
     for line, record in open_reader(path, "wds", work).read(offsets):
         assert record == everything[line]
-    assert outcomes(write_tar(tmp_path / "none.tar", [("README", b"x")])) != []  # nothing is left out unseen
+    assert outcomes(write_tar(tmp_path / "none.tar", [("README", b"x")])) != []  # nothing is unused in silence
     assert len(open_reader(write_tar(tmp_path / "dots.tar", [(".hidden", b"x")]), "wds").index()) == 0
 
 

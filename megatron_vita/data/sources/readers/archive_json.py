@@ -63,7 +63,7 @@ def _copy(archive: Archive, target: Path) -> None:
     members = [member for member in archive.members() if not member.hidden]
     chosen = [member for member in members if member.name.lower().endswith(_SUFFIXES)] or members
     if len(chosen) < len(members):
-        log.info("%s: %d members are no JSON files and are left out", archive.path, len(members) - len(chosen))
+        log.info("%s: %d members are no JSON files and are unused", archive.path, len(members) - len(chosen))
     chosen.sort(key=lambda member: member.name)
     found, unread = array("q"), list[tuple[str, str]]()
     if target.exists():  # of a run that was killed
