@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_vita import log
 from megatron_vita.errors import VitaError
+from megatron_vita.files import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.pictures:
             tiles = inspect_pictures.sheet_tiles(shards, samples)
             number = inspect_pictures.picture_sheet(shards, tiles, args.pictures)
-            print(f"wrote {number} tiles to {args.pictures}")
+            print(f"wrote {counted(number, 'tile')} to {args.pictures}")
         if args.html:
             shown = inspect_page.spread(shards, 6) if samples is None else samples
             args.html.write_text(inspect_page.page(shards, shown, tokenizer), encoding="utf-8")
-            print(f"wrote {len(shown)} samples and the statistics to {args.html}")
+            print(f"wrote {counted(len(shown), 'sample')} and the statistics to {args.html}")
     except VitaError as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return error.exit_status

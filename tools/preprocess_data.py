@@ -24,6 +24,7 @@ from megatron_vita.data.media.video.open import BACKENDS, VideoLimits
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import VitaError
+from megatron_vita.files import counted
 
 LIMITS = VideoLimits()
 
@@ -108,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     totals = manifest.totals
     print("\n".join([*rejected.warnings(manifest.sources), rejected.total(manifest.sources)]))
     print(
-        f"wrote {args.output}: {totals['samples']} samples of {totals['read']} records ({totals['rejected']} rejected) "
-        f"in {totals['packs']} packs of {args.seq_length}, {100 * manifest.packing['fill']:.1f}% full, "
-        f"{totals['tokens']} tokens, {totals['tiles']} tiles"
+        f"wrote {args.output}: {counted(totals['samples'], 'sample')} of {counted(totals['read'], 'record')} "
+        f"({totals['rejected']} rejected) in {counted(totals['packs'], 'pack')} of {args.seq_length}, "
+        f"{100 * manifest.packing['fill']:.1f}% full, "
+        f"{totals['tokens']} tokens, {counted(totals['tiles'], 'tile')}"
     )
     return 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vita.data.rejects import reject
+from megatron_vita.files import counted
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -151,7 +152,8 @@ class Sample:
             used = sorted(p.index for m in self.messages for p in m.parts if isinstance(p, kind))
             if used != list(range(len(media))):
                 raise reject(
-                    "media_count", f"{self.id}: {len(media)} {kind.__name__.lower()}s, but the turns refer to {used}"
+                    "media_count",
+                    f"{self.id}: {counted(len(media), kind.__name__.lower())}, but the turns refer to {used}",
                 )
         if any(not isinstance(p, Text) for m in self.messages if m.role == "assistant" for p in m.parts):
             raise reject("media_count", f"{self.id}: a picture stands in an assistant turn")

@@ -187,7 +187,7 @@ def test_the_command(comic: Path, movienet: Path, tmp_path: Path, capsys: pytest
     pages = ["--pages", str(comic / "images.tar.gz.aa")]
     assert comic9k.main(["--summary", str(comic / "summary.jsonl"), *pages, "--output", f"{tmp_path}/c"]) == 0
     out = capsys.readouterr().out
-    assert "1 books have pages out of the order" in out
+    assert "1 book has pages out of the order" in out
     assert f"wrote {tmp_path}/c/summary.jsonl: 3 of 11 records, 36 pictures; rejected: 1 bad_json, 1 bad_role" in out
     given = ["--keyframes", f"{movienet}/240P", "--output", f"{tmp_path}/m", "--meta"]
     assert films.main([*given, f"{movienet}/meta.v1.zip"]) == 0

@@ -28,6 +28,7 @@ from megatron_vita.data.sources.media_store import open_archive, unpack
 from megatron_vita.data.sources.media_store.members import REJECTED
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import counted
 
 PAGES = "images.tar"
 
@@ -75,7 +76,9 @@ def build_comic(summary: Path, pages: Path, output: Path) -> Built:
         if IMAGE_TAG not in asked:
             talk = _with_tags(talk, len(found))
         elif asked.count(IMAGE_TAG) != len(found):
-            raise reject("media_count", f"{len(found)} pages, but {asked.count(IMAGE_TAG)} placeholders.")
+            raise reject(
+                "media_count", f"{counted(len(found), 'page')}, but {counted(asked.count(IMAGE_TAG), 'placeholder')}."
+            )
         if not talk or talk[-1][0] != "assistant" or not talk[-1][1].strip():
             raise reject("no_answer", "there is no summary.")
         built.unsorted += found != sorted(found, key=natural_key)

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_vita import log
 from megatron_vita.data.rejects import code_of
 from megatron_vita.errors import DataError, VitaError
+from megatron_vita.files import counted
 
 SUMMARY, REJECTS = "summary.jsonl", "summary.rejects.jsonl"
 
@@ -72,9 +73,9 @@ def run(build: Callable[[], Built], output: Path) -> int:
         return error.exit_status
     why = ", ".join(f"{count} {code}" for code, count in sorted(built.rejected.items()))
     if built.unsorted:
-        print(f"{built.unsorted} books have pages out of the order of their names; they are written as they are")
+        print(f"{counted(built.unsorted, 'book has', 'books have')} pages out of the order of their names; written so")
     print(
-        f"wrote {output / SUMMARY}: {built.written} of {built.read} records, {built.images} pictures"
-        + (f"; rejected: {why}" if why else "")
+        f"wrote {output / SUMMARY}: {built.written} of {counted(built.read, 'record')}, "
+        f"{counted(built.images, 'picture')}" + (f"; rejected: {why}" if why else "")
     )
     return 0 if built.written else 1

@@ -10,6 +10,7 @@ from megatron_vita.data.compile.job import ChunkTask
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import chunk_path
 from megatron_vita.data.sources.to_sample import TAG_AS_TEXT
+from megatron_vita.files import counted
 
 _LISTED = 8
 
@@ -27,10 +28,10 @@ def describe_notes(source: str, notes: Counter[str]) -> list[str]:
     lines = []
     if notes[TAG_AS_TEXT]:
         lines.append(
-            f"{source}: {notes[TAG_AS_TEXT]} records spell `<image>` or `<video>` in a question and hold no such "
-            "medium; the tag is taught as text"
+            f"{source}: {counted(notes[TAG_AS_TEXT], 'record spells', 'records spell')} `<image>` or `<video>` in a "
+            "question without such a medium; the tag is taught as text"
         )
-    fields = [f"`{name}` ({count} records)" for name, count in notes.most_common() if name != TAG_AS_TEXT]
+    fields = [f"`{name}` ({counted(count, 'record')})" for name, count in notes.most_common() if name != TAG_AS_TEXT]
     if fields:
         more = f" and {len(fields) - _LISTED} more" if len(fields) > _LISTED else ""
         lines.append(

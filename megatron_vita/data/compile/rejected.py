@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from megatron_vita.data.shards.manifest import SourceCounts
+from megatron_vita.files import counted
 
 WARN_ABOVE = 0.05
 """Share of a source's records from which a run ends with a warning."""
@@ -25,7 +26,11 @@ def too_many(sources: Sequence[SourceCounts], limit: float | None) -> list[Sourc
 
 def describe(source: SourceCounts) -> str:
     """`NAME: 3 of 10 records are rejected (2 media_missing, 1 bad_json)`."""
-    return f"{source.name}: {_rejected(source)} of {source.read} records are rejected ({by_code(source.rejected)})"
+    number = _rejected(source)
+    return (
+        f"{source.name}: {number} of {counted(source.read, 'record')} {'is' if number == 1 else 'are'} rejected "
+        f"({by_code(source.rejected)})"
+    )
 
 
 def by_code(counts: Mapping[str, int]) -> str:
@@ -40,7 +45,8 @@ def warnings(sources: Sequence[SourceCounts]) -> list[str]:
     found.sort(key=lambda one: -_rejected(one) / one.read)
     lines = [f"warning: {describe(one)}" for one in found[:_LISTED]]
     if len(found) > _LISTED:
-        lines.append(f"warning: {len(found) - _LISTED} more sources have more than {WARN_ABOVE:.0%} rejected")
+        more = counted(len(found) - _LISTED, "more source has", "more sources have")
+        lines.append(f"warning: {more} more than {WARN_ABOVE:.0%} rejected")
     return lines
 
 
@@ -49,7 +55,7 @@ def total(sources: Sequence[SourceCounts]) -> str:
     codes = sum((Counter(one.rejected) for one in sources), Counter[str]())
     if not codes.total():
         return "rejected: none"
-    return f"rejected: {codes.total()} of {sum(one.read for one in sources)} records ({by_code(codes)})"
+    return f"rejected: {codes.total()} of {counted(sum(one.read for one in sources), 'record')} ({by_code(codes)})"
 
 
 def _rejected(source: SourceCounts) -> int:

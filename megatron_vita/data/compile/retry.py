@@ -17,6 +17,7 @@ from megatron_vita.data.compile.inputs import Inputs
 from megatron_vita.data.compile.job import ChunkTask, RetryJob
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import chunk_path
+from megatron_vita.files import counted
 
 _COSTLY = ("media_crash", "video_timeout", "video_memory")
 
@@ -42,7 +43,9 @@ def forget_outdated(inputs: Inputs, chunks: Sequence[ChunkTask], engine: Executo
             retries += _of_chunk(task, {line: (code, message) for line, code, message in rejects if _may_change(code)})
     outdated = _changed(inputs, retries, engine)
     if outdated:
-        log.info("media of rejected records have come: %d chunks are compiled again", len(outdated))
+        log.info(
+            "media of rejected records have come: %s compiled again", counted(len(outdated), "chunk is", "chunks are")
+        )
         for name in ("plan", "done", "out"):
             shutil.rmtree(work / name, ignore_errors=True)
         (work / "created").unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from megatron_vita.data.shards.writer.publish import hold_work_folder, write_rej
 from megatron_vita.data.sources.media_store import store as stores
 from megatron_vita.data.sources.to_sample import TAG_AS_TEXT
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.files import no_room
+from megatron_vita.files import counted, no_room
 
 __all__ = ["Options", "run"]
 
@@ -139,7 +139,11 @@ def _earlier(inputs: Inputs, finished: Manifest | None) -> EarlierSet | None:
         return None  # it is damaged
     earlier = EarlierSet.matching(inputs.options.output, manifest, inputs.keys)
     if earlier is not None:
-        log.info("%s: Examples of %d unchanged files are taken from it", inputs.options.output, len(earlier.sources))
+        log.info(
+            "%s: Examples of %s are taken from it",
+            inputs.options.output,
+            counted(len(earlier.sources), "unchanged file"),
+        )
     return earlier
 
 
@@ -184,7 +188,7 @@ def _refused(
         if len(shown) < 3 and (not names or one.source in names):
             shown.append(f"{one.source}, record {one.line}: {one.code}: {one.message}")
     none = not any(source.used for source in sources)
-    what = f" none of {sum(source.read for source in sources)} records can be used." if none else ""
+    what = f" none of {counted(sum(source.read for source in sources), 'record')} can be used." if none else ""
     if not beyond:
         shutil.rmtree(inputs.work)
         return DataError(f"{inputs.options.data_config}:{what} {' '.join(shown)} Nothing is written.")
@@ -228,9 +232,9 @@ def _write(inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[Source
         )
     for source in manifest.sources:
         if source.cleaned:
-            log.info("%s: %d answers lost leading line breaks", source.name, source.cleaned)
+            log.info("%s: %s lost leading line breaks", source.name, counted(source.cleaned, "answer"))
         if source.dropped:
-            log.info("%s: %d turns were dropped by its fixes", source.name, source.dropped)
+            log.info("%s: %s dropped by its fixes", source.name, counted(source.dropped, "turn was", "turns were"))
     for number, found in notes.items():
         for line in describe_notes(inputs.files[number].name, found):
             log.warning("%s", line)

@@ -18,6 +18,7 @@ from megatron_vita.data.loading.sampler import PackOrder
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
+from megatron_vita.files import counted
 from megatron_vita.layout import Int64
 
 LOSS = ("⟦", "⟧")
@@ -113,8 +114,9 @@ def pack_report(shards: ShardSet, pack: int) -> str:
     rows = shards.pack_samples(pack)
     length, seq_length = shards.pack_length(pack), shards.manifest.seq_length
     reset, joint = (int(shards.pack_work(reset=reset)[pack, 0]) for reset in (True, False))
+    tiles = counted(len(shards.pack_tiles(pack)), "tile")
     lines = [
-        f"pack {pack} of {shards.num_packs}: {len(rows)} samples, {len(shards.pack_tiles(pack))} tiles",
+        f"pack {pack} of {shards.num_packs}: {counted(len(rows), 'sample')}, {tiles}",
         f"{length} of {seq_length} tokens ({length / seq_length:.2%} full)",
         f"query-key pairs of attention: {reset} with reset per document, {joint} without",
         "",

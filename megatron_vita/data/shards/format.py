@@ -82,7 +82,7 @@ def attention_pairs(length: npt.ArrayLike) -> Int64:
 def sample_cost(length: npt.ArrayLike, tiles: npt.ArrayLike, tokens_per_tile: int) -> Int64:
     """Work that differs between packs of one length, in query-key pairs of the decoder: attention and tower.
 
-    What is linear in tokens is the same for every (padded) pack and not counted. One tile through InternViT-300M weighs as
+    What is linear in tokens is the same for every (padded) pack: not counted. One tile through InternViT-300M weighs as
     much as 10 * 256^2 pairs of a 14-billion decoder; the same factor is used at every size.
     """
     return attention_pairs(length) + np.asarray(tiles, dtype=np.int64) * (10 * tokens_per_tile**2)

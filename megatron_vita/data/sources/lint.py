@@ -26,7 +26,7 @@ from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.data.sources.registry import DatasetSpec
 from megatron_vita.data.sources.to_sample import record_to_sample
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.files import readable_size
+from megatron_vita.files import counted, readable_size
 
 _FIRST = 8
 """Records at the beginning of a file whose media are looked for."""
@@ -86,9 +86,9 @@ def _line(entry: DatasetEntry, files: list[Path]) -> str:
             rule = entry.media(entry.row, file)
             archives.update({one: sum(part.stat().st_size for part in _parts(one)) for one in rule.archives})
     where = f", media under {entry.media_root}" if entry.media_root is not None else ""
-    packed = f", {len(archives)} archives ({readable_size(sum(archives.values()))})" if archives else ""
+    packed = f", {counted(len(archives), 'archive')} ({readable_size(sum(archives.values()))})" if archives else ""
     size = readable_size(sum(file.stat().st_size for file in files))
-    return f"{entry.name}: {taken}, {source}, {len(files)} files ({size}){where}{packed}"
+    return f"{entry.name}: {taken}, {source}, {counted(len(files), 'file')} ({size}){where}{packed}"
 
 
 def _missing(entries: Iterable[DatasetEntry]) -> Iterator[str]:

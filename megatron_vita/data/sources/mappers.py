@@ -13,6 +13,7 @@ from megatron_vita.data.sources.calls import CALL_ROLES, RESULT_ROLES, read_call
 from megatron_vita.data.sources.draft import Draft, Frames, Kind, Turn
 from megatron_vita.data.sources.marks import is_mark, turn_learnt
 from megatron_vita.data.sources.parts import read_part
+from megatron_vita.files import counted
 
 Fields = Mapping[str, Any]
 
@@ -102,7 +103,7 @@ def map_context_qa(record: Any, fields: Fields) -> Draft:
     questions = _list(record, fields.get("questions", "questions"))
     answers = _list(record, fields.get("answers", "answers"))
     if len(questions) != len(answers) or not questions:
-        raise reject("bad_record", f"{len(questions)} questions, but {len(answers)} answers.")
+        raise reject("bad_record", f"{counted(len(questions), 'question')}, but {counted(len(answers), 'answer')}.")
     context = _text(record, fields.get("context", "context"))
     draft = _draft(fields)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):

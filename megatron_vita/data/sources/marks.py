@@ -8,6 +8,7 @@ from typing import Any
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.draft import ROLES, Draft
+from megatron_vita.files import counted
 
 MARKS = names.WEIGHTS | names.LEARNT | names.MASKED | names.LEARNT_SPANS
 """Names of fields of a turn that say whether it is learnt, as `fields.plain` writes them."""
@@ -71,7 +72,9 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
                 _apply(draft, (n == last for n in range(len(draft.turns))))
         elif isinstance(value, list | tuple):
             if len(value) != len(draft.turns):
-                raise reject("loss_weight", f"`{key}` marks {len(value)} turns, but there are {len(draft.turns)}.")
+                raise reject(
+                    "loss_weight", f"`{key}` marks {counted(len(value), 'turn')}, but there are {len(draft.turns)}."
+                )
             marks = [_absent(one) or _learnt(name, one, key) for one in value]
             for turn, one, mark in zip(draft.turns, value, marks, strict=True):
                 if mark and turn.known_role != "assistant" and not _absent(one) and name not in names.WEIGHTS:

@@ -10,6 +10,7 @@ from megatron_vita.data.sample import Image, Part, Text, Video
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.draft import KINDS, Bare, Draft, Kind, Turn
 from megatron_vita.data.sources.record_media import agreed
+from megatron_vita.files import counted
 
 _NUMBERED_TAG = re.compile(r"<\|?(?:image|img)[ _]?(\d{1,4})\|?>")
 _PATH_TAG = re.compile(r"<(img|image|video|audio)>([^<>\n]{1,1024})</\1>")
@@ -63,7 +64,10 @@ def _in_turn(turn: Turn, kind: Kind, references: list[Any], media: list[Any], ex
     if isinstance(turn.content, str):
         tags = turn.content.count(tag)
         if tags not in (0, len(references)):
-            raise reject("media_count", f"{len(references)} {kind}s in a turn, but {tags} placeholders `{tag}` in it.")
+            raise reject(
+                "media_count",
+                f"{counted(len(references), kind)} in a turn, but {counted(tags, 'placeholder')} `{tag}` in it.",
+            )
         if not tags:
             turn.content = f"{tag}\n" * len(references) + turn.content
         if explicit:
@@ -93,7 +97,9 @@ def _of_record(draft: Draft, kind: Kind, rest: list[Any], explicit: bool) -> Non
     elif rest and media and explicit:
         media[:] = agreed(media, rest, f"the parts and the record's `{kind}s` hold different media; which count?")
     elif rest and explicit:
-        raise reject("media_count", f"{len(rest)} {kind}s of the record, but no part of type {kind!r} stands for one.")
+        raise reject(
+            "media_count", f"{counted(len(rest), kind)} of the record, but no part of type {kind!r} stands for one."
+        )
     else:
         media += rest
 
@@ -103,14 +109,14 @@ def _fill(turns: list[Turn], kind: Kind, bare: list[Bare], numbers: range, where
     if len(bare) != len(numbers):
         raise reject(
             "media_count",
-            f"{len(bare)} parts of type {kind!r} name no {kind}, and {where} holds {len(numbers)} for them.",
+            f"{counted(len(bare), 'part')} of type {kind!r} without one, and {where} holds {len(numbers)} for them.",
         )
     said = [part.index for part in bare]
     order = [0 if index is None else index for index in said]
     if set(said) in ({None}, {0}):  # a column's default says nothing
         order = list(range(len(bare)))
     if sorted(order) != list(range(len(bare))) or (None in said and len(set(said)) > 1):
-        raise reject("media_count", f"the parts of type {kind!r} say index {said}, but there are {len(bare)} {kind}s.")
+        raise reject("media_count", f"the parts of type {kind!r} say index {said}, but there are {len(bare)} of them.")
     chosen = iter(numbers[index] for index in order)
     for turn in turns:
         if not isinstance(turn.content, str):

@@ -33,6 +33,7 @@ from megatron_vita.data.sources.media_store.store import MediaStore
 from megatron_vita.data.sources.placement import place
 from megatron_vita.data.sources.record_media import gather, is_generic
 from megatron_vita.data.sources.registry import DatasetSpec
+from megatron_vita.files import counted
 
 _SYSTEM = ("system", "system_prompt", "system_message")
 TAG_AS_TEXT = "<tag>"
@@ -210,7 +211,8 @@ def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Ki
     for kind in KINDS:
         if not explicit and counts[kind] != len(draft.media(kind)):
             raise reject(
-                "media_count", f"{len(draft.media(kind))} {kind}s, but {counts[kind]} placeholders `<{kind}>`."
+                "media_count",
+                f"{counted(len(draft.media(kind)), kind)}, but {counted(counts[kind], 'placeholder')} `<{kind}>`.",
             )
     return tuple(messages), orphans
 
@@ -239,7 +241,7 @@ def _media(reference: Any, store: MediaStore) -> MediaFile:
         return reference
     if isinstance(reference, Frames):
         pictures = tuple(_media(one, store) for one in reference.pictures)
-        return MediaFile(label=f"{len(pictures)} frames from {pictures[0].name}", frames=pictures)
+        return MediaFile(label=f"{counted(len(pictures), 'frame')} from {pictures[0].name}", frames=pictures)
     if isinstance(reference, dict):
         reference = next((found for key in names.STRUCT if (found := reference.get(key))), None)
         return _media(reference, store)

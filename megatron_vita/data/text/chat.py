@@ -29,6 +29,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import chat_tokenizer as names
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.data.text.template import SkeletonPart, shape_of
+from megatron_vita.files import counted
 
 
 def build_example(
@@ -59,7 +60,10 @@ def build_example(
     """
     sample.check()
     if (len(images), len(videos)) != (len(sample.images), len(sample.videos)):
-        raise reject("media_count", f"{sample.id}: {len(images)} pictures and {len(videos)} videos were read for it.")
+        raise reject(
+            "media_count",
+            f"{sample.id}: {counted(len(images), 'picture')} and {counted(len(videos), 'video')} were read.",
+        )
     if (sample.messages[-1].role != "assistant") != generation_prompt:
         wanted = "a user's turn to answer" if generation_prompt else "an answer to learn from"
         raise reject("bad_order" if generation_prompt else "no_answer", f"{sample.id}: it must end with {wanted}.")

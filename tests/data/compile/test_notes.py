@@ -58,7 +58,7 @@ def test_tags_without_media_and_unread_fields_are_told(world: Path, caplog: pyte
     assert load_manifest(world / "out" / "one") == manifest
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([line for line in warnings if line.startswith("set: 2 records spell `<image>`")]) == 1
-    assert len([line for line in warnings if "nothing reads `gloss` (2 records), `remark` (1 records)" in line]) == 1
+    assert len([line for line in warnings if "nothing reads `gloss` (2 records), `remark` (1 record)" in line]) == 1
 
 
 def test_an_answer_of_weight_zero_is_not_learnt(world: Path) -> None:

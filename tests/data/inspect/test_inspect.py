@@ -86,7 +86,7 @@ def test_statistics_plot_verification_and_sheet(
     assert "samples      2" in text
     assert "animals" in text
     assert "there is nothing to balance over 8 ranks" in text
-    assert text.endswith(f"wrote 1 tiles to {sheet}\n")
+    assert text.endswith(f"wrote 1 tile to {sheet}\n")
     with Image.open(sheet) as picture:
         assert picture.getpixel((70, 70)) == (3, 0, 99)
     assert plot.stat().st_size > 1000

@@ -42,7 +42,7 @@ def test_the_example_mixes_are_right(published: Published, monkeypatch: pytest.M
     assert (report.wrong, report.notes) == ([], [])
     assert len(report.groups) == {1: 7, 2: 24, 3: 42, 4: 43}[stage]
     if stage == 2:
-        assert "OpenHermes: ratio 1, at most 300000 of each, `openhermes`, 1 files (" in str(report)
+        assert "OpenHermes: ratio 1, at most 300000 of each, `openhermes`, 1 file (" in str(report)
         assert "ALLaVA: ratio 1, `allava`, 6 files (" in str(report)
         assert ", 3 archives (" in str(report)
 
@@ -200,7 +200,7 @@ dataset:
     assert wrong.startswith("lima: datasets/jsonl/GAIR/lima/tran.jsonl: no such data file.")
     assert wrong.endswith("Did you mean datasets/jsonl/GAIR/lima/train.jsonl?")
     assert report.groups == [
-        f"lima: ratio 1, at most 999999999 of each, form detected from the records, 1 files ({readable_size(88)})"
+        f"lima: ratio 1, at most 999999999 of each, form detected from the records, 1 file ({readable_size(88)})"
     ]
 
 

@@ -326,7 +326,7 @@ def test_rewritten_paths_and_other_archives(tmp_path: Path) -> None:
     assert [str(one.label).partition(": ")[2] for one in sample.images] == ["b/1.png", "b/2.png"]
 
 
-def test_placeholders_that_a_mix_mends(tmp_path: Path) -> None:
+def test_placeholders_that_a_mix_repairs(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     orphan = {"image": None, "conversations": human("<image>\nq <image>")}
     double = {"image": "a.png", "conversations": [*human("<image>q<image>"), *human("r<image>")]}

@@ -207,7 +207,7 @@ CONTRADICTIONS: list[tuple[list[tuple[str, bytes]], str]] = [
     ([("k.jpg", jpg(1)), ("k.txt", b"a"), ("k.1.jpg", jpg(2))], "nothing tells their order"),
     ([("k.left.jpg", jpg(1)), ("k.right.jpg", jpg(2)), ("k.txt", b"a")], "nothing tells their order"),
     ([("k.0.jpg", jpg(1)), ("k.1.jpg", jpg(2)), ("k.json", said({**QUESTION, "image": "k.0.jpg"}))],
-     "`image` of its json names 1 images, the tar has 0.jpg, 1.jpg"),
+     "`image` of its json names 1 image, the tar has 0.jpg, 1.jpg"),
     ([("k.0.jpg", jpg(1)), ("k.json", said({**QUESTION, "images": ["a", "b"]}))], "names 2 images"),
     ([("k.0.jpg", jpg(1)), ("k.1.jpg", jpg(1)), ("k.json", said({**TWO, "name": ["0", "7"]}))], "its json lists 0, 7"),
     ([("k.jpg", jpg(1)), ("k.json", EMBEDDED)], "others stand in"),

@@ -19,6 +19,7 @@ from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffset
 from megatron_vita.data.sources.readers.json_files import PEEK, array_records, is_turn, json_form, read_range
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
 from megatron_vita.errors import DataError
+from megatron_vita.files import counted
 
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".json", *_LINES)
@@ -63,7 +64,9 @@ def _copy(archive: Archive, target: Path) -> None:
     members = [member for member in archive.members() if not member.hidden]
     chosen = [member for member in members if member.name.lower().endswith(_SUFFIXES)] or members
     if len(chosen) < len(members):
-        log.info("%s: %d members are no JSON files and are unused", archive.path, len(members) - len(chosen))
+        log.info(
+            "%s: %s no JSON, unused", archive.path, counted(len(members) - len(chosen), "member is", "members are")
+        )
     chosen.sort(key=lambda member: member.name)
     found, unread = array("q"), list[tuple[str, str]]()
     if target.exists():  # of a run that was killed

@@ -14,6 +14,7 @@ from megatron_vita.data.sources.media_store.members import REJECTED, Member
 from megatron_vita.data.sources.readers.base import Record
 from megatron_vita.data.sources.readers.json_files import read_range
 from megatron_vita.errors import DataError
+from megatron_vita.files import counted
 
 _CAPTIONS = ("txt", "text", "caption")
 _METADATA = ("cls", "cls2", "class", "count", "index", "inx", "id", "key", "url")
@@ -127,7 +128,7 @@ class Group:
                 raise reject("media_missing", f"{self._key}: its json names {files[0]}, which is not in the tar.")
             if len(files) != len(parts):
                 raise self._contradiction(
-                    f"`{key}` of its json names {len(files)} {field}, the tar has {', '.join(parts)}."
+                    f"`{key}` of its json names {counted(len(files), field[:-1])}, the tar has {', '.join(parts)}."
                 )
         return self._ordered(field, parts, names)
 
