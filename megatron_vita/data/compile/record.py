@@ -64,7 +64,7 @@ class Compiler:
         """Convert, read media, tokenise, and fit to the sequence.
 
         Raises:
-            DataError: beginning with a error code.
+            DataError: beginning with an error code.
         """
         if isinstance(record, DataError):
             raise record

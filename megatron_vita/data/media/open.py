@@ -30,7 +30,7 @@ def read_items(
         (one item for each of sample.images, one list of frames for each of sample.videos).
 
     Raises:
-        DataError: whose message begins with a error code.
+        DataError: whose message begins with an error code.
     """
     images = [read_image(file, verify=verify) for file in sample.images]
     most = min(spec.max_frames, max_frames or spec.max_frames)

@@ -91,7 +91,7 @@ def record_to_sample(
         The Sample (checked; media paths proven to lie under the root) or Document, and what it lost on the way.
 
     Raises:
-        DataError: whose message begins with a error code.
+        DataError: whose message begins with an error code.
     """
     record = unwrap(record)
     seen = _Read(record) if isinstance(record, dict) else _Read({})
