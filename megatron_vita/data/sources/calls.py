@@ -1,4 +1,4 @@
-"""Functions that a model may call, its calls and their results, in one form: OpenAI's, as templates read it."""
+"""Parses function definitions, calls and results into OpenAI's form, which chat templates read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CALLS = ("tool_calls", "function_call", "tool_call")
 
 
 def read_tools(record: Mapping[str, Any], ignore: frozenset[str]) -> tuple[str, set[str]]:
-    """(the functions that a record defines, as JSON, or nothing; names of the fields that were read).
+    """Parse the functions that a record defines: (JSON list or an empty text, names of the fields that were read).
 
     Raises:
         DataError: tools_unread, if they are in no known form.
@@ -45,7 +45,7 @@ def read_tools(record: Mapping[str, Any], ignore: frozenset[str]) -> tuple[str, 
 
 
 def read_calls(turn: Mapping[str, Any], ignore: frozenset[str]) -> tuple[str, set[str]]:
-    """(the calls of a turn, as JSON, or nothing; names of the fields that were read).
+    """Parse the calls of a turn: (JSON list or an empty text, names of the fields that were read).
 
     Raises:
         DataError: tools_unread, if they are in no known form.
@@ -60,7 +60,7 @@ def read_calls(turn: Mapping[str, Any], ignore: frozenset[str]) -> tuple[str, se
 
 
 def read_call_text(text: str) -> str:
-    """The calls that the text of a turn is (roles in CALL_ROLES), as JSON."""
+    """Parse the text of a turn whose role is in CALL_ROLES: its calls as a JSON list."""
     return json.dumps(_calls(text, "function_call"), ensure_ascii=False)
 
 
@@ -87,7 +87,7 @@ def _parsed(value: Any, key: str) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A parquet column gives every struct the fields of all."""
+    """A value without null fields: in a parquet column, every struct has the fields of all."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value

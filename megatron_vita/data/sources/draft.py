@@ -1,4 +1,4 @@
-"""A conversation on its way to a Sample, and what becomes of fields that no mapper asks for."""
+"""Draft: the intermediate form between a record and its Sample; it also classifies fields that no mapper reads."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ KINDS: tuple[Kind, Kind] = ("image", "video")
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """A part that stands for a medium without saying which: the next one of the record's list."""
+    """A content part without a reference: it stands for the next medium in the record's list."""
 
     kind: Kind
     index: int | None = None
-    """Its place in the list, where the part says it."""
+    """Index in the record's list, if the part has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """A video that is given as a list of pictures."""
+    """A video stored as a list of pictures."""
 
     pictures: tuple[Any, ...]
 
 
 Content = str | list[Part | Bare]
-"""Text in which `<image>` and `<video>` stand for media, or explicit parts in which they stand for themselves."""
+"""Text with `<image>` and `<video>` as placeholders, or a list of explicit parts, in which such tags are text."""
 
 
 @dataclass(slots=True)
@@ -51,13 +51,13 @@ class Turn:
     learnt: bool = True
     """Of an answer: it carries loss."""
     media: dict[Kind, list[Any]] = field(default_factory=dict)
-    """References that stand in the turn itself, beside its content."""
+    """References in fields of the turn other than its content."""
     reasoning: str = ""
-    """Of an answer: what is thought before it."""
+    """Of an answer: the reasoning before it."""
     calls: str = ""
     """Of an answer: the functions that it calls, as JSON."""
     is_result: bool = False
-    """What a function answered that the turn before called."""
+    """The turn is the result of a function that an earlier turn called."""
 
     @property
     def known_role(self) -> Role | None:
@@ -67,11 +67,11 @@ class Turn:
 
 @dataclass
 class Draft:
-    """A conversation on its way to a Sample."""
+    """A record whose fields are read, and whose media are not yet placed."""
 
     turns: list[Turn] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
-    """References as the record holds them: path, URL, bytes, struct. While a mapper works, those of explicit parts."""
+    """References as in the record: path, URL, bytes, struct. A mapper adds those of explicit parts only."""
     videos: list[Any] = field(default_factory=list)
     tools: str = ""
     """Functions that may be called, as JSON."""
@@ -80,11 +80,11 @@ class Draft:
     declared: set[str] = field(default_factory=set)
     """Kinds of media whose field the record has; a tag of another kind is plain text."""
     ignore: frozenset[str] = frozenset()
-    """Fields that the row or the mix says to leave out."""
+    """Fields that the row or the mix lists under `ignore`."""
     tags: dict[str, tuple[Kind, int]] = field(default_factory=dict)
     """Tags that stand for one medium each -> its kind and number. (`<image>` stands for the next picture.)"""
     spans: list[str] = field(default_factory=list)
-    """Fields that say which part of a video is meant."""
+    """Fields that select a part of a video."""
     unread: set[str] = field(default_factory=set)
     """Fields with words in them that nothing reads."""
 

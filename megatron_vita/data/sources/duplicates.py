@@ -1,5 +1,4 @@
-"""What a mix would train twice: a file in two entries, a copy of a file, a file beside its other form, a subset of two
-collections."""
+"""Finds duplicates in a mix: files of two entries, copies of a file, two forms of a file, subsets of two collections."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ hold under one name are found by that name.)"""
 
 
 def find_duplicates(files: list[tuple[DatasetEntry, Path]]) -> tuple[list[str], list[str]]:
-    """What would train one sample twice.
+    """Find files whose samples would be trained twice.
 
     Args:
         files: every file of a mix with its dataset entry.
@@ -71,7 +70,7 @@ def find_duplicates(files: list[tuple[DatasetEntry, Path]]) -> tuple[list[str], 
 
 
 def _form(file: Path) -> str:
-    """What tells two forms of a file apart; the shards of one set are one form."""
+    """Key of a file's form; the shards of one dataset have the same."""
     return str(file.parent) + re.sub(r"-\d+-of-", "-of-", _ENDINGS.search(file.name).group())  # type: ignore[union-attr]
 
 

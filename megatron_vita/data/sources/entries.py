@@ -1,4 +1,4 @@
-"""The dataset entries of a data mix file, and what their paths come to on this disk. Nothing is opened."""
+"""Reads the dataset entries of a data mix and resolves their paths on this disk. No data file is opened."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ENTRY_KEYS = (
 _TOP_KEYS = ("dataset", "include", "xlsx_sample_num", "do_dataset_cast", "do_dataset_format")
 """The last three are Long-VITA's and steer nothing that we do: a preview, and two that its code does not use either."""
 _SHOWN = {"cwd": "the working folder", "json_dir": "the data file's folder", "dataset": "the dataset's folder"}
-"""How messages call where the media of a row lie."""
+"""Names of media roots in messages."""
 _DEEPEST = 8
-"""Mixes that include one another, at most."""
+"""Maximum depth of nested includes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class DatasetEntry:
     ratio: float
     num: int | None
     paths: tuple[tuple[str, str], ...]
-    """(what the mix calls it, alike on every machine; with variables filled in)."""
+    """(path as the mix writes it, the same on every machine; path with variables expanded)."""
     row: DatasetSpec | None = None
     """The row that `source` names; None: detected from the records."""
     media_root: Path | None = None
@@ -55,7 +55,7 @@ class DatasetEntry:
 
     @property
     def used(self) -> bool:
-        """Is anything taken of it? Ratio or num 0 leaves an entry out."""
+        """Whether records of the entry are used: neither ratio nor num is 0."""
         return self.ratio > 0 and self.num != 0
 
     def found(self) -> list[tuple[str, list[Path]]]:
@@ -100,7 +100,7 @@ class DatasetEntry:
         return dataclasses.replace(row, fields=fields, fix=(*row.fix, *self.fix), frame_rate=rate)
 
     def media(self, row: DatasetSpec, file: Path) -> MediaRule:
-        """Where the media of a data file lie."""
+        """The media rule of a data file."""
         root, place, shown = self.media_root, self.media_written, self.media_written
         if not shown or os.path.isabs(shown):
             shown = "`media_root`"
@@ -170,7 +170,7 @@ def find_folders(text: str) -> list[Path]:
 
 
 def nearest(text: str) -> str:
-    """The existing name that is most like a path that does not exist."""
+    """A hint with the existing name most similar to a missing path."""
     path = Path(text)
     parts = list(path.parts)
     known = Path(parts.pop(0)) if path.anchor else Path()

@@ -40,7 +40,7 @@ def _drop_bad_role(draft: Draft) -> None:
 
 
 def _relabel_alternating_if_bad(draft: Draft) -> None:
-    """Roles are wrong, the order of the turns is right: the user speaks first, and then they take turns."""
+    """Relabel turns whose roles do not alternate: user first, then alternating."""
     turns = draft.turns[1:] if draft.turns and draft.turns[0].known_role == "system" else draft.turns
     wanted = [("user", "assistant")[number % 2] for number in range(len(turns))]
     if any(turn.known_role != role for turn, role in zip(turns, wanted, strict=True)):
@@ -49,13 +49,13 @@ def _relabel_alternating_if_bad(draft: Draft) -> None:
 
 
 def _alias_image_tag_to_video(draft: Draft) -> None:
-    """Some video sets write `<image>` for a video."""
+    """Replace `<image>` by `<video>` in questions of records that have videos only."""
     if draft.videos and not draft.images:
         _in_questions(lambda text: text.replace(IMAGE_TAG, VIDEO_TAG))(draft)
 
 
 def _ensure_placeholder(draft: Draft) -> None:
-    """Media without a single placeholder go before the first question, in order."""
+    """Put placeholders before the first question of records that have media and no placeholder."""
     asked = "".join(t.content for t in draft.turns if isinstance(t.content, str) and t.known_role != "assistant")
     tags = ""
     if draft.images and IMAGE_TAG not in asked:
@@ -69,7 +69,7 @@ def _ensure_placeholder(draft: Draft) -> None:
 
 
 def _dedupe_placeholder(draft: Draft) -> None:
-    """One picture, several placeholders: the first counts."""
+    """Keep the first of several placeholders of a single picture."""
     if len(draft.images) != 1:
         return
     seen = False
@@ -82,7 +82,7 @@ def _dedupe_placeholder(draft: Draft) -> None:
 
 
 def _strip_orphan_placeholder(draft: Draft) -> None:
-    """No medium of a kind: its placeholders in questions are taken out, and the record stays as text."""
+    """Remove the placeholders of a kind of media that the record does not have."""
     for tag, media in ((IMAGE_TAG, draft.images), (VIDEO_TAG, draft.videos)):
         for turn in draft.turns:
             if not media and turn.known_role == "user" and isinstance(turn.content, str):
@@ -135,7 +135,7 @@ def find_fix(name: str) -> Callable[[Draft], None]:
 
 
 def unwrap(record: object) -> object:
-    """A record inside a list of one is that record (some revisions of LLaVA-Video-178K)."""
+    """The record itself of a list of one record (some revisions of LLaVA-Video-178K)."""
     if isinstance(record, list) and len(record) == 1 and isinstance(record[0], dict):
         if "role" in record[0] or "from" in record[0]:
             raise reject("bad_order", "a conversation of one turn.")

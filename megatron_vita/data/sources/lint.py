@@ -1,4 +1,4 @@
-"""Lint: what is wrong with a data mix on this disk, before any work. Of the records only the first few are read.
+"""Lint checks a data mix on this disk before a run. It reads only the first records of each file.
 
 Wrong is what a run would stop at (paths, media folders and archives that are missing), data files and members without a
 record, media that lie elsewhere, and what would train a sample twice.
@@ -53,7 +53,7 @@ class Report:
 
 
 def lint(path: str | Path) -> Report:
-    """Look a data mix over.
+    """Check a data mix.
 
     Raises:
         ConfigError: it cannot be read as a mix at all.
@@ -113,7 +113,7 @@ def _missing(entries: Iterable[DatasetEntry]) -> Iterator[str]:
 
 
 def _fetch(row: DatasetSpec) -> Iterator[str]:
-    """How to come by a dataset, by its row in the table."""
+    """How to fetch a dataset, by its row in the table."""
     if row.built_by:
         yield f"to be built by: {row.built_by}"
     elif row.hub:
@@ -159,7 +159,7 @@ def _empty(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
 
 
 def _listable(file: Path) -> bool:
-    """Can an archive's members be listed without unpacking it?"""
+    """Whether an archive's members can be listed without unpacking it."""
     with file.open("rb") as stream:
         return compression_of(stream.read(64)) is None and len(parts_of(file)) == 1
 
@@ -170,7 +170,7 @@ def _some(names: list[str]) -> str:
 
 
 class _Probe(MediaStore):
-    """Looks where a run would look, and remembers what it was asked for."""
+    """A store that records the references it was asked for and whether any was found."""
 
     def __init__(self, store: MediaStore) -> None:
         self._store = store
@@ -188,7 +188,7 @@ class _Probe(MediaStore):
 
 
 def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
-    """Files of whose first records a medium is empty, or not one lies in the media folder (archives are not opened)."""
+    """Report files of whose first records a medium is empty, or none lies in the media folder (archives excluded)."""
     for entry, file in files:
         if entry.row is None or (entry.media_root is not None and not entry.media_root.is_dir()):
             continue
@@ -215,7 +215,7 @@ def _elsewhere(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
 
 
 def _gaps(files: Iterable[tuple[DatasetEntry, Path]]) -> Iterator[str]:
-    """Numbered archives, and parts of split ones, of which one in the middle is missing."""
+    """Report gaps in numbered archives and in the parts of split archives."""
     seen: set[Path] = set()
     for entry, file in files:
         if entry.row is not None and (entry.media_root is None or entry.media_root.is_dir()):

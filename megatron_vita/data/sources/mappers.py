@@ -1,4 +1,4 @@
-"""Mappers: a record's fields become turns. Media and fixes come later; a mapper opens nothing."""
+"""Mappers convert a record's fields to turns. They open no file; media and fixes come later."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _pair(question: str, answer: str) -> list[Turn]:
 
 
 def _add_calls(turn: Turn, raw: Mapping[str, Any], draft: Draft) -> set[str]:
-    """Reasoning, calls of functions and their results. Returns the fields that were read."""
+    """Read reasoning, function calls and results of a turn. Returns names of the fields that were read."""
     before = draft.turns[-1] if draft.turns else None
     if turn.role in CALL_ROLES:
         turn.calls = read_call_text(_text(raw, ("value", "content")))
@@ -188,7 +188,7 @@ def _marks(turn: Mapping[str, Any]) -> list[str]:
 
 
 def _kind_of(key: str, value: Any) -> Kind | None:
-    """What kind of media a field of a turn holds."""
+    """Kind of the media in a field of a turn."""
     name = names.plain(key)
     if not names.holds_media(name, value):
         return None
@@ -196,7 +196,7 @@ def _kind_of(key: str, value: Any) -> Kind | None:
 
 
 def _turn_media(turn: Mapping[str, Any]) -> dict[Kind, list[Any]]:
-    """References that stand in a turn itself."""
+    """Collect the references in fields of a turn."""
     media: dict[Kind, list[Any]] = {}
     for key, value in turn.items():
         kind = _kind_of(key, value)

@@ -1,4 +1,4 @@
-"""Which answers are learnt: the marks that datasets put on turns and records."""
+"""Reads loss marks of turns and records: which answers carry loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no"
 
 
 def is_mark(key: str, value: Any) -> bool:
-    """Does a field of a turn say whether it is learnt? (The `mask` of a picture is another picture.)"""
+    """Whether a field of a turn is a loss mark. (The `mask` of a picture is a picture.)"""
     return names.plain(key) in MARKS and names.find_medium(value) is None
 
 
 def turn_learnt(turn: Mapping[str, Any], role: str, draft: Draft) -> bool:
-    """Is an answer learnt, by the marks of its turn?
+    """Whether an answer carries loss, by the marks of its turn.
 
     OpenAI's `weight`, axolotl's `train`, `loss` of LLaMA-Factory, ms-swift and XTuner, and their like.
 

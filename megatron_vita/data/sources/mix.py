@@ -1,4 +1,4 @@
-"""Data mixes: which files, in which form, how many of their records."""
+"""Data mixes: data files, their forms, and the number of records used of each."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class MixFile:
     of the mix have in common: the same on every machine."""
     path: Path
     ratio: float
-    """Part of the records that is taken; above 1 they repeat."""
+    """Share of the records that is used; above 1 they repeat."""
     num: int | None
     """Most records that are taken, of this file or of all `shards` together."""
     row: DatasetSpec
     """How the file is read."""
     media: MediaRule
-    """Where its media lie."""
+    """The media rule of the file."""
     shards: tuple[Path, ...] = ()
     """The files of the pattern that found this one, if there are several: they count as one file in parts."""
 

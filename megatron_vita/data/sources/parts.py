@@ -1,4 +1,4 @@
-"""The parts of a turn's content, as OpenAI, Anthropic, Qwen and transformers write them."""
+"""Reads content parts in the forms of OpenAI, Anthropic, Qwen and transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _READ = ("type", "text", "index", "media_type", "mime_type", "detail")
 
 
 def read_part(part: Any, draft: Draft) -> Part | Bare:
-    """One part. Its medium goes into the draft; a part that names none stands for the next of the record's list.
+    """Read one part and add its medium to the draft; a part without a reference becomes `Bare`.
 
     Raises:
         DataError: bad_record; media_unread, tools_unread or reasoning_unread.

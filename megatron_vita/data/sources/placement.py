@@ -1,4 +1,4 @@
-"""Media are put in their places in the turns: by tags in questions, by explicit parts, or before what is asked."""
+"""Places media in the turns: at tags in questions, at explicit parts, or before the question."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATH_TAG = re.compile(r"<(img|image|video|audio)>([^<>\n]{1,1024})</\1>")
 
 
 def place(draft: Draft, held: dict[Kind, list[Any]], *, generic: bool) -> bool:
-    """Give the draft all references, and parts or tags that stand for them.
+    """Add all references to the draft, with a part or tag for each.
 
     Args:
         draft: turns as their mapper made them.
@@ -55,7 +55,7 @@ def place(draft: Draft, held: dict[Kind, list[Any]], *, generic: bool) -> bool:
 
 
 def _in_turn(turn: Turn, kind: Kind, references: list[Any], media: list[Any], explicit: bool) -> None:
-    """Media that stand in a turn, beside its content."""
+    """Place media from fields of a turn other than its content."""
     if turn.known_role == "assistant":
         raise reject("media_unread", f"a {kind} in an answer: nothing teaches to make one.")
     numbers = range(len(media), len(media) + len(references))
@@ -86,7 +86,7 @@ def _in_turn(turn: Turn, kind: Kind, references: list[Any], media: list[Any], ex
 
 
 def _of_record(draft: Draft, kind: Kind, rest: list[Any], explicit: bool) -> None:
-    """Media that stand in the record, beside its turns."""
+    """Place media from fields of the record."""
     media = draft.media(kind)
     contents = [turn.content for turn in draft.turns if not isinstance(turn.content, str)]
     bare = [part for content in contents for part in content if isinstance(part, Bare) and part.kind == kind]
@@ -105,7 +105,7 @@ def _of_record(draft: Draft, kind: Kind, rest: list[Any], explicit: bool) -> Non
 
 
 def _fill(turns: list[Turn], kind: Kind, bare: list[Bare], numbers: range, where: str) -> None:
-    """Parts without a reference take the next medium, or the one whose index they say."""
+    """Replace parts without a reference by the next medium, or by that of the part's index."""
     if len(bare) != len(numbers):
         raise reject(
             "media_count",
@@ -131,7 +131,7 @@ def _part(kind: Kind, number: int) -> Part:
 
 
 def _read_paths(turn: Turn) -> None:
-    """Older forms of Qwen-VL and ms-swift write `<img>a.png</img>` in a question."""
+    """Replace `<img>a.png</img>` in a question (older Qwen-VL, ms-swift) by a placeholder and a reference."""
     if turn.known_role == "assistant" or not isinstance(turn.content, str) or "</" not in turn.content:
         return
 
@@ -150,7 +150,7 @@ def _read_paths(turn: Turn) -> None:
 
 
 def _read_numbers(draft: Draft) -> None:
-    """`<image_1>`, `<|image_1|>`, `<image 1>` stand for the record's pictures, in records that write no `<image>`."""
+    """Register `<image_1>`, `<|image_1|>`, `<image 1>` as tags of the pictures, in records without `<image>`."""
     questions = [
         turn.content for turn in draft.turns if isinstance(turn.content, str) and turn.known_role != "assistant"
     ]

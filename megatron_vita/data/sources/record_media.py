@@ -1,4 +1,4 @@
-"""The media of a record, gathered from its fields under whatever name."""
+"""Collects the media of a record from its fields, under any known name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NAMED_TAG = re.compile(r"^<[^<>\s]{1,64}>$")
 
 
 def is_generic(row: DatasetSpec) -> bool:
-    """A form that users bring, in which any of the field's names may stand; else a publisher's own."""
+    """Whether a row is a generic form, in which media may have any known name, and not a publisher's dataset."""
     return not row.hub and row.map != "text"
 
 
 def gather(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> tuple[dict[Kind, list[Any]], set[str]]:
-    """References that stand in the fields of a record.
+    """Collect the references in the fields of a record.
 
     Args:
         record: what a reader gave.
@@ -68,7 +68,7 @@ def gather(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> tuple[dict
 
 
 def agreed(some: list[Any], others: list[Any], problem: str) -> list[Any]:
-    """Of two lists of the same media, the one that is nearer to the media themselves.
+    """Choose between two lists of the same media: embedded before path, path before web address.
 
     Raises:
         DataError: bad_record with the problem, if they are not the same.
@@ -105,7 +105,7 @@ def _other_names(record: dict[str, Any], kind: Kind, read: set[str]) -> list[tup
 
 
 def _one_of(found: dict[str, list[Any]]) -> list[Any]:
-    """The media of the fields that hold any, which must be the same ones."""
+    """The media of a record, of which every field must hold the same."""
     chosen = ""
     media: list[Any] = []
     for key, more in found.items():
@@ -124,7 +124,7 @@ def _one_of(found: dict[str, list[Any]]) -> list[Any]:
 
 
 def _by_suffix(record: dict[str, Any], held: dict[Kind, list[Any]], read: set[str]) -> None:
-    """The file of a record, as imagefolder and videofolder of `datasets` name it."""
+    """Read the file field of imagefolder and videofolder (`datasets`): the suffix decides its kind."""
     suffixes: dict[Kind, Sequence[str]] = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
     for key, value in record.items():
         media = names.listed(value) if key not in read and names.plain(str(key)) in names.FILE_NAMES else []
@@ -136,7 +136,7 @@ def _by_suffix(record: dict[str, Any], held: dict[Kind, list[Any]], read: set[st
 
 
 def _same(one: Any, other: Any) -> bool:
-    """May two references mean one medium: the medium and where it came from, or paths of one name?"""
+    """Whether two references may be one medium: embedded and its origin, or paths of one stem."""
     far, near = sorted((_distance(one), _distance(other)), reverse=True)
     return bool(one == other or far != near or (far and _stem(one) == _stem(other)))
 

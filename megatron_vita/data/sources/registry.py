@@ -50,7 +50,7 @@ class DatasetSpec:
     media: bool = False
     """Every record holds media: one without is rejected, and so no placeholder is taken for text."""
     root: str = "none"
-    """Where relative media paths start, unless the mix says `media_root`: `cwd`, `json_dir` (the data file's folder),
+    """Root of relative media paths, unless the mix says `media_root`: `cwd`, `json_dir` (the data file's folder),
     `dataset` (the dataset's root), `user` (the mix must say it), or `none` (media are embedded)."""
     folders: Mapping[str, str] = field(default_factory=dict)
     """Data file's name without ending -> folder below the root that its media lie in."""
@@ -88,7 +88,7 @@ class DatasetSpec:
 
     @property
     def form(self) -> dict[str, Any]:
-        """All that decides what a record becomes, but where its media lie."""
+        """Settings that decide the conversion of a record, without those of media locations."""
         names = (one.name for one in dataclasses.fields(self))
         return {name: getattr(self, name) for name in names if name not in _ABOUT_FILES + _ABOUT_FETCHING}
 
@@ -102,7 +102,7 @@ class DatasetSpec:
         return file.parent
 
     def published(self, file: Path) -> bool:
-        """Does the file bear one of the publisher's names? Yes where none is known."""
+        """Whether the file has one of the publisher's names; True if none is known."""
         parts = Path(os.path.abspath(file)).parts
         tails = ("/".join(parts[-(pattern.count("/") + 1) :]) for pattern in self.files)
         return not self.files or any(map(fnmatch, tails, self.files))

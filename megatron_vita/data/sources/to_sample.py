@@ -42,12 +42,12 @@ _TAGS: dict[str, Kind] = {"<image>": "image", "<video>": "video"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
-    """What a record lost on its way to a Sample: counted, so that nothing is dropped in silence."""
+    """What the conversion dropped of a record, for the counts of the manifest and the report of the run."""
 
     cleaned: int = 0
     """Answers that lost leading line breaks, or blanks that the tokenizer would join with them."""
     dropped: int = 0
-    """Turns that the fixes of its row took out."""
+    """Turns that the fixes of its row removed."""
     tag_as_text: bool = False
     """A question spells `<image>` or `<video>`, and the record has no such medium, though others of its source may."""
     unread: frozenset[str] = frozenset()
@@ -60,7 +60,7 @@ class Changes:
 
 
 class _Read(dict[str, Any]):
-    """A record that remembers which of its fields were asked for."""
+    """A record that tracks which of its fields were read."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         super().__init__(record)
@@ -160,7 +160,7 @@ def clean_answers(sample: Sample, *, blanks: bool = False) -> tuple[Sample, int]
 
 
 def _no_medium_elsewhere(record: dict[str, Any], read: set[str], tags: set[Kind]) -> None:
-    """A question asks for a medium, and there is none: then nothing that looks like one is just where it comes from."""
+    """Reject a record without media whose questions have placeholders and whose unread fields may hold a medium."""
     for key, value in record.items():
         where = names.find_medium(value) if key not in read else None
         if where is not None:
@@ -171,7 +171,7 @@ def _no_medium_elsewhere(record: dict[str, Any], read: set[str], tags: set[Kind]
 
 
 def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[str]:
-    """A field for the system's turn counts where no turn is one. Returns the fields that were read."""
+    """Insert the system turn from a field, unless there is one. Returns names of the fields that were read."""
     name = row.fields.get("system")
     keys = _SYSTEM if name is None else (name,)
     for key in keys:
@@ -184,7 +184,7 @@ def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[s
 
 
 def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Kind]]:
-    """(turns of the Sample, kinds of media whose tags were left as text for want of a medium)."""
+    """(messages of the Sample, kinds of media whose tags stay text because the record has no such medium)."""
     counts: dict[Kind, int] = {"image": 0, "video": 0}
     kinds = {kind for kind in KINDS if draft.media(kind)} | draft.declared
     tags = {tag: kind for tag, kind in _TAGS.items() if kind in kinds} | {

@@ -1,4 +1,4 @@
-"""Archives and packed files: unpacked once where they must be, indexed, and read without trusting them."""
+"""Archives and compressed files: unpacked once where needed, indexed, and checked as untrusted input."""
 
 from megatron_vita.data.sources.media_store.archive import Archive, is_archive, open_archive
 from megatron_vita.data.sources.media_store.cache import build_once

@@ -1,4 +1,4 @@
-"""An archive that can be read at any place: a zip, or a tar, unpacked or joined first if it must be."""
+"""Opens zip and tar archives for random access: compressed and split ones are first unpacked or joined."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Archive:
     """A zip; else a tar."""
 
     def members(self) -> Iterator[Member]:
-        """Every file in it, the unfit ones too.
+        """Every file in it, rejected ones included.
 
         Raises:
             ConfigError: cut short, damaged, or of several volumes.

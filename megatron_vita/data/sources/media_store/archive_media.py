@@ -1,4 +1,4 @@
-"""Members of many archives as media: found by path or name, given as regions of files where they lie unpacked."""
+"""Finds members of archives as media, by path or name; uncompressed members are regions of the archive file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ArchiveMedia:
     def __init__(
         self, root: Path, paths: Sequence[Path], work: Path | None, *, frames: bool, resolve: str, progress: bool
     ) -> None:
-        """Unpack and index what was not yet.
+        """Unpack and index the archives, unless the work folder has their index.
 
         Args:
             root: the media root.
@@ -175,7 +175,7 @@ class ArchiveMedia:
         return member.name, row._replace(first=member.offset)
 
     def _one(self, rows: list[Found], name: str) -> Found:
-        """The row that is fit; of several, any if they are the same."""
+        """The row that is not rejected; of several with the same content, the first."""
         good = [row for row in rows if row.kind not in REJECTED]
         if not good:
             code, why = REJECTED[rows[0].kind]
@@ -186,7 +186,7 @@ class ArchiveMedia:
         return good[0]
 
     def _identity(self, row: Found) -> tuple[int, bytes]:
-        """What tells whether members are the same: size and content."""
+        """Key that the same members share: size and digest of the content."""
         if row.second > _COMPARED:
             return row.second, repr(row).encode()
         return row.second, hashlib.sha256(b"".join(self._content(row))).digest()

@@ -1,4 +1,4 @@
-"""The folder for what is made once of big files and kept: unpacked copies, indexes."""
+"""Cache of files derived from large files: unpacked copies and indexes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def build_once(
     *,
     anew: bool = False,
 ) -> Path:
-    """A file or folder made of other files: the one kept in the work folder, or made now.
+    """Build a file or folder derived from other files, or return the cached one.
 
-    It appears under its name only when it is whole, whatever is killed, and one process makes it while others wait.
-    When a source's size or time changes it is made anew.
+    It is published atomically when complete, and built by one process while others wait. When the size or time of a
+    source changes, it is built anew.
 
     Args:
-        work: the folder; none: a temporary one of this process.
+        work: the cache folder; None: a temporary one of this process.
         kind: what is made, the name of a folder inside.
         sources: the files it is made of.
         build: makes it under the path it is given.

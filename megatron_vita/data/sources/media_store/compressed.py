@@ -1,4 +1,4 @@
-"""gzip, zstd, xz and bzip2 streams, whole or in parts (`.aa .ab ...`): what they hold, block by block."""
+"""Decompresses gzip, zstd, xz and bzip2 streams, in one file or split (`.aa .ab ...`), block by block."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read_blocks(parts: Sequence[Path], size: int) -> Iterator[bytes]:
 
 
 def decompress(blocks: Iterable[bytes], form: str) -> Iterator[bytes]:
-    """What a packed stream holds.
+    """Decompress a stream.
 
     Args:
         blocks: the packed bytes.
@@ -106,7 +106,7 @@ def decompress(blocks: Iterable[bytes], form: str) -> Iterator[bytes]:
 
 
 def peek(path: Path, size: int) -> bytes:
-    """The first bytes of what a packed file or split archive holds; fewer if it ends or breaks there.
+    """The first decompressed bytes of a file or split archive; fewer if it ends or is damaged there.
 
     Args:
         path: the file, or its first part.

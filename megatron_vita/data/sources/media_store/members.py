@@ -1,11 +1,11 @@
-"""A member of an archive, and what makes one unfit."""
+"""A member of an archive, and the reasons to reject one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TAR, STORED, DEFLATED, FOLDER = range(4)
-"""How a member lies in its archive: as a region, as a region behind a header, packed; or it stands for a folder."""
+"""Storage of a member: region of a tar, stored in a zip, deflated in a zip; or a folder of frames."""
 
 REJECTED: dict[int, tuple[str, str]] = {
     16: ("path_escape", "its name in the archive is absolute or leaves the folder"),
@@ -39,12 +39,12 @@ class Member:
 
     @property
     def hidden(self) -> bool:
-        """Made by an operating system for itself: dot files, macOS's resource forks."""
+        """Whether an operating system made it for itself: dot files, macOS resource forks."""
         return any(part.startswith(".") or part == "__MACOSX" for part in self.name.split("/"))
 
 
 def clean_name(name: str) -> tuple[str, bool]:
-    """(name relative and without `.` and `..`, whether it was that already but for `./` and doubled slashes)."""
+    """(relative name without `.` and `..`, whether the original was relative and without `..`)."""
     parts = name.split("/")
     kept = [part for part in parts if part not in ("", ".", "..")]
     return "/".join(kept), bool(kept) and not name.startswith("/") and ".." not in parts

@@ -1,4 +1,4 @@
-"""Media stores: from a reference in a record to the medium it means, in folders and archives, safely.
+"""Media stores resolve a record's references to media in folders and archives, never outside the media root.
 
 A MediaRule says where the media of a data file lie and can be sent to any process; `open_store` makes a store of it.
 """
@@ -46,7 +46,7 @@ class MediaRule:
     frame_rate: float = 1.0
     """Pictures of a folder of frames that make a second."""
     place: str = ""
-    """Where the mix says that the root lies, alike on every machine."""
+    """The root as the mix writes it, the same on every machine."""
     shown: str = ""
     """How messages call the root, alike on every machine; media are then called by their path below it. None: both by
     their whole path."""
@@ -57,7 +57,7 @@ class MediaStore(ABC):
 
     @abstractmethod
     def find(self, reference: str) -> MediaFile:
-        """The medium that a record's reference means.
+        """Resolve a reference of a record.
 
         Raises:
             DataError: path_escape, media_missing or media_ambiguous; or why the member of an archive is not read.
@@ -70,7 +70,7 @@ class _Nothing(MediaStore):
 
 
 class _Rooted(MediaStore):
-    """Files under the root win, then archives, then what bears the name."""
+    """Looks for a file under the root, then in archives, then by name."""
 
     def __init__(self, rule: MediaRule, root: Path, work: Path | None, *, anew: bool = False, progress: bool = False):
         if rule.resolve not in RESOLVE:

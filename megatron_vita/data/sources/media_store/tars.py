@@ -1,4 +1,4 @@
-"""Tar archives: every member and where it lies."""
+"""Tar archives: lists members with the offsets of their data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_HEADER = 1 << 20
 
 
 class _Careful:
-    """A file that gives no more at once than a header may have."""
+    """A file whose reads are limited to the largest valid header."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
@@ -30,7 +30,7 @@ class _Careful:
 
 
 def is_tar(head: bytes) -> bool:
-    """Does a file that begins so hold a tar? (An empty one is all zeros.)"""
+    """Whether the first bytes of a file are those of a tar. (An empty tar is all zeros.)"""
     if len(head) < BLOCK:
         return False
     if not any(head[:BLOCK]):
@@ -52,7 +52,7 @@ def tar_members(path: Path) -> Iterator[Member]:
 
 
 def walk(path: Path, stream: BinaryIO, stop: int | None = None) -> Iterator[Member]:
-    """Members from where a stream stands.
+    """Members from the position of a stream on.
 
     Args:
         path: for messages.

@@ -42,7 +42,7 @@ _BLOCK = 1 << 20
 
 
 def is_zip(head: bytes) -> bool:
-    """Does a file that begins so hold a zip?"""
+    """Whether the first bytes of a file are those of a zip."""
     return head[:4] in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 
 
@@ -70,7 +70,7 @@ def zip_members(path: Path) -> Iterator[Member]:
 
 
 def data_offset(stream_fd: int, header: int) -> int:
-    """Where the data behind a local header begin.
+    """Offset of the data behind a local header.
 
     Raises:
         DataError: media_broken, there is no header.
@@ -231,6 +231,6 @@ def _text(raw: bytes, flags: int) -> str:
 
 
 def several_volumes(path: Path) -> ConfigError:
-    """What to say of a zip in several files (`.z01 .z02 ... .zip`)."""
+    """The error for a zip in several volumes (`.z01 .z02 ... .zip`)."""
     whole = path.with_name(f"{path.stem}_whole.zip")
     return ConfigError(f"{path}: a zip of several volumes. Join them: zip -s 0 {path} --out {whole}")

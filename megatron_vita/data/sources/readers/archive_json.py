@@ -25,14 +25,14 @@ _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".json", *_LINES)
 _TEXT, _INDEX, _UNREAD = "text", "offsets.npy", "unread.json"
 _BROKEN = -1
-"""In place of where a record begins: its member cannot be read; the third number is its place in `_UNREAD`."""
+"""Begin of a record whose member cannot be read; its third number is the index in `_UNREAD`."""
 _MOST_MEMBER = 16 << 30
 
 log = logging.getLogger(__name__)
 
 
 class ArchiveJson(Reader):
-    """All members' text, copied once into one file, members sorted by name."""
+    """Reads a copy of all members' text in one file, sorted by member name."""
 
     def __init__(self, path: Path, work: Path | None) -> None:
         super().__init__(path)
@@ -88,7 +88,7 @@ def _copy(archive: Archive, target: Path) -> None:
 
 
 def _copy_member(archive: Archive, member: Member, descriptor: int, out: BinaryIO, found: array[int]) -> str | None:
-    """Append a member's text and its records; or say why it cannot be read."""
+    """Append a member's text and record offsets; the reason if it cannot be read."""
     begin, number = out.seek(0, 2), len(found) // 3
     if member.kind in REJECTED:
         return REJECTED[member.kind][1]

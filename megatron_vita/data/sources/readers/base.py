@@ -1,4 +1,4 @@
-"""What every reader does, and how the text of a record becomes the record."""
+"""The interface of readers, and the parser of a record's JSON text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reader(ABC):
 
     @abstractmethod
     def index(self) -> RecordOffsets:
-        """Where every record lies, in file order.
+        """List the offsets of all records, in file order.
 
         Raises:
             DataError: the file is not what its reader expects.
@@ -70,7 +70,7 @@ class Reader(ABC):
 
 
 def parse_record(text: bytes) -> Record | DataError:
-    """The record that a piece of JSON says; a DataError (bad_json or bad_record) if it says none."""
+    """Parse the JSON text of a record; a DataError (bad_json or bad_record) if it is none."""
     if len(text) > MAX_RECORD:
         return reject("bad_record", f"{len(text)} bytes are one record; at most {MAX_RECORD} are read.")
     if len(text) > _LARGE:

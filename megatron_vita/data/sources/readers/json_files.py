@@ -18,13 +18,13 @@ from megatron_vita.errors import DataError
 PEEK = 1 << 20
 """Bytes at the begin of a file from which its form is detected."""
 _TURN = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:\s*"[^"]{0,32}"\s*,\s*"(content|value)"\s*:')
-"""How a conversation without its record begins."""
+"""Begin of a conversation that is not inside a record."""
 _BETWEEN = re.compile(r"\}[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 _AFTER = re.compile(r"[ \t\r\n]*[,\]]")
 _BEYOND = 4 << 20
-"""Bytes behind a broken record that the next sound one may reach into."""
+"""Bytes behind a broken record within which the next valid one must end."""
 _MOST = 1000
-"""Records that are found again in one file; each time the rest of it is listed anew."""
+"""Maximum number of repairs in one file; each lists the rest of the file again."""
 _TURNS = ({"role", "content"}, {"from", "value"})
 
 
@@ -92,7 +92,7 @@ def json_form(head: bytes) -> str:
 
 
 def is_turn(text: bytes) -> bool:
-    """Is the first thing in an array a turn of a conversation, and the array so a record itself?"""
+    """Whether the first element of an array is a turn, so that the array itself is a record."""
     offsets, _ = scan_array(io.BytesIO(text), most=1)
     first = parse_record(text[offsets[1] : offsets[2]]) if offsets else None
     if isinstance(first, dict):
@@ -101,7 +101,7 @@ def is_turn(text: bytes) -> bool:
 
 
 def array_records(stream: BinaryIO, start: int = 0, stop: int | None = None, most: int | None = None) -> array[int]:
-    """As `scan_array`; but where the array does not end as it should, a broken record swallows no sound one.
+    """As `scan_array`, but valid records behind a broken one are found also where the array does not end properly.
 
     An open quote turns text into structure and structure into text, so what follows looks broken to its end. Then every
     record is parsed, and behind a broken one the next offset at which a record like the others begins is searched for.

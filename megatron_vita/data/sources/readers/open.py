@@ -1,4 +1,4 @@
-"""Which reader a file gets."""
+"""Chooses the reader of a data file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def open_reader(path: str | Path, kind: str = "auto", work: Path | None = None) 
 
 @lru_cache(maxsize=1024)
 def _kind(path: Path, size: int, time: int) -> str:
-    """What a file's content is, once for each state of the file: a reader is opened for every chunk of records."""
+    """Kind of a file by its content, cached per size and time: a reader is opened for every chunk of records."""
     if is_archive(path):
         return "archive_json"
     with path.open("rb") as stream:

@@ -33,7 +33,7 @@ class Parquet(Reader):
         return np.stack([np.arange(1, len(rows) + 1, dtype=np.int64), groups, rows], axis=1)
 
     def chunks(self, offsets: RecordOffsets, size: int) -> list[RecordOffsets]:
-        """Whole row groups, so that none is decoded twice; records that repeat begin it anew."""
+        """Split at row groups, so that none is decoded twice; a repetition of records begins a new chunk."""
         new = (np.diff(offsets[:, 1]) != 0) | (np.diff(offsets[:, 2]) < 0)
         return [chunk for chunk in np.split(offsets, np.flatnonzero(new) + 1) if len(chunk)]
 
@@ -77,7 +77,7 @@ def _row(batch: Any) -> dict[str, Any] | DataError:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises: its own errors have one base, and some are no OSError, ValueError or LookupError besides."""
+    """Exceptions of pyarrow; some of its own are no OSError, ValueError or LookupError."""
     import pyarrow as pa
 
     return (pa.lib.ArrowException, OSError, ValueError, ArithmeticError, LookupError)

@@ -1,4 +1,4 @@
-"""Where the records of JSON text lie, found in blocks: nothing is parsed, and memory does not grow with the file.
+"""Finds the byte offsets of records in JSON text, block by block, without parsing, in constant memory.
 
 Only quotes, backslashes, brackets and commas are looked at, all of a block at once, so a broken record hurts no other
 as long as its quotes and brackets pair up.
@@ -17,7 +17,7 @@ BLANK = b" \t\r\n"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _BLOCK = 256 << 10
-"""Bytes looked at at once: such as stay in a processor's own cache."""
+"""Bytes scanned at once; a block fits into the cache of a processor core."""
 _QUOTE, _BACKSLASH, _COMMA, _OPEN, _CLOSE, _NEWLINE = b'"\\,{}\n'
 
 Bytes = npt.NDArray[np.uint8]
@@ -25,7 +25,7 @@ Offsets = npt.NDArray[np.int64]
 
 
 class ArrayScanner:
-    """Finds the records of one JSON array, of which it is fed one block after another."""
+    """Incremental scanner of one JSON array: finds the offsets of its records."""
 
     def __init__(self, begun: int | None = None) -> None:
         """An array that is to begin, or one whose records begin at the offset `begun`."""
@@ -188,7 +188,7 @@ def scan_lines(stream: BinaryIO, start: int = 0, stop: int | None = None, most: 
 
 
 def _marked(text: Bytes) -> npt.NDArray[np.bool_]:
-    """Which bytes are quotes, commas, brackets or backslashes (or `|`, which nobody asks for)."""
+    """Mask of quotes, commas, brackets and backslashes (and of `|`, which callers ignore)."""
     folded = text | 0x20
     folded -= 0x7B  # { and [ become 0, | and \ 1, } and ] 2, all others more
     marked = folded <= 2

@@ -25,7 +25,7 @@ from megatron_vita.data.sources.readers.webdataset_group import Group, split_nam
 from megatron_vita.errors import ConfigError, DataError
 
 _SKIPPED = re.compile(r"__[^/]*__(?:$|/)")
-"""Members that describe the tar, which the library leaves out, too."""
+"""Members that describe the tar; the webdataset library ignores them, too."""
 
 
 class WebDataset(Reader):

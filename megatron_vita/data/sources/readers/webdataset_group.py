@@ -1,4 +1,4 @@
-"""What the members of one key of a WebDataset say together."""
+"""Combines the members of one WebDataset key into a record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Group:
             self._parts[part] = member
 
     def record(self) -> Record:
-        """What the group says.
+        """Combine the members into a record.
 
         Raises:
             DataError: it says nothing, contradicts itself, or its pictures are not there.
@@ -77,7 +77,7 @@ class Group:
         return said
 
     def _json(self) -> dict[str, Any]:
-        """What the json members say together."""
+        """Merge the fields of the json members."""
         said: dict[str, Any] = {}
         for part in sorted((one for one in self._parts if _suffix(one) == "json"), key=len):
             member = self._parts[part]
@@ -90,7 +90,7 @@ class Group:
         return said
 
     def _caption(self) -> str | None:
-        """What the text members say."""
+        """The caption in the text members."""
         texts: dict[str, str] = {}
         for part, member in self._parts.items():
             if _suffix(part) not in _CAPTIONS:
