@@ -1,4 +1,4 @@
-"""Finds duplicates in a mix: files of two entries, copies of a file, two forms of a file, subsets of two collections."""
+"""Finds duplicates in a mix: files of two entries, copies, two forms of a file, subsets of two collections."""
 
 from __future__ import annotations
 
