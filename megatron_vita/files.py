@@ -43,17 +43,6 @@ def readable_size(count: int) -> str:
     return f"{count} B"
 
 
-def counted(count: int, one: str, several: str | None = None) -> str:
-    """A number with its noun: `1 record`, `2 records`.
-
-    Args:
-        count: how many.
-        one: the noun of a count of 1, with its verb if need be.
-        several: that of other counts; None: `one` and an s.
-    """
-    return f"{count} {one if count == 1 else several or f'{one}s'}"
-
-
 def usable_cores() -> int:
     """Cores that this process may use. macOS does not tell which those are: there, all of them."""
     if hasattr(os, "sched_getaffinity"):

@@ -179,11 +179,6 @@ def test_sizes_for_people(count: float, text: str) -> None:
     assert files.readable_size(int(count)) == text
 
 
-def test_only_a_count_of_one_is_singular() -> None:
-    assert [files.counted(count, "record") for count in (0, 1, 2)] == ["0 records", "1 record", "2 records"]
-    assert [files.counted(count, "book has", "books have") for count in (1, 7)] == ["1 book has", "7 books have"]
-
-
 def test_what_is_no_room() -> None:
     codes = [code for code in errno.errorcode if files.no_room(OSError(code, ""))]
     assert sorted(codes) == sorted([errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vita import log
+from megatron_vita.data.rejects import counted
 from megatron_vita.errors import VitaError
-from megatron_vita.files import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

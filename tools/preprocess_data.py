@@ -21,10 +21,10 @@ from megatron_vita.data.compile import rejected
 from megatron_vita.data.compile.engines import ENGINES
 from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.media.video.open import BACKENDS, VideoLimits
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.sources.lint import lint
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import VitaError
-from megatron_vita.files import counted
 
 LIMITS = VideoLimits()
 

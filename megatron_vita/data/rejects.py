@@ -48,3 +48,14 @@ def code_of(error: DataError) -> tuple[str, str]:
     """(error code, message without it) of a DataError; `bad_record` where it names no known code."""
     code, colon, rest = str(error).partition(": ")
     return (code, rest) if colon and code in CODES else ("bad_record", str(error))
+
+
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number with its noun: `1 record`, `2 records`.
+
+    Args:
+        count: how many.
+        one: the noun of a count of 1, with its verb if need be.
+        several: that of other counts; None: `one` and an s.
+    """
+    return f"{count} {one if count == 1 else several or f'{one}s'}"

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.data.rejects import reject
-from megatron_vita.files import counted
+from megatron_vita.data.rejects import counted, reject
 
 Role = Literal["system", "user", "assistant", "tool"]
 

@@ -21,14 +21,13 @@ from typing import Any
 from common import Built, run, write_records
 
 from megatron_vita.data.media.names import natural_key
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sources.fixes import IMAGE_TAG
 from megatron_vita.data.sources.mappers import map_messages
 from megatron_vita.data.sources.media_store import open_archive, unpack
 from megatron_vita.data.sources.media_store.members import REJECTED
 from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.files import counted
 
 PAGES = "images.tar"
 

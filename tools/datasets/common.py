@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita import log
-from megatron_vita.data.rejects import code_of
+from megatron_vita.data.rejects import code_of, counted
 from megatron_vita.errors import DataError, VitaError
-from megatron_vita.files import counted
 
 SUMMARY, REJECTS = "summary.jsonl", "summary.rejects.jsonl"
 

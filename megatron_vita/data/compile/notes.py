@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vita.data.compile.job import ChunkTask
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import chunk_path
 from megatron_vita.data.sources.to_sample import TAG_AS_TEXT
-from megatron_vita.files import counted
 
 _LISTED = 8
 

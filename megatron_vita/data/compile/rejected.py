@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.manifest import SourceCounts
-from megatron_vita.files import counted
 
 WARN_ABOVE = 0.05
 """Share of a source's records from which a run ends with a warning."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from megatron_vita.data.compile.engines import Executor, LocalExecutor
 from megatron_vita.data.compile.inputs import Inputs
 from megatron_vita.data.compile.job import ChunkTask, RetryJob
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import chunk_path
-from megatron_vita.files import counted
 
 _COSTLY = ("media_crash", "video_timeout", "video_memory")
 

@@ -25,6 +25,7 @@ from megatron_vita.data.compile.job import ChunkJob, ChunkTask
 from megatron_vita.data.compile.notes import count_notes, describe_notes
 from megatron_vita.data.compile.retry import any_changed, forget_outdated, rejected_for_media
 from megatron_vita.data.compile.reuse import EarlierSet
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.manifest import Manifest, Reject, SourceCounts, load_manifest
 from megatron_vita.data.shards.writer.intermediate import ChunkFile
 from megatron_vita.data.shards.writer.plan import EntryTable, Plan, chunk_path
@@ -32,7 +33,7 @@ from megatron_vita.data.shards.writer.publish import hold_work_folder, write_rej
 from megatron_vita.data.sources.media_store import store as stores
 from megatron_vita.data.sources.to_sample import TAG_AS_TEXT
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.files import counted, no_room
+from megatron_vita.files import no_room
 
 __all__ = ["Options", "run"]
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from megatron_vita.data.example import IGNORE_INDEX
 from megatron_vita.data.loading.balance import assign_packs
 from megatron_vita.data.loading.sampler import PackOrder
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
-from megatron_vita.files import counted
 from megatron_vita.layout import Int64
 
 LOSS = ("⟦", "⟧")

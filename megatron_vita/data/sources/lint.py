@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.duplicates import find_duplicates
 from megatron_vita.data.sources.entries import DatasetEntry, nearest, read_entries
@@ -26,7 +27,7 @@ from megatron_vita.data.sources.readers import open_reader
 from megatron_vita.data.sources.registry import DatasetSpec
 from megatron_vita.data.sources.to_sample import record_to_sample
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.files import counted, readable_size
+from megatron_vita.files import readable_size
 
 _FIRST = 8
 """Records at the beginning of a file whose media are looked for."""

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.calls import CALL_ROLES, RESULT_ROLES, read_call_text, read_calls
 from megatron_vita.data.sources.draft import Draft, Frames, Kind, Turn
 from megatron_vita.data.sources.marks import is_mark, turn_learnt
 from megatron_vita.data.sources.parts import read_part
-from megatron_vita.files import counted
 
 Fields = Mapping[str, Any]
 

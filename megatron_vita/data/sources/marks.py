@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.draft import ROLES, Draft
-from megatron_vita.files import counted
 
 MARKS = names.WEIGHTS | names.LEARNT | names.MASKED | names.LEARNT_SPANS
 """Names of fields of a turn that say whether it is learnt, as `fields.plain` writes them."""

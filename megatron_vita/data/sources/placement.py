@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import Image, Part, Text, Video
 from megatron_vita.data.sources import fields as names
 from megatron_vita.data.sources.draft import KINDS, Bare, Draft, Kind, Turn
 from megatron_vita.data.sources.record_media import agreed
-from megatron_vita.files import counted
 
 _NUMBERED_TAG = re.compile(r"<\|?(?:image|img)[ _]?(\d{1,4})\|?>")
 _PATH_TAG = re.compile(r"<(img|image|video|audio)>([^<>\n]{1,1024})</\1>")

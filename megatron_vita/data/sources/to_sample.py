@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import (
     Document,
     Image,
@@ -33,7 +33,6 @@ from megatron_vita.data.sources.media_store.store import MediaStore
 from megatron_vita.data.sources.placement import place
 from megatron_vita.data.sources.record_media import gather, is_generic
 from megatron_vita.data.sources.registry import DatasetSpec
-from megatron_vita.files import counted
 
 _SYSTEM = ("system", "system_prompt", "system_message")
 TAG_AS_TEXT = "<tag>"

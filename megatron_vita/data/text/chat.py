@@ -23,13 +23,12 @@ import numpy.typing as npt
 
 from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem, TileSlot
 from megatron_vita.data.media.tiling import plan_tiles
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import Document, Message, Sample, Text, clean_answer
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import chat_tokenizer as names
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.data.text.template import SkeletonPart, shape_of
-from megatron_vita.files import counted
 
 
 def build_example(

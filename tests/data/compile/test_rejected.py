@@ -11,6 +11,7 @@ import pytest
 from megatron_vita.data.compile import run as preprocess
 from megatron_vita.data.compile.rejected import by_code, too_many, total, warnings
 from megatron_vita.data.compile.run import Options, run
+from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.manifest import SourceCounts
 from megatron_vita.data.shards.writer import plan
 from megatron_vita.data.spec import PreprocessSpec
@@ -163,3 +164,8 @@ def test_records_that_are_wrong_by_themselves_are_not_retried(tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "_chunks", None)  # not even listed
         assert run(options(root, resume=True)).digest == first.digest
+
+
+def test_only_a_count_of_one_is_singular() -> None:
+    assert [counted(count, "record") for count in (0, 1, 2)] == ["0 records", "1 record", "2 records"]
+    assert [counted(count, "book has", "books have") for count in (1, 7)] == ["1 book has", "7 books have"]

@@ -12,14 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sources.media_store import Archive, build_once, open_archive
 from megatron_vita.data.sources.media_store.members import REJECTED, Member
 from megatron_vita.data.sources.readers.base import Reader, Record, RecordOffsets, as_offsets, parse_record
 from megatron_vita.data.sources.readers.json_files import PEEK, array_records, is_turn, json_form, read_range
 from megatron_vita.data.sources.readers.scan import BLANK, BYTE_ORDER_MARK, scan_lines
 from megatron_vita.errors import DataError
-from megatron_vita.files import counted
 
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".json", *_LINES)

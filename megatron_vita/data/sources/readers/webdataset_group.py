@@ -6,7 +6,7 @@ import re
 from typing import Any, BinaryIO
 
 from megatron_vita.data.media.names import IMAGE_SUFFIXES, VIDEO_SUFFIXES, natural_key
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.fields import IMAGE_NAMES, VIDEO_NAMES, is_address, is_embedded, listed, plain
 from megatron_vita.data.sources.media_store import Archive
@@ -14,7 +14,6 @@ from megatron_vita.data.sources.media_store.members import REJECTED, Member
 from megatron_vita.data.sources.readers.base import Record
 from megatron_vita.data.sources.readers.json_files import read_range
 from megatron_vita.errors import DataError
-from megatron_vita.files import counted
 
 _CAPTIONS = ("txt", "text", "caption")
 _METADATA = ("cls", "cls2", "class", "count", "index", "inx", "id", "key", "url")
