@@ -1,7 +1,7 @@
-"""Who does the work: this process, processes on this machine, or ray actors on many machines with one file system.
+"""Executors: this process, processes on this machine, or ray actors on machines that share a file system.
 
-An engine maps tasks over a job in any order. Nothing large travels: a task is a few numbers, its result is on disk.
-When a process dies, which task it had is known, and the job is asked what to do about it.
+An executor maps a job over tasks, in any order. Tasks and results are a few numbers; data go over the disk. When a
+process dies, the job decides how its task is retried.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ W = TypeVar("W")
 
 
 class MapJob(Protocol[T]):
-    """Work that is sent to other processes; small and picklable."""
+    """A function factory that is sent to other processes; small and picklable."""
 
     def open(self) -> Callable[[T], Any]:
-        """Make, in the process that does it, the function that does one task."""
+        """Make the function that does one task, in the process that calls it."""
 
     def died(self, task: T, deaths: int) -> T:
-        """The task to do instead after its process was lost for the `deaths`-th time.
+        """The task to retry after its process died for the `deaths`-th time.
 
         Raises:
-            DataError: there is no hope.
+            DataError: a retry is pointless.
         """
 
 
 def open_executor(name: str, workers: int) -> Executor:
-    """The engine of a name, its processes not yet started.
+    """The executor of a name; its processes are not started yet.
 
     Raises:
         ConfigError: ray is not installed.
@@ -52,7 +52,7 @@ def open_executor(name: str, workers: int) -> Executor:
 
 
 class Executor(ABC):
-    """Maps tasks over a job. A context manager: what it holds between two maps is let go of at its end."""
+    """Maps a job over tasks. A context manager: it frees its processes at the end."""
 
     def __enter__(self) -> Executor:
         return self
@@ -61,20 +61,20 @@ class Executor(ABC):
         self.close()
 
     def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
-        """Let go of everything."""
+        """Free all processes."""
 
     @abstractmethod
     def map(self, job: MapJob[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
-        """Every task with its result, as they finish.
+        """Yield every task with its result, as they finish.
 
         Raises:
-            VitaError: what a task raised; the others are given up.
-        OSError: the disk is full (`no_room`).
+            VitaError: raised by a task; the other tasks are cancelled.
+            OSError: the disk is full (`no_room`).
         """
 
 
 class InProcess(Executor):
-    """One task after the other, here. Nobody outlives a crash."""
+    """Runs the tasks in this process, one after the other. A crash ends the run."""
 
     def map(self, job: MapJob[T], tasks: Iterable[T]) -> Iterator[tuple[T, Any]]:
         run = job.open()
@@ -128,11 +128,11 @@ class _WorkerPool(Executor, Generic[W]):
 
     @abstractmethod
     def _send(self, worker: W, job: Any, task: Any) -> None:
-        """Hand it a task, and the job with the first of each job's."""
+        """Send a task to a worker; with the first task of a job, the job."""
 
     @abstractmethod
     def _finished(self, busy: list[W]) -> list[tuple[W, tuple[bool, Any] | None]]:
-        """Wait for some; each with (well or not, result or error), or None if it died."""
+        """Wait until workers finish: each with (success, result or error), or None if it died."""
 
     @abstractmethod
     def _terminate(self, worker: W) -> None:
@@ -140,14 +140,14 @@ class _WorkerPool(Executor, Generic[W]):
 
 
 class _Attempts:
-    """A worker's side: does tasks, and tells what became of them. A job is opened here, with its first task."""
+    """Runs tasks in a worker and returns results or errors. It opens a job with its first task."""
 
     def __init__(self) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._run: Callable[[Any], Any] | None = None
 
     def run(self, job: Any, task: Any) -> tuple[bool, Any]:
-        """(well or not, result or error)."""
+        """(success, result or error)."""
         try:
             if job is not None:
                 self._run = job.open()
@@ -162,7 +162,7 @@ class _Attempts:
 
 
 def _serve(tasks: Connection) -> None:
-    """Life of a local worker: ends when the other end of the pipe is gone, with its task done."""
+    """Main loop of a local worker: it ends once the other end of the pipe is closed and its task is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
     attempts = _Attempts()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

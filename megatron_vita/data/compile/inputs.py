@@ -1,4 +1,4 @@
-"""What goes into a run, read and proven before anything is written: settings, files of the mix, tokenizer."""
+"""Inputs of a run, read and checked before anything is written: settings, files of the mix, tokenizer."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Options:
     media: str = "embed"
     verify_media: str = "structure"
     video_limits: VideoLimits = VideoLimits()
-    """What decoding one video may cost."""
+    """Time and memory limits of decoding one video."""
     video_backend: str = "auto"
-    """What decodes videos; see `open_video`."""
+    """The video decoder; see `open_video`."""
     workers: int = 1
     resume: bool = False
     engine: str = "local"
@@ -84,13 +84,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """The proven inputs of a run."""
+    """The checked inputs of a run."""
 
     options: Options
     files: list[MixFile]
     info: SetInfo
     keys: list[str]
-    """Of each file: who has the same key has the same Examples."""
+    """`source_key` of each file: files of the same key have the same Examples."""
 
     @property
     def prefix(self) -> Path:
@@ -109,7 +109,7 @@ class Inputs:
 
 
 def read_inputs(options: Options) -> Inputs:
-    """Read everything small and prove it.
+    """Read and check mix, tokenizer and settings, and digest the data files.
 
     Raises:
         ConfigError: settings, mix or tokenizer are wrong.

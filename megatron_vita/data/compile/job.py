@@ -1,4 +1,4 @@
-"""Compiles chunks of records into intermediate shards: what a preprocessing process does in the first phase."""
+"""First phase of preprocessing: worker processes compile chunks of records into intermediate shards."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _PLACE = struct.Struct("<q")
 
 @dataclass(frozen=True, slots=True)
 class ChunkTask:
-    """A run of records of one file."""
+    """A chunk of records of one file."""
 
     number: int
-    """Of the chunk, over the whole mix."""
+    """Number of the chunk in the whole mix."""
     file: int
-    """Of the file in the mix."""
+    """Number of the file in the mix."""
     offsets: RecordOffsets
-    """Which of its records."""
+    """Offsets of the records of the chunk."""
     poison: tuple[int, ...] = ()
     """Rows of `offsets` that have killed the process twice, and are rejected."""
     outcomes: tuple[tuple[str, str], ...] = ()
@@ -46,7 +46,7 @@ class ChunkTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkJob:
-    """Makes, in any process, the function that compiles a chunk."""
+    """Factory of the function that compiles a chunk, for any process."""
 
     tokenizer: str
     rules: Rules
@@ -54,9 +54,9 @@ class ChunkJob:
     files: Sequence[MixFile]
     work: Path
     sources_work: Path
-    """Where readers and stores keep what they unpacked and indexed."""
+    """Cache folder of readers and stores: unpacked copies and indexes."""
     folder: Path
-    """Of the set: references are relative to it."""
+    """Folder of the set; media references are relative to it."""
     earlier: EarlierSet | None = None
     """A set that holds some of the Examples already."""
     deaths: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
@@ -89,11 +89,11 @@ class ChunkJob:
         return _ChunkWorker(self).run
 
     def marker(self, number: int) -> Path:
-        """File that says which record of a chunk is being compiled; gone once the chunk is done."""
+        """File with the number of the record of a chunk that is being compiled; removed once the chunk is done."""
         return self.work / "active" / f"{number:08d}"
 
     def died(self, task: ChunkTask, deaths: int) -> ChunkTask:
-        """A decoder may crash on a broken file and take its process along: the record that does so twice is rejected.
+        """Retry a chunk whose process died; a record that kills a process twice (a decoder crash) becomes poison.
 
         Raises:
             DataError: the process dies elsewhere, again and again.
@@ -114,12 +114,12 @@ class ChunkJob:
 
 
 class RetryJob(ChunkJob):
-    """Rejected records once more: may one of them be used now, since what it lacked was fetched?"""
+    """Compiles rejected records again, without writing: media that were missing may be there now."""
 
     __slots__ = ()
 
     def open(self) -> Callable[[ChunkTask], bool]:
-        """The function that says of a task whether any of its records has another outcome than before."""
+        """The function that returns whether any record of a task has another outcome than before."""
         return _ChunkWorker(self).retry
 
 
@@ -132,7 +132,7 @@ class _ChunkWorker:
         self._earlier = job.earlier.open() if job.earlier else None
 
     def run(self, task: ChunkTask) -> None:
-        """Compile a chunk; its records stand in its intermediate shard in order, whatever became of each."""
+        """Compile a chunk. Its intermediate shard holds all records in order, compiled or rejected."""
         job = self._job
         marker = self._marker(task)
         writer = ChunkWriter(chunk_path(job.work, task.number))
@@ -147,7 +147,7 @@ class _ChunkWorker:
         job.marker(task.number).unlink()
 
     def retry(self, task: ChunkTask) -> bool:
-        """Is the outcome of any record of the task another than before? Nothing is written."""
+        """Whether any record of the task has another outcome than before. Nothing is written."""
         file = self._job.files[task.file]
         marker = self._marker(task)
         try:
@@ -206,7 +206,7 @@ class _ChunkWorker:
         )
 
     def _body(self, item: MediaItem) -> Body:
-        """Where a medium's bytes are to be taken from when its pack is written."""
+        """Source of a medium's bytes for the write phase: the bytes, a file region, or a reference."""
         origin = item.origin
         if origin is None or origin.path is None:
             return item.data

@@ -1,4 +1,4 @@
-"""Messages of rejected records as a set holds them: alike wherever its data lie, as they are part of its digest."""
+"""Makes messages of rejected records portable: they are part of a set's digest, which paths must not change."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from megatron_vita.data.sources.mix import MixFile
 
 _ADDRESS = re.compile(r"\s?(?:\bat|@) 0x[0-9a-fA-F]+|\[\d\d:\d\d:\d\d\]\s?")
-"""Where an object lies in memory, and the time of day: in what other libraries say."""
+"""Memory addresses and times of day in messages of other libraries."""
 
 
 def portable(message: str, file: MixFile, work: Path) -> str:
     """A message without this machine's folders, memory addresses and time of day.
 
-    What we say ourselves names files below the media root. What other libraries say names whatever they were given.
+    Messages of this package name files below the media root; those of other libraries may hold any path.
 
     Args:
         message: of a rejected record.
         file: the data file that holds the record.
-        work: where what was unpacked lies.
+        work: the folder of unpacked copies.
     """
     for pattern, replacement in _places(file.path, file.media.root, work):
         message = pattern.sub(replacement, message)
@@ -30,7 +30,7 @@ def portable(message: str, file: MixFile, work: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _places(file: Path, root: Path | None, work: Path) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """(folder or file of this machine, what is written instead), longest first."""
+    """(pattern of a folder or file of this machine, replacement), longest first."""
     found: dict[str, tuple[str, str]] = {}
     for folder in (file.parent, root):
         for name in _names(folder) if folder is not None else ():

@@ -24,7 +24,7 @@ def count_notes(work: Path, chunks: Iterable[ChunkTask]) -> dict[int, Counter[st
 
 
 def describe_notes(source: str, notes: Counter[str]) -> list[str]:
-    """A line for each kind of note of a source, for the end of a run."""
+    """One line for each kind of note of a source."""
     lines = []
     if notes[TAG_AS_TEXT]:
         lines.append(

@@ -1,4 +1,4 @@
-"""One record becomes an Example of a packed set, or is rejected."""
+"""Compiles one record to an Example of a packed set, or rejects it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OVERLONG = ("reject", "truncate", "reduce-frames")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What a process must know besides the records."""
+    """Settings of compiling records."""
 
     spec: PreprocessSpec
     seq_length: int
@@ -44,24 +44,24 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A record that made it."""
+    """A compiled record."""
 
     example: Example
     shortened: bool
     """Text or frames were dropped to fit the sequence."""
     changes: Changes
-    """What the record lost before it was a Sample."""
+    """What the conversion to a Sample dropped."""
 
 
 class Compiler:
-    """Records of a mix -> Examples. The same functions serve training, chat and the server."""
+    """Compiles records of a mix to Examples, by the functions that chat and the server use, too."""
 
     def __init__(self, tokenizer: VitaTokenizer, rules: Rules, work: Path | None = None) -> None:
-        """Settings, and where sources keep what they unpacked and indexed (`open_store`)."""
+        """`work`: cache folder of unpacked copies and indexes (`open_store`)."""
         self._tokenizer, self._rules, self._spec, self._work = tokenizer, rules, rules.spec, work
 
     def compile(self, record: Any, file: MixFile, line: int) -> Compiled:
-        """Convert, read media, tokenise, and fit to the sequence.
+        """Convert a record, read its media, tokenise it, and fit it to the sequence.
 
         Raises:
             DataError: beginning with an error code.
@@ -97,7 +97,7 @@ class Compiler:
         return Compiled(example, shortened, changes)
 
     def _videos(self, sample: Sample, images: Sequence[MediaItem]) -> tuple[list[list[MediaItem]], bool]:
-        """Frames of every video, each decoded once: how many fit is known before."""
+        """Decode the frames of every video that fit; their number is computed before."""
         spec, rules = self._spec, self._rules
         opened: list[VideoFile] = []
         try:

@@ -9,16 +9,16 @@ from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.manifest import SourceCounts
 
 WARN_ABOVE = 0.05
-"""Share of a source's records from which a run ends with a warning."""
+"""Share of rejected records of a source above which a run ends with a warning."""
 MAX_REJECTED = 0.5
-"""Share of a source's records above which a run is refused, unless `--max-rejected` says another."""
+"""Default of `--max-rejected`: a run is refused if a larger share of a source's records is rejected."""
 FEWEST = 8
-"""Sources of fewer records are refused by a share that the user has named, not by the default."""
+"""Smallest number of a source's records to which the default share applies."""
 _LISTED = 20
 
 
 def too_many(sources: Sequence[SourceCounts], limit: float | None) -> list[SourceCounts]:
-    """The sources of which more is rejected than `limit`, or than the default if that is None."""
+    """Sources with a larger rejected share than `limit`; None: than the default."""
     if limit is None:
         return [one for one in sources if one.read >= FEWEST and _rejected(one) > MAX_REJECTED * one.read]
     return [one for one in sources if _rejected(one) > limit * one.read]

@@ -1,7 +1,7 @@
-"""Rejected records once more: with `--resume`, what was rejected for its media is used if they were fetched meanwhile.
+"""With `--resume`, retries records that were rejected for their media, which may have been fetched since.
 
-A record is retried alone. Only where its outcome is another now is anything compiled again, so that the set comes out
-as if the media had been there from the start.
+A record is retried by itself. Chunks of which a record has another outcome now are compiled again, so that the set is
+the same as if the media had been there from the start.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 def forget_outdated(inputs: Inputs, chunks: Sequence[ChunkTask], engine: Executor) -> None:
-    """Remove the intermediate shards of a killed run whose rejected records may be used now, and what was made of them.
+    """Remove intermediate shards of a killed run of which a rejected record can be used now, and what depends on them.
 
     Args:
         inputs: of the run.
         chunks: all of them.
-        engine: who retries.
+        engine: runs the retries.
     """
     work = inputs.work
     retries: list[ChunkTask] = []
@@ -69,13 +69,13 @@ def rejected_for_media(inputs: Inputs) -> dict[int, Outcomes]:
 def any_changed(
     inputs: Inputs, chunks: Sequence[ChunkTask], rejected: Mapping[int, Outcomes], engine: Executor
 ) -> bool:
-    """Has any of the records another outcome now?"""
+    """Whether any of the rejected records has another outcome now."""
     retries = [one for task in chunks for one in _of_chunk(task, rejected.get(task.file, {}))]
     return bool(_changed(inputs, retries, engine))
 
 
 def _may_change(code: str) -> bool:
-    """Can a record of this error code be used once other media lie there? What was costly to reject is not retried."""
+    """Whether new media may change the outcome of an error code. Codes that are costly to reproduce are not retried."""
     return code.startswith(("media_", "video_", "path_")) and code not in _COSTLY
 
 

@@ -1,7 +1,7 @@
-"""An earlier set as a source of Examples: what it holds of a mix that has grown is not compiled again.
+"""Reuses Examples of an earlier set: unchanged datasets of a grown mix are not compiled again.
 
 A dataset of both sets counts as unchanged if its key is the same (`source_key`): data file, form, media folder and
-settings. Pictures and videos are taken to be what they were. Rejected records are always compiled again.
+settings. Pictures and videos are assumed unchanged. Rejected records are always compiled again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_vita.layout import Int64
 
 
 def source_key(file: MixFile, content: str, settings: Mapping[str, Any]) -> str:
-    """Digest of all that decides a dataset's Examples, but the bytes of its media. It is part of a set's digest, and so
-    the same wherever data and media lie, as long as the mix says the same.
+    """Digest of all inputs of a dataset's Examples except the bytes of its media. It is part of a set's digest, so it
+    does not depend on where data and media lie, only on the mix.
 
     Args:
         file: its form, and where its media lie.
@@ -41,7 +41,7 @@ def source_key(file: MixFile, content: str, settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EarlierSet:
-    """Which files of the new mix an earlier set holds Examples of."""
+    """An earlier set, and the files of the new mix whose Examples it holds."""
 
     prefix: str
     sources: Mapping[int, int]
@@ -49,7 +49,7 @@ class EarlierSet:
 
     @classmethod
     def matching(cls, prefix: str, manifest: Manifest, keys: list[str]) -> EarlierSet | None:
-        """What a set has in common with a mix, given the key of each of its files; None if nothing."""
+        """Match a set with a mix by the keys of the mix's files; None if they have none in common."""
         numbers = {  # how often a tag is text is not known record by record
             source.key: number
             for number, source in enumerate(manifest.sources)

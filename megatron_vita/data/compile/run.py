@@ -1,10 +1,9 @@
 """Compile a data mix into a packed shard set: read, compile in many processes, pack, write in many processes, publish.
 
-In the first phase records become Examples, chunk by chunk, in intermediate shards of the processes that make them. This
-process packs their lengths. Then every place in every file is known, and in the second phase processes write ranges of
-packs side by side, pictures straight from where they lie. What comes out depends on the mix, the settings, the seed and
-the data alone, whoever did the work, wherever they lie, and however often it was cut short: what is finished stays in
-the work folder until the set is published.
+In the first phase, worker processes compile chunks of records into intermediate shards. This process packs the lengths
+of their Examples, which fixes every offset of every file. In the second phase, worker processes write ranges of packs;
+they copy pictures from their original files. The set depends on the mix, the settings, the seed and the data alone, not
+on the executor, on paths, or on interruptions: finished work stays in the work folder until the set is published.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from megatron_vita.files import no_room
 __all__ = ["Options", "run"]
 
 CHUNK = 128
-"""Records that a process takes at once."""
+"""Records of a chunk."""
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +45,9 @@ log = logging.getLogger(__name__)
 def run(options: Options) -> Manifest:
     """Compile a mix.
 
-    Nothing stands under the final names until all of it is written, and the manifest is published last; an earlier set
-    of the same name stays whole until then. A run that is cut short leaves `DIR/.PREFIX.work`, with which `resume`
-    continues; without `resume` such a folder is started over.
+    The files get their final names once all of them are written, the manifest last; an earlier set of the same name
+    stays whole until then. An interrupted run leaves `DIR/.PREFIX.work`, from which `resume` continues; without
+    `resume` the folder is discarded.
 
     Returns:
         The manifest of the set, just written or (with `resume`) found finished.
@@ -92,7 +91,7 @@ def _run(inputs: Inputs) -> Manifest:
 
 
 def _chunks(inputs: Inputs) -> list[ChunkTask]:
-    """The records that were chosen, in runs for one process each: the same ones whoever compiles them."""
+    """Split the chosen records into chunks, which do not depend on the executor."""
     chunks: list[ChunkTask] = []
     sources_work = inputs.work / "sources"
     try:
@@ -112,7 +111,7 @@ def _chunks(inputs: Inputs) -> list[ChunkTask]:
 
 
 def _compile(inputs: Inputs, chunks: Sequence[ChunkTask], earlier: EarlierSet | None, engine: Executor) -> None:
-    """Every chunk that has no intermediate shard yet."""
+    """Compile every chunk that has no intermediate shard yet."""
     options, work = inputs.options, inputs.work
     for folder in {chunk_path(work, task.number).parent for task in chunks}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +130,7 @@ def _compile(inputs: Inputs, chunks: Sequence[ChunkTask], earlier: EarlierSet | 
 
 
 def _earlier(inputs: Inputs, finished: Manifest | None) -> EarlierSet | None:
-    """The set under this name as a source of Examples, as far as its inputs are the same."""
+    """The existing set of this name as a source of Examples, for the inputs that are unchanged."""
     try:
         manifest = load_manifest(inputs.options.output)
     except (ConfigError, DataError):
@@ -149,7 +148,7 @@ def _earlier(inputs: Inputs, finished: Manifest | None) -> EarlierSet | None:
 
 
 def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
-    """What became of each file's records.
+    """Counts of each file's records.
 
     Raises:
         DataError: nothing can be used, or too much of a source is rejected.
@@ -182,7 +181,7 @@ def _sources(inputs: Inputs, chunks: Sequence[ChunkTask]) -> list[SourceCounts]:
 def _refused(
     inputs: Inputs, chunks: Sequence[ChunkTask], sources: Sequence[SourceCounts], beyond: Sequence[SourceCounts]
 ) -> DataError:
-    """Why nothing is published; the rejected records are listed in a file that is kept."""
+    """The error of a refused run; it keeps a file that lists the rejected records."""
     limit, names = inputs.options.max_rejected, {source.name for source in beyond}
     shown: list[str] = []
     for _, one in _rejects(inputs, chunks):
@@ -247,7 +246,7 @@ def _bar(options: Options, name: str, unit: str, total: int, done: int) -> tqdm[
 
 
 def _finished(inputs: Inputs) -> Manifest | None:
-    """The set under this name, if it is whole and was made from the same inputs."""
+    """The existing set of this name, if it is whole and has the same inputs."""
     from megatron_vita.data.shards.reader import ShardSet  # imports torch
 
     try:
