@@ -1,4 +1,4 @@
-"""Values deeper than 8 bits as pixels: 12 and 16 bits, 32-bit integers, floating point."""
+"""Converts values deeper than 8 bits to pixels: 12 and 16 bits, 32-bit integers, floating point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS = 256
 
 
 def is_deep(picture: Image.Image) -> bool:
-    """Does a picture hold one value a pixel, of more than 8 bits or with a sign?"""
+    """Whether a picture has one value a pixel, of more than 8 bits or signed."""
     return picture.mode.startswith("I") or picture.mode == "F" or _is_signed_byte(picture)
 
 
@@ -63,7 +63,7 @@ def to_grey(picture: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _range(values: npt.NDArray[Any], picture: Image.Image) -> tuple[float, float]:
-    """The values that are black and white."""
+    """The values of black and white."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         bits = getattr(picture, "tag_v2", {}).get(_BITS, (16,))[0]
         return 0.0, float((1 << bits) - 1)

@@ -1,4 +1,4 @@
-"""Pictures: from a stranger's file to checked bytes, and from those to pixels. Nothing here trusts a file.
+"""Reads pictures from untrusted files: checks their bytes, and decodes them to pixels.
 
 A picture stays the bytes that were found; only its header is read until a tile is needed. Values deeper than 8 bits
 become pixels in `depth.py`.
@@ -34,7 +34,7 @@ _MOST_HEADER = 8 << 20
 _MOST_RLE = 16 << 20
 """Bytes of a run-length coded BMP, which Pillow decodes in Python."""
 _ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture lies."""
+"""The EXIF tag of a picture's orientation."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""Transposition that makes a picture upright, by its EXIF orientation."""
 _OTHERS = {
     b"\0\0\0\x0cjP  ": "JPEG 2000",
     b"\xff\x4f\xff\x51": "JPEG 2000",
@@ -65,7 +65,7 @@ _OTHERS = {
     b"II*\0": "a TIFF whose header is damaged, or whose pixels are of a kind that Pillow does not know",
     b"MM\0*": "a TIFF whose header is damaged, or whose pixels are of a kind that Pillow does not know",
 }
-"""What a file is that is not opened, by its first bytes."""
+"""Names of file formats that are not opened, by their first bytes."""
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 
 Image.preinit()
@@ -79,7 +79,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 @dataclass(frozen=True, slots=True)
 class PictureHeader:
-    """What a picture says of itself."""
+    """Format and size from a picture's header."""
 
     format: str
     """One of FORMATS, or MPO (several JPEGs in one file, of which the first counts)."""
@@ -90,7 +90,7 @@ class PictureHeader:
 
 
 def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
-    """Read a picture and learn its size from the header.
+    """Read a picture's bytes and, from its header, its size.
 
     Args:
         file: a path, a region of a file, or bytes.

@@ -1,4 +1,4 @@
-"""What the names of media files tell: kind, order, and whether they stay inside their folder. No file is opened."""
+"""Names of media files: kind, order, and whether they stay inside their folder. No file is opened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vita.data.rejects import reject
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts")
 FRAME_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")
-"""Of the pictures in a folder that stands for a video."""
+"""Suffixes of pictures in a folder of frames."""
 NO_FRAMES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr")
 """Of pictures that are no frames of such a folder: several in one file, or in a format that is not read."""
 

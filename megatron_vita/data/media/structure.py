@@ -14,7 +14,7 @@ _MOST_CHUNKS = 1 << 18
 
 
 def is_whole(kind: str, data: bytes) -> bool | None:
-    """Does a file reach the end that its format promises? None where only decoding tells.
+    """Whether a file is complete by its format's structure; None where only decoding shows it.
 
     Args:
         kind: Pillow's name of the format.
@@ -74,7 +74,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def png_headers(data: bytes) -> bytes:
-    """A PNG without its pixels: all that Pillow reads before them and behind them, for it to judge.
+    """A PNG without its pixels: all chunks that Pillow checks before and behind them.
 
     EXIF, and texts that it refuses, may stand behind the pixels, too.
     """
@@ -90,7 +90,7 @@ def png_headers(data: bytes) -> bytes:
 
 
 def _png_is_whole(data: bytes) -> bool:
-    """Is every chunk whole, up to the end?
+    """Whether every chunk up to the end is complete.
 
     Raises:
         DataError: media_broken, if a checksum is wrong.

@@ -1,4 +1,4 @@
-"""Dynamic tiling: a picture's size decides its grid; the pixels are cut only when somebody needs them.
+"""Dynamic tiling: a picture's size decides its grid; tiles are rendered only when they are needed.
 
 `grid_for` and `plan_tiles` look at sizes alone and are exact, so lengths are final before anything is decoded.
 `render_tiles` gives the pixels that stock transformers' PIL path gives (GotOcr2ImageProcessorPil), as uint8.
@@ -25,7 +25,7 @@ Grid = tuple[int, int]
 
 @lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[list[float], list[list[Grid]]]:
-    """Every aspect ratio that is allowed, ascending, and the grids that have it, by area."""
+    """Allowed aspect ratios, ascending, and the grids of each, by area."""
     sides = range(1, max_tiles + 1)
     grids = [(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
     by_ratio: dict[float, list[Grid]] = {}

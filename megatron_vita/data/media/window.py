@@ -1,4 +1,4 @@
-"""A medium to read from at any place: a file, a region of a file (a member of an archive), or bytes."""
+"""Random access to a medium: a file, a region of a file (a member of an archive), or bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a tokenizer one with which every conversation becomes the ids of stock transformers? Tried out when it is opened.
+"""Acceptance check of a tokenizer when it is opened: probe conversations must get the ids of stock transformers.
 
 Stock code renders a conversation to one string and tokenises that; a processor puts the tokens of pictures and videos
 into the string before. Here probe conversations go both ways. A tokenizer in which they differ at any position is
@@ -31,10 +31,10 @@ _BLANKS = (" a", "  a", "\ta", " \t a", "\u00a0a", "\u3000a")
 
 
 def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> None:
-    """Try a tokenizer out, and find whether answers may begin with blanks (`joins_blanks`).
+    """Check a tokenizer with probe conversations, and find whether answers may begin with blanks (`joins_blanks`).
 
     Raises:
-        ConfigError: saying what stands in the way.
+        ConfigError: ids differ; the message names the tokens.
     """
     if backend.behind:
         tokens = " ".join(backend.token(one) for one in backend.behind)
@@ -63,7 +63,7 @@ def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> Non
 
 
 def same_ids(first: ChatTokenizer, second: ChatTokenizer) -> bool:
-    """Whether the special tokens of the first, and probe conversations, have the same ids with the second."""
+    """Whether two tokenizers give the same ids to the special tokens of the first and to probe conversations."""
     return first.special_tokens.items() <= second.special_tokens.items() and all(
         _render(first, one).tokens.tolist() == _render(second, one).tokens.tolist()
         for one in (_conversation(text, _ANSWERS[-3:], False) for text in _TEXTS)

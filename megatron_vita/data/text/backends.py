@@ -23,7 +23,7 @@ _TEXT_ID = (1 << 32) - 1
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """The tokens that a folder's tokenizer_config.json names, and its special_tokens_map.json where stock reads it.
+    """Named special tokens of tokenizer_config.json, and of special_tokens_map.json where stock code reads it.
 
     Raises:
         ConfigError: a file is not readable JSON.
@@ -49,7 +49,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def complete(content: bytes, appended: Sequence[str], placed: Sequence[str] = ()) -> tuple[Any, bytes]:
-    """A tokenizer.json that has the tokens of the layouts, and in which stock code finds them wherever they stand.
+    """Add the tokens of both layouts to a tokenizer.json, flagged so that stock code finds them anywhere in a text.
 
     Args:
         content: the file.
@@ -100,7 +100,7 @@ def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def beginning_of(tokenizer: Any) -> list[str]:
-    """The special tokens that a chat template may write because the post-processor puts them before every text."""
+    """Special tokens that the post-processor puts before every text, and a chat template may therefore write."""
     before, _ = affixes(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
     return [added[one].content for one in before] if all(one in added for one in before) else []

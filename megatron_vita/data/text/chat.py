@@ -1,4 +1,4 @@
-"""A Sample becomes an Example: ids with every placeholder expanded, labels shifted, a slot for each tile.
+"""Converts a Sample to an Example: ids with expanded placeholders, shifted labels, a slot for each tile.
 
 `internvl` (the layout of stock transformers' InternVL processor): a picture is `<img>`, its context tokens with the
 thumbnail's last, `</img>` and the template's newline; a video is `Frame1: <img>...</img>` and a newline for each frame.
@@ -114,7 +114,7 @@ def without_answer(sample: Sample) -> Sample:
 
 
 def shift_labels(tokens: npt.NDArray[np.int32], labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """labels[i] = the token after i where that token is learnt, else -100. The one shift there is.
+    """labels[i] = the token after i where that token is learnt, else -100. No other code shifts labels.
 
     Args:
         tokens: `[n]`.
@@ -126,7 +126,7 @@ def shift_labels(tokens: npt.NDArray[np.int32], labelled: npt.NDArray[np.bool_])
 
 
 def frame_label(number: int, time: float | None, spec: PreprocessSpec) -> str:
-    """What stands before a video's frame in `internvl`.
+    """Label before a video frame in `internvl`.
 
     Args:
         number: of the frame, from 1.
@@ -203,7 +203,7 @@ class _Writer:
         self._last = token
 
     def answer(self, text: str, *, learnt: bool) -> None:
-        """An answer, `<|im_end|>` and a newline: what is learnt, unless the data says that this answer is not."""
+        """Write an answer, `<|im_end|>` and a newline, with labels unless the data marks the answer as not learnt."""
         self.text(clean_answer(text, blanks=self._tokenizer.joins_blanks), learnt=learnt)
         self.special(names.IM_END, learnt=learnt)
         self.text("\n", learnt=learnt)

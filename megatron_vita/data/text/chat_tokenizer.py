@@ -22,9 +22,9 @@ VITA_TOKENS = (
     IMG, IMG_END, IMG_CONTEXT, VID, VID_END, VID_CONTEXT, PATCH, PATCH_END, PATCH_CONTEXT,
     "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<image>", VIDEO,
 )  # fmt: skip
-"""What Long-VITA appends to Qwen2.5's tokenizer, in its order."""
+"""Tokens that Long-VITA appends to Qwen2.5's tokenizer, in its order."""
 CHAT_TOKENS = (END_OF_TEXT, IM_START, IM_END)
-"""What ends a text, begins a turn and ends it."""
+"""Tokens that end a text, begin a turn and end a turn."""
 REQUIRED_TOKENS = (*CHAT_TOKENS, IMG, IMG_END, IMG_CONTEXT, VIDEO)
 """Without these no conversation with pictures can be written down; `long_vita` needs the others as well."""
 
@@ -34,13 +34,13 @@ NAMED_TOKENS = {
     "context_image_token": IMG_CONTEXT,
     "video_token": VIDEO,
 }
-"""What transformers' InternVL processor asks its tokenizer for by name."""
+"""Tokens that transformers' InternVL processor reads from its tokenizer by name."""
 DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 """The package's own chat template: ChatML, no default system turn. `own_template` writes a beginning of text too."""
 
 _CACHED_CHARACTERS = 48
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-"""What a token with lstrip or rstrip swallows (Unicode's White_Space; Python's own list has four more)."""
+"""Blanks that a token with lstrip or rstrip swallows (Unicode's White_Space; Python's own list has four more)."""
 
 
 def own_template(beginning: Sequence[str] = ()) -> str:
@@ -101,12 +101,12 @@ class ChatTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """What fills a row up (`<|endoftext|>`, as Qwen2.5 does)."""
+        """Id of the padding token (`<|endoftext|>`, as in Qwen2.5)."""
         return self.token_id(END_OF_TEXT)
 
     @property
     def eos_id(self) -> int:
-        """What ends an answer (`<|im_end|>`)."""
+        """Id of the token that ends an answer (`<|im_end|>`)."""
         return self.token_id(IM_END)
 
     def token_id(self, token: str) -> int:

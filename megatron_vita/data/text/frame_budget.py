@@ -1,4 +1,4 @@
-"""How many frames of a sample's videos a sequence holds, exactly and before any of them is decoded."""
+"""Computes how many frames of a sample's videos fit into a sequence, exactly, before any of them is decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 
 class Clip(Protocol):
-    """What must be known of a video: see `VideoFile`."""
+    """The part of `VideoFile` that the budget needs."""
 
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
         """Frames that would be taken."""

@@ -1,4 +1,4 @@
-"""Texts far too long for a pack: their beginnings say as much, and a hundred megabytes are not tokenised for nothing.
+"""Cuts texts that are far too long for a pack before they are tokenised.
 
 The tokenizers library holds some 200 bytes for every token of a text that it is given.
 """
@@ -11,7 +11,7 @@ from megatron_vita.data.sample import Document, Sample, Text
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 
 SHORT = 1 << 18
-"""Characters that are never too many to tokenise at once."""
+"""Texts of at most so many characters are never cut."""
 _GROWTH = 1.5
 _SURELY = 2
 """So many times the limit, and no token of the first `limit` can hang on what follows."""

@@ -1,4 +1,4 @@
-"""Functions, their calls and results, and reasoning become text where the chat template has a place for them.
+"""Converts functions, calls, results and reasoning to text as the chat template writes them.
 
 The template is asked: it renders the conversation with all of that, the rendering is read back as turns of plain text,
 and these must render the same. So training sees the ids that stock code makes of the conversation, and labels lie on
@@ -23,7 +23,7 @@ _MARK = re.compile("\ue000(\\d+):(\\w+)\ue001|<IMG_CONTEXT>\n|<video>\n")
 
 
 def spell_out(sample: Sample, tokenizer: VitaTokenizer) -> Sample:
-    """The Sample with plain turns alone; the same object, if it has no others.
+    """Convert a Sample to plain turns; one that has only such is returned as it is.
 
     Raises:
         DataError: tools_unread or reasoning_unread, if the template leaves any of it out or writes it in a form that
@@ -77,7 +77,7 @@ def _render(tokenizer: VitaTokenizer, messages: list[dict[str, Any]], tools: Any
 
 
 def _stock(number: int, message: Message) -> dict[str, Any]:
-    """A message as transformers has it, with marks in place of texts."""
+    """A message in transformers' form, with a mark for each text."""
     marks = [mark for mark in _marks(number, message) if not mark.endswith(":r\ue001")]
     stock: dict[str, Any] = {"role": message.role, "content": _content(marks)}
     if message.reasoning:
@@ -88,7 +88,7 @@ def _stock(number: int, message: Message) -> dict[str, Any]:
 
 
 def _marks(number: int, message: Message) -> list[str]:
-    """What stands for a message's reasoning and parts, in order."""
+    """The marks of a message's reasoning and parts, in order."""
     out = [f"\ue000{number}:r\ue001"] if message.reasoning else []
     for place, part in enumerate(message.parts):
         if isinstance(part, Text):

@@ -1,4 +1,4 @@
-"""The chat template: what stands between the texts and media of a conversation.
+"""The chat template: the text and special tokens around the texts and media of a conversation.
 
 The tokenizer folder's Jinja template is the only place that says so; training, chat and export render it. It is never
 rendered on a user's words. Each text is replaced by a sentinel, so what comes back is a *skeleton* that depends on the
@@ -37,9 +37,9 @@ class SkeletonPart:
     value: str = ""
     """The literal text or the special token's name."""
     message: int = -1
-    """Which message the part belongs to."""
+    """Index of the part's message."""
     part: int = -1
-    """Which part of that message."""
+    """Index of the part in its message."""
 
 
 def shape_of(messages: tuple[Message, ...]) -> tuple[MessageShape, ...]:
@@ -54,7 +54,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: tuple[str, ...], *, where: str, named: Mapping[str, str] | None = None
     ) -> None:
-        """Parse and try out a template.
+        """Parse and check a template.
 
         Args:
             source: the Jinja text.
@@ -110,7 +110,7 @@ class ChatTemplate:
         return tuple(self._parse(rendered, expected, shape))
 
     def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, *, tools: Any = None) -> str:
-        """What stock code makes of a conversation in transformers' form.
+        """Render a conversation in transformers' form as stock code does.
 
         Args:
             messages: `{role, content}`, and `reasoning_content` and `tool_calls`.
@@ -175,7 +175,7 @@ class ChatTemplate:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """The filter as transformers has it: Jinja's own escapes what HTML would read."""
+    """The `tojson` filter of transformers: Jinja's own escapes HTML."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 

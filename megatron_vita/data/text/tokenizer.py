@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 class VitaTokenizer(ChatTokenizer):
-    """A tokenizer with which a conversation becomes the ids of stock transformers: `load` has tried it."""
+    """A tokenizer that gives conversations the ids of stock transformers; `load` checks it."""
 
     @classmethod
     def load(cls, path: str | Path, *, template: str | None = None) -> VitaTokenizer:

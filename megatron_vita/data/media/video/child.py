@@ -1,4 +1,4 @@
-"""The process that decodes videos for another one: it may hang, crash or eat memory, and nobody else is hurt.
+"""Child process that decodes videos: a hang, a crash or a lack of memory there does not affect its parent.
 
 `worker.py` starts it and sends it messages over a connection; it exits as soon as the other end of that is closed. A
 message is a JSON object and byte strings. No pickle: what a decoder was made to do by a hostile file must not reach the
@@ -29,7 +29,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 
 _GRACE = 5.0
-"""Seconds behind the time limit at which the kernel ends this process, should nobody be left to do it."""
+"""Seconds after the time limit at which the kernel ends this process, if the parent has not."""
 _NO_MEMORY = ("cannot allocate memory", "bad_alloc", "out of memory")
 
 _MOST_HEADER = 1 << 24
@@ -38,7 +38,7 @@ Reply = tuple[dict[str, Any], list[bytes]]
 
 
 class ClosedError(Exception):
-    """The other side is gone, or what came is no message."""
+    """The connection is closed, or the data received are no message."""
 
 
 def send(link: Connection, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
@@ -69,7 +69,7 @@ def receive(link: Connection) -> Reply:
 
 
 def main(descriptor: int, memory: int) -> None:
-    """Serve until the other side is gone.
+    """Serve requests until the connection is closed.
 
     Args:
         descriptor: of the connection.

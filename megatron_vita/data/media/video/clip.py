@@ -1,4 +1,4 @@
-"""A video that has been opened: which of its frames are sampled, and those frames as they are stored."""
+"""An opened video: samples its frames and encodes them as they are stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 class MissedError(Exception):
-    """A frame that was expected did not come out of the decoder, or not at its time."""
+    """The decoder did not output an expected frame, or not at its time."""
 
 
 class VideoFile(ABC):
@@ -42,7 +42,7 @@ class VideoFile(ABC):
             raise reject("video_broken", f"{name}: no frame in it.")
 
     def set_times(self, times: Times, fps: float | None = None) -> None:
-        """Tell when each frame is shown, in any clock's seconds, ascending."""
+        """Set the time at which each frame is shown, in seconds of any clock, ascending."""
         self.times = np.round(times - times[:1], 3)
         """Seconds into the clip at which each frame is shown, to the millisecond, float64 `[total]`."""
         self.total = len(times)
@@ -60,7 +60,7 @@ class VideoFile(ABC):
         """Let go of the file."""
 
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
-        """Frames that would be taken: at most `max_frames`, and at most `spec.max_fps` a second, at least one."""
+        """Number of frames to sample: at most `max_frames`, and at most `spec.max_fps` a second, at least one."""
         if is_even(self.times):
             return count_frames(self.total, self.fps, max_frames, spec.max_fps)
         return max(1, min(len(thinned(self.times, spec.max_fps)), max_frames))
@@ -116,7 +116,7 @@ class VideoFile(ABC):
         """
 
     def check_size(self, width: int, height: int) -> None:
-        """Refuse frames of enormous size.
+        """Reject frames of enormous size.
 
         Raises:
             DataError: media_bomb.
@@ -154,7 +154,7 @@ def frame_rate(times: Sequence[float] | Times) -> float:
 
 
 def is_even(times: Times) -> bool:
-    """Is the clip of a constant rate: does every frame stand within half a frame of its place at the mean rate?"""
+    """Whether the clip has a constant rate: each time is within half a frame of that at the mean rate."""
     if len(times) < 3:
         return True
     places = np.linspace(times[0], times[-1], len(times))

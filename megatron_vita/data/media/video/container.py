@@ -1,4 +1,4 @@
-"""Is a video file whole? What its container's outermost boxes say, by few short reads and without a decoder.
+"""Checks that a video file is complete, by its container's outermost boxes: few short reads, no decoder.
 
 A decoder plays what there is of a truncated clip, or its first half again; a dataset must know. Sources: ISO/IEC
 14496-12 (MP4, MOV), RFC 9559 and RFC 8794 (Matroska, WebM), the RIFF specification (AVI). Other containers (MPEG-TS,
@@ -18,7 +18,7 @@ _PLAYLISTS = (b"#EXT", b"ffconcat", b"<", b"v=0", b"[")
 
 
 def check_container(window: Window) -> None:
-    """Refuse what is no container of pictures, and one that goes on beyond the end of its file.
+    """Reject a file that is no container of pictures, or whose boxes end beyond the file.
 
     Raises:
         DataError: video_broken.

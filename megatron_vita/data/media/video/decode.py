@@ -139,7 +139,7 @@ def _check_backend(backend: str) -> None:
 
 
 def decoder_name(backend: str) -> str:
-    """The decoder and its version: what must not change for frames to stay what they are.
+    """Name and version of the decoder, on which the pixels of frames depend.
 
     Raises:
         ConfigError: it is not known, or not installed.

@@ -1,4 +1,4 @@
-"""Frames by decord, each proven: PyAV decodes the clip too, and what differs from it is rejected.
+"""Decodes by decord, and checks each frame: PyAV decodes the clip, too, and a clip that differs is rejected.
 
 decord (0.6, unmaintained) seeks by counting frames and lands elsewhere wherever frames are reordered across its entry
 points. It does not say when the frame was shown that it gives, so pictures are the only proof.

@@ -1,4 +1,4 @@
-"""A decoded frame as a player shows it: cropped, its pixels made square, turned and flipped, laid on white."""
+"""Shows a decoded frame as a player does: crops it, makes pixels square, turns and flips it, lays it on white."""
 
 from __future__ import annotations
 

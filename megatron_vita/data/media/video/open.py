@@ -1,4 +1,4 @@
-"""Videos: opened once, asked how many frames they have to give, then for the frames.
+"""Opens videos: an opened video first returns its number of frames, then the frames.
 
 Decoders are large programs that read strangers' files. They run in a child process with limits (`worker.py`, and
 `child.py` inside it) by default; `decode.py` opens and decodes, `clip.py` chooses the frames.

@@ -1,7 +1,7 @@
-"""Frames by PyAV: played from the start or from a clean entry, and known by the time at which they are shown.
+"""Decodes by PyAV, from the start or a clean entry point; frames are identified by their presentation time.
 
-A container's packets say which frames there are and when each is shown. They are believed only as far as the decoder's
-frames bear them out: where those come at other times or in another number, the whole clip is decoded once to see.
+A container's packets list the frames and their times. They are checked against the decoder's frames: where times or
+numbers differ, the whole clip is decoded once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 """Codecs that go by the name of the library."""
 _PAYS = 50
-"""Frames: fewer are decoded rather than passed over by a jump."""
+"""Number of frames: fewer are decoded and dropped, more are skipped by a seek."""
 _LONGEST = 1e7
 """Seconds; what lies further from 0 (four months) is a mark for "not known"."""
 _LEAST_PLAYED = 0.9
@@ -200,7 +200,7 @@ class PyAvVideo(VideoFile):
                 yield frame
 
     def _entry_before(self, last: int, wanted: int) -> int | None:
-        """The last clean entry before a frame, if going there saves much."""
+        """The last clean entry before a frame, if a seek there skips enough frames."""
         assert self._labels is not None
         place = int(np.searchsorted(self._entries, wanted, side="right")) - 1
         if place < 0:
@@ -230,12 +230,12 @@ class PyAvVideo(VideoFile):
 
 
 def _is_hidden(packet: Any, codec: str) -> bool:
-    """Does a packet of VP8 hold a frame that is only referred to?"""
+    """Whether a VP8 packet holds a frame that is used as a reference and not shown."""
     return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _is_entry(packet: Any, codec: str, extra: bytes | None) -> bool:
-    """May decoding begin at a packet, and what is shown from then on be right?
+    """Whether decoding may begin at a packet, with all frames from then on correct.
 
     Yes for a key frame of VP8, VP9 and AV1, an intra random access point of HEVC, an instantaneous decoder refresh of
     H.264; but not for H.264's recovery points, which some writers call key frames, too.
@@ -250,7 +250,7 @@ def _is_entry(packet: Any, codec: str, extra: bytes | None) -> bool:
 
 
 def _nal_kinds(data: bytes, extra: bytes, codec: str) -> Iterator[int]:
-    """Kinds of a packet's units, by ISO/IEC 14496-15 or Annex B of ITU-T H.264 and H.265."""
+    """NAL unit types of a packet, by ISO/IEC 14496-15 or Annex B of ITU-T H.264 and H.265."""
     place = 21 if codec == "hevc" else 4
     if len(extra) > place and extra[0] == 1:
         width, at = (extra[place] & 3) + 1, 0
@@ -266,7 +266,7 @@ def _nal_kinds(data: bytes, extra: bytes, codec: str) -> Iterator[int]:
 
 
 def described(container: Any, stream: Any) -> str:
-    """What ffmpeg says of a stream, on several lines."""
+    """ffmpeg's description of a stream, on several lines."""
     import av
 
     level = av.logging.get_level()

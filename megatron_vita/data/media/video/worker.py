@@ -1,4 +1,4 @@
-"""Videos decoded in a child process: a clip that hangs, crashes its decoder or eats memory costs itself and no other.
+"""Decodes videos in a child process: a clip that hangs, crashes the decoder or exhausts memory is rejected alone.
 
 One child serves a process, clip after clip, so its start is paid once. It is ended when a limit is hit, after which the
 next clip gets a new one, and it ends itself when this process is gone, however that came about.
@@ -43,7 +43,7 @@ _BOOT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoLimits:
-    """What decoding one video may cost."""
+    """Time and memory limits of decoding one video."""
 
     timeout: float = 600.0
     """Seconds, by the clock, from opening the clip to its last frame."""
@@ -119,7 +119,7 @@ class _Child:
         return self._process.wait()
 
     def last_words(self) -> int:
-        """Exit status of a child that has closed the link."""
+        """Exit status of a child that has closed the connection."""
         try:
             return self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -225,7 +225,7 @@ class _Decoder:
 
 
 decoder = _Decoder()
-"""This process's."""
+"""The decoder of this process."""
 atexit.register(decoder.stop)
 os.register_at_fork(after_in_child=decoder.forget)
 
@@ -262,7 +262,7 @@ class ChildVideo(VideoFile):
         ]
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        """Not here: pixels of full size stay in the child."""
+        """Not supported: pixels of full size stay in the child."""
         raise NotImplementedError
 
     def close(self) -> None:
