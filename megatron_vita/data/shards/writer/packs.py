@@ -1,4 +1,4 @@
-"""Writes packs into their places: every range of packs is written by one process, in any order, to the same bytes."""
+"""Writes packs at their offsets: each range of packs is written by one process, in any order, to the same bytes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from megatron_vita.data.media.names import locate, natural_key
-from megatron_vita.data.rejects import reject
+from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.sources.media_store.archive_media import ArchiveMedia
 from megatron_vita.data.sources.media_store.index import FolderIndex, stem_of
@@ -102,10 +102,11 @@ class _Rooted(MediaStore):
             found = self._by_name(path)
         if found is not None:
             return dataclasses.replace(found, frame_rate=self._rule.frame_rate)
-        places = f" or in its {len(self._rule.archives)} archives" if self._rule.archives else ""
+        count = len(self._rule.archives)
+        archives = f" or in its {counted(count, 'archive')}" if count else ""
         raise reject(
             "media_missing",
-            f"{path if inside else reference} does not exist under {self._rule.shown or self._given}{places}. "
+            f"{path if inside else reference} does not exist under {self._rule.shown or self._given}{archives}. "
             "Set `media_root`, or fetch it.",
         )
 
@@ -143,7 +144,7 @@ def open_store(rule: MediaRule, work: Path | None = None) -> MediaStore:
 
 
 def new_store(rule: MediaRule, work: Path | None = None, *, progress: bool = False) -> MediaStore:
-    """The store of a rule as the media lie now, whatever an earlier one has found.
+    """A new store of a rule, without the index of an earlier one.
 
     Args: as `prepare`.
 

@@ -77,17 +77,17 @@ def _group_members(archive: Archive, target: Path) -> None:
             key = split_name(member.name)[0].encode("utf-8", "surrogateescape")
             keys.frombytes(hashlib.blake2b(key, digest_size=16).digest())  # 24 bytes a member, however long its name
             headers.append(member.header)
-    places = np.array(headers, dtype=np.int64)
+    offsets = np.array(headers, dtype=np.int64)
     low, high = np.array(keys, dtype=np.uint64).reshape(-1, 2).T
-    order = np.lexsort((places, high, low))
+    order = np.lexsort((offsets, high, low))
     new = np.ones(len(order), dtype=bool)
     new[1:] = (np.diff(low[order]) != 0) | (np.diff(high[order]) != 0)
-    first = places[order][new][np.cumsum(new) - 1]  # of each member's group
-    order = order[np.lexsort((places[order], first))]
+    first = offsets[order][new][np.cumsum(new) - 1]  # of each member's group
+    order = order[np.lexsort((offsets[order], first))]
     first.sort()
     groups = np.cumsum(np.diff(first, prepend=-1) != 0)
     with target.open("wb") as out:
-        np.save(out, np.stack([groups, places[order]], axis=1))
+        np.save(out, np.stack([groups, offsets[order]], axis=1))
 
 
 def _members_at(path: Path, stream: BinaryIO, headers: list[int]) -> Iterator[Member]:
