@@ -136,7 +136,7 @@ class BorrowedView:
     bits: Bits
     """Contiguous, of the region's extent."""
     release: Callable[[], object]
-    """To be called once, by any thread; the bits are not to be looked at afterwards."""
+    """To be called once, by any thread; the bits must not be read afterwards."""
 
 
 class LazyTensors(Mapping[str, "Tensor"]):

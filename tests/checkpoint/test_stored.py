@@ -87,7 +87,7 @@ def read_at_random(tensors: CheckpointTensors, seed: int, outcomes: list[str]) -
                 found, right = tensors.bits(name, region), part(expected, region)
                 outcomes.append("read" if np.array_equal(found, right) else f"{name} {region}: {found}, not {right}")
             else:
-                outcomes.append(_lent(tensors, name, region, part(expected, region), chance))
+                outcomes.append(_borrowed(tensors, name, region, part(expected, region), chance))
         except CheckpointError:
             outcomes.append("failed")
         except BaseException as error:
