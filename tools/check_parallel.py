@@ -57,7 +57,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from megatron_vita.checks import (
         grid,
         jobs,
-        pieces,
+        kernels_report,
         ranks,
         report,
     )  # imports torch: only once the command line is sound
@@ -93,11 +93,11 @@ def _check(arguments: argparse.Namespace) -> int:
                 break
     finally:
         runner.close()
-    fused = list(pieces.check_kernels()) if say is print else []  # after the ranks: it may start CUDA here
+    fused = list(kernels_report.check_kernels()) if say is print else []  # after the ranks: it may start CUDA here
     say("fused kernels against the reference implementation:", *fused, sep="\n  ")
     say(*report.summary(results, len(todo), time.monotonic() - began, excluded, fused), sep="\n")
     green = len(results) == len(todo) and not any(result.failures for result in results)
-    return 0 if green and not any(piece.broken for piece in fused) else 1
+    return 0 if green and not any(kernel.broken for kernel in fused) else 1
 
 
 def _stop(*_: object) -> None:

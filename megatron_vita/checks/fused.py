@@ -1,4 +1,4 @@
-"""The fused pieces that optional packages bring, each against its reference implementation: faster, never different.
+"""Compare the fused kernels of optional packages with their reference implementations.
 
 What is used where it imports: apex's gradient-accumulation GEMM (by megatron-core's linears), Transformer Engine's or
 apex's FusedAdam (by megatron-core's optimizer), Transformer Engine's norms and linears (by the `te` layer specs), and
@@ -40,8 +40,8 @@ def runs_transformer_engine() -> bool:
 
 
 def checks() -> list[tuple[str, Callable[[], str]]]:
-    """(name, check) of every fused piece. A check returns `ok`, `not installed`, or what differs and by how much."""
-    pieces: list[tuple[str, Callable[[], bool], Callable[[], str]]] = [
+    """(name, check) of every fused kernel. A check returns `ok`, `not installed`, or what differs and by how much."""
+    kernels: list[tuple[str, Callable[[], bool], Callable[[], str]]] = [
         ("gradient-accumulation GEMM (apex)", accumulates_gradients, _check_accumulation),
         ("FusedAdam (Transformer Engine or apex)", has_fused_adam, _check_adam),
         ("RMSNorm (Transformer Engine)", runs_transformer_engine, _check_te_norm),
@@ -49,7 +49,7 @@ def checks() -> list[tuple[str, Callable[[], str]]]:
         ("SwiGLU (megatron-core, compiled)", device.has_accelerator, _check_swiglu),
         ("RMSNorm (PyTorch's kernel)", device.has_accelerator, _check_torch_norm),
     ]
-    return [(name, _guarded(available, check)) for name, available, check in pieces]
+    return [(name, _guarded(available, check)) for name, available, check in kernels]
 
 
 def _guarded(available: Callable[[], bool], check: Callable[[], str]) -> Callable[[], str]:
@@ -58,7 +58,7 @@ def _guarded(available: Callable[[], bool], check: Callable[[], str]) -> Callabl
             return NOT_INSTALLED
         try:
             return check()
-        except Exception as error:  # a broken installation is a finding, and the next piece is still checked
+        except Exception as error:  # a broken installation is a finding, and the next kernel is still checked
             return f"{type(error).__name__}: {error}"
 
     return run
@@ -68,11 +68,12 @@ def compare(pairs: dict[str, tuple[Tensor, Tensor]], bound: float = _BOUND) -> s
     """`ok`, or the first tensor that differs by more than `bound`, relative to the reference's largest value.
 
     Args:
-        pairs: name -> (fused, plain).
+        pairs: name -> (fused, reference).
         bound: allowed difference.
     """
-    for name, (fused, plain) in pairs.items():
-        worst = float((fused.double() - plain.double()).abs().max() / plain.double().abs().max().clamp_min(1e-12))
+    for name, (fused, reference) in pairs.items():
+        largest = reference.double().abs().max().clamp_min(1e-12)
+        worst = float((fused.double() - reference.double()).abs().max() / largest)
         if not worst <= bound:
             return f"{name} differs by {worst:.1e}, allowed are {bound:.0e}"
     return OK
@@ -89,8 +90,8 @@ def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Te
     return [out, *torch.autograd.grad(out, leaves, _random(*out.shape, dtype=out.dtype, seed=9))]
 
 
-def _compare_functions(fused: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> str:
-    one, other = _with_gradients(fused, *inputs), _with_gradients(plain, *(x.float() for x in inputs))
+def _compare_functions(fused: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> str:
+    one, other = _with_gradients(fused, *inputs), _with_gradients(reference, *(x.float() for x in inputs))
     names = ["output", *(f"gradient of input {number}" for number in range(len(inputs)))]
     return compare(dict(zip(names, zip(one, other, strict=True), strict=True)))
 
@@ -118,7 +119,7 @@ def _check_adam() -> str:
     return compare({"weight after three steps": (stepped[0], stepped[1])}, _BOUND / 1000)
 
 
-def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+def _reference_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.cpu(), (x.shape[-1],), weight.cpu(), 1e-6).to(x.device)
 
 
@@ -129,7 +130,7 @@ def _check_te_norm() -> str:
         norm = te.RMSNorm(64, eps=1e-6, params_dtype=x.dtype, device=x.device)
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
-    return _compare_functions(fused, _plain_norm, _random(96, 64), _random(64, seed=2))
+    return _compare_functions(fused, _reference_norm, _random(96, 64), _random(64, seed=2))
 
 
 def _check_te_linear() -> str:
@@ -141,10 +142,10 @@ def _check_te_linear() -> str:
         )
         return torch.func.functional_call(layer, {"layer_norm_weight": norm, "weight": weight}, (x,))
 
-    def plain(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
-        return _plain_norm(x, norm) @ weight.t()
+    def reference(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+        return _reference_norm(x, norm) @ weight.t()
 
-    return _compare_functions(fused, plain, _random(96, 64), _random(64, seed=2), _random(128, 64, seed=3))
+    return _compare_functions(fused, reference, _random(96, 64), _random(64, seed=2), _random(128, 64, seed=3))
 
 
 def _check_swiglu() -> str:
@@ -158,4 +159,4 @@ def _check_torch_norm() -> str:
         norm = RMSNorm(SimpleNamespace(params_dtype=x.dtype, sequence_parallel=False), 64, eps=1e-6).to(x.device)
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
-    return _compare_functions(ours, _plain_norm, _random(96, 64), _random(64, seed=2))
+    return _compare_functions(ours, _reference_norm, _random(96, 64), _random(64, seed=2))

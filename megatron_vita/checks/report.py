@@ -9,7 +9,7 @@ import torch
 
 from megatron_vita.checks.compare import Outcome
 from megatron_vita.checks.jobs import RankJob
-from megatron_vita.checks.pieces import KernelCheck
+from megatron_vita.checks.kernels_report import KernelCheck
 from megatron_vita.checks.ranks import Result
 
 _LEGEND = (
@@ -52,7 +52,7 @@ def summary(
     planned: int,
     seconds: float,
     excluded: Mapping[str, Sequence[str]],
-    pieces: Sequence[KernelCheck],
+    kernels: Sequence[KernelCheck],
 ) -> list[str]:
     """The last lines."""
     counts = Counter(str(result.job.dtype).removeprefix("torch.") for result in results)
@@ -69,8 +69,8 @@ def summary(
     if failed:
         first = failed[0]
         lines.append(f"FAILED: {len(failed)} of {len(results)}; the first: {first.job.name}: {first.failures[0]}")
-    elif broken := [piece for piece in pieces if piece.broken]:
-        lines.append(f"FAILED: fused {broken[0].name} is not its plain twin")
+    elif broken := [kernel for kernel in kernels if kernel.broken]:
+        lines.append(f"FAILED: fused {broken[0].name} differs from its reference implementation")
     elif len(results) < planned:
         lines.append(f"FAILED: {planned - len(results)} cases were not run")
     else:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vita import device
-from megatron_vita.checks import pieces, reference
+from megatron_vita.checks import kernels_report, reference
 from megatron_vita.parallel import grads, loss
 from megatron_vita.training import setup, step
 from tests.scripts import load_script
@@ -161,11 +161,11 @@ def _silu_alone(gate_up: torch.Tensor) -> torch.Tensor:
     return gate * up
 
 
-def test_fused_pieces_pass_fail_or_are_not_installed(
+def test_fused_kernels_pass_fail_or_are_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {piece.name: piece for piece in pieces.check_kernels()}
-    assert not any(piece.broken for piece in found.values())
+    found = {kernel.name: kernel for kernel in kernels_report.check_kernels()}
+    assert not any(kernel.broken for kernel in found.values())
     for name in (
         "RMSNorm (ours)",
         "SwiGLU (ours)",
@@ -175,13 +175,13 @@ def test_fused_pieces_pass_fail_or_are_not_installed(
     ):
         assert found[name].verdict.startswith("ok")
     if not device.has_accelerator():
-        assert {piece.verdict for name, piece in found.items() if "ours" not in name and "cpu" not in name} == {
+        assert {kernel.verdict for name, kernel in found.items() if "ours" not in name and "cpu" not in name} == {
             "not installed"
         }
-    monkeypatch.setattr(pieces, "SwiGLU", lambda _: _silu_alone)
+    monkeypatch.setattr(kernels_report, "SwiGLU", lambda _: _silu_alone)
     status, said = run(capsys, "--grid", "tp=1")
     assert status == 1
-    assert said.splitlines()[-1] == "FAILED: fused SwiGLU (ours) is not its plain twin"
+    assert said.splitlines()[-1] == "FAILED: fused SwiGLU (ours) differs from its reference implementation"
 
 
 def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:

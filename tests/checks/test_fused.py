@@ -1,4 +1,4 @@
-"""Checks of fused pieces: they say what is not there, fail when something differs, and survive a broken package."""
+"""Checks of fused kernels: they say what is not there, fail when something differs, and survive a broken package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_what_is_not_there_is_named_and_does_not_pass() -> None:
     assert set(results.values()) == {fused.NOT_INSTALLED}
 
 
-def test_pieces_that_need_no_package_agree_with_their_references() -> None:
+def test_kernels_that_need_no_package_agree_with_their_references() -> None:
     assert fused._check_torch_norm() == fused.OK
     assert fused._check_adam() == fused.OK
 

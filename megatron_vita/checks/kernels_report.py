@@ -1,7 +1,7 @@
-"""Every fused piece against its reference implementation. A piece that cannot run here says so; it does not pass.
+"""Compare every fused kernel with its reference implementation. A kernel that cannot run here is reported, not passed.
 
-Those of optional packages are in checks/fused.py, the attention kernels in checks/kernels.py; here are the ones that
-serve everywhere.
+Kernels of optional packages are checked in checks/fused.py, attention kernels in checks/kernels.py; those that run
+everywhere are checked here.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _EPS, _WIDTH = 1e-6, 128
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """A fused piece and what became of it."""
+    """A fused kernel and the result of its check."""
 
     name: str
     verdict: str
-    """`ok`, perhaps with the difference; `not installed`; or what is wrong."""
+    """`ok`, with the difference where one was measured; `not installed`; or what is wrong."""
 
     @property
     def broken(self) -> bool:
-        """It ran and is wrong."""
+        """The kernel ran and differs from its reference."""
         return not self.verdict.startswith((fused.OK, fused.NOT_INSTALLED))
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class KernelCheck:
 
 
 def check_kernels() -> Iterator[KernelCheck]:
-    """Run what can run here. Starts CUDA where there is any: fork no ranks afterwards."""
+    """Run every check that this machine supports. It may initialise CUDA: fork no ranks afterwards."""
     yield KernelCheck("RMSNorm (ours)", _verdict(_norm(), _CLOSE))
     yield KernelCheck("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
     yield KernelCheck("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
@@ -82,17 +82,17 @@ def _swiglu() -> float:
 
 
 def _rotary(rest: int = 0, *, interleaved: bool = False) -> float:
-    """32 numbers of each head are turned, `rest` more are not."""
+    """Check a rotary embedding of 32 elements of each head, followed by `rest` elements that it does not rotate."""
     x, angles = _draw((40, 4, 32 + rest), (40, 1, 16))
     table = angles.detach().cos(), angles.detach().sin()
 
-    def plain(x: Tensor) -> Tensor:
+    def reference(x: Tensor) -> Tensor:
         x, kept = x[..., :32], x[..., 32:]
         pairs = x.unflatten(-1, (16, 2)) if interleaved else x.unflatten(-1, (2, 16)).transpose(-1, -2)
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(*table))
         return torch.cat([(turned if interleaved else turned.transpose(-1, -2)).flatten(-2), kept], -1)
 
-    return _compare(lambda x: rotate(x, table, interleaved=interleaved), plain, x)
+    return _compare(lambda x: rotate(x, table, interleaved=interleaved), reference, x)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -100,10 +100,10 @@ def _draw(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=source).to(device.torch_device()).requires_grad_() for shape in shapes]
 
 
-def _compare(piece: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> float:
+def _compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> float:
     """Largest difference of output and gradients of all inputs, for one random gradient of the output."""
     results = []
-    for function in (piece, plain):
+    for function in (kernel, reference):
         out = function(*inputs)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out.device)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
