@@ -246,8 +246,8 @@ _SOURCES = sorted(
 
 
 def linux_only_uses(source: str) -> list[str]:
-    """`line: name` of what a source takes for granted that macOS lacks; paths below /proc too, unless an OSError of
-    theirs is caught."""
+    """`line: name` of what a source takes for granted that macOS lacks; paths below /proc too, unless their OSError
+    is caught."""
     tree = ast.parse(source)
     guarded = {
         id(inner)

@@ -155,8 +155,8 @@ def _check_swiglu() -> str:
 
 
 def _check_torch_norm() -> str:
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor) -> Tensor:
         norm = RMSNorm(SimpleNamespace(params_dtype=x.dtype, sequence_parallel=False), 64, eps=1e-6).to(x.device)
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
-    return _compare_functions(ours, _reference_norm, _random(96, 64), _random(64, seed=2))
+    return _compare_functions(kernel, _reference_norm, _random(96, 64), _random(64, seed=2))

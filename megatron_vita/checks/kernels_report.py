@@ -69,11 +69,14 @@ def _norm() -> float:
     norm = RMSNorm(settings, _WIDTH, _EPS).to(device.torch_device())
     x, weight = _draw((40, _WIDTH), (_WIDTH,))
 
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
         return out
 
-    return _compare(ours, lambda x, weight: x * (x.square().mean(-1, keepdim=True) + _EPS).rsqrt() * weight, x, weight)
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + _EPS).rsqrt() * weight
+
+    return _compare(kernel, reference, x, weight)
 
 
 def _swiglu() -> float:

@@ -116,13 +116,13 @@ def import_model(
     overwrite: bool = False,
     effort: Effort = USUAL,
 ) -> Path:
-    """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder), found out by itself.
+    """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder); the format is detected.
 
     Args:
         folder: where it lies.
         output: folder of checkpoints; iteration 0 is written there.
-        tokenizer: tokenizer folder, by default the model's own. Long-VITA's Megatron layouts have none; theirs is
-            Qwen2.5's, which gets the special tokens that it lacks.
+        tokenizer: tokenizer folder, by default the model's own. For Long-VITA's Megatron layouts,
+            which have none, it is Qwen2.5's; the special tokens that it lacks are added.
         vocab_size: rows of the embedding that are no padding, which such a layout does not always say.
         recipe: the model that a training recipe wants, which must be this one.
 

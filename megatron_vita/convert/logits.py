@@ -1,4 +1,4 @@
-"""Run a model, ours or stock, on one fixed prompt with pictures: what tensors cannot show."""
+"""Run a model, by megatron_vita or by stock transformers, on one fixed prompt with pictures, to compare logits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_probe_prompt(
 
 
 def our_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
-    """Float32 logits [s, vocab_size] of our model, on this one process."""
+    """Float32 logits [s, vocab_size] of megatron_vita's model, in this process."""
     from megatron_vita.device import torch_device
     from megatron_vita.models.build import build_model
     from megatron_vita.parallel.groups import build_groups, destroy_groups, init_distributed
@@ -121,5 +121,5 @@ def stock_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
 
 
 def run(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
-    """Stock transformers where it knows the folder's format, our model otherwise."""
+    """Logits by stock transformers if it knows the folder's format, else by megatron_vita's model."""
     return stock_logits(opened, prompt) if opened.kind in STOCK else our_logits(opened, prompt)

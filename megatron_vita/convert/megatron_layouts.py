@@ -54,7 +54,7 @@ class MegatronModel:
     rules: list[Rule]
 
     def used(self) -> LazyTensors:
-        """The tensors that the rules speak of."""
+        """The tensors that the rules use."""
         return Subset(self.source, [named.name for rule in self.rules for named in rule.hf])
 
 

@@ -1,7 +1,7 @@
-"""Processor settings of a Hugging Face folder: those that we write, what they cannot say, and how a tower's are read.
+"""Read and write processor settings of a Hugging Face folder; settings that they cannot hold have a file of their own.
 
 transformers 4 keeps the image processor's settings in preprocessor_config.json. transformers 5 saves them inside
-processor_config.json, and reads them there or, if there are none, in the old place; so that is where ours are written.
+processor_config.json, and reads them there or, if there are none, in the old place; an export writes them there.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def norm_name(values: Mapping[str, Any], where: str) -> str:
         values: its settings; image_mean and image_std must be there.
 
     Raises:
-        CheckpointError: pixels become something that no normalisation of ours gives.
+        CheckpointError: the pixel values are not those of a supported normalisation.
     """
     scale = 255.0  # of the largest pixel; mean and deviation are known for pixels of 0..1
     if switch(values, "do_rescale", where, default=True):

@@ -40,14 +40,14 @@ class Part:
 
     name: str
     box: Region
-    """With as many dimensions as the tensor."""
+    """With as many dimensions as the source tensor."""
     target: Region
-    """In the region's coordinates, without leading dimensions of size 1."""
+    """In the coordinates of the target slice, without leading dimensions of size 1."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One megatron-core tensor and what it is made of; or, without one, a Hugging Face tensor of zeros.
+    """One megatron-core tensor and its Hugging Face tensors; or, without the former, a Hugging Face tensor of zeros.
 
     Slices address both sides in `rank` dimensions; a tensor of either side with more has leading dimensions of size 1.
     What no copy covers of a Hugging Face tensor is zero: writing fills it with zeros, reading rejects anything else.

@@ -66,9 +66,9 @@ def test_stock_code_loads_every_value_of_a_folder_of_two_types(decoder: torch.dt
     loaded = network.state_dict()
     for name, one in publishers.tensors_of(hf).items():
         prefix, _, rest = name.partition("language_model.model.")
-        ours = "model.language_model." + rest if rest else "model." + prefix
-        ours = "lm_head.weight" if name == "language_model.lm_head.weight" else ours
-        assert torch.equal(loaded[ours], one.float()), name
+        name_in_memory = "model.language_model." + rest if rest else "model." + prefix
+        name_in_memory = "lm_head.weight" if name == "language_model.lm_head.weight" else name_in_memory
+        assert torch.equal(loaded[name_in_memory], one.float()), name
 
 
 def test_one_type_and_a_type_that_is_asked_for_stand_in_the_config(tmp_path: Path) -> None:

@@ -114,10 +114,10 @@ def _stock(folder: Path, tiles: tuple[int, ...] = (1, 5, 2)) -> tuple[ProbePromp
 
 def _check_tower_norms(tower: Path, ckpt: Path) -> None:
     """Exchanged, they would move no logit (their weights only ever meet as products) and come back exchanged again."""
-    theirs, ours = publishers.tensors_of(tower), checkpoint.read_tensors(ckpt)
+    hf, mcore = publishers.tensors_of(tower), checkpoint.read_tensors(ckpt)
     for part in "qk":
-        mine = ours[f"vision_model.decoder.layers.1.self_attention.{part}_layernorm.weight"]
-        assert torch.equal(mine, theirs[f"encoder.layer.1.attention.{part}_norm.weight"])
+        mine = mcore[f"vision_model.decoder.layers.1.self_attention.{part}_layernorm.weight"]
+        assert torch.equal(mine, hf[f"encoder.layer.1.attention.{part}_norm.weight"])
 
 
 INTERN = ("InternViT-300M", "InternViT-6B")
@@ -176,7 +176,7 @@ def test_towers_that_no_stock_folder_holds_equal_stock_modules(
     publishers.same_bytes(publishers.tensors_of(published / decoder), publishers.tensors_of(tmp_path / "hf"))
 
 
-_OUR_NAMES = {
+_MCORE_NAMES = {
     "embeddings.patch_embedding": "conv1",
     "embeddings.position_embedding": "position_embeddings",
     "embeddings.class_embedding": "class_token",
@@ -192,20 +192,20 @@ _OUR_NAMES = {
 _UNUSED = {"SigLIP": ("head.",), "CLIP": ("post_layernorm.", "encoder.layers.2.")}
 
 
-def _check_tower(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], tower: str) -> None:
+def _check_tower(hf: Mapping[str, torch.Tensor], mcore: Mapping[str, torch.Tensor], tower: str) -> None:
     """Every tensor by name: logits cannot see a bias of the keys, which moves all scores of a query alike."""
-    left = {name.removeprefix("vision_model."): ours[name] for name in ours if name.startswith("vision_model.")}
+    left = {name.removeprefix("vision_model."): mcore[name] for name in mcore if name.startswith("vision_model.")}
     heads = publishers.vision_settings()["num_attention_heads"]
     for name in [one for one in left if ".linear_qkv." in one and "layer_norm" not in one]:
         joined = left.pop(name)
         parts = joined.unflatten(0, (heads, 3, joined.shape[0] // (3 * heads))).transpose(0, 1).flatten(1, 2)
         for part, one in zip("qkv", parts, strict=True):
             left[name.replace("linear_qkv", f"{part}_proj")] = one
-    for name, one in theirs.items():
+    for name, one in hf.items():
         name = name.removeprefix("vision_model.")
         if name.startswith(_UNUSED[tower]):
             continue
-        for old, new in {**_OUR_NAMES, "self_attn.": "self_attention."}.items():
+        for old, new in {**_MCORE_NAMES, "self_attn.": "self_attention."}.items():
             name = name.replace(old, new)
         assert torch.equal(left.pop(name).view_as(one), one), name
     assert not left, sorted(left)
@@ -237,10 +237,10 @@ def _in_memory(decoder: Path, tower: Path, ckpt: Path) -> Any:
     network.lm_head.load_state_dict(text.lm_head.state_dict())
     network.model.vision_tower.load_state_dict(AutoModel.from_pretrained(tower).state_dict())
     tensors = checkpoint.read_tensors(ckpt)
-    ours = {"layer_norm": "pre_proj_layernorm", "linear_1": "encoder.linear_fc1", "linear_2": "encoder.linear_fc2"}
-    for theirs, name in ours.items():
+    names = {"layer_norm": "pre_proj_layernorm", "linear_1": "encoder.linear_fc1", "linear_2": "encoder.linear_fc2"}
+    for hf_name, name in names.items():
         state = {kind: tensors[f"vision_projection.{name}.{kind}"] for kind in ("weight", "bias")}
-        getattr(network.model.multi_modal_projector, theirs).load_state_dict(state)
+        getattr(network.model.multi_modal_projector, hf_name).load_state_dict(state)
     return network
 
 

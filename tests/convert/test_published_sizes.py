@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 151667}
 
 
-def _theirs(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+def _hf_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
     return {named.name: named.shape for rule in rules for named in rule.hf}
 
 
@@ -44,20 +44,20 @@ def _tower_alone(vision: VisionConfig) -> int:
 
 @pytest.mark.parametrize("name", published.DECODERS)
 def test_decoder(name: str) -> None:
-    theirs = published.decoder(name)
-    stock = published.stock_config(theirs)
-    model = decoders.read_config(theirs, name)
+    settings = published.decoder(name)
+    stock = published.stock_config(settings)
+    model = decoders.read_config(settings, name)
     for spelling in (stock.to_dict(), published.saved(stock)):  # as transformers rewrites it
         assert decoders.read_config(spelling, name) == model
 
     network = published.on_meta(AutoModelForCausalLM, stock)
     rules = decoders.rules(model)
     prove(rules)
-    assert _theirs(rules) == published.shapes(network)
+    assert _hf_shapes(rules) == published.shapes(network)
     counts = {_elements(rules), count_parameters(model).total, network.num_parameters()}
     assert counts == {published.DECODERS[name]["parameters"]}
 
-    written = decoders.write_config(model, "bfloat16", TOKEN_IDS, theirs["model_type"])
+    written = decoders.write_config(model, "bfloat16", TOKEN_IDS, settings["model_type"])
     assert decoders.read_config(written, name) == model
     again = published.stock_config(written)
     fields.same_computation(again, stock)
@@ -66,15 +66,15 @@ def test_decoder(name: str) -> None:
 
 @pytest.mark.parametrize("name", published.FACTS["intern_vit"])
 def test_intern_vit(name: str) -> None:
-    theirs, remote = (published.intern_vit(name, native=native) for native in (True, False))
-    stock = published.stock_config(theirs)
-    vision, names = intern_vit.read_config(theirs, name)
+    settings, remote = (published.intern_vit(name, native=native) for native in (True, False))
+    stock = published.stock_config(settings)
+    vision, names = intern_vit.read_config(settings, name)
     for spelling in (stock.to_dict(), published.saved(stock)):
         assert intern_vit.read_config(spelling, name) == (vision, names)
     network = published.on_meta(AutoModel, stock)
     rules = intern_vit.rules(vision, names)
     prove(rules)
-    assert _theirs(rules) == published.shapes(network)
+    assert _hf_shapes(rules) == published.shapes(network)
     assert _elements(rules) == _tower_alone(vision) == network.num_parameters()
     assert _elements(rules) == published.FACTS["intern_vit"][name].get("parameters", _elements(rules))
     fields.same_computation(published.stock_config(intern_vit.write_config(vision, names, "bfloat16")), stock)
@@ -85,7 +85,7 @@ def test_intern_vit(name: str) -> None:
     assert {key: written[key] for key in remote} == remote
     other = intern_vit.rules(vision, intern_vit.REMOTE)
     prove(other)
-    assert _theirs(other) == _remote_names(remote)
+    assert _hf_shapes(other) == _remote_names(remote)
     assert {rule.mcore for rule in other} == {rule.mcore for rule in rules}
 
 
@@ -129,9 +129,9 @@ UNUSED = {
 
 @pytest.mark.parametrize("name", published.TEXT_TOWERS)
 def test_towers_of_pictures_and_texts(name: str) -> None:
-    theirs = published.TEXT_TOWERS[name]
-    stock = published.stock_config(theirs)
-    vision = siglip_clip.read_config(theirs, name)
+    settings = published.TEXT_TOWERS[name]
+    stock = published.stock_config(settings)
+    vision = siglip_clip.read_config(settings, name)
     assert siglip_clip.read_config(stock.to_dict(), name) == vision
     assert siglip_clip.read_config(stock.vision_config.to_dict(), name) == vision
     network = published.on_meta(AutoModel, stock)
@@ -139,15 +139,15 @@ def test_towers_of_pictures_and_texts(name: str) -> None:
     used = siglip_clip.without_unused(vision, source)
     rules = siglip_clip.rules(vision, siglip_clip.prefix_of(list(source)))
     prove(rules)
-    assert _theirs(rules) == {key: source.shape(key) for key in used}
-    unused = re.compile(UNUSED[theirs["model_type"]])
+    assert _hf_shapes(rules) == {key: source.shape(key) for key in used}
+    unused = re.compile(UNUSED[settings["model_type"]])
     assert set(source) - set(used) == {key for key in source if unused.match(key)}
     assert _elements(rules) == _tower_alone(vision)
     # The tower alone, as newer releases save it: the same table without the prefix.
     alone = published.on_meta(AutoModel, stock.vision_config)
     source = TensorsInMemory(alone.state_dict())
     assert siglip_clip.prefix_of(list(source)) == ""
-    assert _theirs(siglip_clip.rules(vision)) == {
+    assert _hf_shapes(siglip_clip.rules(vision)) == {
         key: source.shape(key) for key in siglip_clip.without_unused(vision, source)
     }
 
@@ -161,13 +161,13 @@ def test_the_siglip_whose_patches_cannot_be_paired_is_refused() -> None:
 
 @pytest.mark.parametrize("name", published.INTERNVL)
 def test_internvl(name: str) -> None:
-    theirs = published.internvl(name)
-    stock = published.stock_config(theirs)
+    settings = published.internvl(name)
+    stock = published.stock_config(settings)
     head = _has_head(name)
     network = published.on_meta(AutoModelForImageTextToText, _with_tie(stock, tied=not head))
     memory, disk = published.shapes(network), published.shapes(network, on_disk=True)
     assert set(memory).isdisjoint(disk)
-    model = internvl.with_head_of(internvl.read_config(theirs, name), theirs, disk)
+    model = internvl.with_head_of(internvl.read_config(settings, name), settings, disk)
     assert model.untie_embeddings_and_output_weights == head
     for spelling in (stock.to_dict(), published.saved(stock)):
         assert internvl.with_head_of(internvl.read_config(spelling, name), spelling, memory) == model
@@ -175,9 +175,9 @@ def test_internvl(name: str) -> None:
     for names in (memory, disk):
         rules = internvl.rules(model, names)
         prove(rules)
-        assert _theirs(rules) == names
+        assert _hf_shapes(rules) == names
         assert _elements(rules) == count_parameters(model).total == network.num_parameters()
-    _check_internvl_export(model, theirs)
+    _check_internvl_export(model, settings)
 
 
 def _has_head(name: str) -> bool:
@@ -191,16 +191,16 @@ def _with_tie(stock: Any, *, tied: bool) -> Any:
     return stock
 
 
-def _check_internvl_export(model: ModelConfig, theirs: dict[str, Any] | None = None) -> None:
+def _check_internvl_export(model: ModelConfig, settings: dict[str, Any] | None = None) -> None:
     """Stock code builds from the config.json that we write exactly the tensors that we write."""
     written = internvl.write_config(model, "bfloat16", TOKEN_IDS)
     again = published.stock_config(written)
     network = published.on_meta(AutoModelForImageTextToText, again)
     assert written["architectures"] == [type(network).__name__]
-    assert _theirs(internvl.rules(model)) == published.shapes(network, on_disk=True)
-    assert replace(internvl.read_config(written, "ours"), projector=model.projector) == model
-    if theirs is not None:
-        plain = {**theirs, "text_config": {**theirs["text_config"], "rope_scaling": None}}
+    assert _hf_shapes(internvl.rules(model)) == published.shapes(network, on_disk=True)
+    assert replace(internvl.read_config(written, "written"), projector=model.projector) == model
+    if settings is not None:
+        plain = {**settings, "text_config": {**settings["text_config"], "rope_scaling": None}}
         fields.same_computation(again, _with_tie(published.stock_config(plain), tied=again.tie_word_embeddings))
 
 
@@ -222,21 +222,21 @@ def test_internvl_of_any_pair_is_what_stock_code_builds(text: str, tower: str, n
 
 @pytest.mark.parametrize("name", published.LONG_VITA)
 def test_long_vita(name: str) -> None:
-    theirs = published.LONG_VITA[name]
-    model = long_vita.read_config(theirs, name)
+    settings = published.LONG_VITA[name]
+    model = long_vita.read_config(settings, name)
     rules = long_vita.rules(model)
     prove(rules)
-    assert _theirs(rules) == _long_vita_names(theirs)
+    assert _hf_shapes(rules) == _long_vita_names(settings)
     counted = count_parameters(model)
     assert (counted.decoder, counted.tower, counted.projector) == (14770033664, 304012288, 9445376)
     assert _elements(rules) == counted.total
     written = long_vita.write_config(model, "bfloat16", TOKEN_IDS)
     assert long_vita.read_config(written, name) == model
-    assert set(theirs) - set(written) == {"max_window_layers"}  # says nothing where no layer has a window
-    # Their initial layer scale is not ours, and with no layer that has a window its size says nothing.
-    differing = {key for key in set(theirs) & set(written) - {"visual"} if theirs[key] != written[key]}
+    assert set(settings) - set(written) == {"max_window_layers"}  # says nothing where no layer has a window
+    # The published initial layer scale is not written, and with no layer that has a window its size says nothing.
+    differing = {key for key in set(settings) & set(written) - {"visual"} if settings[key] != written[key]}
     assert differing == {"sliding_window"}
-    assert {k for k in theirs["visual"] if theirs["visual"][k] != written["visual"][k]} == {"initializer_factor"}
+    assert {k for k in settings["visual"] if settings["visual"][k] != written["visual"][k]} == {"initializer_factor"}
 
     _check_internvl_export(model)  # and stock code holds it, its projector padded
 

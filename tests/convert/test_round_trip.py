@@ -92,11 +92,11 @@ def test_both_spellings_of_a_tower_are_one_tower(parts: Path, tmp_path: Path) ->
 
 
 def test_parts_keep_their_values_and_the_projector_follows_its_seed(parts: Path, tmp_path: Path) -> None:
-    ours, llm = publishers.tensors_of(parts / "hf"), publishers.tensors_of(parts / "llm")
+    exported, llm = publishers.tensors_of(parts / "hf"), publishers.tensors_of(parts / "llm")
     for name, one in llm.items():
-        assert torch.equal(ours["language_model." + name], one), name
+        assert torch.equal(exported["language_model." + name], one), name
     for name, one in publishers.tensors_of(parts / "vit").items():
-        assert torch.equal(ours["vision_tower." + name], one), name
+        assert torch.equal(exported["vision_tower." + name], one), name
     digests = checkpoint.tensor_digests(parts / "joined")
     for seed, same in ((1234, True), (7, False)):
         output = tmp_path / str(seed)

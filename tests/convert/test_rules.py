@@ -20,22 +20,22 @@ def _numbers(*shape: int, start: int = 1) -> Tensor:
     return torch.arange(start, start + int(torch.tensor(shape).prod()), dtype=torch.float64).reshape(shape)
 
 
-def _both_ways(rule: Rule, theirs: dict[str, Tensor], ours: Tensor) -> None:
+def _both_ways(rule: Rule, hf: dict[str, Tensor], mcore: Tensor) -> None:
     """Forward, inverse, and every part of either read alone equal the whole."""
     assert rule.mcore is not None
     name = rule.mcore.name
-    forward = McoreView([rule], TensorsInMemory(theirs), "here")
-    assert torch.equal(forward[name], ours)
-    back = HfView([rule], TensorsInMemory({name: ours}), "here")
+    forward = McoreView([rule], TensorsInMemory(hf), "here")
+    assert torch.equal(forward[name], mcore)
+    back = HfView([rule], TensorsInMemory({name: mcore}), "here")
     for named in rule.hf:
         whole = back[named.name]
-        assert torch.equal(whole, theirs[named.name])
+        assert torch.equal(whole, hf[named.name])
         for start, stop in itertools.combinations(range(0, whole.shape[-2] + 1 if whole.dim() > 1 else 0, 3), 2):
             part = (*(slice(0, n) for n in whole.shape[:-2]), slice(start, stop), slice(0, whole.shape[-1]))
             assert torch.equal(back.read(named.name, part), whole[part])
-    for start, stop in itertools.combinations(range(0, len(ours) + 1, 5), 2):
-        region = (slice(start, stop), *(slice(0, n) for n in ours.shape[1:]))
-        assert torch.equal(forward.read(name, region), ours[region])
+    for start, stop in itertools.combinations(range(0, len(mcore) + 1, 5), 2):
+        region = (slice(start, stop), *(slice(0, n) for n in mcore.shape[1:]))
+        assert torch.equal(forward.read(name, region), mcore[region])
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [(6, 2, 3), (5, 5, 2), (4, 1, 3), (12, 4, 1)])

@@ -130,7 +130,7 @@ def _llama_tokenizer(folder: Path) -> None:
 def test_a_decoder_that_gets_a_tower_ends_its_turns(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The publisher's template knows no pictures: ours takes its place, is said, and ends a turn where it does."""
+    """The publisher's template knows no pictures: the package's replaces it, is logged, and ends turns alike."""
     shutil.copytree(good / "llm", tmp_path / "llm")
     _in_config(tmp_path / "llm")
     (tmp_path / "llm" / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, **SAMPLING}))
@@ -161,10 +161,10 @@ def test_a_trained_decoder_ends_its_turns(good: Path, tmp_path: Path) -> None:
 def test_pictures_stand_where_the_config_says(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good / "ivl", tmp_path / "ivl")
     publishers.write_tokenizer(tmp_path / "ivl")
-    without, ours = open_model(tmp_path / "ivl"), open_model(good / "ivl_ckpt")
-    assert image_token(without, ours) == image_token(ours) == 261
+    without, checkpoint_model = open_model(tmp_path / "ivl"), open_model(good / "ivl_ckpt")
+    assert image_token(without, checkpoint_model) == image_token(checkpoint_model) == 261
     blind = dataclasses.replace(without, image_token_id=None)
-    assert image_token(blind, ours) == 261
+    assert image_token(blind, checkpoint_model) == 261
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'ivl'}: no tokenizer there has <IMG_CONTEXT>"):
         image_token(blind)
 
@@ -234,7 +234,7 @@ def test_tokens_without_rows_are_not_imported(good: Path, tmp_path: Path, capsys
     flags = ["--llm", good / "llm", "--tokenizer", tmp_path / "big"]
     convert("import", *flags, "--output", tmp_path / "ckpt", expect=1)
     assert "its highest id is 358, but the model's vocabulary has 307 rows" in capsys.readouterr().err
-    # tokens that were added get rows together with ours
+    # tokens that were added get rows together with those of the package
     convert("import", *flags, "--vision", good / "vit", "--output", tmp_path / "ckpt")
     assert checkpoint.read_state(tmp_path / "ckpt").stage.model.vocab_size == 376
 
@@ -320,7 +320,7 @@ def test_a_sentencepiece_model_is_exported_with_its_own_ids_only(tmp_path: Path)
 
 
 def _as_tokenizer_json(model: Path) -> str:
-    """A SentencePiece BPE as Llama 2's publishers converted theirs, with the special tokens behind its pieces."""
+    """A SentencePiece BPE as Llama 2's publishers converted it, with the special tokens behind its pieces."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, models, normalizers
 

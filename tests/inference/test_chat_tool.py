@@ -51,13 +51,13 @@ def test_an_exported_folder_answers_as_its_checkpoint(here: Path, capsys: pytest
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     samples = [question("And the answer?", images=[here / "square.png"]), question("the")]
-    ours, exported = (Engine.load(here / model) for model in ("tiny", "hf"))
-    prompts = [ours.prepare(sample) for sample in samples]
-    for mine, theirs in zip(prompts, (exported.prepare(sample) for sample in samples), strict=True):
-        assert (mine.example.tokens == theirs.example.tokens).all()
-        assert torch.equal(mine.tiles, theirs.tiles)
+    imported, exported = (Engine.load(here / model) for model in ("tiny", "hf"))
+    prompts = [imported.prepare(sample) for sample in samples]
+    for one, other in zip(prompts, (exported.prepare(sample) for sample in samples), strict=True):
+        assert (one.example.tokens == other.example.tokens).all()
+        assert torch.equal(one.tiles, other.tiles)
     with torch.inference_mode():
-        torch.testing.assert_close(ours.prefill(prompts, None), exported.prefill(prompts, None), atol=0, rtol=0)
+        torch.testing.assert_close(imported.prefill(prompts, None), exported.prefill(prompts, None), atol=0, rtol=0)
     assert model_name(here / "hf") == "hf"
     assert fingerprint(here / "hf") != fingerprint(checkpoint.resolve(here / "tiny"))
 

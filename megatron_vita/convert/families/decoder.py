@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """A decoder's config.json (or text_config) as a ModelConfig.
 
     Raises:
-        CheckpointError: a setting is missing, or asks for what the decoder cannot do.
+        CheckpointError: a setting is missing or not supported.
     """
     check_features(config, where)  # a reason says more than a name
     family = DECODERS[choice(config, "model_type", DECODERS, "qwen2", where)]
@@ -77,17 +77,17 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def processor(folder: Path, model: ModelConfig) -> PreprocessSpec | None:
-    """A decoder sees nothing."""
+    """None: a decoder has no pictures."""
     return None
 
 
 def completed(model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]) -> ModelConfig:
-    """Its config.json says all."""
+    """The model unchanged: config.json is complete."""
     return model
 
 
 def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
-    """Nothing stands for a picture."""
+    """None: a decoder has no image token."""
     return None
 
 
@@ -149,10 +149,10 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Refuse a decoder that no class of transformers holds.
+    """Reject a decoder that no class of transformers holds.
 
     Raises:
-        CheckpointError: saying what it has that they have not.
+        CheckpointError: naming the feature that they lack.
     """
     family_of(model)
 

@@ -189,7 +189,7 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
 
 
 def check_exportable(vision: VisionConfig, names: Names) -> None:
-    """Refuse a tower that a publisher's classes cannot hold.
+    """Reject a tower that a publisher's classes cannot hold.
 
     Raises:
         CheckpointError: another family; states of a block before the last; or norms of another epsilon than its.

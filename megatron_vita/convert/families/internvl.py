@@ -70,7 +70,7 @@ def processor(folder: Path, model: ModelConfig) -> PreprocessSpec:
 
 
 def completed(model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]) -> ModelConfig:
-    """The model with the head that its tensors say, and the projector that it had before our export padded it."""
+    """The model with a tied head or not, as its tensors say, and the projector's width before an export padded it."""
     return with_own_projector(folder, with_head_of(model, config, names))
 
 

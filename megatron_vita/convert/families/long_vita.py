@@ -32,19 +32,19 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def processor(folder: Path, model: ModelConfig) -> PreprocessSpec:
-    """How a published model wants its pictures: in Long-VITA's own token layout, normalised as its settings say."""
+    """Preprocessing of a published model: Long-VITA's token layout, pixels normalised as its settings say."""
     assert model.vision is not None
     own = PreprocessSpec.for_tower(with_norm(folder, model.vision))
     return read_side_file(folder, model.vision) or replace(own, layout="long_vita")
 
 
 def completed(model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]) -> ModelConfig:
-    """Its config.json says all."""
+    """The model unchanged: config.json is complete."""
     return model
 
 
 def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
-    """No published config.json says it."""
+    """None: no published config.json names the image token."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which families there are, and what each must be able to do."""
+"""The registry of model and tower families, and the interface of each."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class WholeModel(Protocol):
     """A format of whole models; a module each."""
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelConfig:
-        """config.json as our settings. Raises CheckpointError, naming what is missing or not supported."""
+        """Model settings of a config.json. Raises CheckpointError, naming what is missing or not supported."""
 
     def processor(self, folder: Path, model: ModelConfig) -> PreprocessSpec | None:
-        """How a folder's model wants its pictures; none for a decoder alone."""
+        """Preprocessing of the pictures; none for a decoder alone."""
 
     def completed(
         self, model: ModelConfig, config: Mapping[str, Any], folder: Path, names: Collection[str]
     ) -> ModelConfig:
-        """The model with what its config.json leaves to the other files of its folder, and to the tensors' names."""
+        """The model completed from the other files of its folder and from the names of its tensors."""
 
     def image_token_id(self, config: Mapping[str, Any], where: str) -> int | None:
-        """Id of what stands for a picture, where the config says it."""
+        """Id of the image token, if the config names it."""
 
     def rules(self, model: ModelConfig, names: Collection[str] = (), decoder: str | None = None) -> list[Rule]:
         """Every tensor of the model, by the names in a folder that is read, and by the decoder's model_type."""
@@ -40,7 +40,7 @@ class WholeModel(Protocol):
     def write_config(
         self, model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
     ) -> dict[str, Any]:
-        """Our settings as config.json."""
+        """config.json of a model."""
 
 
 class Tower(Protocol):

@@ -50,7 +50,7 @@ MODEL_TYPES = {
 }
 """model_type of a whole model or of its tower -> model.vision.model_type."""
 _NESTED = "vision_model."
-"""Their prefix inside a model of pictures and texts, and in towers that older releases saved."""
+"""Prefix of the tower's tensors inside a model of pictures and texts, and in towers that older releases saved."""
 _OTHER_HALF = re.compile(
     r"(text_model\.|head\.|visual_projection\.|text_projection\.|logit_scale$|logit_bias$|"
     r"embeddings\.position_ids$|vision_model\.(head\.|embeddings\.position_ids$))"
@@ -61,7 +61,7 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
     """A tower's config.json, or that of a model of pictures and texts, as a VisionConfig.
 
     Raises:
-        CheckpointError: an unknown kind, or a feature that the tower cannot do.
+        CheckpointError: an unknown kind, or an unsupported feature.
     """
     family = MODEL_TYPES[choice(config, "model_type", MODEL_TYPES, None, where)]
     # CLIP's oldest files say it twice; transformers believes the second and fills it up with its own defaults.
@@ -109,7 +109,7 @@ def read_tower(
 
 
 def prefix_of(names: Collection[str]) -> str:
-    """Their prefix of the tower's tensors."""
+    """Prefix of the tower's tensors in a Hugging Face folder."""
     return _NESTED if any(name.startswith(_NESTED) for name in names) else ""
 
 
