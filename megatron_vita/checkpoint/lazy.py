@@ -19,59 +19,59 @@ from megatron_vita.checkpoint.dtypes import Bits, DType, as_tensor, bits_of, dty
 if TYPE_CHECKING:
     from torch import Tensor
 
-Region = tuple[slice, ...]
-"""One slice with explicit start and stop for each dimension."""
+Slices = tuple[slice, ...]
+"""A slice of a tensor: one slice object with explicit start and stop for each dimension."""
 ZEROS = "zeros"
 """What elements are made of that come from nowhere, unless it is something else."""
 MAX_CUTS = 6
 """Dimensions along which the parts of one tensor may be cut: ranks cut two or three."""
 
 
-def whole(shape: Sequence[int]) -> Region:
-    """The region that is all of a tensor."""
+def whole(shape: Sequence[int]) -> Slices:
+    """The slice that is all of a tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
-def box(offsets: Sequence[int], sizes: Sequence[int]) -> Region:
-    """The region of given sizes at given offsets."""
+def slices_at(offsets: Sequence[int], sizes: Sequence[int]) -> Slices:
+    """The slice of given sizes at given offsets."""
     return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
 
 
-def extent(region: Region) -> tuple[int, ...]:
-    """Sizes of a region."""
-    return tuple(one.stop - one.start for one in region)
+def extent(slices: Slices) -> tuple[int, ...]:
+    """Sizes of a slice."""
+    return tuple(one.stop - one.start for one in slices)
 
 
-def volume(region: Region) -> int:
-    """Elements in a region."""
+def volume(slices: Slices) -> int:
+    """Elements in a slice."""
     out = 1
-    for one in region:
+    for one in slices:
         out *= one.stop - one.start
     return out
 
 
-def overlap(a: Region, b: Region) -> Region | None:
-    """What two regions share, or none."""
+def overlap(a: Slices, b: Slices) -> Slices | None:
+    """What two slices share, or none."""
     shared = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return shared if all(one.start < one.stop for one in shared) else None
 
 
-def fills(boxes: Sequence[Region], shape: Sequence[int]) -> bool:
-    """Whether boxes hold each element of a tensor exactly once, whatever they look like.
+def fills(shards: Sequence[Slices], shape: Sequence[int]) -> bool:
+    """Whether shards hold each element of a tensor exactly once, whatever they look like.
 
-    A box is told by its corners, each with a sign: plus where an even number of its coordinates are ends rather than
-    starts. Boxes fill a tensor if and only if what is left of all their corners, where they meet and cancel, are the
+    A shard is told by its corners, each with a sign: plus where an even number of its coordinates are ends rather than
+    starts. Shards fill a tensor if and only if what is left of all their corners, where they meet and cancel, are the
     corners of the tensor: their indicator functions have the same sum when these, their mixed derivatives, have. This
-    takes time in proportion to the boxes, where comparing each with each would let a hostile file take hours.
-    Dimensions that no box cuts do not count. Of more than MAX_CUTS dimensions that are cut, the answer is no.
+    takes time in proportion to the shards, where comparing each with each would let a hostile file take hours.
+    Dimensions that no shard cuts do not count. Of more than MAX_CUTS dimensions that are cut, the answer is no.
     """
     cut = [
-        axis for axis, size in enumerate(shape) if any((one[axis].start, one[axis].stop) != (0, size) for one in boxes)
+        axis for axis, size in enumerate(shape) if any((one[axis].start, one[axis].stop) != (0, size) for one in shards)
     ]
     if len(cut) > MAX_CUTS:
         return False
     left: Counter[tuple[int, ...]] = Counter()
-    for weight, one in [(1, one) for one in boxes] + [(-1, whole(shape))]:
+    for weight, one in [(1, one) for one in shards] + [(-1, whole(shape))]:
         corners: list[tuple[tuple[int, ...], int]] = [((), weight)]
         for axis in cut:
             corners = [
@@ -84,57 +84,57 @@ def fills(boxes: Sequence[Region], shape: Sequence[int]) -> bool:
     return not any(left.values())
 
 
-def shift(region: Region, origin: Region) -> Region:
-    """A region in the coordinates of `origin`'s first corner."""
-    return tuple(slice(one.start - zero.start, one.stop - zero.start) for one, zero in zip(region, origin, strict=True))
+def shift(slices: Slices, origin: Slices) -> Slices:
+    """A slice in the coordinates of `origin`'s first corner."""
+    return tuple(slice(one.start - zero.start, one.stop - zero.start) for one, zero in zip(slices, origin, strict=True))
 
 
-def move(part: Region, source: Region, target: Region) -> Region:
-    """`part` of the box `source`, as the same part of the box `target`."""
+def move(part: Slices, source: Slices, target: Slices) -> Slices:
+    """`part` of the slice `source`, as the same part of the slice `target`."""
     return tuple(
         slice(one.start - a.start + b.start, one.stop - a.start + b.start)
         for one, a, b in zip(part, source, target, strict=True)
     )
 
 
-def part(bits: Bits, region: Region) -> Bits:
-    """A region of an array as a view of it, also where the array has no dimensions."""
-    index: tuple[Any, ...] = (*region, ...)
+def slice_of(bits: Bits, slices: Slices) -> Bits:
+    """A slice of an array as a view of it, also where the array has no dimensions."""
+    index: tuple[Any, ...] = (*slices, ...)
     out: Bits = bits[index]
     return out
 
 
-def runs(region: Region, item_size: int, limit: int) -> Iterator[Region]:
-    """A region cut along its first dimension that is not 1, into parts of about `limit` bytes and at least one row."""
-    sizes = extent(region)
+def runs(slices: Slices, item_size: int, limit: int) -> Iterator[Slices]:
+    """A slice cut along its first dimension that is not 1, into parts of about `limit` bytes and at least one row."""
+    sizes = extent(slices)
     axis = next((index for index, size in enumerate(sizes) if size != 1), len(sizes))
     if axis == len(sizes):
-        yield region
+        yield slices
         return
     rows = max(1, limit // max(1, math.prod(sizes[axis + 1 :]) * item_size))
-    first = region[axis]
+    first = slices[axis]
     for start in range(first.start, max(first.stop, first.start + 1), rows):
-        yield (*region[:axis], slice(start, min(start + rows, first.stop)), *region[axis + 1 :])
+        yield (*slices[:axis], slice(start, min(start + rows, first.stop)), *slices[axis + 1 :])
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where some elements of a tensor come from: a box of a stored tensor, or nowhere."""
+    """Where some elements of a tensor come from: a slice of a stored tensor, or nowhere."""
 
     leaf: LazyTensors | None
     """Who stores them; none for elements that are made up."""
     name: str
     """The stored tensor's name, or what the elements are made of (ZEROS)."""
-    region: Region | None
+    slices: Slices | None
     elements: int
 
 
 @dataclass(frozen=True)
 class BorrowedView:
-    """A region of a tensor in somebody else's memory, to be looked at and given back."""
+    """A view of a slice of a tensor, in memory that its source owns; not to be written to."""
 
     bits: Bits
-    """Contiguous, of the region's extent."""
+    """Contiguous, of the slice's extent."""
     release: Callable[[], object]
     """To be called once, by any thread; the bits must not be read afterwards."""
 
@@ -151,33 +151,33 @@ class LazyTensors(Mapping[str, "Tensor"]):
         """Type of one tensor's elements, without reading it."""
 
     @abstractmethod
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        """Read a region into an array of its extent, with no copy in between where that can be. Several threads may
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        """Read a slice into an array of its extent, with no copy in between where that can be. Several threads may
         read at once.
 
         Args:
-            region: as many slices as the tensor has dimensions.
+            slices: as many slices as the tensor has dimensions.
             out: unsigned integers of the elements' size, in any layout.
         """
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
-        """A region to look at, not copied where it lies in memory already. Several threads may borrow at once."""
-        return BorrowedView(self.bits(name, region), lambda: None)
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
+        """A view of a slice, without a copy where the source holds it in memory. Several threads may borrow at once."""
+        return BorrowedView(self.bits(name, slices), lambda: None)
 
-    def bits(self, name: str, region: Region | None = None) -> Bits:
-        """A region (all by default) as a new array of the region's extent."""
-        region = whole(self.shape(name)) if region is None else region
-        out: Bits = np.empty(extent(region), self.dtype(name).bits)
-        self.read_into(name, region, out)
+    def bits(self, name: str, slices: Slices | None = None) -> Bits:
+        """A slice (all by default) as a new array of the slice's extent."""
+        slices = whole(self.shape(name)) if slices is None else slices
+        out: Bits = np.empty(extent(slices), self.dtype(name).bits)
+        self.read_into(name, slices, out)
         return out
 
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        """A region (all by default) as a contiguous CPU tensor of the region's extent."""
-        return as_tensor(self.bits(name, region), self.dtype(name))
+    def read(self, name: str, slices: Slices | None = None) -> Tensor:
+        """A slice (all by default) as a contiguous CPU tensor of the slice's extent."""
+        return as_tensor(self.bits(name, slices), self.dtype(name))
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        """The stored boxes that a region consists of. What stores tensors itself is its own origin."""
-        yield Origin(self, name, region, volume(region))
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        """The stored slices that a slice consists of. What stores tensors itself is its own origin."""
+        yield Origin(self, name, slices, volume(slices))
 
     def left_out(self) -> Mapping[str, str]:
         """Stored tensors that are on purpose not handed on, and why."""
@@ -207,8 +207,8 @@ class TensorsInMemory(LazyTensors):
     def dtype(self, name: str) -> DType:
         return dtype_of(self._tensors[name])
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        out[...] = part(bits_of(self._tensors[name].detach().cpu()), region)
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        out[...] = slice_of(bits_of(self._tensors[name].detach().cpu()), slices)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

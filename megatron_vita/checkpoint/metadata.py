@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_vita.checkpoint.archive import MAX_DIMENSIONS
 from megatron_vita.checkpoint.dtypes import DType, by_name
-from megatron_vita.checkpoint.lazy import box, fills
+from megatron_vita.checkpoint.lazy import fills, slices_at
 from megatron_vita.checkpoint.pickle_writer import dumps
 from megatron_vita.checkpoint.pickles import Name, Record, run
 from megatron_vita.errors import CheckpointError
@@ -240,6 +240,6 @@ def _tensor(key: str, fields: dict[str, Any], left: _Places) -> StoredTensor:
         if place is None:
             raise _SenselessError(f"a part of {key[:200]} lies nowhere, or stands there twice")
         pieces.append(StoredPiece(offsets, sizes, *place))
-    if not fills([box(one.offsets, one.sizes) for one in pieces], shape):
+    if not fills([slices_at(one.offsets, one.sizes) for one in pieces], shape):
         raise _SenselessError(f"the parts of {key[:200]} do not hold each of its elements once")
     return StoredTensor(shape, found, tuple(pieces))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vita.checkpoint.dtypes import Bits, DType
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, part, shift
+from megatron_vita.checkpoint.lazy import LazyTensors, Slices, extent, shift, slice_of
 from megatron_vita.checkpoint.streams import raw, read_exactly, reading
 
 
@@ -37,15 +37,15 @@ class PlacedTensors(LazyTensors):
     def dtype(self, name: str) -> DType:
         return self._places[name].dtype
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
         place = self._places[name]
-        start, run = _run_of(place.shape, region)
-        direct = run == region and out.flags.c_contiguous
+        start, run = _run_of(place.shape, slices)
+        direct = run == slices and out.flags.c_contiguous
         target = out if direct else np.empty(extent(run), place.dtype.bits)
         with reading(place.file) as descriptor:
             read_exactly(descriptor, raw(target), place.start + start * place.dtype.itemsize, place.file)
         if not direct:
-            out[...] = part(target, shift(region, run))
+            out[...] = slice_of(target, shift(slices, run))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -54,14 +54,14 @@ class PlacedTensors(LazyTensors):
         return len(self._places)
 
 
-def _run_of(shape: Sequence[int], region: Region) -> tuple[int, Region]:
-    """(first element, box): the shortest contiguous run of rows of a tensor that holds a region.
+def _run_of(shape: Sequence[int], slices: Slices) -> tuple[int, Slices]:
+    """(first element, rows): the shortest contiguous run of rows of a tensor that holds a slice.
 
-    Dimensions in which the region is one element wide come first; of the next one it takes a range, of all others all.
+    Dimensions in which the slice is one element wide come first; of the next one it takes a range, of all others all.
     """
     axis = 0
-    while axis < len(shape) - 1 and region[axis].stop - region[axis].start == 1:
+    while axis < len(shape) - 1 and slices[axis].stop - slices[axis].start == 1:
         axis += 1
-    box = (*region[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
-    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(region[: axis + 1]))
-    return first, box
+    rows = (*slices[: axis + 1], *(slice(0, size) for size in shape[axis + 1 :]))
+    first = sum(one.start * math.prod(shape[index + 1 :]) for index, one in enumerate(slices[: axis + 1]))
+    return first, rows

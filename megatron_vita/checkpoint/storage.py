@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vita.checkpoint.archive import frame
 from megatron_vita.checkpoint.dtypes import DType, bits_of, dtype_of
-from megatron_vita.checkpoint.lazy import box, extent, fills, part, runs, whole
+from megatron_vita.checkpoint.lazy import extent, fills, runs, slice_of, slices_at, whole
 from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor, metadata_bytes
 from megatron_vita.checkpoint.streams import OutputFile, raw
 from megatron_vita.errors import CheckpointError
@@ -93,9 +93,9 @@ def write_pieces(folder: Path, file_name: str, pieces: Iterable[WrittenSlice]) -
             except CheckpointError as error:
                 raise CheckpointError(f"{piece.key}: {error}") from None
             data = piece.data.detach().cpu().contiguous()
-            for region in runs(whole(data.shape), dtype.itemsize, PIECE_BYTES):
-                head, tail = frame(extent(region), dtype)
-                parts: list[bytes | memoryview] = [head, raw(part(bits_of(data), region)), tail]
+            for slices in runs(whole(data.shape), dtype.itemsize, PIECE_BYTES):
+                head, tail = frame(extent(slices), dtype)
+                parts: list[bytes | memoryview] = [head, raw(slice_of(bits_of(data), slices)), tail]
                 digest = new_digest()
                 for one in parts:
                     digest.update(one)
@@ -104,8 +104,8 @@ def write_pieces(folder: Path, file_name: str, pieces: Iterable[WrittenSlice]) -
                     WrittenPiece(
                         key=piece.key,
                         global_shape=tuple(piece.global_shape),
-                        offsets=tuple(first + one.start for first, one in zip(piece.offsets, region, strict=True)),
-                        sizes=extent(region),
+                        offsets=tuple(first + one.start for first, one in zip(piece.offsets, slices, strict=True)),
+                        sizes=extent(slices),
                         dtype=dtype,
                         file=file_name,
                         position=position,
@@ -134,8 +134,8 @@ def write_metadata(folder: Path, pieces: Sequence[WrittenPiece]) -> None:
         if any(one.global_shape != first.global_shape or one.dtype != first.dtype for one in parts):
             kinds = sorted({f"{tuple(one.global_shape)} {one.dtype}" for one in parts})
             raise CheckpointError(f"{key}: ranks disagree about its shape: {', '.join(kinds)}.")
-        boxes = [box(one.offsets, one.sizes) for one in parts]
-        if len({one.offsets for one in parts}) != len(parts) or not fills(boxes, first.global_shape):
+        shards = [slices_at(one.offsets, one.sizes) for one in parts]
+        if len({one.offsets for one in parts}) != len(parts) or not fills(shards, first.global_shape):
             raise CheckpointError(f"{key}: its parts do not hold each element of {first.global_shape} once.")
         stored = tuple(StoredPiece(one.offsets, one.sizes, one.file, one.position, one.length) for one in parts)
         tensors[key] = StoredTensor(first.global_shape, first.dtype, stored)

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_vita.checkpoint.archive import frame, tensor_in
 from megatron_vita.checkpoint.dtypes import Bits, DType
 from megatron_vita.checkpoint.integrity import Integrity
-from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Region, box, overlap, part, shift
+from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Slices, overlap, shift, slice_of, slices_at
 from megatron_vita.checkpoint.metadata import StoredPiece, parse_metadata
 from megatron_vita.checkpoint.storage import METADATA_FILE
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, Buffers, Bytes, raw, read_exactly, reading, shaped
@@ -47,7 +47,7 @@ _Key = tuple[str, StoredPiece]
 class CheckpointTensors(LazyTensors):
     """The tensors of one checkpoint folder, by key and whole, in one process and without any process group.
 
-    Only pieces that overlap a wanted region are read, and each is verified when it is read.
+    Only pieces that overlap a requested slice are read, and each is verified when it is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,30 +68,30 @@ class CheckpointTensors(LazyTensors):
     def dtype(self, name: str) -> DType:
         return self._tensors[name].dtype
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
         for stored in self._tensors[name].pieces:
-            held = box(stored.offsets, stored.sizes)
-            shared = overlap(held, region)
+            held = slices_at(stored.offsets, stored.sizes)
+            shared = overlap(held, slices)
             if shared is None:
                 continue
             cached = self._take(name, stored)
             try:
                 _, bits = cached.content.result()
-                part(out, shift(shared, region))[...] = part(bits, shift(shared, held))
+                slice_of(out, shift(shared, slices))[...] = slice_of(bits, shift(shared, held))
             finally:
                 self._give(cached)
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
         for stored in self._tensors[name].pieces:
-            held = box(stored.offsets, stored.sizes)
-            if overlap(held, region) != region:
+            held = slices_at(stored.offsets, stored.sizes)
+            if overlap(held, slices) != slices:
                 continue
             cached = self._take(name, stored)
-            bits = part(cached.content.result()[1], shift(region, held))  # one that failed holds no memory to give
+            bits = slice_of(cached.content.result()[1], shift(slices, held))  # one that failed holds no memory to give
             if bits.flags.c_contiguous:
                 return BorrowedView(bits, functools.partial(self._give, cached))
             self._give(cached)
-        return super().borrow(name, region)
+        return super().borrow(name, slices)
 
     def _take(self, name: str, stored: StoredPiece) -> _Cached:
         """A verified piece, to be given back; who asks for one that another thread is reading waits for its result."""

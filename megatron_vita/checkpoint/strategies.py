@@ -23,7 +23,7 @@ from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
 from megatron_vita.checkpoint.dtypes import torch_dtype
 from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import Integrity
-from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, box
+from megatron_vita.checkpoint.lazy import LazyTensors, as_lazy, slices_at
 from megatron_vita.checkpoint.offline import COMMON_FILE, model_keys
 from megatron_vita.checkpoint.storage import WrittenPiece, WrittenSlice, write_metadata, write_pieces
 from megatron_vita.errors import CheckpointError, VitaError
@@ -145,15 +145,15 @@ class ReadParts(LoadShardedStrategy):
 
     def _read(self, one: ShardedTensor) -> Tensor:
         assert one.prepend_axis_num == 0, f"{one.key}: layers must have keys of their own"
-        region = box(one.global_offset, one.local_shape)
+        slices = slices_at(one.global_offset, one.local_shape)
         saved = self._tensors.shape(one.key)
         if not one.allow_shape_mismatch:
-            return self._tensors.read(one.key, region)
+            return self._tensors.read(one.key, slices)
         out = torch.zeros(one.local_shape, dtype=torch_dtype(self._tensors.dtype(one.key)))
-        first = region[0]
+        first = slices[0]
         rows = slice(min(first.start, saved[0]), min(first.stop, saved[0]))
         if rows.start < rows.stop:
-            out[: rows.stop - rows.start] = self._tensors.read(one.key, (rows, *region[1:]))
+            out[: rows.stop - rows.start] = self._tensors.read(one.key, (rows, *slices[1:]))
         return out
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:

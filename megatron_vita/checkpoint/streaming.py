@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vita.checkpoint.archive import frame
 from megatron_vita.checkpoint.dtypes import DType
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, extent, runs, volume, whole
+from megatron_vita.checkpoint.lazy import LazyTensors, Slices, extent, runs, volume, whole
 from megatron_vita.checkpoint.storage import PIECE_BYTES, WrittenPiece
 from megatron_vita.checkpoint.streams import (
     BLOCK_BYTES,
@@ -33,23 +33,23 @@ class PlannedPiece:
 
     key: str
     global_shape: tuple[int, ...]
-    region: Region
+    slices: Slices
     dtype: DType
     position: int
 
     @property
     def length(self) -> int:
         """Bytes in the file."""
-        head, tail = frame(extent(self.region), self.dtype)
-        return len(head) + volume(self.region) * self.dtype.itemsize + len(tail)
+        head, tail = frame(extent(self.slices), self.dtype)
+        return len(head) + volume(self.slices) * self.dtype.itemsize + len(tail)
 
     def written(self, file: str, digest: str) -> WrittenPiece:
         """The same, once it has been written."""
         return WrittenPiece(
             key=self.key,
             global_shape=self.global_shape,
-            offsets=tuple(one.start for one in self.region),
-            sizes=extent(self.region),
+            offsets=tuple(one.start for one in self.slices),
+            sizes=extent(self.slices),
             dtype=self.dtype,
             file=file,
             position=self.position,
@@ -87,16 +87,16 @@ def stream_files(
 
         def write(item: tuple[str, PlannedPiece]) -> tuple[str, int, str]:
             (name, piece), file = item, outputs[item[0]]
-            head, tail = frame(extent(piece.region), piece.dtype)
+            head, tail = frame(extent(piece.slices), piece.dtype)
             digest = new_digest()
             digest.update(head)
             file.write([head], piece.position)
             position = piece.position + len(head)
-            for region in runs(piece.region, piece.dtype.itemsize, BLOCK_BYTES):
-                size = volume(region) * piece.dtype.itemsize
+            for slices in runs(piece.slices, piece.dtype.itemsize, BLOCK_BYTES):
+                size = volume(slices) * piece.dtype.itemsize
                 buffer = buffers.take(size)
-                block = shaped(buffer, extent(region), piece.dtype)
-                tensors.read_into(piece.key, region, block)
+                block = shaped(buffer, extent(slices), piece.dtype)
+                tensors.read_into(piece.key, slices, block)
                 digest.update(raw(block))
                 file.write([raw(block)], position)
                 position += size
@@ -120,15 +120,15 @@ def plan_files(tensors: LazyTensors) -> dict[str, list[PlannedPiece]]:
     position = FILE_BYTES
     for key in tensors:
         shape, dtype = tensors.shape(key), tensors.dtype(key)
-        for region in _pieces(shape, dtype.itemsize):
+        for slices in _pieces(shape, dtype.itemsize):
             if position >= FILE_BYTES:
                 position = 0
                 current = files.setdefault(f"__0_{len(files)}.distcp", [])
-            current.append(PlannedPiece(key, shape, region, dtype, position))
+            current.append(PlannedPiece(key, shape, slices, dtype, position))
             position += current[-1].length
     return files
 
 
-def _pieces(shape: tuple[int, ...], item_size: int) -> Iterator[Region]:
+def _pieces(shape: tuple[int, ...], item_size: int) -> Iterator[Slices]:
     """Rows of the first dimension that is not 1."""
     yield from runs(whole(shape), item_size, PIECE_BYTES)

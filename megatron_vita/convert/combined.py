@@ -11,12 +11,12 @@ from megatron_vita.checkpoint.lazy import (
     BorrowedView,
     LazyTensors,
     Origin,
-    Region,
+    Slices,
     extent,
     overlap,
-    part,
     runs,
     shift,
+    slice_of,
     volume,
     whole,
 )
@@ -43,14 +43,14 @@ class Subset(LazyTensors):
     def dtype(self, name: str) -> DType:
         return self._source.dtype(name)
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        self._source.read_into(name, region, out)
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        self._source.read_into(name, slices, out)
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
-        return self._source.borrow(name, region)
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
+        return self._source.borrow(name, slices)
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        return self._source.origins(name, region)
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        return self._source.origins(name, slices)
 
     def left_out(self) -> Mapping[str, str]:
         """The stored tensors behind every name that is not handed on."""
@@ -90,14 +90,14 @@ class Joined(LazyTensors):
     def dtype(self, name: str) -> DType:
         return self._home[name].dtype(name)
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        self._home[name].read_into(name, region, out)
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        self._home[name].read_into(name, slices, out)
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
-        return self._home[name].borrow(name, region)
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
+        return self._home[name].borrow(name, slices)
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        return self._home[name].origins(name, region)
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        return self._home[name].origins(name, slices)
 
     def left_out(self) -> Mapping[str, str]:
         return {name: why for source in self._sources for name, why in source.left_out().items()}
@@ -125,30 +125,30 @@ class MoreRows(LazyTensors):
     def dtype(self, name: str) -> DType:
         return self._source.dtype(name)
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        old = overlap(whole(self._source.shape(name)), slices) if name in self._new else slices
         if old is not None:
-            self._source.read_into(name, old, part(out, shift(old, region)))
-        if name in self._new and old != region:
+            self._source.read_into(name, old, slice_of(out, shift(old, slices)))
+        if name in self._new and old != slices:
             mean = self._new[name]
             rest = out[extent(old)[0] if old else 0 :]
             if mean is None:
                 rest[...] = 0
             else:
-                as_tensor(rest, self.dtype(name)).copy_(mean[region[1]])
+                as_tensor(rest, self.dtype(name)).copy_(mean[slices[1]])
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
-        if name in self._new and overlap(whole(self._source.shape(name)), region) != region:
-            return super().borrow(name, region)
-        return self._source.borrow(name, region)
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
+        if name in self._new and overlap(whole(self._source.shape(name)), slices) != slices:
+            return super().borrow(name, slices)
+        return self._source.borrow(name, slices)
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        old = overlap(whole(self._source.shape(name)), region) if name in self._new else region
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        old = overlap(whole(self._source.shape(name)), slices) if name in self._new else slices
         if old is not None:
             yield from self._source.origins(name, old)
-        if name in self._new and old != region:
+        if name in self._new and old != slices:
             made_of = ZEROS if self._new[name] is None else "mean of the other rows"
-            yield Origin(None, made_of, None, volume(region) - (volume(old) if old else 0))
+            yield Origin(None, made_of, None, volume(slices) - (volume(old) if old else 0))
 
     def left_out(self) -> Mapping[str, str]:
         return self._source.left_out()
@@ -165,6 +165,6 @@ def _mean_row(source: LazyTensors, name: str) -> Tensor:
     import torch
 
     total = torch.zeros(source.shape(name)[1:], dtype=torch.float64)
-    for region in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
-        total += source.read(name, region).sum(0, dtype=torch.float64)
+    for slices in runs(whole(source.shape(name)), source.dtype(name).itemsize, _BLOCK_BYTES):
+        total += source.read(name, slices).sum(0, dtype=torch.float64)
     return (total / source.shape(name)[0]).float()

@@ -1,8 +1,8 @@
-"""The account of a conversion: each stored element used exactly once, each element of the result filled once.
+"""Proof of coverage: a conversion uses each stored element exactly once and fills each element of its result once.
 
-It follows every element of the result back through all views to the box of the stored tensor it is read from, and
-compares the boxes with what the source holds. What is used by nothing must have a reason that a view gives; anything
-else is an error by name. It is worked out from names and shapes alone, before a byte is copied.
+It traces every element of the result through all views to the slice of the stored tensor that it is read from, and
+compares these slices with the tensors of the source. A view must give a reason for every unused key; an unused key
+without one is an error that names it. The proof needs names and shapes alone and runs before any data is copied.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, TensorsInMemory, volume, whole
+from megatron_vita.checkpoint.lazy import LazyTensors, Slices, TensorsInMemory, volume, whole
 from megatron_vita.convert.rules import disjoint
 from megatron_vita.errors import CheckpointError
 
 REPORT_FILE = "conversion.json"
-"""Lies beside the weights that a conversion wrote."""
+"""Name of the report beside the weights that a conversion wrote."""
 _VERSION = 1
 INITIALISED = "initialised from the seed"
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What became of every tensor of a source."""
+    """How a conversion used the tensors of its source."""
 
     source_tensors: int
     source_bytes: int
@@ -68,13 +68,13 @@ class Coverage:
 
 
 def account(target: LazyTensors) -> Coverage:
-    """Follow every element of the result to where it is stored.
+    """Trace every element of the result to its stored tensor.
 
     Raises:
         CheckpointError: a stored tensor is used twice, or some of it by nothing and for no reason; or a tensor of the
             result is not filled. Named.
     """
-    used: dict[tuple[int, str], list[Region]] = {}
+    used: dict[tuple[int, str], list[Slices]] = {}
     leaves: dict[int, LazyTensors] = {}
     parts: dict[str, list[str]] = {}
     made_up: dict[str, str] = {}
@@ -86,9 +86,9 @@ def account(target: LazyTensors) -> Coverage:
             if origin.leaf is None or isinstance(origin.leaf, TensorsInMemory):
                 made_up[name] = f"{origin.elements} elements: {origin.name if origin.leaf is None else INITIALISED}"
                 continue
-            assert origin.region is not None
+            assert origin.slices is not None
             leaves[id(origin.leaf)] = origin.leaf
-            used.setdefault((id(origin.leaf), origin.name), []).append(origin.region)
+            used.setdefault((id(origin.leaf), origin.name), []).append(origin.slices)
             mine[origin.name] = None
         if filled != math.prod(shape):
             raise CheckpointError(
@@ -100,9 +100,9 @@ def account(target: LazyTensors) -> Coverage:
     used_bytes = 0
     for number, leaf in leaves.items():
         for name in leaf:
-            boxes, total = used.get((number, name), []), math.prod(leaf.shape(name))
-            taken = sum(volume(box) for box in boxes)
-            if taken > total or not disjoint(boxes):
+            used_slices, total = used.get((number, name), []), math.prod(leaf.shape(name))
+            taken = sum(volume(one) for one in used_slices)
+            if taken > total or not disjoint(used_slices):
                 raise CheckpointError(f"{name}: elements of it are used twice. Nothing was written.")
             used_bytes += taken * leaf.dtype(name).itemsize
             if taken == total:

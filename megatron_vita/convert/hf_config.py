@@ -17,7 +17,7 @@ _MAX_BYTES = 100 << 20
 _LARGEST = (1 << 31) - 1
 """Of a size. None that is published comes near."""
 MOST_HEADS = 1 << 10
-"""Of a layer. The largest published models have 128; a table of names has three boxes for each."""
+"""Of a layer. The largest published models have 128; a table of names has three slices for each."""
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 2, 100, 40, 40
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.checkpoint.lazy import Region, move, overlap, shift, volume, whole
+from megatron_vita.checkpoint.lazy import Slices, move, overlap, shift, volume, whole
 from megatron_vita.errors import CheckpointError
 
 
@@ -30,18 +30,18 @@ class Copy:
 
     hf: int
     """Index among the rule's Hugging Face tensors."""
-    hf_slice: Region
-    mcore_slice: Region
+    hf_slice: Slices
+    mcore_slice: Slices
 
 
 @dataclass(frozen=True)
-class Part:
-    """A slice of a tensor on the one side, and what it is of a region on the other."""
+class SourceSlice:
+    """A slice of a source tensor, and its position in the slice of the target tensor that is being read."""
 
     name: str
-    box: Region
+    slices: Slices
     """With as many dimensions as the source tensor."""
-    target: Region
+    target: Slices
     """In the coordinates of the target slice, without leading dimensions of size 1."""
 
 
@@ -57,31 +57,31 @@ class Rule:
     hf: tuple[Named, ...]
     copies: tuple[Copy, ...]
 
-    def parts_of_mcore(self, region: Region) -> list[Part]:
+    def slices_of_mcore(self, slices: Slices) -> list[SourceSlice]:
         """The slices of Hugging Face tensors that a slice of the megatron-core tensor is made of."""
         assert self.mcore is not None
-        inner, parts = region[len(region) - self.rank :], []
+        inner, parts = slices[len(slices) - self.rank :], []
         for copy in self.copies:
             shared = overlap(copy.mcore_slice, inner)
             if shared is not None:
                 there = move(shared, copy.mcore_slice, copy.hf_slice)
-                parts.append(self._part(self.hf[copy.hf], there, shift(shared, inner)))
+                parts.append(self._source_slice(self.hf[copy.hf], there, shift(shared, inner)))
         return parts
 
-    def parts_of_hf(self, index: int, region: Region) -> list[Part]:
+    def slices_of_hf(self, index: int, slices: Slices) -> list[SourceSlice]:
         """The slices of the megatron-core tensor that make up a slice of a Hugging Face tensor; the rest is zero."""
         if self.mcore is None:
             return []
-        inner, parts = region[len(region) - self.rank :], []
+        inner, parts = slices[len(slices) - self.rank :], []
         for copy in self.copies:
             shared = overlap(copy.hf_slice, inner) if copy.hf == index else None
             if shared is not None:
                 here = move(shared, copy.hf_slice, copy.mcore_slice)
-                parts.append(self._part(self.mcore, here, shift(shared, inner)))
+                parts.append(self._source_slice(self.mcore, here, shift(shared, inner)))
         return parts
 
-    def _part(self, named: Named, box: Region, target: Region) -> Part:
-        return Part(named.name, (slice(0, 1),) * (len(named.shape) - len(box)) + box, target)
+    def _source_slice(self, named: Named, slices: Slices, target: Slices) -> SourceSlice:
+        return SourceSlice(named.name, (slice(0, 1),) * (len(named.shape) - len(slices)) + slices, target)
 
     @property
     def rank(self) -> int:
@@ -111,20 +111,20 @@ def prove(rules: Iterable[Rule]) -> None:
                 raise CheckpointError(f"{named.name}: appears in two rules of one conversion table.")
             seen.add((side, named.name))
         if rule.mcore is not None:
-            boxes = [copy.mcore_slice for copy in rule.copies]
-            if not disjoint(boxes) or sum(map(volume, boxes)) != math.prod(rule.mcore.shape):
+            covered = [copy.mcore_slice for copy in rule.copies]
+            if not disjoint(covered) or sum(map(volume, covered)) != math.prod(rule.mcore.shape):
                 raise CheckpointError(f"{rule.mcore.name}: its conversion rule does not fill every element once.")
         for index, named in enumerate(rule.hf):
-            boxes = [copy.hf_slice for copy in rule.copies if copy.hf == index]
-            if not disjoint(boxes) or rule.uncovered(index) < 0:
+            covered = [copy.hf_slice for copy in rule.copies if copy.hf == index]
+            if not disjoint(covered) or rule.uncovered(index) < 0:
                 raise CheckpointError(f"{named.name}: its conversion rule uses elements twice.")
 
 
 def rename(mcore: str, hf: str, shape: Sequence[int], *, hf_shape: Sequence[int] | None = None) -> Rule:
     """The same tensor under two names; one of the two may have extra leading dimensions of size 1."""
     hf_shape = shape if hf_shape is None else hf_shape
-    box = whole(min(shape, hf_shape, key=len))
-    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, box, box),))
+    all_of_it = whole(min(shape, hf_shape, key=len))
+    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, all_of_it, all_of_it),))
 
 
 def stacked(mcore: str, hf: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
@@ -200,8 +200,8 @@ def split_over_ranks(mcore: str, hf: Sequence[str], shape: Sequence[int], axis: 
 
 def zero_padded(mcore: str, hf: str, shape: Sequence[int], hf_shape: Sequence[int]) -> Rule:
     """The megatron-core tensor is the first corner of a larger Hugging Face tensor, whose rest is zero."""
-    box = whole(shape)
-    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, box, box),))
+    all_of_it = whole(shape)
+    return Rule(Named(mcore, tuple(shape)), (Named(hf, tuple(hf_shape)),), (Copy(0, all_of_it, all_of_it),))
 
 
 def all_zero(hf: str, shape: Sequence[int]) -> Rule:
@@ -218,13 +218,13 @@ def _rows(index: int, hf_start: int, mcore_start: int, size: int, columns: int |
     return Copy(index, (slice(hf_start, hf_start + size), *rest), (slice(mcore_start, mcore_start + size), *rest))
 
 
-def disjoint(boxes: Sequence[Region]) -> bool:
+def disjoint(slices: Sequence[Slices]) -> bool:
     """No two slices share an element. Sweeps along the first dimension, where slices rarely overlap."""
-    ordered = sorted((box for box in boxes if box), key=lambda box: box[0].start)
-    for index, box in enumerate(ordered):
+    ordered = sorted((one for one in slices if one), key=lambda one: one[0].start)
+    for index, one in enumerate(ordered):
         for other in ordered[index + 1 :]:
-            if other[0].start >= box[0].stop:
+            if other[0].start >= one[0].stop:
                 break
-            if overlap(box, other) is not None:
+            if overlap(one, other) is not None:
                 return False
     return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.journal import Entry, Journal
-from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Region, runs, volume, whole
+from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Slices, runs, volume, whole
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, OutputFile, Workers, digest_of, in_turn, raw
 from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
 from megatron_vita.errors import CheckpointError
@@ -124,7 +124,7 @@ class _Run:
 
     file: str
     name: str
-    region: Region
+    slices: Slices
     position: int
     last: bool
     """Nothing of the file is left after it."""
@@ -151,8 +151,8 @@ def _write_files(
 
         def write(run: _Run) -> tuple[_Run, list[BorrowedView]]:
             borrowed, position = [], run.position
-            for region in runs(run.region, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
-                borrowed.append(tensors.borrow(run.name, region))
+            for slices in runs(run.slices, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
+                borrowed.append(tensors.borrow(run.name, slices))
                 outputs[run.file].write([raw(borrowed[-1].bits)], position)
                 position += borrowed[-1].bits.nbytes
             return run, borrowed
@@ -171,12 +171,12 @@ def _runs(tensors: LazyTensors, planned: PlannedFile) -> Iterator[_Run]:
     position = len(planned.header)
     for name in planned.tensors:
         item = tensors.dtype(name).itemsize
-        for region in runs(whole(tensors.shape(name)), item, _RUN_BYTES):
-            size = volume(region) * item
+        for slices in runs(whole(tensors.shape(name)), item, _RUN_BYTES):
+            size = volume(slices) * item
             last = name == planned.tensors[-1] and all(
-                one.stop == size_of for one, size_of in zip(region, tensors.shape(name), strict=True)
+                one.stop == size_of for one, size_of in zip(slices, tensors.shape(name), strict=True)
             )
-            yield _Run(planned.name, name, region, position, last)
+            yield _Run(planned.name, name, slices, position, last)
             position += size
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Bits, DType
-from megatron_vita.checkpoint.lazy import LazyTensors, Region, runs, volume, whole
+from megatron_vita.checkpoint.lazy import LazyTensors, Slices, runs, volume, whole
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, Workers, byte_bar, default_workers
 
 _RUN_BYTES = 16 << 20
@@ -79,11 +79,11 @@ def compare_tensors(
     common = [name for name in first if name in second and first.shape(name) == second.shape(name)]
     total = sum(math.prod(first.shape(name)) * first.dtype(name).itemsize for name in common)
 
-    def compare(item: tuple[str, Region]) -> tuple[str, Region, _Sums]:
+    def compare(item: tuple[str, Slices]) -> tuple[str, Slices, _Sums]:
         return (*item, _compare(first, second, *item))
 
     with Workers(workers or default_workers()) as pool, byte_bar(total, show=progress) as bar:
-        items = ((name, region) for name in common for region in _regions(first, name))
+        items = ((name, slices) for name in common for slices in _blocks(first, name))
         compared = itertools.groupby(pool.map(compare, items), key=lambda one: one[0])
         for name in [*first, *(name for name in second if name not in first)]:
             if name not in second or name not in first:
@@ -93,17 +93,17 @@ def compare_tensors(
                 yield Difference(name, math.inf, 0.0, f"shapes {first.shape(name)} and {second.shape(name)}")
             else:
                 sums, same = _Sums(), []
-                for _, region, one in next(compared)[1]:
+                for _, slices, one in next(compared)[1]:
                     sums += one
                     if one.same:
-                        same.append(region)
-                    bar.update(volume(region) * first.dtype(name).itemsize)
+                        same.append(slices)
+                    bar.update(volume(slices) * first.dtype(name).itemsize)
                 if not sums.same:  # what is equal belongs to the cosine, too
                     sums = sum(pool.map(functools.partial(_squares, first, name), same), sums)
                 yield _difference(name, sums, first.dtype(name), second.dtype(name))
 
 
-def _regions(tensors: LazyTensors, name: str) -> Iterator[Region]:
+def _blocks(tensors: LazyTensors, name: str) -> Iterator[Slices]:
     return runs(whole(tensors.shape(name)), tensors.dtype(name).itemsize, _RUN_BYTES)
 
 
@@ -119,11 +119,11 @@ def _difference(name: str, sums: _Sums, kind_a: DType, kind_b: DType) -> Differe
     return Difference(name, sums.worst, sums.dot / norm if norm else float(sums.square_a == sums.square_b), note)
 
 
-def _compare(first: LazyTensors, second: LazyTensors, name: str, region: Region) -> _Sums:
-    """One region, block by block."""
+def _compare(first: LazyTensors, second: LazyTensors, name: str, slices: Slices) -> _Sums:
+    """One slice, block by block."""
     kinds = first.dtype(name), second.dtype(name)
     sums, same = _Sums(), []
-    for block in runs(region, kinds[0].itemsize, BLOCK_BYTES):
+    for block in runs(slices, kinds[0].itemsize, BLOCK_BYTES):
         a, b = first.borrow(name, block), second.borrow(name, block)
         try:
             if kinds[0] == kinds[1] and _same(a.bits, b.bits):
@@ -137,10 +137,10 @@ def _compare(first: LazyTensors, second: LazyTensors, name: str, region: Region)
     return sums if sums.same else sum((_squares(first, name, block) for block in same), sums)
 
 
-def _squares(tensors: LazyTensors, name: str, region: Region) -> _Sums:
+def _squares(tensors: LazyTensors, name: str, slices: Slices) -> _Sums:
     """The share of elements that are the same on both sides in the three sums."""
     total = 0.0
-    for block in runs(region, tensors.dtype(name).itemsize, BLOCK_BYTES):
+    for block in runs(slices, tensors.dtype(name).itemsize, BLOCK_BYTES):
         view = tensors.borrow(name, block)
         try:
             values = _values(view.bits, tensors.dtype(name))

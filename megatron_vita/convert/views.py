@@ -13,16 +13,16 @@ from megatron_vita.checkpoint.lazy import (
     BorrowedView,
     LazyTensors,
     Origin,
-    Region,
+    Slices,
     extent,
     overlap,
-    part,
     runs,
     shift,
+    slice_of,
     volume,
     whole,
 )
-from megatron_vita.convert.rules import Named, Part, Rule, prove
+from megatron_vita.convert.rules import Named, Rule, SourceSlice, prove
 from megatron_vita.errors import CheckpointError
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
@@ -32,44 +32,44 @@ _BLOCK_BYTES = 32 << 20
 
 
 class _RuledView(LazyTensors):
-    """What both directions share: a region is put together from slices of the source, the rest being zeros."""
+    """What both directions share: a slice is put together from slices of the source, the rest being zeros."""
 
     _source: LazyTensors
 
     @abstractmethod
-    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
-        """(dimensions of the slices, the slices that make up a region)."""
+    def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
+        """(dimensions of the slices, the slices that make up a slice)."""
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
-        rank, parts = self._parts(name, region)
-        if sum(volume(one.target) for one in parts) < volume(region):
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+        rank, parts = self._source_slices(name, slices)
+        if sum(volume(one.target) for one in parts) < volume(slices):
             out[...] = 0
         if not parts:
             return
         inner = np.squeeze(out, tuple(range(out.ndim - rank)))
         for one in parts:
-            lead = tuple(range(len(one.box) - rank))
-            self._fill(one.name, one.box, np.expand_dims(part(inner, one.target), lead))
+            lead = tuple(range(len(one.slices) - rank))
+            self._fill(one.name, one.slices, np.expand_dims(slice_of(inner, one.target), lead))
 
-    def borrow(self, name: str, region: Region) -> BorrowedView:
-        _, parts = self._parts(name, region)
+    def borrow(self, name: str, slices: Slices) -> BorrowedView:
+        _, parts = self._source_slices(name, slices)
         if (
             len(parts) != 1
-            or volume(parts[0].box) != volume(region)
+            or volume(parts[0].slices) != volume(slices)
             or self.dtype(name) != self._source.dtype(parts[0].name)
         ):
-            return super().borrow(name, region)
-        view = self._source.borrow(parts[0].name, parts[0].box)
-        return BorrowedView(view.bits.reshape(extent(region)), view.release)
+            return super().borrow(name, slices)
+        view = self._source.borrow(parts[0].name, parts[0].slices)
+        return BorrowedView(view.bits.reshape(extent(slices)), view.release)
 
-    def _fill(self, name: str, region: Region, box: Bits) -> None:
-        self._source.read_into(name, region, box)
+    def _fill(self, name: str, slices: Slices, out: Bits) -> None:
+        self._source.read_into(name, slices, out)
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        _, parts = self._parts(name, region)
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        _, parts = self._source_slices(name, slices)
         for one in parts:
-            yield from self._source.origins(one.name, one.box)
-        zeros = volume(region) - sum(volume(one.target) for one in parts)
+            yield from self._source.origins(one.name, one.slices)
+        zeros = volume(slices) - sum(volume(one.target) for one in parts)
         if zeros:
             yield Origin(None, ZEROS, None, zeros)
 
@@ -115,14 +115,14 @@ class McoreView(_RuledView):
             raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types ({names}).")
 
     def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
-        boxes = [copy.hf_slice for copy in rule.copies if copy.hf == index]
-        lead = len(named.shape) - (len(boxes[0]) if boxes else 0)
-        for region in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
-            rest = self._source.bits(named.name, region)
-            for box in boxes:
-                shared = overlap((*(slice(0, 1) for _ in range(lead)), *box), region)
+        covered = [copy.hf_slice for copy in rule.copies if copy.hf == index]
+        lead = len(named.shape) - (len(covered[0]) if covered else 0)
+        for slices in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
+            rest = self._source.bits(named.name, slices)
+            for one in covered:
+                shared = overlap((*(slice(0, 1) for _ in range(lead)), *one), slices)
                 if shared is not None:
-                    part(rest, shift(shared, region))[...] = 0
+                    slice_of(rest, shift(shared, slices))[...] = 0
             if not all_zero(rest, self._source.dtype(named.name)):
                 raise CheckpointError(
                     f"{self._where}: {named.name} holds values where this model has none and they must be zero."
@@ -136,9 +136,9 @@ class McoreView(_RuledView):
     def dtype(self, name: str) -> DType:
         return self._source.dtype(self._rules[name].hf[0].name)
 
-    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
+    def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
         rule = self._rules[name]
-        return rule.rank, rule.parts_of_mcore(region)
+        return rule.rank, rule.slices_of_mcore(slices)
 
     def left_out(self) -> Mapping[str, str]:
         return {**self._source.left_out(), **self._left_out}
@@ -184,15 +184,15 @@ class HfView(_RuledView):
             return kinds[0] if kinds else FLOAT32
         return self._source.dtype(rule.mcore.name)
 
-    def _parts(self, name: str, region: Region) -> tuple[int, list[Part]]:
+    def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
         rule, index = self._places[name]
-        return rule.rank, rule.parts_of_hf(index, region)
+        return rule.rank, rule.slices_of_hf(index, slices)
 
-    def _fill(self, name: str, region: Region, box: Bits) -> None:
+    def _fill(self, name: str, slices: Slices, out: Bits) -> None:
         if self._dtype in (None, self._source.dtype(name)):
-            self._source.read_into(name, region, box)
+            self._source.read_into(name, slices, out)
         else:
-            values, converted = self._source.read(name, region), as_tensor(box, self._dtype)
+            values, converted = self._source.read(name, slices), as_tensor(out, self._dtype)
             converted.copy_(values)
             lost = converted.isinf()
             if lost.any() and lost.logical_and_(values.isfinite()).any():
@@ -252,8 +252,8 @@ def _equal(source: LazyTensors, first: str, second: str) -> bool:
     """Bit for bit the same values."""
     shape = source.shape(first)
     return (shape, source.dtype(first)) == (source.shape(second), source.dtype(second)) and all(
-        np.array_equal(source.bits(first, region), source.bits(second, region))
-        for region in runs(whole(shape), source.dtype(first).itemsize, _BLOCK_BYTES)
+        np.array_equal(source.bits(first, slices), source.bits(second, slices))
+        for slices in runs(whole(shape), source.dtype(first).itemsize, _BLOCK_BYTES)
     )
 
 

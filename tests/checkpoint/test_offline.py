@@ -19,7 +19,7 @@ from megatron_vita.checkpoint import integrity, streaming
 from megatron_vita.checkpoint.dtypes import torch_dtype
 from megatron_vita.checkpoint.inert import load_pickled
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
-from megatron_vita.checkpoint.lazy import Region, TensorsInMemory
+from megatron_vita.checkpoint.lazy import Slices, TensorsInMemory
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.tiny import stage, state
@@ -200,7 +200,7 @@ def test_an_integrity_file_of_another_form_is_refused(folder: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     class Broken(TensorsInMemory):
-        def read_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        def read_into(self, name: str, slices: Slices, out: torch.Tensor) -> None:
             raise CheckpointError("unreadable")
 
     with pytest.raises(CheckpointError, match="unreadable"):

@@ -1,4 +1,4 @@
-"""Tensors read by byte range: any region, into memory of any layout, with no more read than rows that hold it."""
+"""Tensors read by byte range: any slice, into memory of any layout, with no more read than rows that hold it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ START = 6
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_region_is_read_into_any_memory(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_slice_is_read_into_any_memory(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(0, 5), max_size=4).map(tuple))
     sides = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
-    region = tuple(slice(*side) for side in sides)
+    slices = tuple(slice(*side) for side in sides)
     content = np.arange(np.prod(shape, dtype=int), dtype=np.uint16).reshape(shape) + 257
     path = tmp_path_factory.getbasetemp() / "placed"
     path.write_bytes(b"x" * START + content.tobytes() + b"yy")
     tensors = PlacedTensors({"a": TensorPlace(path, BFLOAT16, shape, START)})
-    size = extent(region)
+    size = extent(slices)
     backwards = (
         np.zeros(size[::-1], np.uint16).T if data.draw(st.booleans()) else np.zeros((*size, 2), np.uint16)[..., 0]
     )
     plain = np.zeros(size, np.uint16)
     for out in (plain, backwards):
-        tensors.read_into("a", region, out)
-        assert np.array_equal(out, content[(*region, ...)])
+        tensors.read_into("a", slices, out)
+        assert np.array_equal(out, content[(*slices, ...)])
 
 
-def test_only_the_rows_that_hold_a_region_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_rows_that_hold_a_slice_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * 6 * 10 * 2))
     tensors = PlacedTensors({"a": TensorPlace(path, BFLOAT16, (4, 6, 10), 0)})

@@ -17,7 +17,7 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint import stored, streaming, streams
 from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, bits_of, by_name
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, write_integrity
-from megatron_vita.checkpoint.lazy import Region, part, whole
+from megatron_vita.checkpoint.lazy import Slices, slice_of, whole
 from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor, metadata_bytes, parse_metadata
 from megatron_vita.checkpoint.storage import METADATA_FILE
 from megatron_vita.checkpoint.stored import CheckpointTensors
@@ -77,31 +77,31 @@ def read_at_random(tensors: CheckpointTensors, seed: int, outcomes: list[str]) -
     for _ in range(READS):
         name = chance.choice(list(TENSORS))
         expected = bits_of(TENSORS[name])
-        region = tuple(
+        slices = tuple(
             slice(*sorted(chance.sample(range(size + 1), 2))) if size else slice(0, 0) for size in expected.shape
         )
         if chance.random() < 0.2:
-            region = whole(expected.shape)
+            slices = whole(expected.shape)
         try:
             if chance.random() < 0.5:
-                found, right = tensors.bits(name, region), part(expected, region)
-                outcomes.append("read" if np.array_equal(found, right) else f"{name} {region}: {found}, not {right}")
+                found, right = tensors.bits(name, slices), slice_of(expected, slices)
+                outcomes.append("read" if np.array_equal(found, right) else f"{name} {slices}: {found}, not {right}")
             else:
-                outcomes.append(_borrowed(tensors, name, region, part(expected, region), chance))
+                outcomes.append(_borrowed(tensors, name, slices, slice_of(expected, slices), chance))
         except CheckpointError:
             outcomes.append("failed")
         except BaseException as error:
             outcomes.append(repr(error))
 
 
-def _lent(tensors: CheckpointTensors, name: str, region: Region, right: Bits, chance: random.Random) -> str:
+def _lent(tensors: CheckpointTensors, name: str, slices: Slices, right: Bits, chance: random.Random) -> str:
     """Looks at a view again after others were read, which pushes its piece out of memory."""
-    view = tensors.borrow(name, region)
+    view = tensors.borrow(name, slices)
     try:
         assert view.bits.flags.c_contiguous
         for _ in range(chance.randrange(3)):
             tensors.bits("a", (slice(0, 37), slice(chance.randrange(5), 11)))
-        return "borrowed" if np.array_equal(view.bits, right) else f"{name} {region}: {view.bits} borrowed, not {right}"
+        return "borrowed" if np.array_equal(view.bits, right) else f"{name} {slices}: {view.bits} borrowed, not {right}"
     finally:
         view.release()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vita.checkpoint.dtypes import BFLOAT16, Bits, DType
-from megatron_vita.checkpoint.lazy import ZEROS, LazyTensors, Origin, Region, box, volume
+from megatron_vita.checkpoint.lazy import ZEROS, LazyTensors, Origin, Slices, slices_at, volume
 from megatron_vita.convert.coverage import account
 from megatron_vita.errors import CheckpointError
 
@@ -22,7 +22,7 @@ class Stored(LazyTensors):
     def dtype(self, name: str) -> DType:
         return BFLOAT16
 
-    def read_into(self, name: str, region: Region, out: Bits) -> None:
+    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
         out[...] = np.zeros(())
 
     def __iter__(self) -> Iterator[str]:
@@ -33,20 +33,25 @@ class Stored(LazyTensors):
 
 
 class Made(Stored):
-    """Two results, made of given boxes."""
+    """Two results, made of given slices."""
 
-    def __init__(self, boxes: Mapping[str, list[tuple[str, Region]]], reasons: Mapping[str, str]) -> None:
-        self._source, self._boxes, self._reasons = Stored(), boxes, reasons
+    def __init__(self, slices: Mapping[str, list[tuple[str, Slices]]], reasons: Mapping[str, str]) -> None:
+        self._source, self._slices, self._reasons = Stored(), slices, reasons
 
-    def origins(self, name: str, region: Region) -> Iterator[Origin]:
-        for stored, part in self._boxes[name]:
+    def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
+        for stored, part in self._slices[name]:
             yield Origin(None if stored == ZEROS else self._source, stored, part, volume(part))
 
     def left_out(self) -> Mapping[str, str]:
         return self._reasons
 
 
-WHOLE, TOP, BOTTOM, MIDDLE = box((0, 0), (4, 2)), box((0, 0), (2, 2)), box((2, 0), (2, 2)), box((1, 0), (2, 2))
+WHOLE, TOP, BOTTOM, MIDDLE = (
+    slices_at((0, 0), (4, 2)),
+    slices_at((0, 0), (2, 2)),
+    slices_at((2, 0), (2, 2)),
+    slices_at((1, 0), (2, 2)),
+)
 
 
 def test_what_is_used_once_is_counted() -> None:
@@ -69,7 +74,7 @@ def test_what_is_used_once_is_counted() -> None:
     ],
 )
 def test_what_is_wrong_is_named(
-    first: list[tuple[str, Region]], second: list[tuple[str, Region]], message: str
+    first: list[tuple[str, Slices]], second: list[tuple[str, Slices]], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"^{message}"):
         account(Made({"a": first, "b": second}, {}))

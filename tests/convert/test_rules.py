@@ -34,8 +34,8 @@ def _both_ways(rule: Rule, hf: dict[str, Tensor], mcore: Tensor) -> None:
             part = (*(slice(0, n) for n in whole.shape[:-2]), slice(start, stop), slice(0, whole.shape[-1]))
             assert torch.equal(back.read(named.name, part), whole[part])
     for start, stop in itertools.combinations(range(0, len(mcore) + 1, 5), 2):
-        region = (slice(start, stop), *(slice(0, n) for n in mcore.shape[1:]))
-        assert torch.equal(forward.read(name, region), mcore[region])
+        slices = (slice(start, stop), *(slice(0, n) for n in mcore.shape[1:]))
+        assert torch.equal(forward.read(name, slices), mcore[slices])
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [(6, 2, 3), (5, 5, 2), (4, 1, 3), (12, 4, 1)])
@@ -85,12 +85,12 @@ def test_zero_padding_is_cut_on_the_way_in_and_filled_on_the_way_out() -> None:
 
 
 def test_a_table_that_does_not_use_everything_once_is_refused() -> None:
-    box = (slice(0, 2),)
+    both = (slice(0, 2),)
     with pytest.raises(CheckpointError, match="two rules"):
         rules.prove([rules.rename("x", "a", (2,)), rules.rename("x", "b", (2,))])
     with pytest.raises(CheckpointError, match=r"x: .*fill every element once"):
-        rules.prove([Rule(Named("x", (3,)), (Named("a", (2,)),), (Copy(0, box, box),))])
-    twice = (Copy(0, box, box), Copy(0, box, (slice(2, 4),)))
+        rules.prove([Rule(Named("x", (3,)), (Named("a", (2,)),), (Copy(0, both, both),))])
+    twice = (Copy(0, both, both), Copy(0, both, (slice(2, 4),)))
     with pytest.raises(CheckpointError, match=r"a: .*twice"):
         rules.prove([Rule(Named("x", (4,)), (Named("a", (2,)),), twice)])
 
