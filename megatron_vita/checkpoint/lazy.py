@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Slices = tuple[slice, ...]
 """A slice of a tensor: one slice object with explicit start and stop for each dimension."""
 ZEROS = "zeros"
-"""What elements are made of that come from nowhere, unless it is something else."""
+"""Default value of elements that no stored tensor holds."""
 MAX_CUTS = 6
 """Dimensions along which the parts of one tensor may be cut: ranks cut two or three."""
 
@@ -122,7 +122,7 @@ class Origin:
     """Where some elements of a tensor come from: a slice of a stored tensor, or nowhere."""
 
     leaf: LazyTensors | None
-    """Who stores them; none for elements that are made up."""
+    """The tensors that store them; none for initialised elements."""
     name: str
     """The stored tensor's name, or what the elements are made of (ZEROS)."""
     slices: Slices | None
@@ -179,8 +179,8 @@ class LazyTensors(Mapping[str, "Tensor"]):
         """The stored slices that a slice consists of. What stores tensors itself is its own origin."""
         yield Origin(self, name, slices, volume(slices))
 
-    def left_out(self) -> Mapping[str, str]:
-        """Stored tensors that are on purpose not handed on, and why."""
+    def unused_keys(self) -> Mapping[str, str]:
+        """Stored tensors that are deliberately unused, and why."""
         return {}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors of several sources as one, some of one source, and some with more rows. Nothing is copied until read."""
+"""Views of sources: several as one, a subset of one, and one with additional rows. Nothing is copied until read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_BYTES = 32 << 20
-"""Read at once to take a mean."""
+"""Size of a block that is read to compute a mean."""
 
 
 class Subset(LazyTensors):
-    """Some of the tensors of another source."""
+    """A subset of another source's tensors."""
 
     def __init__(self, source: LazyTensors, names: Sequence[str], why: str = "not part of this model") -> None:
-        """Args: why: the reason for leaving the others out, for the report."""
+        """Args: why: the reason why the others are unused, for the report."""
         self._source = source
         self._names = dict.fromkeys(names)
         self._why = why
@@ -52,8 +52,8 @@ class Subset(LazyTensors):
     def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
         return self._source.origins(name, slices)
 
-    def left_out(self) -> Mapping[str, str]:
-        """The stored tensors behind every name that is not handed on."""
+    def unused_keys(self) -> Mapping[str, str]:
+        """The stored tensors of every name outside the subset."""
         others = [name for name in self._source if name not in self._names]
         stored = {
             origin.name: self._why
@@ -61,7 +61,7 @@ class Subset(LazyTensors):
             for origin in self._source.origins(name, whole(self._source.shape(name)))
             if origin.leaf is not None
         }
-        return {**stored, **self._source.left_out()}
+        return {**stored, **self._source.unused_keys()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -99,8 +99,8 @@ class Joined(LazyTensors):
     def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
         return self._home[name].origins(name, slices)
 
-    def left_out(self) -> Mapping[str, str]:
-        return {name: why for source in self._sources for name, why in source.left_out().items()}
+    def unused_keys(self) -> Mapping[str, str]:
+        return {name: why for source in self._sources for name, why in source.unused_keys().items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -110,7 +110,7 @@ class Joined(LazyTensors):
 
 
 class MoreRows(LazyTensors):
-    """Tensors of which some have more rows: the new ones are the mean of the old, or zeros."""
+    """A source with additional rows in some tensors; the new rows are the mean of the old ones, or zeros."""
 
     def __init__(self, source: LazyTensors, names: Sequence[str], rows: int, *, mean: bool) -> None:
         """Args: names: tensors [old rows, width] that grow to [rows, width], where the source has them."""
@@ -150,8 +150,8 @@ class MoreRows(LazyTensors):
             made_of = ZEROS if self._new[name] is None else "mean of the other rows"
             yield Origin(None, made_of, None, volume(slices) - (volume(old) if old else 0))
 
-    def left_out(self) -> Mapping[str, str]:
-        return self._source.left_out()
+    def unused_keys(self) -> Mapping[str, str]:
+        return self._source.unused_keys()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)

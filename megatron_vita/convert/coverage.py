@@ -32,26 +32,26 @@ class Coverage:
     """Of source_bytes."""
     target_bytes: int
     parts: Mapping[str, Sequence[str]]
-    """Stored tensors that each tensor of the result is made of, in order of first use."""
-    made_up: Mapping[str, str]
-    """Tensors of the result with elements that come from no file: how many, and what they are."""
-    left_out: Mapping[str, str]
-    """Stored tensors that are used in part or not at all, and why."""
+    """Names of the stored tensors of each tensor of the result, in order of first use."""
+    initialised_keys: Mapping[str, str]
+    """Tensors of the result with elements from no file: how many, and their values. `made_up` in conversion.json."""
+    unused_keys: Mapping[str, str]
+    """Stored tensors that are used in part or not at all, and why. `left_out` in conversion.json."""
 
     def summary(self) -> str:
         """One line for people."""
-        partly = len(self.left_out.keys() & {name for names in self.parts.values() for name in names})
-        used = self.source_tensors - len(self.left_out) + partly
+        partly = len(self.unused_keys.keys() & {name for names in self.parts.values() for name in names})
+        used = self.source_tensors - len(self.unused_keys) + partly
         line = (
             f"{self.source_tensors} source tensors, {self.source_bytes} bytes: {used} used, {self.used_bytes} bytes, "
             "each element once"
         )
-        if self.left_out:
-            line += f"; {len(self.left_out) - partly} left out, each for a reason"
+        if self.unused_keys:
+            line += f"; {len(self.unused_keys) - partly} unused, each for a reason"
             line += f", and a part of {partly} of the used ones" if partly else ""
         line += f". {len(self.parts)} targets, {self.target_bytes} bytes: each element filled once"
-        if self.made_up:
-            line += f"; {len(self.made_up)} of them made up by rule, in whole or in part"
+        if self.initialised_keys:
+            line += f"; {len(self.initialised_keys)} of them initialised by rule, in whole or in part"
         return line
 
     def to_json(self) -> str:
@@ -60,8 +60,8 @@ class Coverage:
             "format_version": _VERSION,
             "source": {"tensors": self.source_tensors, "bytes": self.source_bytes, "used_bytes": self.used_bytes},
             "target": {"tensors": len(self.parts), "bytes": self.target_bytes},
-            "left_out": dict(self.left_out),
-            "made_up": dict(self.made_up),
+            "left_out": dict(self.unused_keys),
+            "made_up": dict(self.initialised_keys),
             "tensors": {name: list(parts) for name, parts in self.parts.items()},
         }
         return json.dumps(values, indent=1) + "\n"
@@ -77,14 +77,16 @@ def account(target: LazyTensors) -> Coverage:
     used: dict[tuple[int, str], list[Slices]] = {}
     leaves: dict[int, LazyTensors] = {}
     parts: dict[str, list[str]] = {}
-    made_up: dict[str, str] = {}
+    initialised_keys: dict[str, str] = {}
     for name in target:
         shape = target.shape(name)
         filled, mine = 0, dict[str, None]()
         for origin in target.origins(name, whole(shape)):
             filled += origin.elements
             if origin.leaf is None or isinstance(origin.leaf, TensorsInMemory):
-                made_up[name] = f"{origin.elements} elements: {origin.name if origin.leaf is None else INITIALISED}"
+                initialised_keys[name] = (
+                    f"{origin.elements} elements: {origin.name if origin.leaf is None else INITIALISED}"
+                )
                 continue
             assert origin.slices is not None
             leaves[id(origin.leaf)] = origin.leaf
@@ -95,8 +97,8 @@ def account(target: LazyTensors) -> Coverage:
                 f"{name}: {filled} of its {math.prod(shape)} elements are filled. Nothing was written."
             )
         parts[name] = list(mine)
-    reasons = target.left_out()
-    left_out: dict[str, str] = {}
+    reasons = target.unused_keys()
+    unused_keys: dict[str, str] = {}
     used_bytes = 0
     for number, leaf in leaves.items():
         for name in leaf:
@@ -111,15 +113,15 @@ def account(target: LazyTensors) -> Coverage:
                 raise CheckpointError(
                     f"{name}: {total - taken} of its {total} elements are used by nothing. Nothing was written."
                 )
-            left_out[name] = f"{total - taken} of {total} elements: {reasons[name]}"
+            unused_keys[name] = f"{total - taken} of {total} elements: {reasons[name]}"
     return Coverage(
         source_tensors=sum(len(leaf) for leaf in leaves.values()),
         source_bytes=sum(_bytes(leaf) for leaf in leaves.values()),
         used_bytes=used_bytes,
         target_bytes=_bytes(target),
         parts=parts,
-        made_up=made_up,
-        left_out=left_out,
+        initialised_keys=initialised_keys,
+        unused_keys=unused_keys,
     )
 
 

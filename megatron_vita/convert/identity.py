@@ -50,7 +50,7 @@ def fingerprint(folder: str | Path) -> str:
 
 def identity_of_tokenizer(folder: str | Path) -> list[list[str]]:
     """Name and digest of a tokenizer's files: it may have been made just now, so that its times say nothing. Files of
-    weights beside it are left out by their size."""
+    weights beside it are excluded by their size."""
     folder = Path(folder).resolve()
     sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     return [

@@ -74,7 +74,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     stages = 1 + max(stage for stage, _ in files)
     places: dict[str, TensorPlace] = {}
     found: dict[str, list[str]] = {}  # checkpoint key -> names of its shards, by tensor rank
-    left_out: dict[str, str] = {}
+    unused_keys: dict[str, str] = {}
     first_layer = 0
     settings: Mapping[str, Any] = {}
     for stage in range(stages):
@@ -86,7 +86,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
             for name, place in content.tensors.items():
                 places[f"{rank.name}:{name}"] = place
                 if NOT_WEIGHTS.fullmatch(name):
-                    left_out[f"{rank.name}:{name}"] = "no weight of the model"
+                    unused_keys[f"{rank.name}:{name}"] = "no weight of the model"
                     continue
                 mcore, layer = _mcore_name(name, first_layer)
                 layers = max(layers, layer + 1)
@@ -99,7 +99,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     for part in (model, model.vision):
         if part is not None:
             check_layers(part.num_layers, len(places), str(folder), key="num_layers")
-    source = RankFiles(places, left_out)
+    source = RankFiles(places, unused_keys)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
         copies, firsts = found.pop(_HEAD), found.get(EMBEDDING, [])
         if len(copies) != len(firsts):
@@ -108,16 +108,16 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
                 "The download is incomplete."
             )
         for copy, first in zip(copies, firsts, strict=True):
-            _leave_copy(source, copy, first, left_out)
+            _leave_copy(source, copy, first, unused_keys)
     for name in (EMBEDDING, _HEAD):
         if name in found:
-            found[name] = _cut_vocabulary(found[name], model.vocab_size, places, left_out, folder)
-    source = RankFiles(places, left_out)
-    rules = [_rule(mcore, found, source, left_out, folder, ranks) for mcore in _expected(model)]
+            found[name] = _cut_vocabulary(found[name], model.vocab_size, places, unused_keys, folder)
+    source = RankFiles(places, unused_keys)
+    rules = [_rule(mcore, found, source, unused_keys, folder, ranks) for mcore in _expected(model)]
     extra = sorted(set(found) - {rule.mcore.name for rule in rules if rule.mcore})
     if extra:
         raise CheckpointError(f"{folder}: holds {found[extra[0]][0]} (of {len(extra)}), which the model has not.")
-    return MegatronModel(model, RankFiles(places, left_out), rules)
+    return MegatronModel(model, RankFiles(places, unused_keys), rules)
 
 
 def _mcore_name(name: str, first_layer: int) -> tuple[str, int]:
@@ -149,7 +149,7 @@ def _split(name: str) -> tuple[int, bool] | None:
 
 
 def _rule(
-    mcore: Named, found: dict[str, list[str]], source: RankFiles, left_out: dict[str, str], folder: Path, ranks: int
+    mcore: Named, found: dict[str, list[str]], source: RankFiles, unused_keys: dict[str, str], folder: Path, ranks: int
 ) -> Rule:
     parts = found.get(mcore.name, [])
     split = _split(mcore.name)
@@ -161,7 +161,7 @@ def _rule(
         return _stacked_rows(mcore, parts, source)
     if split is None:
         for copy in parts[1:]:
-            _leave_copy(source, copy, parts[0], left_out)
+            _leave_copy(source, copy, parts[0], unused_keys)
         shape = source.shape(parts[0])
         same = math.prod(shape) == math.prod(mcore.shape) and shape[-len(mcore.shape) :] == mcore.shape[-len(shape) :]
         return rename(mcore.name, parts[0], mcore.shape, hf_shape=shape if same else None)
@@ -177,11 +177,11 @@ def _stacked_rows(mcore: Named, parts: Sequence[str], source: RankFiles) -> Rule
     return replace(rule, mcore=mcore)
 
 
-def _leave_copy(source: RankFiles, copy: str, first: str, left_out: dict[str, str]) -> None:
+def _leave_copy(source: RankFiles, copy: str, first: str, unused_keys: dict[str, str]) -> None:
     """Take one of several copies of a weight, if they are copies."""
     if source.shape(copy) != source.shape(first) or source.dtype(copy) != source.dtype(first):
         raise CheckpointError(f"{copy} and {first} should be copies, but differ in shape or type.")
-    left_out[copy] = f"a copy of {first}"
+    unused_keys[copy] = f"a copy of {first}"
     if np.array_equal(source.bits(copy), source.bits(first)):
         return
     a, b = source[copy], source[first]
@@ -189,11 +189,11 @@ def _leave_copy(source: RankFiles, copy: str, first: str, left_out: dict[str, st
     if not gap <= _REPLICA_TOLERANCE * scale:
         raise CheckpointError(f"{copy} and {first} should be copies, but differ by {gap:.3g} (of {scale:.3g}).")
     log.warning("%s differs from %s by %.3g (of %.3g): the latter is taken", copy, first, gap, scale)
-    left_out[copy] = f"nearly a copy of {first}: differs by {gap:.3g}"
+    unused_keys[copy] = f"nearly a copy of {first}: differs by {gap:.3g}"
 
 
 def _cut_vocabulary(
-    parts: list[str], rows: int, places: dict[str, TensorPlace], left_out: dict[str, str], folder: Path
+    parts: list[str], rows: int, places: dict[str, TensorPlace], unused_keys: dict[str, str], folder: Path
 ) -> list[str]:
     """The parts with rows of the vocabulary, cut to it; what lies beyond is Megatron's padding."""
     kept, left = [], rows
@@ -204,14 +204,14 @@ def _cut_vocabulary(
             kept.append(part)
             continue
         if not have:
-            left_out[part] = "pads the vocabulary"
+            unused_keys[part] = "pads the vocabulary"
             continue
         kept.append(part)
         whole, rest = places[part], f"{part}[{have}:]"
         skipped = have * math.prod(whole.shape[1:]) * whole.dtype.itemsize
         places[part] = replace(whole, shape=(have, *whole.shape[1:]))
         places[rest] = replace(whole, shape=(whole.shape[0] - have, *whole.shape[1:]), start=whole.start + skipped)
-        left_out[rest] = "pads the vocabulary"
+        unused_keys[rest] = "pads the vocabulary"
     if left:
         raise CheckpointError(f"{folder}: the embedding has {rows - left} rows, config.json's vocab_size is {rows}.")
     return kept

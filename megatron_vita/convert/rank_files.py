@@ -29,13 +29,13 @@ NOT_WEIGHTS = re.compile(r"(.*\._extra_state|unused|.*rotary_pos_emb\.inv_freq)"
 class RankFiles(PlacedTensors):
     """The weights in the files of all ranks, as `mp_rank_03:decoder.final_layernorm.weight`."""
 
-    def __init__(self, places: Mapping[str, TensorPlace], left_out: Mapping[str, str]) -> None:
-        """`left_out`: names of `places` that are on purpose not used, and why."""
+    def __init__(self, places: Mapping[str, TensorPlace], unused_keys: Mapping[str, str]) -> None:
+        """`unused_keys`: names of `places` that are deliberately unused, and why."""
         super().__init__(places)
-        self._left_out = dict(left_out)
+        self._unused_keys = dict(unused_keys)
 
-    def left_out(self) -> Mapping[str, str]:
-        return self._left_out
+    def unused_keys(self) -> Mapping[str, str]:
+        return self._unused_keys
 
 
 def find(path: Path) -> Path | None:

@@ -23,7 +23,7 @@ _MAX_HEADER = 100 << 20
 _MAX_RANK = 32
 """Dimensions of a tensor. Published weights have at most 5."""
 CODES = {one.code: one for one in DTYPES if one.code not in ("I8", "I16", "BOOL")}
-"""Types of published weights; those left out stand for something else that was packed into them."""
+"""Types of published weights. Other types are absent: they hold packed values, such as quantised ones."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -93,13 +93,13 @@ class McoreView(_RuledView):
         self._source = source
         self._where = where
         self._rules = {rule.mcore.name: rule for rule in rules if rule.mcore is not None}
-        self._left_out = _match([named for rule in rules for named in rule.hf], source, where, tied)
+        self._unused_keys = _match([named for rule in rules for named in rule.hf], source, where, tied)
         for rule in rules:
             self._check_types(rule)
             for index, named in enumerate(rule.hf):
                 if rule.uncovered(index):
                     self._check_zeros(rule, index, named)
-                    self._left_out[named.name] = "zeros, as the model asks, beyond what it has"
+                    self._unused_keys[named.name] = "zeros, as the model asks, beyond what it has"
 
     def _check_types(self, rule: Rule) -> None:
         for one in rule.hf:
@@ -140,8 +140,8 @@ class McoreView(_RuledView):
         rule = self._rules[name]
         return rule.rank, rule.slices_of_mcore(slices)
 
-    def left_out(self) -> Mapping[str, str]:
-        return {**self._source.left_out(), **self._left_out}
+    def unused_keys(self) -> Mapping[str, str]:
+        return {**self._source.unused_keys(), **self._unused_keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rules)
@@ -201,8 +201,8 @@ class HfView(_RuledView):
                     "become infinite. Choose another --dtype, or keep the type."
                 )
 
-    def left_out(self) -> Mapping[str, str]:
-        return self._source.left_out()
+    def unused_keys(self) -> Mapping[str, str]:
+        return self._source.unused_keys()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -224,17 +224,17 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
             f"{where}: {missing[0].name} {missing[0].shape} is missing{_more(missing)}. Its config and its weights do "
             "not belong together, or the download is incomplete."
         )
-    left_out = {
+    unused_keys = {
         name: "a buffer that is computed" for name in source if name not in names and name.endswith(IGNORED_SUFFIXES)
     }
-    extra = [name for name in source if name not in names and name not in left_out]
+    extra = [name for name in source if name not in names and name not in unused_keys]
     if tied is not None and tied[0] in extra:
         if not _equal(source, *tied):
             raise CheckpointError(
                 f"{where}: says tie_word_embeddings, but {tied[0]} differs from {tied[1]}. Correct its config.json."
             )
         extra.remove(tied[0])
-        left_out[tied[0]] = f"equal to {tied[1]}, to which it is tied"
+        unused_keys[tied[0]] = f"equal to {tied[1]}, to which it is tied"
     if extra:
         raise CheckpointError(
             f"{where}: holds {extra[0]} {source.shape(extra[0])}{_more(extra)}, which the model in its config has not. "
@@ -245,7 +245,7 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
             raise CheckpointError(
                 f"{where}: {one.name} has shape {source.shape(one.name)}, the config asks for {one.shape}."
             )
-    return left_out
+    return unused_keys
 
 
 def _equal(source: LazyTensors, first: str, second: str) -> bool:

@@ -105,7 +105,7 @@ def _content(file: MediaFile) -> str:
 
 
 def _files(folder: Path, *, below: bool = True) -> list[list[str]]:
-    """Name and digest of a folder's files, and of those below; what people alone read is left out."""
+    """Name and digest of a folder's files, and of those below; files that only people read are excluded."""
     found = []
     for path in sorted(folder.rglob("*") if below else folder.glob("*")):
         name = path.relative_to(folder)

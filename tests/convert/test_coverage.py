@@ -42,7 +42,7 @@ class Made(Stored):
         for stored, part in self._slices[name]:
             yield Origin(None if stored == ZEROS else self._source, stored, part, volume(part))
 
-    def left_out(self) -> Mapping[str, str]:
+    def unused_keys(self) -> Mapping[str, str]:
         return self._reasons
 
 
@@ -57,8 +57,8 @@ WHOLE, TOP, BOTTOM, MIDDLE = (
 def test_what_is_used_once_is_counted() -> None:
     found = account(Made({"a": [("b", TOP), (ZEROS, BOTTOM)], "b": [("a", WHOLE)]}, {"b": "not needed"}))
     assert (found.source_bytes, found.used_bytes, found.target_bytes) == (32, 24, 32)
-    assert found.left_out == {"b": "4 of 8 elements: not needed"}
-    assert found.made_up == {"a": "4 elements: zeros"}
+    assert found.unused_keys == {"b": "4 of 8 elements: not needed"}
+    assert found.initialised_keys == {"a": "4 elements: zeros"}
     assert found.parts == {"a": ["b"], "b": ["a"]}
     assert "2 source tensors, 32 bytes: 2 used, 24 bytes" in found.summary()
 

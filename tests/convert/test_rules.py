@@ -96,19 +96,19 @@ def test_a_table_that_does_not_use_everything_once_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left_out", "made_up", "wanted"),
+    ("unused_keys", "initialised_keys", "wanted"),
     [
         ({}, {}, "3 source tensors, 24 bytes: 3 used, 8 bytes, each element once. 1 targets, 8 bytes"),
-        ({"copy": "a copy"}, {}, "2 used, 8 bytes, each element once; 1 left out, each for a reason. 1 targets"),
+        ({"copy": "a copy"}, {}, "2 used, 8 bytes, each element once; 1 unused, each for a reason. 1 targets"),
         (
             {"copy": "a copy", "a": "zeros"},
             {"x": "zeros"},
-            "and a part of 1 of the used ones. 1 targets, 8 bytes: each element filled once; 1 of them made up by rule",
+            "and a part of 1 of the used ones. 1 targets, 8 bytes: each element filled once; 1 of them initialised",
         ),
     ],
 )
 def test_the_summary_says_what_is_used_and_what_is_not(
-    left_out: dict[str, str], made_up: dict[str, str], wanted: str
+    unused_keys: dict[str, str], initialised_keys: dict[str, str], wanted: str
 ) -> None:
     account = Coverage(
         source_tensors=3,
@@ -116,7 +116,7 @@ def test_the_summary_says_what_is_used_and_what_is_not(
         used_bytes=8,
         target_bytes=8,
         parts={"x": ["a", "b"]},
-        made_up=made_up,
-        left_out=left_out,
+        initialised_keys=initialised_keys,
+        unused_keys=unused_keys,
     )
     assert wanted in account.summary()

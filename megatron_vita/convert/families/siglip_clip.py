@@ -1,7 +1,7 @@
 """SigLIP and CLIP towers as transformers writes them: alone, or inside a model of pictures and texts.
 
-Both name their tensors alike. What the projector never sees is left out by name: the text half, the pooling head, the
-norm that only the pooled state meets, and the blocks after the selected one.
+Both have the same tensor names. Keys that the projector never uses are excluded by name: the text half, the pooling
+head, the norm of the pooled state, and the blocks after the selected one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip": {**_COMMON, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "clip": {**_COMMON, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
-"""transformers' own defaults: published files leave out what equals them."""
+"""transformers' own defaults: published files omit settings that equal them."""
 MODEL_TYPES = {
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
@@ -114,7 +114,7 @@ def prefix_of(names: Collection[str]) -> str:
 
 
 def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
-    """The tensors of a folder without those that the projector never sees. What is left out is logged."""
+    """The tensors of a folder without the keys that the projector never uses; their number is logged."""
     start = prefix_of(list(source))
 
     def unused(name: str) -> bool:
@@ -128,7 +128,7 @@ def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
 
     dropped = {name for name in source if unused(name)}
     if dropped:
-        log.info("left out %d tensors that the projector never sees, e.g. %s", len(dropped), min(dropped))
+        log.info("%d unused tensors, which the projector never sees, e.g. %s", len(dropped), min(dropped))
     return Subset(source, [name for name in source if name not in dropped])
 
 
