@@ -31,7 +31,7 @@ class Room:
 
 
 ROOMS = (
-    Room("errors", "errors that a user can mend"),
+    Room("errors", "errors that a user can fix"),
     Room("log", "a log where rank 0 speaks"),
     Room("files", "sync, atomic replacement, locks, digests, sizes; what macOS lacks"),
     Room("config", "frozen dataclasses, one a concern; YAML and command line → one `StageConfig` a stage"),

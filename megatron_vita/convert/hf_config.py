@@ -1,4 +1,4 @@
-"""JSON files of a Hugging Face folder: what is missing, mistyped or unsupported is refused by name."""
+"""JSON files of a Hugging Face folder: what is missing, mistyped or unsupported is rejected by name."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def choice(config: Mapping[str, Any], key: str, options: Collection[str], defaul
     """One of the strings that are supported."""
     value = string(config, key, default, where)
     if value is None or value not in options:
-        raise refuse(where, key, value, ", ".join(options))
+        raise unsupported(where, key, value, ", ".join(options))
     return value
 
 
@@ -135,21 +135,21 @@ def square(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def require(config: Mapping[str, Any], key: str, wanted: Any, default: Any, where: str) -> None:
-    """Refuse a setting that has any value but the one that is supported. True is not 1 here."""
+    """Reject a setting that has any value but the one that is supported. True is not 1 here."""
     value = config.get(key, default)
     if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
-        raise refuse(where, key, value, f"{wanted!r} only")
+        raise unsupported(where, key, value, f"{wanted!r} only")
 
 
 def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config.json, or a part of one, that says that its weights are quantised."""
+    """Reject a config.json, or a part of one, that says that its weights are quantised."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
-            raise refuse(where, key, "...", "dequantise the weights first")
+            raise unsupported(where, key, "...", "dequantise the weights first")
 
 
 def check_layers(layers: int, tensors: int, where: str, *, key: str = "num_hidden_layers") -> None:
-    """Refuse more layers than a folder has tensors, before a table of them all is made.
+    """Reject more layers than a folder has tensors, before a table of them all is made.
 
     Raises:
         CheckpointError: no such folder can be complete.
@@ -161,7 +161,7 @@ def check_layers(layers: int, tensors: int, where: str, *, key: str = "num_hidde
         )
 
 
-def refuse(where: str, key: str, value: Any, supported: str) -> CheckpointError:
+def unsupported(where: str, key: str, value: Any, supported: str) -> CheckpointError:
     """The error for a feature that cannot be converted."""
     return CheckpointError(f"{where}: {key}={shown(value)} is not supported ({supported}).")
 

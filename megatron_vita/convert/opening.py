@@ -17,7 +17,7 @@ from megatron_vita.config import ModelConfig, VisionConfig
 from megatron_vita.convert import megatron_layouts, processor_files, rank_files
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.families import DECODERS, MODELS, TOWER_TYPES, TOWERS, decoder
-from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, refuse, string
+from megatron_vita.convert.hf_config import check_layers, check_not_quantised, choice, read_json, string, unsupported
 from megatron_vita.convert.safetensors_folder import SafetensorsFolder
 from megatron_vita.convert.views import McoreView
 from megatron_vita.data.spec import PreprocessSpec
@@ -195,7 +195,7 @@ def _open_hf(folder: Path, config: Mapping[str, Any]) -> OpenModel:
     kind = string(config, "model_type", None, where)
     if kind is None or kind not in MODELS:
         decoder.check_features(config, where)  # a reason says more than a name
-        raise refuse(where, "model_type", kind, ", ".join(MODELS))
+        raise unsupported(where, "model_type", kind, ", ".join(MODELS))
     check_not_quantised(config, where)
     family = MODELS[kind]
     model = family.read_config(config, where)

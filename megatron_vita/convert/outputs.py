@@ -1,4 +1,4 @@
-"""Where a conversion may write, and what it may replace: everything is refused before any work is done.
+"""Where a conversion may write, and what it may replace: an unsuitable output is rejected before any work is done.
 
 An import writes OUTPUT/iter_0000000. An export writes OUTPUT itself: it is written under another name beside it and
 renamed at the end, so OUTPUT can be neither a mount point nor the current directory.
@@ -29,7 +29,7 @@ def staging_of(target: Path) -> Path:
 
 
 def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
-    """Refuse an output that an import may not write.
+    """Reject an output that an import may not write.
 
     Args:
         output: folder of checkpoints.
@@ -42,7 +42,7 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
     target = _resolved(output)
     final = step_folder(target, 0)
     _check_writable(output, target, [target, journal_file(staging_folder(target, 0))])
-    _refuse_overlap(output, target, final, sources)
+    _reject_overlap(output, target, final, sources)
     others = [step.name for step in steps(target) if step != final]
     if others:
         raise ConfigError(
@@ -54,11 +54,11 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
         return  # perhaps by this very command, which then only has to finish: its journal will tell
     if not overwrite:
         raise ConfigError(_exists(held, final))
-    _refuse_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
+    _reject_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
 
 
 def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
-    """Refuse an output that an export may not write.
+    """Reject an output that an export may not write.
 
     Args:
         output: the Hugging Face folder.
@@ -75,13 +75,13 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
         raise ConfigError(f"{output}: is a mount point, which cannot be renamed. Choose a folder in it as --output.")
     if Path.cwd().is_relative_to(target):
         raise ConfigError(f"{output}: is the current directory, or holds it. Choose a folder in it as --output.")
-    _refuse_overlap(output, target, target, sources)
+    _reject_overlap(output, target, target, sources)
     held = _held(target)
     if held is None or (not overwrite and is_sealed(staging, target)):
         return  # perhaps by this very command, which then only has to finish: its journal will tell
     if not overwrite:
         raise ConfigError(_exists(held, target))
-    _refuse_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")
+    _reject_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")
 
 
 def _resolved(output: Path) -> Path:
@@ -109,7 +109,7 @@ def _check_writable(output: Path, target: Path, names: Iterable[Path]) -> None:
         raise ConfigError(f"{output}: nothing can be written in {above}. Choose another --output.")
 
 
-def _refuse_overlap(output: Path, target: Path, final: Path, sources: Iterable[str | Path | None]) -> None:
+def _reject_overlap(output: Path, target: Path, final: Path, sources: Iterable[str | Path | None]) -> None:
     """`target` is what the user named, `final` what appears there, or replaces what is there."""
     for source in sources:
         if source is None:
@@ -134,7 +134,7 @@ def _exists(held: Path, final: Path) -> str:
     return f"{held}: exists and is not empty{moved}. Choose another --output, or replace it with --overwrite."
 
 
-def _refuse_foreign(folder: Path, written: set[str], mark: str, command: str) -> None:
+def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) -> None:
     if not written:
         raise ConfigError(
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."

@@ -20,8 +20,8 @@ from megatron_vita.convert.hf_config import (
     number,
     optional_integer,
     read_json,
-    refuse,
     section,
+    unsupported,
 )
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -158,7 +158,7 @@ def side_of(size: Any, key: str, where: str) -> int:
 
 
 def check_side(side: int, vision: VisionConfig, where: str) -> None:
-    """Refuse pictures of another size than the tower's.
+    """Reject pictures of another size than the tower's.
 
     Raises:
         CheckpointError: saying both sizes.
@@ -183,7 +183,7 @@ def norm_name(values: Mapping[str, Any], where: str) -> str:
     if switch(values, "do_rescale", where, default=True):
         scale *= number({"rescale_factor": 1 / 255, **values}, "rescale_factor", where)
     if not switch(values, "do_normalize", where, default=True):
-        raise refuse(where, "do_normalize", False, "pixels are always normalised")
+        raise unsupported(where, "do_normalize", False, "pixels are always normalised")
     pair = tuple(_channels(values, key, where) for key in ("image_mean", "image_std"))
     for name, norms in IMAGE_NORMS.items():
         if all(

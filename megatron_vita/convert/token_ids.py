@@ -80,7 +80,7 @@ def tokens_that_differ(first: Path, second: Path, limit: int = 3) -> list[str]:
 
 
 def check_same_ids(tokens: Tokens, own: Path) -> None:
-    """Refuse a tokenizer that was named instead of a model's own, and gives a token that both know another id.
+    """Reject a tokenizer that was named instead of a model's own, and gives a token that both know another id.
 
     Args:
         tokens: of the one that was named.
@@ -102,7 +102,7 @@ def check_same_ids(tokens: Tokens, own: Path) -> None:
 
 
 def check_rows(tokens: Tokens, rows: int) -> None:
-    """Refuse a tokenizer with ids for which a model's embedding has no row.
+    """Reject a tokenizer with ids for which a model's embedding has no row.
 
     Raises:
         CheckpointError: saying the highest id.
@@ -115,7 +115,7 @@ def check_rows(tokens: Tokens, rows: int) -> None:
 
 
 def check_image_token(tokens: Tokens, image_token_id: int | None, where: Path) -> None:
-    """Refuse a tokenizer whose token of pictures is not the one that a model's config.json names.
+    """Reject a tokenizer whose token of pictures is not the one that a model's config.json names.
 
     Args:
         tokens: of the tokenizer.
@@ -135,7 +135,7 @@ def check_image_token(tokens: Tokens, image_token_id: int | None, where: Path) -
 
 
 def check_same_as_trained(tokens: Tokens, trained: str) -> None:
-    """Refuse a folder for what was trained with a SentencePiece model, unless conversations become the same ids.
+    """Reject a folder for what was trained with a SentencePiece model, unless conversations become the same ids.
 
     Args:
         tokens: of the folder that is to be exported.
@@ -158,7 +158,7 @@ def check_same_as_trained(tokens: Tokens, trained: str) -> None:
 
 
 def check_exportable(tokens: Tokens, *, vision: bool) -> None:
-    """Refuse a tokenizer without the tokens of pictures.
+    """Reject a tokenizer without the tokens of pictures.
 
     Raises:
         CheckpointError: naming what is missing.

@@ -62,7 +62,7 @@ def as_published(source: Path, target: Path, *, vision: bool) -> None:
     Raises:
         CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
-    _templates(source)  # damaged ones are refused now and not on the way out
+    _templates(source)  # damaged ones are rejected now, not at export
     copy_tokenizer_files(source, target, generation=False)
     if vision:
         _write_for_stock(source, target)

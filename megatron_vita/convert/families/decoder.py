@@ -17,9 +17,9 @@ from megatron_vita.convert.hf_config import (
     integer,
     number,
     optional_integer,
-    refuse,
     require,
     strings,
+    unsupported,
 )
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename, stacked
 from megatron_vita.data.spec import PreprocessSpec
@@ -51,7 +51,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if family.window is not None:
         window = optional_integer({"sliding_window": family.window, **config}, "sliding_window", where)
         if window is not None and window < longest:
-            raise refuse(where, "sliding_window", window, f"full attention: null, or at least {longest} tokens")
+            raise unsupported(where, "sliding_window", window, f"full attention: null, or at least {longest} tokens")
     rotary = read_rotary(config, where, family.rotary_percent)
     try:
         return ModelConfig(
@@ -99,13 +99,13 @@ def check_features(config: Mapping[str, Any], where: str) -> None:
     """
     window = "full attention only; set it to false if the weights allow it"
     if flag(config, "use_sliding_window", False, where):
-        raise refuse(where, "use_sliding_window", True, window)
+        raise unsupported(where, "use_sliding_window", True, window)
     other = [kind for kind in strings(config, "layer_types", where) if kind != "full_attention"]
     if other:
-        raise refuse(where, "layer_types", other[0], "full_attention in every layer")
+        raise unsupported(where, "layer_types", other[0], "full_attention in every layer")
     for key in _EXPERTS:
         if config.get(key):
-            raise refuse(where, key, config[key], "dense decoders only, no mixture of experts")
+            raise unsupported(where, key, config[key], "dense decoders only, no mixture of experts")
     check_not_quantised(config, where)
     require(config, "hidden_act", "silu", "silu", where)
     require(config, "is_causal", True, True, where)  # embedding models made of decoders look both ways

@@ -9,7 +9,7 @@ Read in transformers 5.24 (with its PIL image processor, GotOcr2ImageProcessorPi
   resized whatever `do_resize` says, never cropped at the centre, never padded.
 * Keys of tokenizer_config.json that name an image processor's setting override that setting.
 
-What stock code obeys and we cannot do is refused by name.
+What stock code obeys and we cannot do is rejected by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import IMAGE_NORMS, VisionConfig
-from megatron_vita.convert.hf_config import integer, mistyped, read_json, refuse, require
+from megatron_vita.convert.hf_config import integer, mistyped, read_json, require, unsupported
 from megatron_vita.convert.processor_files import (
     BICUBIC,
     PIXEL_SETTINGS,
@@ -77,7 +77,7 @@ def read_spec(folder: Path, vision: VisionConfig) -> PreprocessSpec:
             return spec
         kind = given.get("image_processor_type") or given.get("feature_extractor_type")
         if kind is not None and str(kind).replace("FeatureExtractor", "ImageProcessor") not in _IMAGE_CLASSES:
-            raise refuse(where, "image_processor_type", kind, _IMAGE_CLASSES[0])
+            raise unsupported(where, "image_processor_type", kind, _IMAGE_CLASSES[0])
         values = {**_DEFAULTS, **given}
         check_side(_side(values, "size", where), vision, where)
         least, most = _tiles(values, where)
@@ -101,7 +101,7 @@ def _video_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
         path, nested = places[0], read_json(places[0])
     kind = nested.get("video_processor_type")
     if kind not in (None, _VIDEO_CLASS):
-        raise refuse(str(path), "video_processor_type", kind, _VIDEO_CLASS)
+        raise unsupported(str(path), "video_processor_type", kind, _VIDEO_CLASS)
     return {**_DEFAULTS, **nested}, str(path)
 
 
@@ -109,9 +109,9 @@ def _side(values: Mapping[str, Any], key: str, where: str) -> int:
     """Side of the square that `size` or `crop_size` names as stock code reads it."""
     size = values.get(key)
     if type(size) is int and key == "size" and not switch(values, "default_to_square", where):
-        raise refuse(where, "default_to_square", False, "a size that is one number is then the shortest edge")
+        raise unsupported(where, "default_to_square", False, "a size that is one number is then the shortest edge")
     if isinstance(size, dict) and size.keys() != {"height", "width"}:
-        raise refuse(where, key, size, "height and width")
+        raise unsupported(where, key, size, "height and width")
     return side_of(size, key, where)
 
 
@@ -125,18 +125,20 @@ def _tiles(values: Mapping[str, Any], where: str) -> tuple[int, int]:
         numbers.append(value)
     least, most = numbers
     if most < 2 and not switch(values, "do_resize", where):
-        raise refuse(where, "do_resize", False, "with max_patches 1, pictures would enter the tower in their own size")
+        raise unsupported(
+            where, "do_resize", False, "with max_patches 1, pictures would enter the tower in their own size"
+        )
     if most < 2 or least > most:  # no grid is allowed, and stock code falls back to one tile
         return 1, 1
     return max(1, least), most
 
 
 def _pixels(values: Mapping[str, Any], where: str) -> str:
-    """Name of the mean and deviation that pixels get; refuse other arithmetic."""
+    """Name of the mean and deviation that pixels get; reject other arithmetic."""
     require(values, "resample", BICUBIC, BICUBIC, where)
     for key, needed in (("do_center_crop", "crop_size"), ("do_pad", "pad_size")):
         if switch(values, key, where) and values.get(needed) is None:
-            raise refuse(where, key, True, f"stock code wants {needed} beside it")
+            raise unsupported(where, key, True, f"stock code wants {needed} beside it")
     return norm_name(values, where)
 
 
@@ -163,9 +165,9 @@ def _check_joint(folder: Path, vision: VisionConfig) -> None:
 
 
 def _check_video(values: Mapping[str, Any], where: str, spec: PreprocessSpec) -> None:
-    """Refuse frames that stock code prepares otherwise than pictures; where its own tower cannot take them, warn."""
+    """Reject frames that stock code prepares otherwise than pictures; where its own tower cannot take them, warn."""
     if switch(values, "do_sample_frames", where):
-        raise refuse(
+        raise unsupported(
             where,
             "do_sample_frames",
             True,
@@ -184,7 +186,7 @@ def _check_video(values: Mapping[str, Any], where: str, spec: PreprocessSpec) ->
         )
         return
     if cropped is not None and resized != cropped:
-        raise refuse(where, "do_center_crop", True, f"frames are resized to {cropped} pixels, not cropped")
+        raise unsupported(where, "do_center_crop", True, f"frames are resized to {cropped} pixels, not cropped")
     norm = _pixels(values, where)
     if norm != spec.image_norm:
         raise CheckpointError(

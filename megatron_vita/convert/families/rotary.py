@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
-from megatron_vita.convert.hf_config import number, refuse, require, section, string
+from megatron_vita.convert.hf_config import number, require, section, string, unsupported
 from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def read_rotary(config: Mapping[str, Any], where: str, partial: float | None) ->
             continue
         for name, inner in rope.items():
             if isinstance(inner, Mapping):
-                raise refuse(where, f"{key}.{name}", inner, "one rotary embedding for all layers")
+                raise unsupported(where, f"{key}.{name}", inner, "one rotary embedding for all layers")
         if rope.get("rope_theta") is not None:
             bases[f"{key}.rope_theta"] = number(rope, "rope_theta", f"{where}: {key}")
         factors[key] = _read_scaling(rope, key, config, where)
@@ -111,14 +111,14 @@ def _read_scaling(rope: Mapping[str, Any], key: str, config: Mapping[str, Any], 
             config.get("max_position_embeddings"),
         )
     elif kind != "default":
-        raise refuse(
+        raise unsupported(
             where, key, kind, "default, llama3 or dynamic; remove it if the weights were trained without it, as Qwen2.5"
         )
     return None
 
 
 def _agree(what: str, values: Mapping[str, Any], where: str) -> None:
-    """Refuse what is said twice and differently: each release of transformers believes another."""
+    """Reject what is said twice and differently: each release of transformers believes another."""
     if len(set(values.values())) > 1:
         said = ", ".join(f"{key} {value}" for key, value in values.items())
         raise CheckpointError(f"{where}: says its {what} differently ({said}). Keep the one it was trained with.")
