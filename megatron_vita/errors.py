@@ -1,10 +1,10 @@
-"""The three ways a user's input can be wrong. Each message says what is wrong, where, and how to mend it."""
+"""Errors of a user's input: configuration, data, checkpoint. A message says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
 
 class VitaError(Exception):
-    """Base of every error that a user can mend. Command lines turn it into one line and an exit status."""
+    """Base of every error that a user can fix. Command lines turn it into one line and an exit status."""
 
     exit_status = 1
 

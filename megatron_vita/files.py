@@ -1,4 +1,4 @@
-"""Files that survive a kill, a full disk and a power cut: sync, atomic replacement, locks, digests, sizes for people.
+"""Durable files and their helpers: sync, atomic replacement, locks, digests, human-readable sizes.
 
 Whatever Linux has and macOS lacks is asked for here alone, each with its fallback.
 """
@@ -26,17 +26,17 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def no_room(error: BaseException) -> bool:
-    """Did a write fail for want of room: disk full, quota or file size exceeded, file system read-only by now?"""
+    """Whether a write failed for lack of space: disk full, quota or file size exceeded, file system now read-only."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def exhausted(error: BaseException) -> bool:
-    """Did reading fail for want of file descriptors or memory? Then the file is not to blame: others will fail, too."""
+    """Whether reading failed for lack of file descriptors or memory, which is no fault of the file."""
     return isinstance(error, OSError) and error.errno in _EXHAUSTED
 
 
 def readable_size(count: int) -> str:
-    """Bytes for people: 1.5 GB, in decimal units as disks are sold and `df -H` counts."""
+    """Human-readable size in decimal units, as `df -H` prints it: 1.5 GB."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 1000)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -44,7 +44,7 @@ def readable_size(count: int) -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use. macOS does not tell which those are: there, all of them."""
+    """Number of cores that this process may use; on macOS, which does not report them, all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -54,7 +54,7 @@ def usable_cores() -> int:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable; of a folder its entries, so that a power cut leaves no name without its files."""
+    """Flush a file's content to disk; of a folder its entries, so that a power cut leaves no name without its file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 
 def sync_data(descriptor: int) -> None:
-    """Make an open file's content durable, without its times where the system can leave those out."""
+    """Flush an open file's content to disk, without its timestamps where the system supports that."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(descriptor)
     else:
@@ -71,10 +71,10 @@ def sync_data(descriptor: int) -> None:
 
 
 def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Write all of `data` at a place of a file. (`os.pwrite` may write less: 2 GiB at most, or what still fits.)
+    """Write all of `data` at a position of a file. (`os.pwrite` may write less: 2 GiB at most, or what still fits.)
 
     Raises:
-        OSError: no room.
+        OSError: no space.
     """
     view = memoryview(data).cast("B")
     while len(view):
@@ -83,7 +83,7 @@ def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False, partial: Path | None = None) -> None:
-    """Give a file new content: a reader, and whoever comes after a kill, finds the old one or the new one, whole.
+    """Replace a file's content atomically: a reader finds the old content or the new one, also after a kill.
 
     Args:
         path: the file.
@@ -134,20 +134,20 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class Digest(Protocol):
-    """What hashlib and xxhash have in common."""
+    """Interface of the digests of hashlib and xxhash."""
 
     def update(self, data: bytes | memoryview, /) -> object:
-        """Take more bytes in."""
+        """Add bytes."""
 
     def hexdigest(self) -> str:
         """The digest of all bytes so far, in hexadecimal."""
 
 
 XXH3 = "xxh3_128"
-"""Finds damage, which is all that a digest beside the data can do, at 29 GB/s a core; a copy runs at 4 GB/s, and
-SHA-256, with the processor's instructions for it, at 2.0."""
+"""Detects damage, at 29 GB/s per core (a copy: 4 GB/s; SHA-256 with hardware instructions: 2.0 GB/s). Not secure
+against forgery, nor is any digest that lies beside its data."""
 SHA256 = "sha256"
-"""Names content: nobody can make another file with the same digest."""
+"""Identifies content: collision-resistant."""
 _ALGORITHMS: dict[str, Callable[[], Digest]] = {SHA256: hashlib.sha256, XXH3: xxhash.xxh3_128}
 
 

@@ -54,7 +54,7 @@ transformers export with `--format internvl`.""",
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a card is about."""
+    """Contents of a model card."""
 
     title: str
     format_name: str
@@ -71,7 +71,7 @@ class Subject:
     state: RunState | None
     """run.json of the checkpoint, if it was one."""
     files: Mapping[str, str]
-    """What is said of files that come along, by name."""
+    """Descriptions of further files, by name."""
 
 
 def public_name(folder: str | Path) -> str:
@@ -168,15 +168,15 @@ def _origin_lines(bases: Mapping[str, str], state: RunState | None) -> list[str]
 
 
 def _recipe_lines(record: StageRecord, before: StageRecord | None) -> list[str]:
-    """A stage's recipe: of all but the first stage, what differs from the stage before."""
+    """A stage's recipe; of later stages, the settings that differ from the stage before."""
     recipe = _without_folders(record.recipe)
-    told = recipe if before is None else _changed(recipe, _without_folders(before.recipe))
+    shown = recipe if before is None else _changed(recipe, _without_folders(before.recipe))
     return [
         f"### {_stage_name(record)}: {record.iteration} steps, {record.consumed_packs} packs",
         "",
         *([] if before is None else [f"Differs from {_stage_name(before)} in:", ""]),
         "```yaml",
-        yaml.safe_dump(told, sort_keys=False).rstrip(),
+        yaml.safe_dump(shown, sort_keys=False).rstrip(),
         "```",
         "",
     ]
@@ -194,7 +194,7 @@ def _without_folders(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `now` that `before` says otherwise or not at all."""
+    """Settings of `now` that are different or missing in `before`."""
     out: dict[str, Any] = {}
     for key, value in now.items():
         old = before.get(key)
@@ -208,7 +208,7 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
 
 
 def _data_lines(record: StageRecord) -> list[str]:
-    """A stage's shard set as its manifest tells it."""
+    """A stage's shard set, as its manifest describes it."""
     data = record.data
     lines = [
         f"### {_stage_name(record)}",
@@ -227,7 +227,7 @@ def _data_lines(record: StageRecord) -> list[str]:
 
 
 def _one_line(cell: object) -> str:
-    """A text that ends neither a table's cell nor a line."""
+    """A text escaped for a cell of a Markdown table."""
     return " ".join(str(cell).replace("|", " ").split())
 
 

@@ -1,4 +1,4 @@
-"""How much of a machine a conversion takes."""
+"""Resources of a conversion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How a conversion works, as opposed to what it writes: its bytes do not depend on any of this."""
+    """Threads, durability and progress of a conversion; the bytes it writes depend on none of them."""
 
     workers: int | None = None
     """Threads, by default one more than there are cores (streams.default_workers)."""

@@ -1,4 +1,4 @@
-"""What begins, ends and fills a text, and how words are drawn: the publisher's settings, kept through a checkpoint.
+"""BOS, EOS and padding tokens and sampling defaults: the publisher's settings, preserved through a checkpoint.
 
 A Hugging Face folder says it twice, and not always alike: Qwen2.5's config.json ends a text at one token, its
 generation_config.json at two. A checkpoint carries both in its tokenizer folder, so that training's saves keep them.
@@ -17,33 +17,33 @@ from megatron_vita.errors import CheckpointError
 
 GENERATION_FILE = "generation_config.json"
 TOKEN_IDS_FILE = "token_ids.json"
-"""In a checkpoint's tokenizer folder: what config.json says of KEYS."""
+"""File in a checkpoint's tokenizer folder with the values of KEYS in config.json."""
 BEGIN, END, PAD = KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a folder says; nothing where it says nothing."""
+    """Generation settings of a folder; empty if it has none."""
 
     token_ids: Mapping[str, Any] = field(default_factory=dict)
-    """KEYS as in config.json: an id, for the end also several; without those that are null."""
+    """KEYS of config.json that are not null: an id each, for EOS possibly several."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json."""
 
     def or_else(self, other: GenerationSettings) -> GenerationSettings:
-        """This, and the other's where this says nothing."""
+        """These settings, completed by another's."""
         return GenerationSettings(self.token_ids or other.token_ids, self.settings or other.settings)
 
     def completed(self, special: Mapping[str, int], end: int | None, *, turns: bool) -> GenerationSettings:
-        """With an end, in any case: what the publisher says stays as it is, what he does not say is ChatML's.
+        """Complete the settings with an EOS token: the publisher's values are kept, missing ones are ChatML's.
 
         Args:
             special: ids of the tokenizer's special tokens.
-            end: what ends a text if neither the publisher nor ChatML does.
-            turns: the model answers in turns of the package's chat template, so their end must be among the ends.
+            end: EOS token if neither the publisher nor ChatML has one.
+            turns: the model uses the package's chat template, so the end of its turns must be an EOS token.
 
         Returns:
-            With the end of a text in `token_ids` and in `settings`, unless nothing is known to end one.
+            With EOS in `token_ids` and in `settings`, unless no EOS token is known.
         """
         ends = [special[name] for name in (IM_END, END_OF_TEXT) if name in special]
         ends = ends or ([] if end is None else [end])
@@ -53,14 +53,14 @@ class GenerationSettings:
             ids = _filled(ids, {BEGIN: filler, END: ends[0] if ends else None, PAD: filler})
             settings = _filled(settings, {**ids, END: ends or None})
         elif END not in ids:
-            ids = _filled(ids, _said(settings))
+            ids = _filled(ids, _present(settings))
         elif settings.get(END) is None:
             settings = _filled(settings, ids)
         must = special[IM_END] if turns and IM_END in special else None
         return GenerationSettings(_ending(ids, must), _ending(settings, must))
 
     def write(self, folder: Path) -> None:
-        """Into the tokenizer folder of a checkpoint."""
+        """Write the settings into the tokenizer folder of a checkpoint."""
         if self.token_ids:
             write_json(folder / TOKEN_IDS_FILE, self.token_ids)
         if self.settings:
@@ -68,10 +68,10 @@ class GenerationSettings:
 
 
 def read(folder: Path) -> GenerationSettings:
-    """What a Hugging Face folder, or the tokenizer folder of a checkpoint, says.
+    """Read the generation settings of a Hugging Face folder or of a checkpoint's tokenizer folder.
 
     Raises:
-        CheckpointError: a file that is no JSON, or an id that is none.
+        CheckpointError: a file is not JSON, or an id is not an integer.
     """
     ids: dict[str, Any] = {}
     if (folder / TOKEN_IDS_FILE).is_file():
@@ -89,8 +89,8 @@ def read(folder: Path) -> GenerationSettings:
 
 
 def _ids(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Those of KEYS that are said, each an id or, for the end, several."""
-    found = _said(values)
+    """The KEYS that are set, each an id or, for EOS, several."""
+    found = _present(values)
     for key, value in found.items():
         many = value if key == END and isinstance(value, list) else [value]
         if not many or any(type(one) is not int or one < 0 for one in many):
@@ -98,22 +98,22 @@ def _ids(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return found
 
 
-def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in KEYS if values.get(key) is not None}
 
 
 def _filled(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values, and of others what they do not say."""
+    """Values, completed by `more`."""
     return {**{key: value for key, value in more.items() if value is not None}, **_own(values)}
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that somebody made: with transformers' mark of those that nobody did, it believes config.json."""
+    """Settings without nulls and without `_from_model_config`, with which transformers would prefer config.json."""
     return {key: value for key, value in values.items() if value is not None and key != "_from_model_config"}
 
 
 def _ending(values: Mapping[str, Any], must: int | None) -> dict[str, Any]:
-    """Values among whose ends one must be."""
+    """Values whose EOS tokens include `must`."""
     said = values.get(END)
     ends = said if isinstance(said, list) else [said]
     if must is None or said is None or must in ends:

@@ -1,4 +1,4 @@
-"""What a folder's weights are, said in a few bytes: so that a killed conversion knows whether it may go on."""
+"""Fingerprint of a folder's weights, by which a killed conversion decides whether it may resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def identity_of_tokenizer(folder: str | Path) -> list[list[str]]:
-    """Name and digest of a tokenizer's files: it may have been made just now, so that its times say nothing. Files of
+    """Name and digest of a tokenizer's files, without their times: it may have been created just now. Files of
     weights beside it are excluded by their size."""
     folder = Path(folder).resolve()
     sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}

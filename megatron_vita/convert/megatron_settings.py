@@ -1,4 +1,4 @@
-"""What model a Megatron checkpoint of Long-VITA holds: by a config.json beside it, or its settings and tensors."""
+"""Model settings of a Megatron checkpoint of Long-VITA, from config.json or its arguments and tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vita.errors import CheckpointError, ConfigError
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _TOWER_HEADS = {"intern_300m": 16}
-"""--vision-model-type -> heads, which no tensor tells."""
+"""--vision-model-type -> attention heads, which the shapes of tensors do not determine."""
 
 
 def read_model(
@@ -46,10 +46,12 @@ def read_model(
         if path.is_file():
             config = read_json(path)
             family = decoder if config.get("model_type") in tuple(DECODERS) else long_vita
-            told: ModelConfig = family.read_config(config, str(path))
-            if vocab_size not in (None, told.vocab_size):
-                raise ConfigError(f"--vocab-size {vocab_size}: {path} says {told.vocab_size}. Leave the flag out.")
-            return told
+            configured: ModelConfig = family.read_config(config, str(path))
+            if vocab_size not in (None, configured.vocab_size):
+                raise ConfigError(
+                    f"--vocab-size {vocab_size}: {path} says {configured.vocab_size}. Leave the flag out."
+                )
+            return configured
     where = f"{folder}: the run's settings (args)"
     if not settings:
         raise CheckpointError(
@@ -102,10 +104,10 @@ def read_model(
     return replace(model, vision=tower, projector=ProjectorConfig(ffn_hidden_size=width or None, bias=bias))
 
 
-def _vocabulary(rows: int, told: Any, asked: int | None, folder: Path) -> int:
+def _vocabulary(rows: int, argument: Any, asked: int | None, folder: Path) -> int:
     """Rows of an embedding that are not Megatron's padding, which may hold anything: as asked for, else as the run's
-    own --vocab-size told it. A run that counted them from its tokenizer has not written them down."""
-    known = asked if asked is not None else told
+    own --vocab-size says. A run that counted them from its tokenizer has not written them down."""
+    known = asked if asked is not None else argument
     if isinstance(known, bool) or not isinstance(known, int) or known < 1:
         raise ConfigError(
             f"{folder}: its embedding has {rows} rows, and nothing says how many of them are Megatron's padding. Put "

@@ -1,4 +1,4 @@
-"""Where a conversion may write, and what it may replace: an unsuitable output is rejected before any work is done.
+"""Checks of where a conversion may write and what it may replace, before any work is done.
 
 An import writes OUTPUT/iter_0000000. An export writes OUTPUT itself: it is written under another name beside it and
 renamed at the end, so OUTPUT can be neither a mount point nor the current directory.

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Atomic publication of a folder: it appears complete or not at all."""
 
 from __future__ import annotations
 

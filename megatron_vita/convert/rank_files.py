@@ -1,4 +1,4 @@
-"""The files of Megatron's ranks: which are there, what each holds, and their tensors as one source.
+"""Checkpoint files of Megatron's ranks: find them, read their directories, and present their tensors as one source.
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
 and pipeline rank, with the weights under `model` and the settings of the run under `args`, read by
@@ -63,7 +63,7 @@ def _ranks(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RankWeights:
-    """What one rank's file holds."""
+    """Tensors and settings of one rank's file."""
 
     tensors: dict[str, TensorPlace]
     """By the file's own names."""
@@ -101,7 +101,7 @@ def read_rank(rank: Path) -> RankWeights:
 
 
 def _plain(value: Any) -> Any:
-    """A setting that can be compared and printed, whatever a hostile file put in its place."""
+    """A setting as a value that is safe to compare and print, whatever a hostile file holds."""
     small = value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63)
     return value if small or (isinstance(value, str) and len(value) < 100) else "an object"
 

@@ -1,4 +1,4 @@
-"""A recipe's model section against the parts that are to become that model."""
+"""Compare a recipe's model section with the tower and decoder that are joined into that model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OWN = {
     "vision.layer_scale_init",
     "vision.tensor_parallel",
 }
-"""Settings that change no function of given weights: the recipe alone says them."""
+"""Settings that do not change what given weights compute; only the recipe has them."""
 
 
 @dataclass(frozen=True)

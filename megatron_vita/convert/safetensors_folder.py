@@ -1,4 +1,4 @@
-"""Folders of safetensors, read by byte range and trusted in nothing. (Writing: safetensors_writer.py.)
+"""Read folders of safetensors by byte range, without trusting their contents. (Writing: safetensors_writer.py.)
 
 Layout of a file: 8 bytes length (little endian), that many bytes of JSON {name: {dtype, shape, data_offsets}}, data.
 A folder holds `model.safetensors`, or shards and `model.safetensors.index.json` {"metadata", "weight_map"}.

@@ -1,4 +1,4 @@
-"""Folders of safetensors, written block by block by several threads; the bytes do not depend on how many.
+"""Write folders of safetensors block by block in several threads; the bytes do not depend on their number.
 
 Files are the unit that a killed conversion keeps: each is noted in the journal, with its digest, once it is complete.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 2 * 10**9
 """Files are written, kept after a kill, and loaded side by side: several small ones are better than one large one."""
 _RUN_BYTES = 16 << 20
-"""What one thread reads and writes before another hashes it: one piece of a checkpoint, which is read whole."""
+"""Bytes that a thread reads and writes before another hashes them: one shard of a checkpoint, which is read whole."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_safetensors(
     """Write the planned files that are not finished yet into the journal's folder, and their index if they are several.
 
     Args:
-        advance: is told the bytes that are done.
+        advance: called with the number of bytes written.
 
     Returns:
         Digest of each file of weights.
@@ -120,14 +120,14 @@ def write_safetensors(
 
 @dataclass(frozen=True)
 class _Run:
-    """Some elements of one tensor, and where they lie in which file."""
+    """A slice of one tensor and its position in a file."""
 
     file: str
     name: str
     slices: Slices
     position: int
     last: bool
-    """Nothing of the file is left after it."""
+    """Whether it is the last of its file."""
 
 
 def _write_files(
@@ -138,7 +138,7 @@ def _write_files(
     advance: Callable[[int], object],
     finished: Callable[[str, str], object],
 ) -> None:
-    """Threads read and write; this one hashes what they have written, in the order of each file."""
+    """Worker threads read and write; this thread hashes what they have written, in the order of each file."""
     outputs: dict[str, OutputFile] = {}
     digests = {one.name: new_digest() for one in files}
     with contextlib.ExitStack() as stack:

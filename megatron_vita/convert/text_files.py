@@ -1,4 +1,4 @@
-"""What a model needs to read and write text, its tokenizer and how its texts end: into a checkpoint, and out of it.
+"""Tokenizer and generation settings of a model: their import into a checkpoint and export from it.
 
 Both ways the tokenizer is held against the model before anything is written: ids that another tokenizer gave the
 model's words, or that have no row in its embedding, are found here and not in the loss.

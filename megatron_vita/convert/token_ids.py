@@ -1,4 +1,4 @@
-"""The ids of a tokenizer folder, held against the model that it belongs to."""
+"""Token ids of a tokenizer folder, checked against its model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_tokens(folder: Path) -> Tokens:
 
 
 def tokens_that_differ(first: Path, second: Path, limit: int = 3) -> list[str]:
-    """What ids two tokenizer folders disagree about, for people; nothing where either has no tokenizer.json.
+    """Description of the ids in which two tokenizer folders differ; empty if either has no tokenizer.json.
 
     Returns:
         At most `limit` tokens, each with both ids, and then how many more there are.

@@ -20,22 +20,22 @@ from megatron_vita.checkpoint.lazy import LazyTensors, Slices, runs, volume, who
 from megatron_vita.checkpoint.streams import BLOCK_BYTES, Workers, byte_bar, default_workers
 
 _RUN_BYTES = 16 << 20
-"""What one thread compares before it takes the next: one piece of a checkpoint, which is read whole."""
+"""Bytes that a thread compares at once: one shard of a checkpoint, which is read whole."""
 _INFINITY = {FLOAT64: 0x7FF << 52, FLOAT32: 0xFF << 23, FLOAT16: 0x1F << 10, BFLOAT16: 0xFF << 7}
-"""Bits of infinity. Those of what is no number are above, for each of the two signs."""
+"""Bits of infinity; those of NaN are larger, for either sign."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of the one model against the other's."""
+    """Difference of one tensor between two models."""
 
     name: str
     max_difference: float
-    """Largest absolute difference; infinite where the tensor exists on one side only or the shapes differ; no number
-    where an element of either is none, also where both have the same bits: such a model is equal to nothing."""
+    """Largest absolute difference; infinite where one model lacks the tensor or the shapes differ; NaN where either
+    tensor holds a NaN, also where both have the same bits: such a model equals no model."""
     cosine: float
     note: str = ""
-    """What the numbers do not say: types or shapes that differ."""
+    """Differences that the numbers do not show: of types or shapes."""
 
     @property
     def equal(self) -> bool:
@@ -45,10 +45,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What comparing some elements of a tensor has come to."""
+    """Sums of the comparison of some elements of a tensor."""
 
     same: bool = True
-    """Whether all bits are. Then nothing below was computed but `worst`."""
+    """Whether all bits are equal. If so, only `worst` was computed."""
     worst: float = 0.0
     dot: float = 0.0
     square_a: float = 0.0
@@ -67,7 +67,7 @@ class _Sums:
 def compare_tensors(
     first: LazyTensors, second: LazyTensors, *, workers: int | None = None, progress: bool = False
 ) -> Iterator[Difference]:
-    """Every tensor of two models, by checkpoint key, in the first one's order; then what only the second has.
+    """Compare every tensor of two models, by checkpoint key, in the first one's order; then those only in the second.
 
     Args:
         workers: threads, by default one more than there are cores.
@@ -98,7 +98,7 @@ def compare_tensors(
                     if one.same:
                         same.append(slices)
                     bar.update(volume(slices) * first.dtype(name).itemsize)
-                if not sums.same:  # what is equal belongs to the cosine, too
+                if not sums.same:  # equal elements count for the cosine, too
                     sums = sum(pool.map(functools.partial(_squares, first, name), same), sums)
                 yield _difference(name, sums, first.dtype(name), second.dtype(name))
 
@@ -127,7 +127,7 @@ def _compare(first: LazyTensors, second: LazyTensors, name: str, slices: Slices)
         a, b = first.borrow(name, block), second.borrow(name, block)
         try:
             if kinds[0] == kinds[1] and _same(a.bits, b.bits):
-                sums += _Sums(worst=math.nan if _holds_no_number(a.bits, kinds[0]) else 0.0)
+                sums += _Sums(worst=math.nan if _holds_nan(a.bits, kinds[0]) else 0.0)
                 same.append(block)
             else:
                 sums += _computed(_values(a.bits, kinds[0]), _values(b.bits, kinds[1]))
@@ -138,7 +138,7 @@ def _compare(first: LazyTensors, second: LazyTensors, name: str, slices: Slices)
 
 
 def _squares(tensors: LazyTensors, name: str, slices: Slices) -> _Sums:
-    """The share of elements that are the same on both sides in the three sums."""
+    """Sums over elements that are equal in both models."""
     total = 0.0
     for block in runs(slices, tensors.dtype(name).itemsize, BLOCK_BYTES):
         view = tensors.borrow(name, block)
@@ -151,7 +151,7 @@ def _squares(tensors: LazyTensors, name: str, slices: Slices) -> _Sums:
 
 
 def _same(a: Bits, b: Bits) -> bool:
-    """Whether all bits are equal. Eight bytes at once make the array of answers small."""
+    """Whether all bits are equal. Comparing eight bytes at once keeps the array of results small."""
     if a.nbytes % 8 == 0:
         a, b = (one.reshape(-1).view(np.uint64) for one in (a, b))
     return np.array_equal(a, b)
@@ -174,8 +174,8 @@ def _values(bits: Bits, dtype: DType) -> NDArray[np.float64]:
     return bits.view(dtype.name).astype(np.float64)
 
 
-def _holds_no_number(bits: Bits, dtype: DType) -> bool:
-    """Whether an element is no number. Two maxima need no second array, as a mask of exponents would."""
+def _holds_nan(bits: Bits, dtype: DType) -> bool:
+    """Whether an element is NaN. Two maxima need no second array, as a mask of exponents would."""
     infinity = _INFINITY.get(dtype)
     if infinity is None or not bits.size:
         return False
@@ -184,5 +184,5 @@ def _holds_no_number(bits: Bits, dtype: DType) -> bool:
 
 
 def _worse(a: float, b: float) -> float:
-    """The larger; what is no number is the largest."""
+    """The larger of two; NaN is the largest."""
     return a if math.isnan(a) else b if math.isnan(b) else max(a, b)

@@ -1,4 +1,4 @@
-"""Rules laid over tensors: Hugging Face tensors under megatron-core names, and back. Nothing is copied until read."""
+"""Views by rules: Hugging Face tensors under megatron-core names, and back. Nothing is copied until read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from megatron_vita.convert.rules import Named, Rule, SourceSlice, prove
 from megatron_vita.errors import CheckpointError
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
-"""Buffers that old files carry and that are computed, not learned."""
+"""Buffers in old files that are computed, not learned."""
 _BLOCK_BYTES = 32 << 20
-"""Read at once where values are only looked at."""
+"""Size of a block that is read to check values."""
 
 
 class _RuledView(LazyTensors):
@@ -80,11 +80,11 @@ class McoreView(_RuledView):
     def __init__(
         self, rules: Sequence[Rule], source: LazyTensors, where: str, *, tied: tuple[str, str] | None = None
     ) -> None:
-        """Check that the source holds exactly what the table speaks of.
+        """Check that the source holds exactly the tensors of the table.
 
         Args:
             where: names the source in errors.
-            tied: (name, name of what it must equal): a head that some publishers write although it is tied.
+            tied: (name, name of the tensor it must equal): a head that some publishers write although it is tied.
 
         Raises:
             CheckpointError: a tensor is missing, extra or misshapen, or should be zero and is not; named.
@@ -154,7 +154,7 @@ class HfView(_RuledView):
     """megatron-core tensors under Hugging Face names."""
 
     def __init__(self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: DType | None = None) -> None:
-        """Check that the source holds exactly what the table speaks of.
+        """Check that the source holds exactly the tensors of the table.
 
         Args:
             dtype: convert every tensor to this type; by default each keeps its own. Reading a finite value that has
@@ -212,7 +212,7 @@ class HfView(_RuledView):
 
 
 def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> dict[str, str]:
-    """Compare names and shapes of a source with those that a table speaks of.
+    """Compare names and shapes of a source with those of a table.
 
     Returns:
         Stored tensors that are not used, each with the reason.
@@ -249,7 +249,7 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
 
 
 def _equal(source: LazyTensors, first: str, second: str) -> bool:
-    """Bit for bit the same values."""
+    """Whether two tensors are equal bit for bit."""
     shape = source.shape(first)
     return (shape, source.dtype(first)) == (source.shape(second), source.dtype(second)) and all(
         np.array_equal(source.bits(first, slices), source.bits(second, slices))

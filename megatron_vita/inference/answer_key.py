@@ -1,4 +1,4 @@
-"""Digests of all that decides an answer: one on disk is used again only while nothing of it has changed."""
+"""Digests of everything that determines an answer: an answer on disk is reused only while its digest is unchanged."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from megatron_vita.files import new_digest
 from megatron_vita.inference.questions import Question
 
 _FORMAT = 2
-"""Goes up when the same model and question would be answered otherwise by a newer package."""
+"""Incremented when a newer package answers the same question of the same model otherwise."""
 _PACKAGES = ("torch", "megatron-core", "tokenizers", "sentencepiece", "jinja2", "numpy", "pillow", "av", "decord")
-"""What computes ids, pixels, frames and logits."""
+"""Packages that compute ids, pixels, frames and logits."""
 _UNRELATED = ("README.md", "LICENSE")
 _BLOCK_BYTES = 8 << 20
 
 
 def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
-    """Digest of a model as it would answer: weights, settings, tokenizer, chat template, preprocessing, arithmetic, and
-    the packages that compute them. Weights of a checkpoint are known by its integrity file; of any other folder every
-    byte is read.
+    """Digest of what determines a model's answers: weights, settings, tokenizer, chat template, preprocessing, dtype
+    and the packages that compute them. A checkpoint is identified by its integrity file; of any other folder every byte
+    is read.
 
     Raises:
         ConfigError, CheckpointError: no tokenizer, or a file that cannot be read.
@@ -62,7 +62,7 @@ class QuestionKeys:
         self._known: dict[tuple[str | None, int, int | None, float], str] = {}
 
     def key(self, question: Question) -> str:
-        """Digest of a question. A medium that cannot be read has a digest, too: reading tells what is wrong."""
+        """Digest of a question. A medium that cannot be read has a digest, too; reading it raises the error."""
         sample = question.sample
         media = [[self._medium(one) for one in part] for part in (sample.images, sample.videos)]
         bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)

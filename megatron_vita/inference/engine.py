@@ -50,7 +50,7 @@ class Engine:
         *,
         video_backend: str = "auto",
     ) -> None:
-        """Wrap parts that are loaded already; `Engine.load` loads them."""
+        """Build an engine of loaded parts; `Engine.load` loads them."""
         self.model = model.eval()
         self.config = config
         self.tokenizer = tokenizer
@@ -84,7 +84,7 @@ class Engine:
         return cls(model, opened.model, tokenizer, spec, path, video_backend=video_backend)
 
     def close(self) -> None:
-        """Let go of the weights, so that the next model has room."""
+        """Free the memory of the weights for the next model."""
         del self.model
         gc.collect()
         empty_cache()
@@ -208,8 +208,8 @@ class Engine:
         """
         device = torch_device()
         lengths = [len(prompt.example.tokens) for prompt in prompts]
-        room = [min(max_new_tokens, self.config.max_position_embeddings - length) for length in lengths]
-        said: list[list[int]] = [[] for _ in prompts]
+        limits = [min(max_new_tokens, self.config.max_position_embeddings - length) for length in lengths]
+        generated: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         generators = generators_for(len(prompts), sampling)
         active = list(range(len(prompts)))
@@ -221,20 +221,20 @@ class Engine:
             for place, (i, token) in enumerate(zip(active, chosen, strict=True)):
                 ended[i] = token in self._ends
                 if not ended[i]:
-                    said[i].append(token)
-                    if len(said[i]) < room[i]:
+                    generated[i].append(token)
+                    if len(generated[i]) < limits[i]:
                         going.append(place)
             if not going:
                 break
             if len(going) < len(active):
                 cache.keep(going)
             active = [active[place] for place in going]
-            tokens = torch.tensor([[said[i][-1] for i in active]], device=device)
-            positions = torch.tensor([[lengths[i] + len(said[i]) - 1 for i in active]], device=device)
+            tokens = torch.tensor([[generated[i][-1] for i in active]], device=device)
+            positions = torch.tensor([[lengths[i] + len(generated[i]) - 1 for i in active]], device=device)
             logits = self._decode(tokens, positions, cache)
         return [
             Generation(self.tokenizer.decode(ids).strip(), tuple(ids), done)
-            for ids, done in zip(said, ended, strict=True)
+            for ids, done in zip(generated, ended, strict=True)
         ]
 
     def prefill(self, prompts: Sequence[Prompt], cache: KVCache | None) -> torch.Tensor:
@@ -276,7 +276,7 @@ class Engine:
 
 
 def model_name(path: str | Path) -> str:
-    """What a model is called in tables: the stage that trained it, or the name of its folder.
+    """Name of a model in tables: the stage that trained it, or the name of its folder.
 
     Raises:
         ConfigError: no such folder.

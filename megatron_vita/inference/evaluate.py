@@ -1,4 +1,4 @@
-"""Ask models the questions of JSONL files and judge the answers; every answer is on disk as soon as it is known."""
+"""Evaluate models on questions of JSONL files and score the answers; every answer is written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ DTYPE = torch.float32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
-    """What decides an answer, besides the model and the question."""
+    """Settings that determine an answer, besides the model and the question."""
 
     task: str = "exact_match"
-    """How answers are judged."""
+    """Task that scores answers, a key of score.TASKS."""
     zero_tiles: bool = False
-    """Every tile is black: what does the model answer without seeing?"""
+    """Replace every tile with black, to measure answers without vision."""
     max_new_tokens: int = 32
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     sampling: SamplingConfig = GREEDY
-    """How tokens are chosen."""
+    """Sampling of tokens."""
     video_backend: str = "auto"
-    """What decodes videos; see `open_video`. Another version of it counts as another setting."""
+    """Video decoder, see `open_video`; another version of it counts as another setting."""
     batch_tokens: int = 4096
-    """Prompt tokens that are answered together; decides speed and memory, not answers."""
+    """Prompt tokens of one packed sequence; affects speed and memory, not answers."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -58,14 +58,14 @@ class EvalSettings:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide answers or verdicts."""
+        """The settings that determine answers or verdicts."""
         deciding = {key: value for key, value in asdict(self).items() if key != "batch_tokens"}
         return {**deciding, "video_backend": decoder_name(self.video_backend)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One model's questions that are still to be asked."""
+    """One model and its unanswered questions."""
 
     model: str
     """The path as it was given."""
@@ -84,7 +84,7 @@ def evaluate(
     limit: int | None = None,
     workers: int = 1,
 ) -> list[dict[str, Any]]:
-    """Ask every model every question that `output/results.jsonl` does not answer yet; then write `output/summary.json`.
+    """Answer every question by every model, except those in `output/results.jsonl`; then write `output/summary.json`.
 
     An answer on disk counts only while all that decides it is what it was (`answer_key`): the model, how it reads text
     and pictures, the settings, the question with its media. What could not be read is tried again.
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, total: int, workers: int) -> None:
-    """Ask all that is left, appending each answer; a bar on standard error shows how far and how fast."""
+    """Answer all remaining questions, appending each answer; a progress bar on standard error."""
     parts = [part for part in parts if part.questions]
     left = sum(len(part.questions) for part in parts)
     if left < total:
@@ -164,7 +164,7 @@ def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, to
 
 
 def _share(part: _Part, rank: int, workers: int) -> _Part:
-    """Every `workers`-th question: neighbours in a file are alike, so the shares cost alike."""
+    """Every `workers`-th question: neighbours in a file cost alike, so this balances the workers."""
     return _Part(part.model, part.name, part.questions[rank::workers])
 
 
@@ -198,7 +198,7 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
 
 
 def _in_processes(workers: int, work: Callable[[int], Iterator[Result]]) -> Iterator[Result]:
-    """Run `work(rank)` in forked processes and hand on their results as they come.
+    """Run `work(rank)` in forked processes and yield their results as they arrive.
 
     Forked, so that the slow imports are paid once. A worker's failure ends all of them and is raised here.
 
@@ -265,7 +265,7 @@ def _worker(
 
 
 def _names(models: Sequence[str]) -> dict[str, str]:
-    """Path -> what the model is called in tables: its stage or folder name, or its path where that is not unique."""
+    """Path -> name of the model in tables: its stage or folder name, or its path where that is not unique."""
     names = {model: model_name(model) for model in models}
     unique = {name for name in names.values() if list(names.values()).count(name) == 1}
     return {model: name if name in unique else model for model, name in names.items()}

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: a question made ready, and an answer."""
+"""Input and output of generation: a prepared prompt and an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A Sample made ready for the model."""
+    """A Sample prepared for the model."""
 
     example: Example
     tiles: torch.Tensor

@@ -27,7 +27,7 @@ class Question:
     line: int
     """Record number in the file, from 1."""
     fields: Mapping[str, Any]
-    """What else the record says in plain values (`frames`, `depth`, ...)."""
+    """Other scalar fields of the record (`frames`, `depth`, ...)."""
 
 
 def read_questions(path: Path, *, media_root: Path | None = None, limit: int | None = None) -> list[Question]:

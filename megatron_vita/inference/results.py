@@ -1,4 +1,4 @@
-"""The results file of an evaluation: one JSON line an answer, appended as it comes, so that a kill loses little."""
+"""The results file of an evaluation: one JSON line per answer, appended at once, so that a kill loses little."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = dict[str, Any]
 
 
 class ResultFile:
-    """Append-only results with a memory of what is finished.
+    """Append-only results that know which questions are answered.
 
     A line is {run, model, name, task, data, line, zero_tiles, answer, expected, verdict, finished, fields}. `run` is a
     digest of all that decides the answer (`answer_key`): a result counts as finished only under the same one, so a
@@ -49,7 +49,7 @@ class ResultFile:
 
     @staticmethod
     def key(result: Mapping[str, Any]) -> tuple[str, str, int]:
-        """What makes a result the same one again: (run, data file, line)."""
+        """Key that identifies a result: (run, data file, line)."""
         return result["run"], result["data"], result["line"]
 
     def limit_for(self, data: str, limit: int | None) -> int | None:
@@ -86,7 +86,7 @@ class ResultFile:
         return {self.key(result) for result in self.results}
 
     def add(self, result: Result) -> None:
-        """Append one result; it is with the operating system when this returns."""
+        """Append one result and flush it to the operating system."""
         self._file.write(_line(result))
         self._file.flush()
         self.results.append(result)

@@ -1,4 +1,4 @@
-"""From logits to a token: pure functions, no global random state. Greedy is temperature 0.
+"""Sampling of a token from logits: pure functions, no global random state. Greedy is temperature 0.
 
 Legend: n sequences, v vocabulary entries. A filter returns logits of the same shape in which what is ruled out is -inf.
 """
@@ -14,10 +14,10 @@ from megatron_vita.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How the next token is chosen."""
+    """Settings of sampling."""
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token always."""
+    """Divides the logits; 0: greedy."""
     top_k: int = 0
     """Choose among the k most likely tokens; 0: among all."""
     top_p: float = 1.0
@@ -35,11 +35,11 @@ class SamplingConfig:
 
 
 GREEDY = SamplingConfig()
-"""The most likely token, always."""
+"""Greedy decoding."""
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Rule out all but the k largest logits of each row; [n, v]. k = 0 or k >= v keeps all; ties stay."""
+    """Mask all but the k largest logits of each sequence; [n, v]. k = 0 or k >= v keeps all; ties stay."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest = torch.topk(logits, k, dim=-1).values[..., -1:]
@@ -47,7 +47,7 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Rule out the tail of each row: keep the fewest likeliest tokens whose probabilities sum to at least p; [n, v].
+    """Mask the tail of each sequence's distribution: keep the fewest most likely tokens whose sum reaches p; [n, v].
 
     The likeliest token always stays.
     """

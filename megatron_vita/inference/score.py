@@ -1,4 +1,4 @@
-"""How answers are judged and counted: pure functions of text and numbers."""
+"""Scoring of answers and its statistics: pure functions of text and numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEPTH_BANDS = 5
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """The same words: white space at both ends and its amount between words do not count; everything else does."""
+    """Whether two texts are equal, except for white space at both ends and its amount between words."""
     return answer.split() == expected.split()
 
 

@@ -1,4 +1,4 @@
-"""Every family of decoders, a row each: what its config.json and its tensors have of their own.
+"""The table of decoder families: how each differs from Llama in config.json and tensors.
 
 A decoder of the Llama kind needs a row here, and nothing else of the package; docs/convert.md says what to look for.
 """
@@ -26,17 +26,17 @@ class DecoderFamily:
     qk_layernorm: bool = False
     """RMSNorm on each query and key head."""
     rotary_interleaved: bool = False
-    """The rotary embedding turns neighbouring numbers, rather than halves of a head against each other."""
+    """The rotary embedding pairs adjacent elements of a head rather than its halves."""
     rotary_percent: float | None = None
-    """partial_rotary_factor where config.json is silent; none: the class always turns the whole head."""
+    """Default of partial_rotary_factor; none: the class always rotates the whole head."""
     head_dim: int | None = None
-    """Where config.json is silent; none: hidden_size / num_attention_heads."""
+    """Default head size; none: hidden_size / num_attention_heads."""
     heads_divide: bool = False
     """hidden_size must be a multiple of the heads, whatever head_dim says."""
     groups_are_heads: bool = False
     """Without num_key_value_heads each query head has its own. (Other classes have a number that fits one model.)"""
     window: int | None = None
-    """sliding_window where config.json is silent, of a class that attends within it whenever it is a number."""
+    """Default of sliding_window, of a class that applies it whenever it is a number."""
     gate_up: str | None = None
     """Name of gate and up as one tensor, gate above up; none: `gate_proj` and `up_proj`."""
     required: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class DecoderFamily:
     """Further settings of an exported config.json."""
 
     def lacks(self, model: ModelConfig) -> str | None:
-        """What a decoder has, or has not, that keeps it out of this family; none if the family holds it."""
+        """Why this family cannot hold a decoder; none if it can."""
         for name in ("add_qkv_bias", "qk_layernorm", "rotary_interleaved"):
             if getattr(model, name) != getattr(self, name):
                 return f"model.{name}={getattr(model, name)}"

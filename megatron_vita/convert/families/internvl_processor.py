@@ -1,4 +1,4 @@
-"""What transformers' InternVLProcessor makes of the settings in a folder, and our preprocessing that does the same.
+"""Map the settings of transformers' InternVLProcessor in a folder to the equivalent preprocessing.
 
 Read in transformers 5.24 (with its PIL image processor, GotOcr2ImageProcessorPil):
 
@@ -9,7 +9,7 @@ Read in transformers 5.24 (with its PIL image processor, GotOcr2ImageProcessorPi
   resized whatever `do_resize` says, never cropped at the centre, never padded.
 * Keys of tokenizer_config.json that name an image processor's setting override that setting.
 
-What stock code obeys and we cannot do is rejected by name.
+Settings that stock code obeys and megatron_vita does not support are rejected by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rotary embedding in a config.json: two spellings, of which each release of transformers believes another."""
+"""The rotary embedding in a config.json: two spellings, and releases of transformers differ in which they prefer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LLAMA3 = {
 
 @dataclass(frozen=True)
 class Rotary:
-    """What a config.json says of the rotary embedding."""
+    """Rotary embedding settings of a config.json."""
 
     base: float
     scaling: float | None
     """Factor of Llama 3.1's, or none."""
     percent: float
-    """Share of each head that is turned."""
+    """Fraction of each head that is rotated."""
 
 
 def read_rotary(config: Mapping[str, Any], where: str, partial: float | None) -> Rotary:
@@ -118,7 +118,7 @@ def _read_scaling(rope: Mapping[str, Any], key: str, config: Mapping[str, Any], 
 
 
 def _agree(what: str, values: Mapping[str, Any], where: str) -> None:
-    """Reject what is said twice and differently: each release of transformers believes another."""
+    """Reject a setting whose values differ between the two spellings, of which releases prefer different ones."""
     if len(set(values.values())) > 1:
         said = ", ".join(f"{key} {value}" for key, value in values.items())
         raise CheckpointError(f"{where}: says its {what} differently ({said}). Keep the one it was trained with.")
