@@ -1,1 +1,1 @@
-"""Is the parallel model the same model? A grid of layouts against one process of plain PyTorch."""
+"""Parity of the parallel model: a grid of layouts, compared with a reference implementation in one process."""

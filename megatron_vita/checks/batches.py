@@ -1,4 +1,4 @@
-"""Packs as the batches of one rank, cut as the loader cuts what it reads from shards."""
+"""Build this rank's batches from packs, as the loader builds them from shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_batches(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> S
 
 
 def _batch(stage: StageConfig, groups: Groups, packs: Sequence[Pack]) -> Batch:
-    """Packs joined end to end and padded at the end by a document of its own."""
+    """Concatenate packs; the padding at the end is a document of its own."""
     starts = np.cumsum([0, *(len(pack.tokens) for pack in packs)])
     padding = stage.data.seq_length * len(packs) - int(starts[-1])
     reset = stage.data.reset_per_document

@@ -1,4 +1,4 @@
-"""Differences between a layout and the reference, and the bounds they must keep."""
+"""Differences between a layout and the reference, and their bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one arithmetic may differ by."""
+    """Allowed differences of a dtype."""
 
     loss: float
     """Relative."""
@@ -31,7 +31,7 @@ BOUNDS = {
     torch.bfloat16: Bounds(2e-2, 1e-2, None, whole=1e-3),
 }
 NEGLIGIBLE = 1e-6
-"""Elements whose gradient is below this part of the tensor's largest do not count for AdamW: their sign is noise."""
+"""Elements whose gradient is below this fraction of the tensor's largest are ignored for AdamW: their sign is noise."""
 
 
 @dataclass
@@ -40,21 +40,21 @@ class TensorDifference:
 
     name: str
     place: int
-    """Its place in a forward pass."""
+    """Its index in the order of a forward pass."""
     where: str
     """The rank with the largest error."""
     error: float = 0.0
     """Largest difference of the gradient."""
     largest: float = 0.0
-    """Largest element of the whole reference gradient."""
+    """Largest element of the unsharded reference gradient."""
     products: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of gradient and reference, over all ranks: dot product, square of the one, square of the other."""
+    """Over all ranks: dot product of gradient and reference, squared norm of the gradient, and of the reference."""
     square: float = 0.0
-    """Of the whole reference gradient."""
+    """Squared norm of the unsharded reference gradient."""
     weight: float = 0.0
     """Difference of the weight after the step, as Bounds says."""
     broken: str | None = None
-    """What is wrong other than a number."""
+    """An error that is not a numerical difference."""
 
     def gradient(self, by_cosine: bool) -> float:
         """The gradient's difference, as Bounds says; infinite where it should be zero and is not."""
@@ -68,7 +68,7 @@ class TensorDifference:
 
 @dataclass
 class Outcome:
-    """How far one case is from the reference."""
+    """Differences of one case from the reference."""
 
     dtype: torch.dtype
     loss: float = 0.0
@@ -76,12 +76,12 @@ class Outcome:
 
     @property
     def bounds(self) -> Bounds:
-        """What it is judged by."""
+        """Bounds of the case's dtype."""
         return BOUNDS[self.dtype]
 
     @property
     def by_cosine(self) -> bool:
-        """Gradients are measured by 1 - cosine."""
+        """Whether gradients are measured by 1 - cosine."""
         return self.bounds.whole is not None
 
     def whole(self) -> float:
@@ -101,8 +101,8 @@ class Outcome:
         return max(self.tensors.values(), key=lambda one: one.weight)
 
     def failures(self) -> list[str]:
-        """What breaks a bound: the loss, then gradients in the order of a backward pass, so that the first one named is
-        the nearest to where the layout went astray; then weights, if all gradients are right."""
+        """Differences above a bound: the loss, then gradients in the order of a backward pass, so that the first one is
+        the nearest to the cause; then weights, if all gradients are right."""
         bounds, found = self.bounds, []
         backward = sorted(self.tensors.values(), key=lambda one: -one.place)
         found += [f"{one.name}: {one.broken} ({one.where})" for one in backward if one.broken]
@@ -140,7 +140,7 @@ class Comparison:
         self.outcome.loss = _nan_is_worst(abs(value - expected) / max(abs(expected), 1e-30))
 
     def gradient(self, name: str, own: Tensor, expected: Tensor, whole: Tensor) -> None:
-        """A gradient against this rank's part of the whole reference gradient."""
+        """Compare a gradient with this rank's shard of the reference gradient."""
         own, expected, whole = own.detach().double().cpu(), expected.double(), whole.double()
         entry = self._entry(name)
         entry.error = _nan_is_worst(float((own - expected).abs().max())) if own.numel() else 0.0

@@ -1,4 +1,4 @@
-"""From a filter to the cases of a grid."""
+"""Select the cases of a grid by a filter."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_vita.errors import ConfigError
 
 _STRENGTH = {"small": 1, "full": 2}
 STRICTEST = ("freeze", "dtype")
-"""Options whose first value shows more than the others: every gradient, to the last digit. Pairs of other options are
-covered under it."""
+"""Options whose first value is the strictest test: every gradient, in float64. Pairs of other options are covered with
+these values."""
 EXTRA: tuple[dict[str, tuple[Any, ...]], ...] = (
     # Ranks that have nothing to differentiate while others have: one that skips a collective lets the others wait for
     # ever.
@@ -35,17 +35,17 @@ EXTRA: tuple[dict[str, tuple[Any, ...]], ...] = (
     # Norms of the same names in decoder and tower, some of them replicated, some split, some with part of the tokens.
     {"tp": (2,), "sp": (False, True), "tower": ("spread", "split"), "vit": ("intern_vit_6b",), "llm": ("qwen3",)},
 )
-"""Parts of the full grid that hold more than pairs: every combination of each."""
+"""Parts of the full grid with every combination of their values, not only pairs."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What `--grid` asks for."""
+    """A parsed `--grid`."""
 
     strength: int | None = None
-    """2: every pair of values that go together; 1: every value; none: every combination of the chosen values."""
+    """2: every compatible pair of values; 1: every value; none: every combination of the chosen values."""
     chosen: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Options held to some of their values."""
+    """Options restricted to some of their values."""
 
 
 def parse_spec(text: str, worlds: Sequence[int], dtypes: str | None = None) -> Spec:
@@ -80,10 +80,10 @@ def parse_spec(text: str, worlds: Sequence[int], dtypes: str | None = None) -> S
 
 
 def make_cases(spec: Spec, worlds: Sequence[int]) -> list[Case]:
-    """The cases of a grid, those of few ranks first.
+    """The cases of a grid, sorted by the number of ranks.
 
     Args:
-        spec: what is asked for. Without a strength, options that are not chosen keep the plain value that fits.
+        spec: the filter. Without a strength, options that are not chosen take their first compatible value.
         worlds: how many ranks a case may take.
 
     Raises:
@@ -111,7 +111,7 @@ def make_cases(spec: Spec, worlds: Sequence[int]) -> list[Case]:
 def _covered(
     bound: Sequence[dict[str, Any]], free: dict[str, tuple[Any, ...]], strength: int
 ) -> Iterator[dict[str, Any]]:
-    """All pairs (or values); those of other options than STRICTEST under the strictest value of each."""
+    """Cases that cover all pairs (or values); pairs without an option of STRICTEST take its strictest value."""
     if strength == 1:
         yield from cover(bound, free, 1)
         return
@@ -122,7 +122,7 @@ def _covered(
 
 
 def excluded(spec: Spec, worlds: Sequence[int]) -> dict[str, list[str]]:
-    """What a grid excludes, by reason: pairs of values that go together in no case; without a strength,
+    """Excluded combinations by reason: pairs of values that no case combines; without a strength,
     combinations of the chosen values."""
     allowed, rejected = _allowed(spec, worlds)
     options = {name: spec.chosen.get(name, values) for name, values in layout_options(worlds).items()}
@@ -156,12 +156,12 @@ def _too_many(worlds: Sequence[int]) -> str:
 
 
 def _common(values: tuple[Any, ...], spec: Spec, name: str) -> tuple[Any, ...]:
-    """Those of an option's values that the filter leaves."""
+    """The values of an option that the filter keeps."""
     return tuple(value for value in values if value in spec.chosen.get(name, values))
 
 
 def _allowed(spec: Spec, worlds: Sequence[int]) -> tuple[list[Case], dict[Case, str]]:
-    """Allowed layouts, and rejected ones with reasons; both the simplest first."""
+    """Allowed layouts, and rejected ones with reasons; the simplest first in both."""
     fitting = [
         (case, reason)
         for case, reason in layouts(worlds)

@@ -1,4 +1,4 @@
-"""A job: one step of one stage, which the ranks take and compare; from a case of the grid, or from a user's recipe."""
+"""Jobs of the ranks: one compared step of a stage, from a case of the grid or from a user's recipe."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _TORCH = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bflo
 
 @dataclass(frozen=True)
 class RankJob:
-    """One step to take and to compare."""
+    """One optimizer step to run and compare."""
 
     name: str
     world_size: int
     stage: StageConfig
     images: str
-    """Where tiles stand, see tiny.IMAGES."""
+    """Positions of the tiles, see tiny.IMAGES."""
     dtype: torch.dtype
 
 
 def case_job(case: Case) -> RankJob:
-    """A case of the grid."""
+    """The job of a case of the grid."""
     return RankJob(str(case), case.world_size, case_stage(case), case.images, _TORCH[case.dtype])
 
 

@@ -17,7 +17,7 @@ from megatron_vita.parallel.block_kernels import Blocks
 
 CPU_KERNEL = "torch flash, cpu"
 KERNELS = (CPU_KERNEL, *flash.KERNELS)
-"""What `parity` knows."""
+"""Arguments of `parity`."""
 
 _CAUSAL = ((1, 70, 70), (2, 1, 1), (1, 300, 300))
 _FULL = ((1, 70, 9), (2, 1, 130), (1, 64, 300))
@@ -25,7 +25,7 @@ _SCALE = 0.125
 
 
 def parity(name: str) -> float | str:
-    """How far a kernel is from the reference implementation, on blocks of uneven lengths and grouped heads.
+    """Compare a kernel with the reference implementation, on blocks of uneven lengths and grouped heads.
 
     Args:
         name: one of KERNELS.

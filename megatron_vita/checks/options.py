@@ -1,4 +1,4 @@
-"""What is varied, and what a choice means: one table of options, and a choice's settings as training takes them."""
+"""The options of the grid, and the stage settings of a case."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One choice of every option; the fields' names are the names in a filter (`tp=2 cp=2 comm=p2p`)."""
+    """A value for every option; the fields' names are the names in a filter (`tp=2 cp=2 comm=p2p`)."""
 
     tp: int = 1
     """Tensor-parallel ranks."""
@@ -62,29 +62,29 @@ class Case:
     mbs: int = 1
     """Micro-batch size: packs of a packed sequence."""
     images: str = "everywhere"
-    """Where tiles stand, see tiny.IMAGES."""
+    """Positions of the tiles, see tiny.IMAGES."""
     reset: bool = True
     """Positions and attention restart at every document."""
     tied: bool = False
     """The head is the embedding table."""
     freeze: str = "none"
-    """What keeps its weights: `none`, `stage-1` (all but the projector), `tower`."""
+    """Frozen parts: `none`, `stage-1` (all but the projector), `tower`."""
     tower: str = "spread"
-    """The vision tower: `spread`, whole on every rank, tiles shared out; or `split` over the tensor-parallel ranks."""
+    """The vision tower: `spread` (replicated, tiles distributed over the ranks) or `split` (tensor-parallel)."""
     vit: str = "intern_vit"
-    """Its kind, see tiny.VITS."""
+    """Architecture of the tower, see tiny.VITS."""
     llm: str = "qwen2"
-    """The decoder's kind, see tiny.LLMS."""
+    """Architecture of the decoder, see tiny.LLMS."""
     recompute: str = "none"
     """Recomputed activations: `none`, `full` (every layer), `selective` (core attention), `block` (one layer)."""
     overlap: bool = False
     """overlap_grad_reduce."""
     dtype: str = "float64"
-    """Arithmetic."""
+    """Dtype of weights and activations."""
 
     @property
     def world_size(self) -> int:
-        """Ranks that the case takes."""
+        """Number of ranks of the case."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
@@ -93,11 +93,11 @@ class Case:
         return self.mb * self.mbs * self.dp
 
     def __str__(self) -> str:
-        """As a filter takes it, without what is as by default."""
+        """The case as a filter, without default values."""
         return " ".join(f"{name}={shown(value)}" for name, value in self.chosen().items()) or "one process"
 
     def chosen(self) -> dict[str, Any]:
-        """The options that are not as by default."""
+        """The options that differ from their defaults."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
 
@@ -111,7 +111,7 @@ def shown(value: Any) -> str:
 
 
 def layout_options(worlds: Sequence[int]) -> dict[str, tuple[Any, ...]]:
-    """Options that restrain one another, and all their values for worlds of these sizes. The first value is the plain
+    """Options that restrict one another, and all their values for worlds of these sizes. The first value is the default
     one."""
     degrees = tuple(sorted({degree for size in worlds for degree in range(1, size + 1) if size % degree == 0}))
     return {
@@ -131,7 +131,7 @@ def layout_options(worlds: Sequence[int]) -> dict[str, tuple[Any, ...]]:
 
 
 def free_options(dtypes: Sequence[str] = DTYPES) -> dict[str, tuple[Any, ...]]:
-    """Options that go with everything."""
+    """Options that are compatible with every layout."""
     return {
         "reset": (True, False),
         "tied": (False, True),
@@ -159,7 +159,7 @@ def layouts(worlds: Sequence[int]) -> Iterator[tuple[Case, str | None]]:
 
 
 def why_not(case: Case) -> str | None:
-    """Why there is no such case: an option that changes nothing, or settings that reject it."""
+    """Why a case is excluded: an option has no effect, or the settings reject it."""
     if (case.comm == "-") != (case.cp == 1):
         return "comm says nothing at cp=1, and must be chosen above"
     if case.pp == 1 and (case.vp, case.split) != (1, "even"):

@@ -1,4 +1,4 @@
-"""Few choices that together hold every pair of values that go together."""
+"""Pairwise testing: few choices that together cover every compatible pair of values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import combinations
 Value = Hashable
 Choice = dict[str, Value]
 Target = tuple[tuple[str, Value], ...]
-"""Values that some choice must hold together, options in order."""
+"""A combination of values that some choice must cover, options in order."""
 
 _CANDIDATES = 64
-"""Combinations weighed for a choice: more of them save few choices and cost time."""
+"""Candidates that are compared for a choice: more of them save few choices and cost time."""
 
 
 def cover(bound: Sequence[Mapping[str, Value]], free: Mapping[str, Sequence[Value]], strength: int = 2) -> list[Choice]:
-    """Choices that hold every `strength` values that go together; greedy, so not the fewest, and always the same.
+    """Choices that cover every compatible combination of `strength` values; greedy (not minimal) and deterministic.
 
     Args:
         bound: every allowed combination of the options that restrain one another, all with the same keys.
@@ -41,7 +41,7 @@ def cover(bound: Sequence[Mapping[str, Value]], free: Mapping[str, Sequence[Valu
 def _targets(
     bound: Sequence[Mapping[str, Value]], free: Mapping[str, Sequence[Value]], strength: int
 ) -> Iterator[Target]:
-    """All that has to be held, once or more often."""
+    """All combinations to cover, with repetitions."""
     loose = [(name, value) for name, values in free.items() for value in values]
     for size in range(strength + 1):
         tails = [tail for tail in combinations(loose, strength - size) if len({name for name, _ in tail}) == len(tail)]
@@ -58,7 +58,7 @@ def _best(
     missing: Mapping[Target, None],
     strength: int,
 ) -> Choice:
-    """The choice that holds `target` and, as far as greed sees, most of what is missing."""
+    """The choice that covers `target` and, greedily, as many of the missing combinations as possible."""
     wanted = dict(target)
     fitting = [one for one in bound if all(one.get(name, value) == value for name, value in target)]
     step = -(-len(fitting) // _CANDIDATES)
@@ -77,5 +77,5 @@ def _best(
 
 
 def _gain(choice: Choice, name: str, value: Value, missing: Mapping[Target, None], strength: int) -> int:
-    """How much of what is missing the value would add to a choice."""
+    """Number of missing combinations that the value would add to a choice."""
     return sum((*held, (name, value)) in missing for held in combinations(choice.items(), strength - 1))

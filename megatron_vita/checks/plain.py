@@ -1,4 +1,4 @@
-"""The whole model in plain PyTorch: one process, no megatron-core, nothing of the packages it is compared with.
+"""Reference implementation of the whole model in PyTorch: one process, no megatron-core, no code under test.
 
 It is the reference implementation of `tools/check_parallel.py` and the baseline of `benchmarks/overhead.py`. Written
 from the published models' definitions and from the names and shapes of our checkpoints, it shares no code with `models`
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
 
 Weights = Mapping[str, Tensor]
-"""Whole tensors under their names in checkpoints."""
+"""Unsharded tensors by checkpoint key."""
 
 
 def shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""Where cases run: in ranks forked from this process, or in the ranks that torchrun started."""
+"""Run cases in ranks forked from this process or started by torchrun."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ FORKED_WORLDS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job."""
+    """Result of a job."""
 
     job: RankJob
     outcome: Outcome | None
-    """Differences; none if it did not end."""
+    """Differences; none if the job did not finish."""
     error: str | None
-    """Why it did not end: the first rank's traceback, or where the ranks hang."""
+    """Why it did not finish: the first rank's traceback, or the stacks of hanging ranks."""
     seconds: float
 
     @property
     def failures(self) -> list[str]:
-        """What is wrong, the first diverging tensor first; empty for a job that is green."""
+        """Failures, the first diverging tensor first; empty for a job that passed."""
         if self.outcome is None:
             return [self.error or "did not end"]
         return self.outcome.failures()
 
 
 def launched() -> bool:
-    """torchrun started this process, as one rank of a world."""
+    """Whether torchrun started this process as one rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -72,7 +72,7 @@ class Forked:
         self._pool: _Pool | None = None
 
     def run(self, job: RankJob) -> Result:
-        """Run one job; after one that failed to end, the next finds new ranks."""
+        """Run one job; after a job that did not finish, the next one gets new ranks."""
         if self._pool is not None and self._pool.world_size != job.world_size:
             self.close()
         self._pool = self._pool or _Pool(job.world_size, self._limit_s)
@@ -82,7 +82,7 @@ class Forked:
         return result
 
     def close(self) -> None:
-        """End the ranks."""
+        """Terminate the ranks."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -95,7 +95,7 @@ class Launched:
         init_distributed(timeout_s=limit_s)  # a collective that hangs raises by then
 
     def run(self, job: RankJob) -> Result:
-        """Run one job. After one that failed to end the world is broken: run no other."""
+        """Run one job. After a job that did not finish the world is broken: run no other."""
         began = time.monotonic()
         try:
             outcome, error = run_stage(job.stage, job.images, job.dtype), None
@@ -104,7 +104,7 @@ class Launched:
         return Result(job, outcome, error, time.monotonic() - began)
 
     def close(self) -> None:
-        """Leave the world."""
+        """Destroy the process groups."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -135,7 +135,7 @@ class _Pool:
         return Result(job, outcome if error is None else None, error, time.monotonic() - began)
 
     def close(self) -> None:
-        """End the ranks, at once."""
+        """Terminate the ranks immediately."""
         for process in self._ranks:
             process.kill()
             process.join()
@@ -164,7 +164,7 @@ class _Pool:
         return outcome, None
 
     def _stacks(self, ranks: Iterable[int]) -> str:
-        """Where ranks that hang stand: the innermost calls of each."""
+        """Stacks of hanging ranks: the innermost calls of each."""
         out = []
         for rank in ranks:
             os.kill(self._ranks[rank].pid, signal.SIGUSR1)
@@ -181,7 +181,7 @@ class _Pool:
         return Path(self._folder.name, f"rank{rank}.stack")
 
     def _serve(self, rank: int, pipe: Connection, inherited: list[Connection]) -> None:
-        """The life of a rank: join the world, run jobs, and leave without tidying up after a failure."""
+        """Main function of a rank: join the world and run jobs; exit without cleanup after a failure."""
         for other in inherited:  # else a rank would keep its own end open, and not see that the parent is gone
             other.close()
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The right answer: loss, gradients and updated weights of one process of plain PyTorch."""
+"""Reference results: loss, gradients and updated weights of the reference implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What one optimizer step is made of, in whole tensors under their names in checkpoints."""
+    """Results of one optimizer step, as unsharded tensors by checkpoint key."""
 
     weights: dict[str, Tensor]
     """Before the step."""
@@ -51,7 +51,7 @@ class Reference:
 
 
 def clip_scale(grads: dict[str, Tensor], most: float) -> float:
-    """What all gradients are multiplied by, so that their common norm is at most `most` (0: any norm)."""
+    """Factor that clips all gradients to a global norm of at most `most` (0: no clipping)."""
     norm = torch.stack([grad.double().norm() for grad in grads.values()]).norm()
     return min(1.0, most / (float(norm) + 1e-6)) if most else 1.0
 

@@ -1,4 +1,4 @@
-"""What a person reads: the table, and what is excluded."""
+"""Text of the report: the table of cases and the excluded pairs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def heading(width: int) -> str:
 
 
 def before(job: RankJob, width: int) -> str:
-    """A line's beginning, printed before the job runs, so that a world that dies has said where."""
+    """The beginning of a line, printed before the job runs, so that it names a job that crashes."""
     return f"{job.world_size:5}  {job.name:{width}}"
 
 
 def after(result: Result) -> str:
-    """The rest of a line, and below it what is wrong."""
+    """The rest of a line, and below it the failures."""
     if result.outcome is None:
         numbers = f"{'-':>7}  {'-':>8}  {'-':>7}  {result.seconds:5.1f}"
     else:

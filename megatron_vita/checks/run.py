@@ -1,4 +1,4 @@
-"""One case on this rank: build it as training does, take one step, and compare with the reference."""
+"""Run one case on this rank: build it as training does, take one step, and compare with the reference."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _one_step(
 
 
 def _gather_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Complete `main_grad` everywhere: under the distributed optimizer a data rank holds the sum of its shard alone."""
+    """Gather `main_grad` on every rank: under the distributed optimizer a data rank has the sum of its shard only."""
     for chunk in wrapped:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
@@ -122,7 +122,7 @@ def _compare_weights(
     comparison: Comparison,
     adam_lr: float | None,
 ) -> None:
-    """Trained weights against the reference's after its step; frozen ones must be as they were.
+    """Compare trained weights with the reference's after its step; frozen ones must be unchanged.
 
     `adam_lr`: differences are counted in rates, where the gradient counts; none: relative to the tensor's largest.
     """
@@ -140,17 +140,17 @@ def _compare_weights(
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """Where DistributedDataParallel keeps it."""
+    """Gradient of a parameter, as DistributedDataParallel stores it."""
     return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def _named(models: Sequence[VitaModel]) -> Iterator[tuple[str, VitaModel, torch.nn.Parameter]]:
-    """Every parameter of this rank under its name in checkpoints, with the model chunk it stands in."""
+    """Every parameter of this rank by checkpoint key, with its model chunk."""
     for model in models:
         for name, parameter in model.named_parameters():
             yield global_name(name, model), model, parameter
 
 
 def _mine(whole: Tensor, parameter: torch.nn.Parameter, name: str, model: VitaModel) -> Tensor:
-    """This rank's part of a whole tensor."""
+    """This rank's shard of a tensor."""
     return local_shard(whole, parameter, name, model.model, model.groups)

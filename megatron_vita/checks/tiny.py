@@ -1,4 +1,4 @@
-"""What the layouts are tried on: a model that fits a layout, its weights, and packs of documents with tiles."""
+"""Test inputs of the grid: a tiny model for a layout, its weights, and packs of documents with tiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ so that tiles are cut by rank boundaries."""
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents laid end to end, as one line of the packed shards holds them."""
+    """Concatenated documents, as one pack of the shards."""
 
     documents: tuple[int, ...]
     """Tokens of each."""
@@ -39,7 +39,7 @@ class Pack:
     tiles: Tensor
     """uint8 [k, 3, S, S]."""
     first_token: tuple[int, ...]
-    """Where the features of each tile begin."""
+    """Position of each tile's first feature."""
 
 
 VITS: dict[str, dict[str, Any]] = {
@@ -48,14 +48,14 @@ VITS: dict[str, dict[str, Any]] = {
     "siglip": {"model_type": "siglip", "image_norm": "siglip"},
     "clip": {"model_type": "clip", "image_norm": "clip", "norm_epsilon": 1e-5},
 }
-"""Towers by what differs; see config.VisionConfig."""
+"""Settings of towers that differ from the default; see config.VisionConfig."""
 LLMS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16},
     "llama": {"add_qkv_bias": False, "rope_scaling_factor": 8.0},
     "glm": {"rotary_percent": 0.5, "rotary_interleaved": True},
 }
-"""Decoders by what differs; see config.ModelConfig."""
+"""Settings of decoders that differ from the default; see config.ModelConfig."""
 
 
 def tiny_model(

@@ -27,7 +27,7 @@ class ResultFile:
         """Open or create; a last line torn by a kill is dropped.
 
         Raises:
-            DataError: another line is not a result, so this is not our file.
+            DataError: another line is not a result, so it is no results file.
         """
         self.path = path
         self.results: list[Result] = []

@@ -114,9 +114,9 @@ def family_of(model: ModelConfig, wanted: str | None = None) -> DecoderFamily:
     reasons = {kind: row.lacks(model) for kind, row in DECODERS.items()}
     holding = [kind for kind, reason in reasons.items() if reason is None]
     if not holding:
-        told = "; ".join(f"{kind} has not {reason}" for kind, reason in reasons.items())
+        lacks = "; ".join(f"{kind} has not {reason}" for kind, reason in reasons.items())
         raise CheckpointError(
-            f"no class of transformers that is known here holds the decoder, so it cannot be exported: {told}. Train "
+            f"no class of transformers that is known here holds the decoder, so it cannot be exported: {lacks}. Train "
             "with the settings of one of them."
         )
     return DECODERS[wanted if wanted in holding else holding[0]]
