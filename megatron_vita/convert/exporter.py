@@ -1,4 +1,4 @@
-"""A checkpoint -> a complete Hugging Face folder."""
+"""Export a checkpoint as a complete Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def export(
 
 
 def holds_all(kinds: Collection[DType]) -> DType:
-    """The type in which stock code loads weights without loss: it casts all of them to the one that config.json names.
+    """The dtype in config.json, to which stock code casts all weights: one that holds them without loss.
 
     Returns:
         The only type there is, or the smallest one that has every value of all of them.
@@ -136,7 +136,7 @@ def holds_all(kinds: Collection[DType]) -> DType:
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:
-    """Write XXH128SUMS over all files of a folder, hashing those whose digest is not known yet."""
+    """Write XXH128SUMS of all files of a folder, hashing those whose digest is not known yet."""
     lines = []
     for path in sorted(one for one in folder.rglob("*") if one.is_file() and one.name != DIGESTS_FILE):
         name = path.relative_to(folder).as_posix()

@@ -13,20 +13,20 @@ from typing import Any
 from megatron_vita.errors import CheckpointError
 
 _MAX_BYTES = 100 << 20
-"""Of one JSON file. The largest published ones, of tokenizers, have a third of it."""
+"""Maximum size of a JSON file, three times the largest published one (a tokenizer's)."""
 _LARGEST = (1 << 31) - 1
-"""Of a size. None that is published comes near."""
+"""Maximum value of a size setting, far above published ones."""
 MOST_HEADS = 1 << 10
-"""Of a layer. The largest published models have 128; a table of names has three slices for each."""
+"""Maximum number of heads of a layer; the largest published models have 128. Each takes three slices in a rule."""
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 2, 100, 40, 40
 
 
 def parse_json(text: str) -> Any:
-    """JSON whose objects have no key twice: of two values, another reader may take the other one.
+    """Parse JSON, rejecting duplicate keys: of two values, another reader may take the other one.
 
     Raises:
-        ValueError: it is none, has a key twice, or is nested deeper than any reader goes.
+        ValueError: the text is not JSON, has a duplicate key, or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)
@@ -35,7 +35,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         CheckpointError: no such file, or no JSON object.
@@ -54,12 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON object as publishers lay it out."""
+    """Write a JSON object in the layout that publishers use."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def integer(config: Mapping[str, Any], key: str, where: str, *, most: int = _LARGEST) -> int:
-    """A size that must be there: a whole number from 1 to `most`."""
+    """A required size: an integer from 1 to `most`."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise mistyped(where, key, f"a whole number from 1 to {most}", value)
@@ -67,12 +67,12 @@ def integer(config: Mapping[str, Any], key: str, where: str, *, most: int = _LAR
 
 
 def optional_integer(config: Mapping[str, Any], key: str, where: str, *, most: int = _LARGEST) -> int | None:
-    """A size, or none where there is nothing or null."""
+    """An optional size; none if it is missing or null."""
     return None if config.get(key) is None else integer(config, key, where, most=most)
 
 
 def number(config: Mapping[str, Any], key: str, where: str) -> float:
-    """A finite number above 0 that must be there."""
+    """A required finite number above 0."""
     value = config.get(key)
     try:
         # a whole number may be larger than any float
@@ -84,7 +84,7 @@ def number(config: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    """True or false; the default where there is nothing."""
+    """A boolean; the default if it is missing."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise mistyped(where, key, "true or false", value)
@@ -92,7 +92,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool
 
 
 def string(config: Mapping[str, Any], key: str, default: str | None, where: str) -> str | None:
-    """A string; the default where there is nothing."""
+    """A string; the default if it is missing."""
     value = config.get(key, default)
     if value is not default and not isinstance(value, str):
         raise mistyped(where, key, "a string", value)
@@ -100,7 +100,7 @@ def string(config: Mapping[str, Any], key: str, default: str | None, where: str)
 
 
 def strings(config: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of strings, empty where there is nothing or null."""
+    """A list of strings; empty if it is missing or null."""
     value = config.get(key)
     if value is None:
         return []
@@ -110,7 +110,7 @@ def strings(config: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def choice(config: Mapping[str, Any], key: str, options: Collection[str], default: str | None, where: str) -> str:
-    """One of the strings that are supported."""
+    """One of the supported strings."""
     value = string(config, key, default, where)
     if value is None or value not in options:
         raise unsupported(where, key, value, ", ".join(options))
@@ -118,7 +118,7 @@ def choice(config: Mapping[str, Any], key: str, options: Collection[str], defaul
 
 
 def section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any] | None:
-    """An object inside, or none where there is nothing or null."""
+    """A nested object; none if it is missing or null."""
     value = config.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise mistyped(where, key, "an object", value)
@@ -135,14 +135,14 @@ def square(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def require(config: Mapping[str, Any], key: str, wanted: Any, default: Any, where: str) -> None:
-    """Reject a setting that has any value but the one that is supported. True is not 1 here."""
+    """Reject any value but the supported one. True is not 1 here."""
     value = config.get(key, default)
     if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
         raise unsupported(where, key, value, f"{wanted!r} only")
 
 
 def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Reject a config.json, or a part of one, that says that its weights are quantised."""
+    """Reject a config.json, or a part of one, with quantised weights."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise unsupported(where, key, "...", "dequantise the weights first")
@@ -167,12 +167,12 @@ def unsupported(where: str, key: str, value: Any, supported: str) -> CheckpointE
 
 
 def mistyped(where: str, key: str, wanted: str, value: Any) -> CheckpointError:
-    """The error for a value that is none of its kind."""
+    """The error for a value of the wrong type."""
     return CheckpointError(f"{where}: {key} must be {wanted}, got {shown(value)}.")
 
 
 def shown(value: Any) -> str:
-    """A value for a message; of a long one, its ends."""
+    """A value as text of a message; a long one is abbreviated."""
     return _short.repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders -> a checkpoint that any layout can start from."""
+"""Import Hugging Face folders as a checkpoint that any layout can load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _PROJECTOR = ProjectorConfig()
 _MATRIX = "language_model.decoder.layers.0.mlp.linear_fc1.weight"
-"""Whose type a fresh projector takes. Not a norm's: some publishers keep those in float32."""
+"""The tensor whose dtype a new projector takes. Not a norm: some publishers keep those in float32."""
 _GROWING = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 
 
@@ -177,7 +177,7 @@ def fresh_projector(model: ModelConfig, seed: int, dtype: DType) -> dict[str, Te
 
 @dataclass(frozen=True)
 class _Content:
-    """What an import writes."""
+    """Contents of an imported checkpoint."""
 
     model: ModelConfig
     tensors: LazyTensors

@@ -42,7 +42,7 @@ _NORMS = {
 """MindSpeed's names of a layer's norms -> Transformer Engine's."""
 _HEAD = "language_model.output_layer.weight"
 _REPLICA_TOLERANCE = 2.0**-7
-"""Relative difference that copies of one weight on different ranks may have gathered: that of one bfloat16 step."""
+"""Allowed relative difference between replicas of a weight: one bfloat16 step."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _stacked_rows(mcore: Named, parts: Sequence[str], source: RankFiles) -> Rule
 
 
 def _leave_copy(source: RankFiles, copy: str, first: str, unused_keys: dict[str, str]) -> None:
-    """Take one of several copies of a weight, if they are copies."""
+    """Mark a replica of a weight as unused, after checking that it is one."""
     if source.shape(copy) != source.shape(first) or source.dtype(copy) != source.dtype(first):
         raise CheckpointError(f"{copy} and {first} should be copies, but differ in shape or type.")
     unused_keys[copy] = f"a copy of {first}"
@@ -195,7 +195,7 @@ def _leave_copy(source: RankFiles, copy: str, first: str, unused_keys: dict[str,
 def _cut_vocabulary(
     parts: list[str], rows: int, places: dict[str, TensorPlace], unused_keys: dict[str, str], folder: Path
 ) -> list[str]:
-    """The parts with rows of the vocabulary, cut to it; what lies beyond is Megatron's padding."""
+    """The shards of the embedding, cut to the vocabulary; further rows are Megatron's padding."""
     kept, left = [], rows
     for part in parts:
         have = min(left, places[part].shape[0])

@@ -1,4 +1,4 @@
-"""Open a model in any format, found out by itself: a checkpoint, a Hugging Face folder or a Megatron layout."""
+"""Open a model and detect its format: a checkpoint, a Hugging Face folder or a Megatron layout."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ DECODER = "decoder"
 
 @dataclass(frozen=True)
 class OpenModel:
-    """One model, wherever it lies."""
+    """An opened model of any format."""
 
     path: Path
-    """The checkpoint's or the Hugging Face folder."""
+    """Folder of the checkpoint or the Hugging Face model."""
     kind: str
     """`checkpoint`, `internvl`, `long_vita`, `megatron`, or a decoder's model_type."""
     model: ModelConfig
     tensors: LazyTensors
     """Its weights by checkpoint key."""
     preprocess: PreprocessSpec | None
-    """How it wants pictures; none for a decoder alone."""
+    """Preprocessing of pictures; none for a decoder alone."""
     tokenizer_dir: Path
-    """Where its tokenizer lies."""
+    """Folder of its tokenizer."""
     state: RunState | None = None
     """run.json of a checkpoint."""
     image_token_id: int | None = None
-    """What stands for a picture, where the config says it (InternVL's)."""
+    """Image token, if the config names it (InternVL's)."""
     decoder: str | None = None
-    """model_type of the decoder's family, as far as it is known: several hold the same decoder."""
+    """model_type of the decoder's family, if known: several families can hold the same decoder."""
 
 
 @dataclass(frozen=True)

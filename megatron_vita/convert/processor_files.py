@@ -32,9 +32,9 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 SIDECAR = "megatron_vita.json"
-"""What an exported folder remembers beyond what stock files can say."""
+"""Settings of an exported folder that stock files cannot hold."""
 BICUBIC = 3
-"""PIL's number."""
+"""PIL's number of the filter."""
 PIXEL_SETTINGS = {
     *("size", "default_to_square", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize"),
     *("image_mean", "image_std", "min_patches", "max_patches", "do_convert_rgb", "do_center_crop", "crop_size"),
@@ -42,11 +42,11 @@ PIXEL_SETTINGS = {
 }
 """Keys of an image processor that stock code obeys."""
 _RELATIVE = 1e-6
-"""Difference of means and deviations that float32 pixels do not show."""
+"""Tolerance of means and deviations, below the resolution of float32 pixels."""
 
 
 def read_side_file(folder: Path, vision: VisionConfig) -> PreprocessSpec | None:
-    """What a folder that we wrote says of pictures beyond stock settings; none where another wrote it.
+    """Preprocessing in the side file of an export; none in a folder of another publisher.
 
     Raises:
         CheckpointError: it is damaged, or does not fit the tower.
@@ -65,7 +65,7 @@ def read_side_file(folder: Path, vision: VisionConfig) -> PreprocessSpec | None:
 
 
 def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
-    """A tower with the mean and deviation of pixels that its folder's settings say, if it has any.
+    """A tower with the mean and deviation of pixels in its folder's settings, if any.
 
     Raises:
         CheckpointError: settings that say two things, or nothing that we can do.
@@ -82,7 +82,7 @@ def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
 
 
 def with_own_projector(folder: Path, model: ModelConfig) -> ModelConfig:
-    """A model with the projector that SIDECAR says it had before it was padded with zeros to be a stock one.
+    """A model with the projector width that SIDECAR records from before it was padded with zeros.
 
     Raises:
         CheckpointError: the file is damaged, or no stock projector can hold such a one.
@@ -100,7 +100,7 @@ def with_own_projector(folder: Path, model: ModelConfig) -> ModelConfig:
 
 
 def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[str, Any]]:
-    """Settings of the image, video and joint processors by file name; all written out, because no default fits.
+    """Settings of the image, video and joint processors by file name, all explicit, because no default fits.
 
     Args:
         model: with a tower.
@@ -146,7 +146,7 @@ def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[
 
 
 def side_of(size: Any, key: str, where: str) -> int:
-    """Side of the square that a size names: one number, two equal ones, or an object of equal ones.
+    """Side of a square size: one number, two equal ones, or an object of equal ones.
 
     Raises:
         CheckpointError: it is none.
@@ -158,7 +158,7 @@ def side_of(size: Any, key: str, where: str) -> int:
 
 
 def check_side(side: int, vision: VisionConfig, where: str) -> None:
-    """Reject pictures of another size than the tower's.
+    """Reject a picture size other than the tower's.
 
     Raises:
         CheckpointError: saying both sizes.
@@ -204,7 +204,7 @@ def switch(values: Mapping[str, Any], key: str, where: str, *, default: bool = F
 
 
 def _channels(values: Mapping[str, Any], key: str, where: str) -> list[float]:
-    """A number for each of three channels, or one for all."""
+    """A number for each of three channels, given once or three times."""
     value = values[key]
     numbers = value if isinstance(value, list) else [value] * 3
     if len(numbers) != 3 or any(not isinstance(one, int | float) or isinstance(one, bool) for one in numbers):

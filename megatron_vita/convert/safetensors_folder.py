@@ -120,7 +120,7 @@ class _Entry:
 
 
 def _entry(name: str, values: Mapping[str, Any]) -> _Entry:
-    """Raises ValueError, KeyError or TypeError for what is no description of a tensor."""
+    """Raises ValueError, KeyError or TypeError for an invalid description of a tensor."""
     offsets, shape, code = values["data_offsets"], values["shape"], values["dtype"]
     if not (isinstance(offsets, list) and isinstance(shape, list) and isinstance(code, str)):
         raise TypeError(f"{shown(name)}: dtype must be a string, shape and data_offsets lists")

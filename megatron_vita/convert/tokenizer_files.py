@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a model: special tokens added on import, named for stock processors on export."""
+"""Tokenizer files of a model: special tokens are added on import and named for stock processors on export."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
-"""Where processors had it before TEMPLATE_FILE."""
+"""File of the chat template in older processors."""
 STOCK_CLASS = "PreTrainedTokenizerFast"
-"""The class of transformers, in any version, that does what tokenizer.json says and nothing else."""
+"""The class of transformers that, in any version, uses tokenizer.json unchanged."""
 _KEPT = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
-"""Settings of a publisher that no id hangs on."""
+"""Settings of a publisher that do not affect ids."""
 
 
 def with_vision_tokens(source: Path, target: Path) -> int:

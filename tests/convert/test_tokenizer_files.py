@@ -193,7 +193,7 @@ def test_the_token_of_pictures_is_the_one_in_the_config(
     error = capsys.readouterr().err
     assert "<IMG_CONTEXT> is 262, but" in error
     assert f"{tmp_path / 'shift' / 'config.json'} says image_token_id=261" in error
-    # the mend that the message names
+    # the fix that the message names
     convert("import", "--model", tmp_path / "shift", "--output", tmp_path / "ckpt", "--tokenizer", good / "ivl")
     publishers.write_tokenizer(tmp_path / "shift")
     convert("import", "--model", tmp_path / "shift", "--output", tmp_path / "other", expect=1)
