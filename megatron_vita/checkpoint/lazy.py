@@ -1,6 +1,6 @@
 """Tensors that are read when asked for, whole or in part: what checkpoints and Hugging Face folders have in common.
 
-Regions are moved as bits (dtypes.py); who wants values calls `read`, which imports torch.
+Slices are moved as bits (dtypes.py); `read` returns values and imports torch.
 """
 
 from __future__ import annotations

@@ -87,14 +87,16 @@ def read_at_random(tensors: CheckpointTensors, seed: int, outcomes: list[str]) -
                 found, right = tensors.bits(name, slices), slice_of(expected, slices)
                 outcomes.append("read" if np.array_equal(found, right) else f"{name} {slices}: {found}, not {right}")
             else:
-                outcomes.append(_borrowed(tensors, name, slices, slice_of(expected, slices), chance))
+                outcomes.append(_borrow_and_compare(tensors, name, slices, slice_of(expected, slices), chance))
         except CheckpointError:
             outcomes.append("failed")
         except BaseException as error:
             outcomes.append(repr(error))
 
 
-def _lent(tensors: CheckpointTensors, name: str, slices: Slices, right: Bits, chance: random.Random) -> str:
+def _borrow_and_compare(
+    tensors: CheckpointTensors, name: str, slices: Slices, right: Bits, chance: random.Random
+) -> str:
     """Looks at a view again after others were read, which pushes its piece out of memory."""
     view = tensors.borrow(name, slices)
     try:
