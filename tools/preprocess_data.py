@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the work is parallel over processes
 
-
 from megatron_vita import log
 from megatron_vita.config import IMAGE_NORMS, LAYOUTS
 from megatron_vita.data.compile import rejected
@@ -86,17 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             video_timestamps=args.video_timestamps,
         )
         limits = VideoLimits(timeout=args.video_timeout, memory=args.video_memory)
-        names = (
-            "data_config",
-            "tokenizer",
-            "output",
-            "seq_length",
-            "overlong",
-            "seed",
-            "media",
-            "verify_media",
-            "video_backend",
-        )
+        names = ("data_config", "tokenizer", "output", "seq_length", "overlong", "seed", "media", "verify_media")
         more = ("video_backend", "workers", "resume", "engine", "max_rejected")
         given = {name: getattr(args, name) for name in (*names, *more)}
         manifest = run(Options(spec=spec, video_limits=limits, **given))

@@ -17,7 +17,14 @@ import yaml
 from megatron_vita.data.media.names import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from megatron_vita.data.sample import MediaFile
 
-_NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+
+def load_own(name: str) -> dict[str, Any]:
+    """A YAML file of this package."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml reads ten times as fast
+
+
+_NAMES = load_own("names.yaml")
 
 
 def _spelt(group: str) -> tuple[str, ...]:

@@ -41,11 +41,11 @@ def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) 
         content = _first(raw, texts)
         if not names.is_empty(raw.get(texts[1])) and content != raw[texts[1]]:
             raise reject("bad_record", "`value` and `content` of a turn differ; which counts?")
-        turn = Turn(role, "", media=_turn_media(raw))
-        read = _add_calls(turn, raw, draft)
+        media, read = _turn_media(raw)
+        turn = Turn(role, "", media=media)
+        read |= _add_calls(turn, raw, draft)
         turn.learnt = turn_learnt(raw, turn.role, draft)
-        media = [key for key, value in raw.items() if _kind_of(key, value) is not None]
-        draft.sort_unread(raw, (*role_keys, *texts, *media, *read, *_marks(raw)), "turn.")
+        draft.sort_unread(raw, {*role_keys, *texts, *read, *_marks(raw)}, "turn.")
         if turn.calls and (names.is_empty(content) or role in CALL_ROLES):
             turn.content = ""
         elif isinstance(content, list):
@@ -186,25 +186,21 @@ def _marks(turn: Mapping[str, Any]) -> list[str]:
     return [key for key, value in turn.items() if is_mark(key, value)]
 
 
-def _kind_of(key: str, value: Any) -> Kind | None:
-    """Kind of the media in a field of a turn."""
-    name = names.plain(key)
-    if not names.holds_media(name, value):
-        return None
-    return "image" if name in names.IMAGE_NAMES else "video"
-
-
-def _turn_media(turn: Mapping[str, Any]) -> dict[Kind, list[Any]]:
-    """Collect the references in fields of a turn."""
+def _turn_media(turn: Mapping[str, Any]) -> tuple[dict[Kind, list[Any]], set[str]]:
+    """(references that stand in a turn itself, names of the fields that hold them)."""
     media: dict[Kind, list[Any]] = {}
+    read: set[str] = set()
     for key, value in turn.items():
-        kind = _kind_of(key, value)
-        if kind is not None and kind in media:
+        name = names.plain(key)
+        if not names.holds_media(name, value):
+            continue
+        kind: Kind = "image" if name in names.IMAGE_NAMES else "video"
+        if kind in media:
             raise reject("bad_record", f"a turn holds {kind}s under several names, one of them `{key}`; which count?")
-        if kind is not None:
-            found = names.listed(value)
-            media[kind] = [Frames(tuple(found))] if names.plain(key) in names.FRAMES_NAMES else found
-    return media
+        found = names.listed(value)
+        media[kind] = [Frames(tuple(found))] if name in names.FRAMES_NAMES else found
+        read.add(key)
+    return media, read
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from megatron_vita.data.sources.draft import KINDS, Draft, Frames, Kind
 from megatron_vita.data.sources.registry import DatasetSpec
 
 _FOUR = ("image", "images", "video", "videos")
+_RANKS: dict[Kind, dict[str, int]] = {
+    "image": {name: rank for rank, name in enumerate(names.IMAGE_NAMES)},
+    "video": {name: rank for rank, name in enumerate(names.VIDEO_NAMES)},
+}
 _NAMED_TAG = re.compile(r"^<[^<>\s]{1,64}>$")
 
 
@@ -53,12 +57,13 @@ def gather(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> tuple[dict
     if is_generic(row) and not any(held.values()):
         _by_suffix(record, held, read)
     media = [one for kind in KINDS for one in held[kind]]
-    stems = {_stem(one) for one in media}
-    for key, value in record.items():  # what a medium is called elsewhere
-        if isinstance(value, str) and media and names.is_medium(value):
-            unnamed = stems == {""} and names.plain(key) in names.FILE_NAMES
-            if unnamed or _stem(value) in stems - {""}:
-                read.add(key)
+    others = [key for key, value in record.items() if key not in read and isinstance(value, str)] if media else []
+    others = [key for key in others if names.is_medium(record[key])]
+    stems = {_stem(one) for one in media} if others else set()
+    for key in others:  # what a medium is called elsewhere
+        unnamed = stems == {""} and names.plain(key) in names.FILE_NAMES
+        if unnamed or _stem(record[key]) in stems - {""}:
+            read.add(key)
     for kind in KINDS:
         if len(held[kind]) == 1 and isinstance(held[kind][0], dict) and all(map(_NAMED_TAG.match, held[kind][0])):
             tags = held[kind][0]  # MiniCPM: {"<image_00>": path}
@@ -82,8 +87,9 @@ def _other_names(record: dict[str, Any], kind: Kind, read: set[str]) -> list[tup
     """(field, its media) for the field's names of a kind that the record has, in the order of the table."""
     keys = {names.plain(str(key)): key for key in record if key not in read}
     found: list[tuple[str, list[Any]]] = []
-    for name in names.IMAGE_NAMES if kind == "image" else names.VIDEO_NAMES:
-        if name in keys and names.holds_media(name, record[keys[name]]):
+    known = _RANKS[kind]
+    for name in sorted(known.keys() & keys.keys(), key=known.__getitem__):
+        if names.holds_media(name, record[keys[name]]):
             found.append((keys[name], names.listed(record[keys[name]])))
     for name in names.FRAMES_NAMES if kind == "video" else ():
         if name in keys and names.holds_media(name, record[keys[name]]):

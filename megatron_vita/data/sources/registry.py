@@ -12,8 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_vita.data.sources.fields import load_own
 from megatron_vita.data.sources.fixes import find_fix
 from megatron_vita.data.sources.mappers import MAPPERS
 from megatron_vita.data.sources.media_store.store import RESOLVE
@@ -115,10 +114,9 @@ def load_table() -> dict[str, DatasetSpec]:
     Raises:
         ConfigError: the table is wrong (a mistake in the package, not the user's).
     """
-    content = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
     rows: dict[str, DatasetSpec] = {}
     known = {one.name for one in dataclasses.fields(DatasetSpec)}
-    for name, values in content["datasets"].items():
+    for name, values in load_own("table.yaml")["datasets"].items():
         values = dict(values)
         base = values.pop("like", None)
         inherited = {one: getattr(rows[base], one) for one in known} if base else {}

@@ -93,9 +93,9 @@ def record_to_sample(
         DataError: whose message begins with an error code.
     """
     record = unwrap(record)
-    seen = _Read(record) if isinstance(record, dict) else _Read({})
+    plain_record = record if isinstance(record, dict) else {}
+    seen = _Read(plain_record)
     draft = MAPPERS[row.map](seen if isinstance(record, dict) else record, row.fields)
-    plain_record = dict(seen.items())
     held, read = gather(plain_record, row, draft)
     if draft.text is None:
         draft.tools, defined = read_tools(plain_record, draft.ignore)
