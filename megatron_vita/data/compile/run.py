@@ -100,7 +100,7 @@ def _chunks(inputs: Inputs) -> list[ChunkTask]:
         for number, file in enumerate(inputs.files):
             reader = file.reader(sources_work)
             reader.prepare(progress=inputs.options.progress)
-            chosen = file.choose(reader.index(), inputs.options.seed)
+            chosen = file.choose(reader.index(), inputs.options.seed, sources_work)
             parts = reader.chunks(chosen, CHUNK)
             chunks += [ChunkTask(n, number, part) for n, part in enumerate(parts, len(chunks))]
     except VitaError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_vita.data.compile.run import Options, run
 from megatron_vita.data.rejects import counted
 from megatron_vita.data.shards.manifest import SourceCounts
 from megatron_vita.data.shards.writer import plan
+from megatron_vita.data.sources.readers import packed
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import DataError
 from tests.data.compile.test_resume import DATA, compiled, content, killed
@@ -169,3 +171,21 @@ def test_records_that_are_wrong_by_themselves_are_not_retried(tmp_path: Path) ->
 def test_only_a_count_of_one_is_singular() -> None:
     assert [counted(count, "record") for count in (0, 1, 2)] == ["0 records", "1 record", "2 records"]
     assert [counted(count, "book has", "books have") for count in (1, 7)] == ["1 book has", "7 books have"]
+
+
+def test_packed_shards_that_share_a_ratio_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = world(tmp_path, {"a": (8, 0), "b": (8, 0)})
+    for name in "ab":
+        (root / f"s-{name}.jsonl.gz").write_bytes(gzip.compress((root / f"{name}.jsonl").read_bytes()))
+    entry = {"source": "llava", "ratio": 0.5, "data_paths": [f"{root}/s-*.jsonl.gz"], "media_root": str(root)}
+    (root / "mix.yaml").write_text(json.dumps({"dataset": {"s": entry}}))
+    unpacked: list[Path] = []
+    unpack = packed.unpack
+
+    def counted(path: Path, *rest: Any, **more: Any) -> Any:
+        unpacked.append(path)
+        return unpack(path, *rest, **more)
+
+    monkeypatch.setattr(packed, "unpack", counted)
+    assert run(options(root)).totals["read"] == 8
+    assert sorted(path.name for path in unpacked) == ["s-a.jsonl.gz", "s-b.jsonl.gz"]
