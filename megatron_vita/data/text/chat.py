@@ -251,6 +251,8 @@ class _Writer:
         Raises:
             DataError: answer_joins. No token may be half learnt: the header alone is the prompt of a chat.
         """
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
         text = "".join(one for one, _ in pending)
         ids = self._tokenizer.between(text, self._last, right)
