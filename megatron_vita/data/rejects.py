@@ -11,7 +11,7 @@ CODES: dict[str, str] = {
     "bad_order": "turns do not alternate user, assistant",
     "empty_turn": "a turn says nothing",
     "answer_joins": "the tokenizer joins the beginning of an answer with what stands before it",
-    "no_answer": "the conversation has no answer to learn from",
+    "no_answer": "the record has no answer or text to learn from",
     "media_count": "placeholders and media do not match",
     "media_missing": "the picture or video file does not exist",
     "media_ambiguous": "several files bear the name, and they differ",

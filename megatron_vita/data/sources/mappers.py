@@ -187,7 +187,7 @@ def _marks(turn: Mapping[str, Any]) -> list[str]:
 
 
 def _turn_media(turn: Mapping[str, Any]) -> tuple[dict[Kind, list[Any]], set[str]]:
-    """(references that stand in a turn itself, names of the fields that hold them)."""
+    """Collect the references in fields of a turn, and the names of these fields."""
     media: dict[Kind, list[Any]] = {}
     read: set[str] = set()
     for key, value in turn.items():

@@ -51,7 +51,7 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
         Names of the fields that were read.
 
     Raises:
-        DataError: loss_weight.
+        DataError: loss_weight; no_answer, for a plain text that is not to be learnt.
     """
     read: set[str] = set()
     for key, value in record.items():
@@ -81,6 +81,8 @@ def mark_turns(record: Mapping[str, Any], draft: Draft) -> set[str]:
             _apply(draft, marks)
         else:
             learnt = _learnt(name, value, key)
+            if draft.text is not None and not learnt:
+                raise reject("no_answer", f"`{key}: {value}` says that the text is not to be learnt.")
             _apply(draft, (learnt for _ in draft.turns))
     return read
 

@@ -172,14 +172,16 @@ def _no_medium_elsewhere(record: dict[str, Any], read: set[str], tags: set[Kind]
 def _add_system(record: dict[str, Any], row: DatasetSpec, draft: Draft) -> set[str]:
     """Insert the system turn from a field, unless there is one. Returns names of the fields that were read."""
     name = row.fields.get("system")
-    keys = _SYSTEM if name is None else (name,)
-    for key in keys:
+    read: set[str] = set()
+    for key in _SYSTEM if name is None else (name,):
         system = record.get(key)
         if isinstance(system, str) and system.strip() and draft.turns and key not in draft.ignore:
-            if draft.turns[0].known_role != "system":
+            first = draft.turns[0]
+            if first.known_role != "system" or first.content == "":
                 draft.turns.insert(0, Turn("system", system))
-            return set(keys)
-    return set()
+            if draft.turns[0].content == system:
+                read.add(key)
+    return read
 
 
 def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Kind]]:

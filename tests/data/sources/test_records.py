@@ -363,6 +363,21 @@ def test_the_systems_turn_may_be_a_field(root: Path, row: str) -> None:
         assert not changes.unread
 
 
+def test_a_systems_field_beside_another_is_told(root: Path) -> None:
+    record = spoken("q", "a", system="be brief", system_prompt="be long", system_message="be brief")
+    sample, changes = convert(record, root, "long_vita")
+    assert shown(sample).turns[0] == ("system", "be brief")
+    assert changes.unread == {"system_prompt"}
+    record["messages"].insert(0, {"role": "system", "content": "be kind"})
+    sample, changes = convert(record, root, "long_vita")
+    assert shown(sample).turns[0] == ("system", "be kind")
+    assert changes.unread == {"system", "system_prompt", "system_message"}
+    record["messages"][0]["content"] = ""  # says nothing, and is none
+    sample, changes = convert(record, root, "long_vita")
+    assert shown(sample).turns[:2] == [("system", "be brief"), ("user", "q")]
+    assert changes.unread == {"system_prompt"}
+
+
 def test_a_tag_without_a_picture_is_counted(root: Path) -> None:
     for record, row, count in (
         (asked("<image>\nq"), "llava", 1), (asked("<image> <image> q"), "sharegpt", 1),
@@ -452,6 +467,23 @@ def test_marks_of_questions_and_records(root: Path) -> None:
             assert learnt({"messages": talk, **more}, root) == marks, more
     ignored, _ = convert({"messages": talk, "weight": 0.7}, root, "openai", ignore="weight")
     assert all(message.learnt for message in ignored.messages)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("mark", "code"),
+    [
+        ({"weight": 0}, "no_answer"),
+        ({"train": False}, "no_answer"),
+        ({"mask": True}, "no_answer"),
+        ({"weight": 0.5}, "loss_weight"),
+    ],
+)
+def test_marks_of_plain_text(root: Path, mark: dict[str, Any], code: str) -> None:
+    with pytest.raises(DataError, match=f"^{code}: .*{next(iter(mark))}"):
+        convert({"text": "words", **mark}, root, "text")
+    assert convert({"text": "words", "weight": 1, "train": True, "mask": None}, root, "text")[0] == Document(
+        "words", "s", 1
+    )
 
 
 def test_what_a_tag_asks_for_is_not_passed_over_as_metadata(root: Path) -> None:
