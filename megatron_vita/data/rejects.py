@@ -10,6 +10,7 @@ CODES: dict[str, str] = {
     "bad_role": "a turn's role is not known",
     "bad_order": "turns do not alternate user, assistant",
     "empty_turn": "a turn says nothing",
+    "tokenizer_failed": "the tokenizers library fails on the text",
     "answer_joins": "the tokenizer joins the beginning of an answer with what stands before it",
     "no_answer": "the record has no answer or text to learn from",
     "media_count": "placeholders and media do not match",

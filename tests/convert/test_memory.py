@@ -73,7 +73,7 @@ def test_memory_stays_below_a_gibibyte_and_two_tensors(tmp_path: Path) -> None:
     peaks.append(
         convert(bound, "export", "--checkpoint", imported, "--output", exported, "--format", "llm", *other_type)
     )
-    assert peaks[-1] < 1152 * _MIB, peaks[-1] // _MIB
+    assert peaks[-1] < 1280 * _MIB, peaks[-1] // _MIB
     shutil.rmtree(exported)
     write_as_training_does(imported, tmp_path / "run")
     peaks.append(

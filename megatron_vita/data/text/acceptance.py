@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_vita.data.example import Example, MediaItem
+from megatron_vita.data.rejects import code_of
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text import chat_tokenizer as names
@@ -42,10 +43,19 @@ def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> Non
             f"{tokenizer.path}: its post_processor puts {tokens} behind every text, so that a prompt would end before "
             "its answer. Take it out of tokenizer.json, or take another tokenizer."
         )
+    try:
+        _try_out(tokenizer, backend)
+    except DataError as error:
+        raise ConfigError(f"{tokenizer.path}: cannot be used: {error} Take another tokenizer.") from None
+
+
+def _try_out(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> None:
     for answer in _BLANKS:
         try:
             _prompt_and_answer(tokenizer, answer)
-        except DataError:
+        except DataError as error:
+            if code_of(error)[0] != "answer_joins":
+                raise
             tokenizer.joins_blanks = True
     for number, text in enumerate(_TEXTS):
         answers = tuple(_ANSWERS[(number + shift) % len(_ANSWERS)] for shift in range(3))
@@ -53,6 +63,8 @@ def check(tokenizer: ChatTokenizer, backend: HuggingFace | SentencePiece) -> Non
             try:
                 _prompt_and_answer(tokenizer, answer)
             except DataError as error:
+                if code_of(error)[0] != "answer_joins":
+                    raise
                 raise ConfigError(
                     f"{tokenizer.path}: cannot be used: the beginning of an answer becomes one token with the newline "
                     f"of its turn's header ({error}), so no prompt could end there. Take another tokenizer."

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from megatron_vita.data.rejects import reject
 from megatron_vita.errors import ConfigError
+
+T = TypeVar("T")
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What tokenizer_config.json names; a chat template may write them (`{{ bos_token }}`)."""
@@ -158,22 +161,22 @@ class HuggingFace:
     def encode(self, text: str, *, first: bool = False) -> list[int]:
         tokenizer = self._at_beginning() if first else self._tokenizer
         # the batch call leaves out the offsets, which nobody reads here
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return _guarded(tokenizer.encode_batch_fast, [text])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [one.ids for one in _guarded(self._tokenizer.encode_batch_fast, list(texts))]
 
     def parse(self, text: str, *, affixes: bool) -> list[int]:
         """Ids of a rendered conversation as stock transformers makes them: special tokens are found in it."""
         tokenizer = self._at_beginning()
         tokenizer.encode_special_tokens = False
         try:
-            return tokenizer.encode(text, add_special_tokens=affixes).ids
+            return _guarded(tokenizer.encode, text, affixes).ids
         finally:
             tokenizer.encode_special_tokens = True
 
     def cut(self, text: str, max_tokens: int) -> str:
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = _guarded(self._tokenizer.encode, text).offsets
         if len(offsets) <= max_tokens:
             return text
         # a token that begins inside a character shares its offset: step back to where a character begins
@@ -182,6 +185,20 @@ class HuggingFace:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def _guarded(encode: Callable[..., T], text: str | list[str], affixes: bool = False) -> T:
+    """Encode; a failed assertion of the library costs the text and not the run.
+
+    Raises:
+        DataError: tokenizer_failed. Some normalisers and flags of added tokens make it cut characters in two.
+    """
+    try:
+        return encode(text, add_special_tokens=affixes)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+            raise
+        raise reject("tokenizer_failed", f"the tokenizers library fails on this text ({error}).") from error
 
 
 class SentencePiece:

@@ -153,7 +153,7 @@ def test_any_tokenizer_is_stock_or_refused(tmp_path_factory: pytest.TempPathFact
         try:
             whole = build_example(sample, images, videos, tokenizer=tok, spec=TINY)
         except DataError as rejected:
-            assert str(rejected).startswith("answer_joins")  # noqa: PT017
+            assert str(rejected).startswith(("answer_joins", "tokenizer_failed"))  # noqa: PT017
             continue
         event("equal")
         assert whole.tokens.tolist() == stock(sample, images, videos, generation_prompt=False)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_vita.convert.tokenizer_files import with_vision_tokens
+from megatron_vita.data.text import acceptance, backends
 from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, IM_START, VITA_TOKENS, VitaTokenizer
-from megatron_vita.errors import ConfigError
+from megatron_vita.errors import ConfigError, DataError
 from tests.data.kit import tokenizer_folder
 
 
@@ -256,3 +257,38 @@ def test_sentencepieces_special_tokens_follow_its_own_pieces(sentencepiece_file:
     text = "The digit 3 is in the picture number 21."
     assert tok.decode(tok.encode(text)) == text
     assert len(library.encode(tok.cut(text, 4))) <= 4
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where Rust code panics."""
+
+
+def test_a_panic_of_the_library_costs_the_text_and_not_the_run(tok: VitaTokenizer, tmp_path: Path) -> None:
+    class Panicking:
+        def __init__(self, words: str) -> None:
+            self._words = words
+
+        def encode_batch_fast(self, texts: list[str] | str, **_: object) -> list[object]:
+            if any(self._words in text for text in ([texts] if isinstance(texts, str) else texts)):
+                raise PanicException("end byte index 11 is not a char boundary")
+            return real.encode_batch_fast(texts, add_special_tokens=False)
+
+        encode = encode_batch_fast
+
+    own = VitaTokenizer.load(tokenizer_folder(tmp_path / "tok"))
+    real = own._backend._tokenizer
+    own._backend._tokenizer = Panicking("split me")
+    assert own.encode("fine") == tok.encode("fine")
+    for call in (own.encode, lambda text: own._backend.encode_batch([text]), lambda text: own._backend.cut(text, 1)):
+        with pytest.raises(DataError, match=r"^tokenizer_failed: .*not a char boundary"):
+            call("split me")
+    own._backend._tokenizer = Panicking("w")
+    own._encode_short.cache_clear()
+    with pytest.raises(ConfigError, match="cannot be used: tokenizer_failed"):
+        acceptance.check(own, own._backend)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backends._guarded(interrupt, "text")
