@@ -36,6 +36,15 @@ def spell_out(sample: Sample, tokenizer: VitaTokenizer) -> Sample:
         if sample.tools or any(m.calls or m.role == "tool" for m in sample.messages)
         else "reasoning_unread"
     )
+    whole = _render_sample(sample, tokenizer, code)
+    for candidate in dict.fromkeys((sample, _without_line_breaks(sample))):  # which some templates strip
+        spelt = _spell_out(candidate, tokenizer, code)
+        if _render_sample(spelt, tokenizer, code) == whole:
+            return spelt
+    raise reject(code, f"{sample.id}: the tokenizer's chat template changes its words, by their blanks for instance.")
+
+
+def _spell_out(sample: Sample, tokenizer: VitaTokenizer, code: str) -> Sample:
     tools = json.loads(sample.tools) if sample.tools else None
     messages = [_stock(number, message) for number, message in enumerate(sample.messages)]
     calls = [json.loads(message.calls) for message in sample.messages if message.calls]
@@ -67,6 +76,33 @@ def spell_out(sample: Sample, tokenizer: VitaTokenizer) -> Sample:
     spelt = dataclasses.replace(sample, messages=tuple(plain), tools="")
     spelt.check()
     return spelt
+
+
+def _without_line_breaks(sample: Sample) -> Sample:
+    """The Sample without line breaks around reasoning and before answers."""
+    messages = []
+    for message in sample.messages:
+        parts = message.parts
+        if message.role == "assistant" and parts and isinstance(parts[0], Text):
+            parts = (Text(parts[0].text.lstrip("\n")), *parts[1:])
+        messages.append(dataclasses.replace(message, parts=parts, reasoning=message.reasoning.strip("\n")))
+    return dataclasses.replace(sample, messages=tuple(messages))
+
+
+def _render_sample(sample: Sample, tokenizer: VitaTokenizer, code: str) -> str:
+    """The Sample as stock code renders it, its own words in their places."""
+    messages = []
+    for number, message in enumerate(sample.messages):
+        pieces = [_words(mark, message) for mark in _marks(number, message) if not mark.endswith(":r\ue001")]
+        reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
+        messages.append({**_stock(number, message), "content": _content(pieces), **reasoning})
+    tools = json.loads(sample.tools) if sample.tools else None
+    return _render(tokenizer, messages, tools, code, sample.id)
+
+
+def _words(mark: str, message: Message) -> str:
+    match = _MARK.fullmatch(mark)
+    return mark if match is None or match[1] is None else _text(message, match[2])
 
 
 def _render(tokenizer: VitaTokenizer, messages: list[dict[str, Any]], tools: Any, code: str, where: str) -> str:

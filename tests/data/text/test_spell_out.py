@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +195,21 @@ def test_reasoning_that_the_template_leaves_out_is_not_lost(able: VitaTokenizer)
     twice = [ASK, {**SAY, "reasoning_content": "a", "thinking": "b"}]
     with pytest.raises(DataError, match=r"^reasoning_unread"):
         sample_of({"messages": twice})
+
+
+@pytest.mark.parametrize("reasoning", ["hm", "\nhm\n", "\n\nhm", " hm "])
+@pytest.mark.parametrize("strip", [".strip('\\n')", ".strip()", ""])
+def test_blanks_that_a_template_strips_are_stripped_or_the_record_is_rejected(
+    tmp_path: Path, reasoning: str, strip: str
+) -> None:
+    template = ABLE.replace("message.reasoning_content +", f"message.reasoning_content{strip} +")
+    tok = VitaTokenizer.load(tokenizer_folder(tmp_path / "tok", template))
+    talk = [ASK, {**SAY, "reasoning_content": reasoning}]
+    rendered = tok.template.render(talk, False)
+    try:
+        spelt = spell_out(sample_of({"messages": talk}), tok)
+    except DataError as error:
+        assert (reasoning, strip) == (" hm ", ".strip()")
+        assert "changes its words" in str(error)  # noqa: PT017
+        return
+    assert "".join(f"<|im_start|>{turn.role}\n{turn.parts[0].text}<|im_end|>\n" for turn in spelt.messages) == rendered
