@@ -36,16 +36,19 @@ def map_messages(record: Any, fields: Fields) -> Draft:
 def _conversation(turns: list[Any], fields: Fields, role_keys: tuple[str, ...]) -> Draft:
     draft = _draft(fields)
     texts = ("value", "content") if role_keys[0] == "from" else ("content", "value")
+    words = {*role_keys, *texts}
     for raw in map(_dict, turns):
         role = _text(raw, role_keys)
         content = _first(raw, texts)
         if not names.is_empty(raw.get(texts[1])) and content != raw[texts[1]]:
             raise reject("bad_record", "`value` and `content` of a turn differ; which counts?")
-        media, read = _turn_media(raw)
-        turn = Turn(role, "", media=media)
-        read |= _add_calls(turn, raw, draft)
-        turn.learnt = turn_learnt(raw, turn.role, draft)
-        draft.sort_unread(raw, {*role_keys, *texts, *read, *_marks(raw)}, "turn.")
+        turn = Turn(role, "")
+        read = _add_calls(turn, raw, draft)
+        if not raw.keys() <= words:
+            turn.media, others = _turn_media(raw)
+            read |= others
+            turn.learnt = turn_learnt(raw, turn.role, draft)
+            draft.sort_unread(raw, {*words, *read, *_marks(raw)}, "turn.")
         if turn.calls and (names.is_empty(content) or role in CALL_ROLES):
             turn.content = ""
         elif isinstance(content, list):

@@ -7,6 +7,7 @@ import binascii
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -218,13 +219,18 @@ def _messages(draft: Draft, explicit: bool) -> tuple[tuple[Message, ...], set[Ki
     return tuple(messages), orphans
 
 
+@lru_cache
+def _pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
+
+
 def _cut(text: str, tags: dict[str, Kind], draft: Draft, counts: dict[Kind, int]) -> tuple[Part, ...]:
     """Cut text at the tags that stand for media. A tag of a kind that the record has no field for is text."""
     if not tags or "<" not in text:
         return (Text(text),)
     parts: list[Part] = []
     start = 0
-    for match in re.finditer("|".join(map(re.escape, sorted(tags, key=len, reverse=True))), text):
+    for match in _pattern(tuple(tags)).finditer(text):
         kind = tags[match.group()]
         if match.start() > start:
             parts.append(Text(text[start : match.start()]))

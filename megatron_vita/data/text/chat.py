@@ -192,14 +192,16 @@ class _Writer:
         self._length = 0
         self._tiles: list[TileSlot] = []
         self._media: list[MediaItem] = []
+        self._contexts: dict[str, array[int]] = {}  # context token -> those of a tile
 
     def text(self, text: str, *, learnt: bool = False) -> None:
         if text:
             self._pending.append((text, learnt))
 
     def special(self, token: str, *, learnt: bool = False) -> None:
-        self._flush(token)
-        self.ids([self._tokenizer.token_id(token)], learnt=learnt)
+        if self._pending:
+            self._flush(token)
+        self.ids((self._tokenizer.token_id(token),), learnt=learnt)
         self._last = token
 
     def answer(self, text: str, *, learnt: bool) -> None:
@@ -256,6 +258,9 @@ class _Writer:
         pending, self._pending = self._pending, []
         text = "".join(one for one, _ in pending)
         ids = self._tokenizer.between(text, self._last, right)
+        if len({learnt for _, learnt in pending}) == 1:
+            self.ids(ids, learnt=pending[0][1])
+            return
         head, at = "", 0
         for learnt, run in groupby(pending, lambda one: one[1]):
             head += "".join(one for one, _ in run)
@@ -273,5 +278,8 @@ class _Writer:
         self.special(end)
 
     def _tile(self, slot: TileSlot, context: str) -> None:
-        self._tiles.append(dataclasses.replace(slot, first_token=self._length))
-        self.ids(array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile)
+        row = slot.media, slot.row, slot.col, slot.rows, slot.cols, slot.thumbnail
+        self._tiles.append(TileSlot(self._length, *row))  # dataclasses.replace takes four times as long
+        if context not in self._contexts:
+            self._contexts[context] = array("i", [self._tokenizer.token_id(context)]) * self._spec.tokens_per_tile
+        self.ids(self._contexts[context])
