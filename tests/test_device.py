@@ -42,6 +42,7 @@ with torch.device("meta"):
 """
 
 
+@pytest.mark.slow
 @cpu_only
 def test_default_devices_still_apply() -> None:
     """In a process of its own: torch lists its factories once. Else transformers loads unfilled weights in silence."""

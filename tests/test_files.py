@@ -316,6 +316,7 @@ def test_what_both_have_and_what_is_guarded_is_not() -> None:
     assert not linux_only_uses("try:\n  open('/proc/self/statm')\nexcept (OSError, ValueError):\n  pass")
 
 
+@pytest.mark.slow
 def test_only_files_asks_for_what_macos_lacks() -> None:
     uses = [f"{path}:{use}" for path in _SOURCES for use in linux_only_uses(path.read_text(encoding="utf-8"))]
     assert not uses, f"{uses}: macOS has none; ask megatron_vita.files, which has a fallback"

@@ -58,6 +58,7 @@ def test_positions_restart_with_every_document(layout: SequenceLayout) -> None:
     assert np.array_equal(layout.positions_in_document, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cp", [2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("mix", MIXES)
 def test_work_is_even_on_packed_documents_without_any_padding(mix: str, cp: int) -> None:
@@ -77,6 +78,7 @@ def test_impossible_layouts_raise(documents: tuple[int, ...], cp: int, sp: int, 
         SequenceLayout(documents, cp=cp, sp=sp)
 
 
+@pytest.mark.slow
 @quick
 @given(layouts(longest=40), st.sampled_from([1, 4]), st.integers(1, 4), st.data())
 def test_visual_tokens_arrive_once_at_the_owner(

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_our_error_and_status(tmp_path: Path) -> None:
     recipe = tmp_path / "run.yaml"
     recipe.write_text("modle: {}\n")

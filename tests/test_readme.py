@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_vita.data.shards.reader import ShardSet
 from tests.data.kit import picture, tokenizer_folder
 
@@ -22,6 +24,7 @@ def own_dataset_example() -> str:
     return "".join(line[4:] for line in block.splitlines(keepends=True))
 
 
+@pytest.mark.slow
 def test_a_dataset_of_ones_own_compiles_as_printed(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/0001.png").write_bytes(picture(640, 480))

@@ -32,6 +32,7 @@ _VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=_VALUES, protocol=st.sampled_from([1, 2, 3, 4, 5]))
 def test_plain_values_are_read_as_python_pickles_them(value: Any, protocol: int) -> None:
     assert _typed(run(pickle.dumps(value, protocol), WHERE)) == _typed(value)

@@ -41,6 +41,7 @@ def _save_then_load_elsewhere(root: str) -> None:
         destroy_groups()
 
 
+@pytest.mark.slow
 def test_weights_move_between_layouts(tmp_path: Path) -> None:
     run_ranks(2, _save_then_load_elsewhere, str(tmp_path))
     first = checkpoint.tensor_digests(tmp_path / "0")
@@ -86,6 +87,7 @@ def _resume(root: str) -> None:
     destroy_groups()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_steps_as_the_uninterrupted_one(tmp_path: Path) -> None:
     run_ranks(2, _resume, str(tmp_path))
 
@@ -102,6 +104,7 @@ def _save_before_the_first_step(root: str) -> None:
     assert steps == {1.0}, "saving must not count as a step"
 
 
+@pytest.mark.slow
 def test_saving_an_optimizer_that_never_stepped_moves_nothing(tmp_path: Path) -> None:
     run_ranks(2, _save_before_the_first_step, str(tmp_path))
 
@@ -121,6 +124,7 @@ def _a_stage_without_anything_to_train(root: str) -> None:
         destroy_groups()
 
 
+@pytest.mark.slow
 def test_a_pipeline_stage_may_have_nothing_to_train(tmp_path: Path) -> None:
     run_ranks(2, _a_stage_without_anything_to_train, str(tmp_path))
 
@@ -161,6 +165,7 @@ def _refusals(root: str) -> None:
         checkpoint.load_weights(folder, other)
 
 
+@pytest.mark.slow
 def test_another_shape_is_refused_on_every_rank_before_loading(tmp_path: Path) -> None:
     run_ranks(2, _refusals, str(tmp_path))
 
@@ -236,5 +241,6 @@ def _stock_loader(root: str) -> None:
             torch.testing.assert_close(loaded[name][:rows], one[:rows], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_megatron_core_reads_our_format_with_its_own_loader(tmp_path: Path) -> None:
     run_ranks(2, _stock_loader, str(tmp_path))

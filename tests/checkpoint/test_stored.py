@@ -108,6 +108,7 @@ def _borrow_and_compare(
         view.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0.0, 0.02])
 def test_threads_never_see_another_pieces_bytes(
     tensors: CheckpointTensors, failing: float, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,7 @@ def _one_column_more(*arguments: Any, vocab_size: int, **named: Any) -> torch.Te
 vocab_parallel_loss = loss.vocab_parallel_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "place", "instead", "first"),
     [
@@ -112,6 +113,7 @@ def test_a_defect_is_named(
     assert said.splitlines()[-1].startswith(f"FAILED: 1 of 1; the first: {grid}: {first}"), said
 
 
+@pytest.mark.slow
 def test_an_update_is_checked_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the reference forgets to clip; gradients agree, weights do not."""
     monkeypatch.setattr(reference, "clip_scale", lambda *_: 1.0)
@@ -125,6 +127,7 @@ def _skip_on_one_rank(tensors: Any, group: Any) -> None:
         dist.all_reduce(tensors[0], group=group)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_ever_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +149,7 @@ def _raise(*_: Any) -> None:
     raise RuntimeError("no such thing")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_or_raises_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +165,7 @@ def _silu_alone(gate_up: torch.Tensor) -> torch.Tensor:
     return gate * up
 
 
+@pytest.mark.slow
 def test_fused_kernels_pass_fail_or_are_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +200,7 @@ def test_usage_errors_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert says in said
 
 
+@pytest.mark.slow
 def test_a_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     status, said = run(capsys, "--grid", "small", "--list")
     assert status == 0

@@ -27,6 +27,7 @@ def pairs(case: Case, names: list[str]) -> set[tuple[tuple[str, object], ...]]:
     return set(combinations([(name, getattr(case, name)) for name in names], 2))
 
 
+@pytest.mark.slow
 def test_the_full_grid_holds_every_pair_that_goes_together() -> None:
     found = cases("full")
     assert len(found) >= 40
@@ -44,6 +45,7 @@ def test_the_full_grid_holds_every_pair_that_goes_together() -> None:
                     assert ((name, getattr(layout, name)), (other, value)) in held
 
 
+@pytest.mark.slow
 def test_idle_ranks_are_tried_in_every_combination() -> None:
     found = set(cases("full"))
     asked = "cp=2 comm=p2p,all_gather,a2a images=one-rank,one-batch,none freeze=stage-1 recompute=none,full"
@@ -51,6 +53,7 @@ def test_idle_ranks_are_tried_in_every_combination() -> None:
     assert found.issuperset(cases(asked))
 
 
+@pytest.mark.slow
 def test_the_small_grid_holds_every_value() -> None:
     found = cases("small")
     assert len(found) < 15
@@ -58,6 +61,7 @@ def test_the_small_grid_holds_every_value() -> None:
         assert {getattr(case, name) for case in found} == set(values), name
 
 
+@pytest.mark.slow
 def test_a_filter_asks_for_one_case_and_for_products() -> None:
     (case,) = cases("tp=2 cp=2 comm=p2p")
     assert case == Case(tp=2, cp=2, comm="p2p")
@@ -70,6 +74,7 @@ def test_a_filter_asks_for_one_case_and_for_products() -> None:
     assert cases("") == cases("full")
 
 
+@pytest.mark.slow
 def test_a_cluster_gets_cases_of_its_own_size() -> None:
     found = cases("full tp=8", (8,))
     assert found
@@ -77,6 +82,7 @@ def test_a_cluster_gets_cases_of_its_own_size() -> None:
     assert {case.world_size for case in cases("small", (8,))} == {8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -94,6 +100,7 @@ def test_a_filter_that_cannot_be_says_why(text: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_is_excluded_has_a_reason() -> None:
     reasons = excluded(parse_spec("full", WORLDS), WORLDS)
     texts = {text: reason for reason, found in reasons.items() for text in found}

@@ -204,6 +204,7 @@ def test_clip_says_its_sizes_twice_and_the_second_counts() -> None:
     assert (vision.hidden_size, vision.image_size) == (stock.hidden_size, stock.image_size) == (1024, 224)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("outer", "inner", "head", "own"),
     [

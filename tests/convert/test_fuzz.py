@@ -94,6 +94,7 @@ def _refused_in_one_line(error: Exception, folder: Path) -> None:
     assert len(str(error)) < 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.convert.synthetic import write_wide_qwen2
 
 WITHOUT = """
@@ -26,6 +28,7 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_decoder_goes_both_ways_without_torch(tmp_path: Path) -> None:
     write_wide_qwen2(tmp_path / "hf", 0.1, layers=1, width=1024)
     done = without_torch("import", "--llm", str(tmp_path / "hf"), "--output", str(tmp_path / "ckpt"))
@@ -36,6 +39,7 @@ def test_a_decoder_goes_both_ways_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_without_torch(tmp_path: Path) -> None:
     done = without_torch("import", "--model", str(tmp_path / "nothing"), "--output", str(tmp_path / "ckpt"))
     assert done.returncode == 2

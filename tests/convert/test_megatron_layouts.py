@@ -38,6 +38,7 @@ def _beside(folder: Path, hf: Path) -> None:
     shutil.copy(hf / "config.json", folder / "config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mindspeed", [False, True], ids=["MG", "MindSpeed"])
 @pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (2, 1), (8, 1), (2, 2), (4, 2), (1, 2)])
 def test_both_layouts_are_the_published_model(
@@ -99,6 +100,7 @@ def test_a_vocabulary_of_unknown_size_is_refused(
     assert not (tmp_path / "ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [True, False], ids=["config", "settings"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("ranks", "stages"), [(8, 1), (4, 2)])
@@ -194,6 +196,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_refused_by_name(
     name: str, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

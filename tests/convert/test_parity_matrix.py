@@ -126,6 +126,7 @@ JOINED = [name for name in publishers.DECODERS if name not in ("mistral window t
 OTHER = ("SigLIP", "CLIP")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", INTERN)
 @pytest.mark.parametrize("decoder", JOINED)
 def test_parts_joined_and_exported_equal_stock(published: Path, tmp_path: Path, decoder: str, tower: str) -> None:
@@ -149,6 +150,7 @@ def test_parts_joined_and_exported_equal_stock(published: Path, tmp_path: Path, 
     assert checkpoint.tensor_digests(tmp_path / "again") == checkpoint.tensor_digests(tmp_path / "ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", OTHER)
 @pytest.mark.parametrize("decoder", JOINED)
 def test_towers_that_no_stock_folder_holds_equal_stock_modules(
@@ -244,6 +246,7 @@ def _in_memory(decoder: Path, tower: Path, ckpt: Path) -> Any:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", publishers.DECODERS)
 def test_a_decoder_alone_equals_stock_and_comes_back(published: Path, tmp_path: Path, decoder: str) -> None:
     convert("import", "--llm", published / decoder, "--output", tmp_path / "ckpt")
@@ -260,6 +263,7 @@ def test_a_decoder_alone_equals_stock_and_comes_back(published: Path, tmp_path: 
     run_ranks(2, _all_layouts, str(tmp_path / "ckpt"), prompt, wanted, LAYOUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", INTERN)
 def test_long_vita_holds_every_intern_vit(published: Path, tmp_path: Path, tower: str) -> None:
     """Its names and config, and back; what stock code cannot load is compared by tensor and by our own logits."""
@@ -327,6 +331,7 @@ def test_a_llama_keeps_its_own_tokenizer_alone_and_gets_chatml_with_a_tower(publ
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_id"] == 264
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["siglip", "clip"])
 def test_a_tower_inside_a_model_of_pictures_and_texts(published: Path, tmp_path: Path, family: str) -> None:
     """As published: a text half beside it, a prefix, no defaults in the config, pixels as the processor says."""
@@ -361,6 +366,7 @@ def test_a_tower_inside_a_model_of_pictures_and_texts(published: Path, tmp_path:
     assert state.preprocess.image_norm == "imagenet"
 
 
+@pytest.mark.slow
 def test_native_internvl_is_normalised_as_its_processor_says(published: Path, tmp_path: Path) -> None:
     publishers.write_internvl(tmp_path / "hf")
     processor = {"size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -42,6 +42,7 @@ def _tower_alone(vision: VisionConfig) -> int:
     return count_parameters(ModelConfig(vocab_size=1, vision=vision)).tower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published.DECODERS)
 def test_decoder(name: str) -> None:
     settings = published.decoder(name)
@@ -64,6 +65,7 @@ def test_decoder(name: str) -> None:
     assert written["architectures"] == [type(network).__name__]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published.FACTS["intern_vit"])
 def test_intern_vit(name: str) -> None:
     settings, remote = (published.intern_vit(name, native=native) for native in (True, False))
@@ -127,6 +129,7 @@ UNUSED = {
 """What the projector never sees."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published.TEXT_TOWERS)
 def test_towers_of_pictures_and_texts(name: str) -> None:
     settings = published.TEXT_TOWERS[name]
@@ -159,6 +162,7 @@ def test_the_siglip_whose_patches_cannot_be_paired_is_refused() -> None:
         siglip_clip.read_config(config, "so400m-patch14-384")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published.INTERNVL)
 def test_internvl(name: str) -> None:
     settings = published.internvl(name)
@@ -204,6 +208,7 @@ def _check_internvl_export(model: ModelConfig, settings: dict[str, Any] | None =
         fields.same_computation(again, _with_tie(published.stock_config(plain), tied=again.tie_word_embeddings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "tower", "narrow"),
     [
@@ -220,6 +225,7 @@ def test_internvl_of_any_pair_is_what_stock_code_builds(text: str, tower: str, n
     _check_internvl_export(replace(model, vision=vision, projector=projector))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", published.LONG_VITA)
 def test_long_vita(name: str) -> None:
     settings = published.LONG_VITA[name]

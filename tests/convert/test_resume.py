@@ -98,6 +98,7 @@ def checkpoint(source: Path, tmp_path: Path, small_files: None) -> Path:
     return tmp_path / "ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["import", "export"])
 @pytest.mark.parametrize("workers", [[], ["--workers", "1"]], ids=["all cores", "one worker"])
 @pytest.mark.parametrize(("moment", "count"), [("write", 0), ("write", 25), ("note", 0), ("note", 3), ("publish", 0)])
@@ -136,6 +137,7 @@ REPLACING = {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "moment", "count"), [(one, *two) for one in REPLACING for two in REPLACING[one]])
 def test_killed_while_it_replaces(
     command: str, moment: str, count: int, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -171,6 +173,7 @@ def test_a_folder_that_a_killed_process_has_moved_away_is_not_replaced_unasked(
     assert tree(output) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize(
     ("command", "moment", "count"), [("import", "publish", 1), *[(one, "end", 0) for one in REPLACING]]
@@ -201,6 +204,7 @@ def test_to_finish_takes_no_room(
     assert cli.main(flags) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_a_folder_with_another_tokenizer_is_another_one(
     command: str, source: Path, checkpoint: Path, tmp_path: Path
@@ -230,6 +234,7 @@ def test_a_changed_source_is_not_continued(
     assert not list((tmp_path / "b").glob(".writing-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "more"),
     [

@@ -43,6 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_internvl_comes_back_byte_for_byte(tmp_path: Path, tied: bool) -> None:
     publishers.write_internvl(tmp_path / "hf", tied=tied)
@@ -192,6 +193,7 @@ def _two_rank_logits(folder: str, prompt: ProbePrompt, wanted: torch.Tensor) -> 
         destroy_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_equal_stock_transformers_in_several_layouts(tmp_path: Path, tied: bool) -> None:
     publishers.write_internvl(tmp_path / "hf", tied=tied)
@@ -219,6 +221,7 @@ def long_vita_checkpoint(root: Path, parts: Path, width: int = 60) -> tuple[Path
     return checkpoint.write_tensors(root, 0, tensors, state, tokenizer), model
 
 
+@pytest.mark.slow
 def test_long_vita_names_round_trip_and_stock_code_runs_it_exactly(parts: Path, tmp_path: Path) -> None:
     folder, model = long_vita_checkpoint(tmp_path / "ckpt", parts)
     convert("export", "--checkpoint", folder, "--output", tmp_path / "lv", "--format", "long_vita")

@@ -74,6 +74,7 @@ def _folder_of_several(folder: Path) -> None:
     (folder / "chat_templates" / "tool_use.jinja").write_text(TOOLS + "!")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [_in_config, _in_file, _several, _folder_of_several])
 def test_a_decoder_keeps_template_and_generation_settings(
     place: Callable[[Path], None], good: Path, tmp_path: Path

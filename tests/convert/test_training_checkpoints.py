@@ -113,6 +113,7 @@ def write_version_1(imported: Path, step: Path) -> None:
 WRITERS = {"training": write_as_training_does, "version 1": write_version_1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 def test_it_is_exported_as_the_model_that_it_is(imported: Path, tmp_path: Path, kind: str) -> None:
     step = tmp_path / "run/iter_0000007"
@@ -136,6 +137,7 @@ def test_damage_is_found(imported: Path, tmp_path: Path, kind: str, capsys: pyte
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_no_part_is_read_again_and_again(

@@ -180,6 +180,7 @@ def _run_all(folder: Path, flags: list[str]) -> None:
         assert cli.main(["verify", a, b, *flags]) == 0, (a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pictures", "text"])
 @pytest.mark.parametrize("flags", [[], ["--logits"]], ids=["tensors", "logits"])
 def test_one_model_in_all_formats_is_one_model(formats: Path, kind: str, flags: list[str]) -> None:

@@ -176,6 +176,7 @@ def test_an_unreadable_sample_does_not_stop_the_others(engine: Engine, samples: 
         engine.generate(mixed)
 
 
+@pytest.mark.slow
 def test_models_are_loaded_one_after_another(folder: Path, root: Path, samples: list[Sample]) -> None:
     (folder / "second").mkdir()
     other = save_checkpoint(folder / "second", name="other", seed=2)

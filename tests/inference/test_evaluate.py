@@ -128,6 +128,7 @@ def test_questions_have_the_ids_and_pixels_of_packed_shards(here: Path, tmp_path
     assert seen == 8
 
 
+@pytest.mark.slow
 def test_a_rerun_asks_only_what_is_missing(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
     run(here, tmp_path, limit=3)
     assert len(asked) == 3
@@ -166,6 +167,7 @@ def test_a_kill_keeps_the_rows_that_were_answered(here: Path, tmp_path: Path, mo
     assert read(tmp_path) == read(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(here: Path, tmp_path: Path) -> None:
     run(here, tmp_path / "one")
     with pytest.raises(ConfigError, match="before any model"):
@@ -203,6 +205,7 @@ def test_a_failing_process_is_an_error_and_not_a_hang(monkeypatch: pytest.Monkey
     assert sorted(one["rank"] for one in module._in_processes(3, partial(work, problem=""))) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_settings_and_weights_decide_what_counts_as_answered(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
     copy = tmp_path / "model"
     copy.mkdir()

@@ -112,6 +112,7 @@ def _tokenizer(place: Place) -> None:
     _edit(file, '"ignore_merges":false', '"ignore_merges":true ')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "change"),
     [
@@ -134,6 +135,7 @@ def test_what_belongs_to_the_model(model: str, change: Callable[[Place], None], 
     assert len(place.results()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -159,6 +161,7 @@ def test_another_judge(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.asked(settings=EvalSettings(max_new_tokens=2, task="always")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "changes"),
     [
@@ -180,6 +183,7 @@ def test_a_question_that_changes_is_asked_alone(number: int, changes: dict[str, 
     assert sorted(one["line"] for one in place.results()) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["square.png", "wide.jpg", "video.mp4"])
 def test_a_medium_that_changes_under_its_name(name: str, place: Place) -> None:
     """Of the same size and time: only its bytes tell."""
@@ -195,6 +199,7 @@ def test_a_medium_that_changes_under_its_name(name: str, place: Place) -> None:
     assert place.asked() == 1
 
 
+@pytest.mark.slow
 def test_questions_that_come_go_and_move(place: Place) -> None:
     assert place.asked() == 4
     more = [*QUESTIONS, {"content": "One more?"}]
@@ -221,6 +226,7 @@ def test_what_decides_nothing(place: Place) -> None:
     assert place.asked("hf", EvalSettings(max_new_tokens=2, batch_tokens=64), media_root=moved) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["av", "decord", "pillow", "torch", "tokenizers"])
 def test_what_decodes_and_computes(package: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.asked() == 4
@@ -229,6 +235,7 @@ def test_what_decodes_and_computes(package: str, place: Place, monkeypatch: pyte
     assert place.asked() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["__version__", "_FORMAT"])
 def test_another_package(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.asked() == 4
@@ -236,6 +243,7 @@ def test_another_package(name: str, place: Place, monkeypatch: pytest.MonkeyPatc
     assert place.asked() == 4
 
 
+@pytest.mark.slow
 def test_what_could_not_be_read_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     good = (place.folder / "square.png").read_bytes()
     (place.folder / "square.png").write_bytes(b"broken")

@@ -174,6 +174,7 @@ def _check_bfloat16(layouts: list[dict[str, Any]]) -> None:
         destroy_groups()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near() -> None:
     run_ranks(2, _check_bfloat16, [{}, SP2, PP2, CP2])
 

@@ -55,6 +55,7 @@ def _compare(path: str, layouts: list[dict[str, Any]]) -> None:
         destroy_groups()
 
 
+@pytest.mark.slow
 def test_two_ranks_step_like_one_process(tmp_path: Path) -> None:
     run_ranks(1, _write, str(tmp_path / "reference"))
     run_ranks(2, _compare, str(tmp_path / "reference"), [{}, TP2, SP2, PP2, VPP2, CP2])

@@ -68,6 +68,7 @@ def _check_exchange(root: str, tower: dict[str, Any], te_saves: bool) -> None:
     destroy_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("te_saves", [True, False], ids=["te to local", "local to te"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_checkpoint_goes_between_the_specs(tmp_path: Path, name: str, te_saves: bool) -> None:

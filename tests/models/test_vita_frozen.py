@@ -29,6 +29,7 @@ def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any],
         compare_step(reference, parallel, train, specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPECS)
 def test_projector_alone_trains_in_every_layout(tmp_path: Path, case: str) -> None:
     reference = write_reference(tmp_path / "reference", STAGE1, SPECS[case])
@@ -36,6 +37,7 @@ def test_projector_alone_trains_in_every_layout(tmp_path: Path, case: str) -> No
     run_ranks(2, _check, layouts, reference, STAGE1, SPECS[case], timeout_s=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cp_comm_type", CP_COMM_TYPES)
 @pytest.mark.parametrize("case", SPECS)
 def test_projector_alone_trains_under_every_exchange(tmp_path: Path, case: str, cp_comm_type: str) -> None:

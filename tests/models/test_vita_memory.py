@@ -49,6 +49,7 @@ def _check_flat(tensor_parallel: bool, train: dict[str, Any]) -> None:
     destroy_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train", [{}, {"freeze_vision_model": True}, {"freeze_vision_model": True, "freeze_vision_projection": True}]
 )
@@ -83,6 +84,7 @@ def _check_shares(layouts: list[dict[str, Any]]) -> None:
         destroy_groups()
 
 
+@pytest.mark.slow
 def test_no_tensor_exceeds_a_context_ranks_share_of_hidden_states() -> None:
     """With p2p and a2a; `all_gather` holds the keys and values of the whole packed sequence by design."""
     run_ranks(4, _check_shares, [{**SP2, **RING2}, {**RING2, "context_parallel_size": 4}, ULYSSES2])
@@ -115,5 +117,6 @@ def _check_splice() -> None:
     destroy_groups()
 
 
+@pytest.mark.slow
 def test_from_splice_to_decoder_input_no_tensor_exceeds_a_tensor_ranks_share() -> None:
     run_ranks(4, _check_splice)

@@ -30,6 +30,7 @@ def _check_layouts(
         compare_step(reference, parallel, train, specs, reset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [True, False], ids=["documents", "one document"])
 def test_two_ranks_equal_one_process(tmp_path: Path, reset: bool) -> None:
     reference = write_reference(tmp_path / "reference", {}, reset=reset)
@@ -61,6 +62,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_models_equal_one_process(tmp_path: Path, name: str) -> None:
     model, specs = VARIANTS[name]

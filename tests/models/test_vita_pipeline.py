@@ -35,6 +35,7 @@ def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any],
         compare_step(reference, parallel, train, specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SIX_LAYERS, TIED], ids=["untied", "tied"])
 def test_pipelines_on_two_ranks_equal_one_process(tmp_path: Path, model: ModelConfig) -> None:
     train = {"model": model}
@@ -55,6 +56,7 @@ def test_pipelines_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
     run_ranks(4, _check, layouts, reference, train, specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PICTURELESS)
 def test_frozen_stages_do_not_deadlock(tmp_path: Path, case: str) -> None:
     """Only the projector trains: some stages have no trainable parameter, some packed sequences no picture."""
@@ -123,6 +125,7 @@ def _gathered(models: list[Any]) -> dict[str, torch.Tensor]:
     return {name: one for part in everyone for name, one in part.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [(VPP2, {}), ({}, VPP3), (VPP3, UNEVEN)], ids=["to one", "from one", "both"])
 def test_checkpoints_go_from_any_pipeline_to_any_other(
     tmp_path: Path, one: dict[str, Any], other: dict[str, Any]

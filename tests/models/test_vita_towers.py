@@ -39,6 +39,7 @@ def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any],
         compare_step(reference, parallel, train, specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_every_tower_whole_or_split_equals_one_process(tmp_path: Path, name: str) -> None:
     reference = write_reference(tmp_path / "reference", {"model": _model(**TOWERS[name])})
@@ -49,6 +50,7 @@ def test_every_tower_whole_or_split_equals_one_process(tmp_path: Path, name: str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("train", [{}, STAGE1, {"freeze_vision_model": True}], ids=["all", "projector", "frozen tower"])
 def test_encoder_micro_batches_equal_one_process(tmp_path: Path, train: dict[str, Any], tensor_parallel: bool) -> None:
@@ -58,6 +60,7 @@ def test_encoder_micro_batches_equal_one_process(tmp_path: Path, train: dict[str
     run_ranks(2, _check, [TP2, SP2, CP2, {**SP2, "overlap_grad_reduce": True}], reference, train, SPECS, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PICTURELESS)
 @pytest.mark.parametrize("train", [{}, STAGE1], ids=["all", "projector"])
 def test_a_split_tower_does_not_deadlock_without_tiles(tmp_path: Path, case: str, train: dict[str, Any]) -> None:
@@ -98,6 +101,7 @@ SPLIT = {"tensor_parallel": True, "parallel": SP2}
 WHOLE = {"tensor_parallel": False, "parallel": CP2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [(SPLIT, WHOLE), (WHOLE, SPLIT)], ids=["split to whole", "whole to split"]
 )

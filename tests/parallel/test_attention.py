@@ -76,6 +76,7 @@ def _compare(
         assert worst <= tolerance, f"{kind}, cp {cp}, documents {documents}, heads {heads}, {name}: {worst:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_one_rank_equals_the_definition(documents: tuple[int, ...], strided: bool) -> None:

@@ -42,6 +42,7 @@ def _check_rebuild() -> None:
     assert on_rank_zero(lambda: {"from": rank}) == {"from": 0}
 
 
+@pytest.mark.slow
 def test_layouts_follow_one_another() -> None:
     run_ranks(2, _check_rebuild)
 

@@ -86,6 +86,7 @@ def test_sequence_order_and_rank_order_are_inverse(layout: SequenceLayout, kind:
     assert torch.equal(schedule.to_rank_order(by_position), by_rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("cp", [1, 2, 8, 64])
 @pytest.mark.parametrize("kind", KINDS)

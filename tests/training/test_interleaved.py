@@ -24,6 +24,7 @@ def _train(folder: Path, save: str, stages: tuple[dict[str, Any], ...]) -> None:
     run_stages(recipe(folder, save, stages, data=data))
 
 
+@pytest.mark.slow
 def test_an_interleaved_run_learns_what_one_rank_learns(tmp_path: Path) -> None:
     make_shards(tmp_path)
     run_ranks(2, _train, tmp_path, "spread", STAGES)

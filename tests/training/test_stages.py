@@ -136,6 +136,7 @@ def _other_heads(folder: Path, start: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_hugging_face_folder_as_from_the_checkpoint_it_was_made_of(folder: Path) -> None:
     run_ranks(1, partial(train, stages=alone(STAGES[:1])), folder, "first")
     trained = checkpoint.resolve(folder / "first/align")
@@ -289,5 +290,6 @@ def _retrained(folder: Path) -> None:
         run_stages(recipe(folder, "chain", ({**stages[0], "train": {**stages[0]["train"], "seed": 6}}, stages[1])))
 
 
+@pytest.mark.slow
 def test_a_stage_is_not_complete_when_the_one_before_was_trained_anew(folder: Path) -> None:
     run_ranks(1, _retrained, folder)

@@ -168,6 +168,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["mix.yaml", "absolute.yaml"])
 def test_two_places_make_one_set(world: Path, tmp_path: Path, mix: str) -> None:
     here, there = world / "here", world / "over/a longer way/there"

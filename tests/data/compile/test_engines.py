@@ -100,6 +100,7 @@ def _engine(name: str) -> Executor:
     return RayExecutor(2) if name == "ray" else LocalExecutor(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["local", "ray"])
 def test_a_task_that_kills_its_process_is_known_and_the_others_are_done_once(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -142,6 +143,7 @@ def plain(world: Path) -> dict[str, bytes]:
     return content(world / "plain" / "set")
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_writes_the_same_bytes(
     world: Path, plain: dict[str, bytes], ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def deadly(self: Compiler, record: Any, file: Any, line: int) -> Any:
     return _compile(self, record, file, line)
 
 
+@pytest.mark.slow
 def test_records_that_kill_their_process_are_refused_and_no_other(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +185,7 @@ def test_records_that_kill_their_process_are_refused_and_no_other(
     assert manifest.totals["samples"] == 21
 
 
+@pytest.mark.slow
 def test_a_crash_of_the_only_process_is_survived_with_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +235,7 @@ class Fragile(PackJob):
         return fragile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True])
 def test_a_crash_while_packs_are_written_is_made_good(
     world: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
@@ -275,6 +280,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_this_process_does_not_grow_with_the_media(world: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

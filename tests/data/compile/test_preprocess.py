@@ -169,6 +169,7 @@ def test_the_set_reads_back_as_the_samples_are(world: Path, made: tuple[Path, Ma
     assert found == 8
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(world: Path, made: tuple[Path, Manifest]) -> None:
     prefix, manifest = made
     other = world / "other" / "set"
@@ -176,6 +177,7 @@ def test_two_processes_write_the_same_bytes(world: Path, made: tuple[Path, Manif
     assert digests(other) == digests(prefix)
 
 
+@pytest.mark.slow
 def test_resume_keeps_a_finished_set_and_nothing_else(world: Path) -> None:
     prefix = world / "resumed" / "set"
     first = run(options(world, prefix, resume=True))
@@ -273,6 +275,7 @@ def test_frames_are_what_the_sequence_holds_to_the_token(world: Path, tmp_path: 
             one(world, tmp_path, CLIP, seq_length=whole - 1 if policy == "reject" else 10, overlong=policy)
 
 
+@pytest.mark.slow
 def test_truncate_keeps_the_answers(world: Path, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "digit " * 400}, {"role": "assistant", "content": "the answer"}]}
     made = one(world, tmp_path, long, seq_length=100, overlong="truncate")
@@ -309,6 +312,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_command_line(world: Path, tmp_path: Path) -> None:
     common = ["--tokenizer", f"{world}/tok", "--seq-length", "256", "--image-size", "16", "--patch-size", "4"]
     done = call(

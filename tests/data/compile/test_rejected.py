@@ -86,6 +86,7 @@ def test_what_is_said_at_the_end() -> None:
     assert len(warnings([counts(str(n), 2, bad_json=1) for n in range(50)])) == 21
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [0, 1, 3])
 def test_the_last_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: int) -> None:
     root = world(tmp_path, {"a": (20, missing), "b": (20, 0)})
@@ -102,6 +103,7 @@ def test_the_last_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert warned == (["warning: a: 3 of 20 records are rejected (3 media_missing)"] if missing == 3 else [])
 
 
+@pytest.mark.slow
 def test_a_refused_run_keeps_its_rejects_and_goes_on(tmp_path: Path, compiled: list[tuple[str, int]]) -> None:
     root = world(tmp_path, {"a": (10, 6), "b": (30, 0)})
     said = r"a: 6 of 10 records are rejected \(6 media_missing\), more than --max-rejected 0.5 allows"
@@ -121,6 +123,7 @@ def test_a_refused_run_keeps_its_rejects_and_goes_on(tmp_path: Path, compiled: l
 # --------------------------------------------------------------------------------------------------------- retried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("place", ["compile.record:Compiler.compile", "shards.writer.packs:PackWriter.write"])
 def test_an_interrupted_run_takes_media_that_were_fetched(tmp_path: Path, place: str, workers: int) -> None:
@@ -136,6 +139,7 @@ def test_an_interrupted_run_takes_media_that_were_fetched(tmp_path: Path, place:
     assert content(root / "fresh/set") == made
 
 
+@pytest.mark.slow
 def test_what_was_not_fetched_costs_nothing(tmp_path: Path, compiled: list[tuple[str, int]]) -> None:
     root = world(tmp_path, {"a": (20, 3)})
     killed(lambda: run(options(root)), f"{DATA}.shards.writer.packs:PackWriter.write", 2, "before")
@@ -144,6 +148,7 @@ def test_what_was_not_fetched_costs_nothing(tmp_path: Path, compiled: list[tuple
     assert not compiled
 
 
+@pytest.mark.slow
 def test_a_finished_set_takes_media_that_were_fetched(tmp_path: Path, compiled: list[tuple[str, int]]) -> None:
     root = world(tmp_path, {"a": (20, 3), "b": (20, 0)})
     before = run(options(root))

@@ -159,6 +159,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "count", "when"), PLACES, ids=lambda value: str(value).rpartition(":")[2])
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     world: Path,
@@ -182,6 +183,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     assert bool(kept) == ("Compiler" not in place or count > 4)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_with_two_processes(world: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     prefix = tmp_path / "set"
     for count, place in enumerate(
@@ -192,6 +194,7 @@ def test_killed_again_and_again_with_two_processes(world: Path, whole: dict[str,
     assert content(prefix) == whole
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_started_over_without_resume_and_for_other_inputs(
     world: Path, whole: dict[str, bytes], compiled: list[tuple[str, int]], tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_two_runs_cannot_write_one_set(world: Path, tmp_path: Path, monkeypatch:
         run(options(world, tmp_path / "set"))
 
 
+@pytest.mark.slow
 def test_a_picture_that_changes_between_the_phases_is_named(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "media"
     folder.mkdir()
@@ -238,6 +242,7 @@ def test_a_picture_that_changes_between_the_phases_is_named(world: Path, tmp_pat
     assert run(options(folder, tmp_path / "set", verify_media="structure")).totals["samples"] == 13  # and it is broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("size", [300, 3_000])
 def test_a_full_disk_is_named_and_the_run_goes_on(
@@ -264,6 +269,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(
 # ------------------------------------------------------------------------------------------------ a mix that grows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_mix_that_grows_compiles_only_what_is_new(
     world: Path, whole: dict[str, bytes], compiled: list[tuple[str, int]], tmp_path: Path, workers: int
@@ -281,6 +287,7 @@ def test_a_mix_that_grows_compiles_only_what_is_new(
         assert len(compiled) == len(set(compiled))
 
 
+@pytest.mark.slow
 def test_other_settings_and_changed_files_take_nothing_from_the_old_set(
     world: Path, compiled: list[tuple[str, int]], tmp_path: Path
 ) -> None:
@@ -297,6 +304,7 @@ def test_other_settings_and_changed_files_take_nothing_from_the_old_set(
         assert len(compiled) == manifest.totals["read"]
 
 
+@pytest.mark.slow
 def test_the_old_set_stays_whole_until_the_new_one_is_there(
     world: Path, whole: dict[str, bytes], compiled: list[tuple[str, int]], tmp_path: Path
 ) -> None:
@@ -317,6 +325,7 @@ def test_the_old_set_stays_whole_until_the_new_one_is_there(
     assert content(prefix) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["tokens.bin", "labels.bin", "media.bin"])
 def test_a_damaged_old_set_is_not_taken_over(world: Path, whole: dict[str, bytes], tmp_path: Path, suffix: str) -> None:
     prefix = tmp_path / "set"
@@ -331,6 +340,7 @@ def test_a_damaged_old_set_is_not_taken_over(world: Path, whole: dict[str, bytes
     assert content(prefix) == whole
 
 
+@pytest.mark.slow
 def test_nothing_is_taken_from_a_set_that_another_decoder_made(
     world: Path, tmp_path: Path, compiled: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_text_shows_what_carries_loss(made: Path, tool: ModuleType, capsys: pyte
     assert "who?⟦a cat<|im_end|>⟧\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_statistics_plot_verification_and_sheet(
     made: Path, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_the_page_stands_alone_and_marks_what_carries_loss(made: Path, tool: Mod
         assert words in page.words
 
 
+@pytest.mark.slow
 def test_what_datasets_say_cannot_become_part_of_the_page(tmp_path: Path, tool: ModuleType) -> None:
     """A name, a message and a set without media, without a tokenizer, with rejects."""
     evil = "<script>alert(1)</script>"
@@ -173,6 +175,7 @@ def test_balance_is_told_for_both_kinds_of_stages(tmp_path: Path) -> None:
         assert all(1 <= ratio < 2 for ratio in ratios)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_digest_is_not_taken(tmp_path: Path) -> None:
     packed.write(tmp_path / "set", packed.examples(3))
     shards = ShardSet(tmp_path / "set")

@@ -71,6 +71,7 @@ DECODER_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", DECODER_ERRORS, ids=repr)
 def test_what_a_decoder_raises_costs_the_sample(

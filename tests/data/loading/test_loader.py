@@ -68,6 +68,7 @@ def expected_row(items: list[Example], sample_ids: tuple[int, ...], prefix: Path
     return np.pad(tokens, (0, rest), constant_values=7), np.pad(labels, (0, rest), constant_values=-100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize(("cp", "tp", "sp"), [(1, 1, False), (2, 1, False), (2, 2, True), (2, 2, False), (4, 1, False)])
 def test_slices_of_all_ranks_are_the_row_and_every_tile_is_decoded_once(
@@ -191,6 +192,7 @@ def consumed_samples(prefix: Path, steps: int, consumed: int, dp: int, cp: int, 
     return stream
 
 
+@pytest.mark.slow
 def test_resuming_with_other_sizes_gives_the_same_stream(tmp_path: Path) -> None:
     """DP 2 -> 1 -> 4 with other CP, micro-batch and worker counts, cut in mid-epoch and over the ends of epochs."""
     prefix = tmp_path / "set"

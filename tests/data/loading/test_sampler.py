@@ -65,6 +65,7 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     assert hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()[:16] == "2bb59db9b82d196d"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [8, 64])
 @pytest.mark.parametrize(("seq_length", "long"), [(16384, False), (32768, False), (131072, True)])
 def test_attention_and_tiles_of_a_step_are_even_over_eight_ranks(seq_length: int, long: bool, step: int) -> None:

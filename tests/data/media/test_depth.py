@@ -169,6 +169,7 @@ def test_pictures_of_one_value(data: bytes, grey: int) -> None:
     assert set(shown(data).ravel().tolist()) == {grey}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([np.float32, np.int32, np.uint32, np.uint16, np.int16, np.int8]).flatmap(

@@ -126,6 +126,7 @@ def test_lines_and_dots_are_pictures_as_for_stock_processors(size: tuple[int, in
     assert render_tiles(item, slots, SPEC).shape == (len(slots), 3, 16, 16)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]),
@@ -260,6 +261,7 @@ def test_broken_videos_are_data_errors(tmp_path: Path) -> None:
         open_video(MediaFile(path=str(tmp_path / "empty")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_a_long_video_is_not_held_whole(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "v.mp4", [index * 3 for index in range(80)])

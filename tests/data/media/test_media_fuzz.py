@@ -133,6 +133,7 @@ def known(error: DataError) -> str:
     return code
 
 
+@pytest.mark.slow
 def test_fuzz_pictures(tmp_path: Path) -> None:
     whole = seeds()
     for data in whole:
@@ -197,6 +198,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pictures_are_refused_at_once(name: str) -> None:
     data, code = HOSTILE[name]

@@ -98,6 +98,7 @@ def saved(image: Pil.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "TIFF", "PPM"])
 def test_headers_agree_with_pillow(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tests.data.kit import blank, picture, tokenizer_folder
 got_ocr2 = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 5000),
     st.integers(1, 5000),
@@ -70,6 +71,7 @@ def test_pixels_equal_stock(mode: str, size: tuple[int, int]) -> None:
     assert np.abs(ours - stock["pixel_values"]).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", range(1, 13))
 def test_pixels_equal_stock_at_every_number_of_tiles(most: int) -> None:
     spec = PreprocessSpec(image_size=32, patch_size=4, max_tiles=most)

@@ -65,6 +65,7 @@ def test_frames_are_shown_at_the_times_told(clips: Path, name: str) -> None:
     assert times == pytest.approx(wanted, abs=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_a_region_of_a_larger_file_is_a_video(clips: Path, backend: str, tmp_path: Path) -> None:
     data = (clips / "plain.mp4").read_bytes()

@@ -17,6 +17,7 @@ from megatron_vita.errors import DataError
 from tests.data.media.clips import ALL, CLIPS, FRAMES, RATE, clip, sample, shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_frame_is_the_one_asked_for(clips: Path, name: str) -> None:
     with open_video(clip(clips, name), limits=None) as video:

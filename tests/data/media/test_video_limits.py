@@ -117,6 +117,7 @@ def frames(file: MediaFile, limits: VideoLimits) -> int:
     return len(items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["open", "read"])
 @pytest.mark.parametrize(
     ("what", "code"),
@@ -178,6 +179,7 @@ def test_a_forked_copy_of_the_process_gets_its_own(clips: Path) -> None:
     assert decoder.child(limits).pid == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["hang", "spin"])
 def test_the_child_dies_with_its_parent(clips: Path, what: str) -> None:
     """Also while it decodes; where it never gives Python its turn, by the kernel's clock."""

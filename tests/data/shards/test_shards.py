@@ -183,6 +183,7 @@ def test_pictures_inside_archives_may_be_referred_to(tmp_path: Path) -> None:
         ShardSet(tmp_path / "set").media_bytes(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["tokens.idx", "labels.idx", "media.idx", "samples.npy", "tiles.npy"])
 def test_no_damaged_index_gives_other_data_or_a_foreign_error(
     made: tuple, tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]

@@ -107,6 +107,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[s
     return manifest, content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PACKED)
 def test_packed_media_make_the_same_set(unpacked: tuple[Manifest, dict[str, bytes]], tmp_path: Path, form: str) -> None:
     files, records = _files_and_records()
@@ -117,6 +118,7 @@ def test_packed_media_make_the_same_set(unpacked: tuple[Manifest, dict[str, byte
     assert (source.read, source.used, source.rejected) == (wanted.read, wanted.used, wanted.rejected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "stored zip", "tar", "tar.gz"])
 def test_references_into_archives_read_as_those_to_files(tmp_path: Path, form: str) -> None:
     """With --media reference the set points into a plain archive; what was unpacked for the run alone is embedded."""

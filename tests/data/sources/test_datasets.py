@@ -102,6 +102,7 @@ def converted(file: MixFile, work: Path) -> list[Wanted]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [*DATASETS, *MORE, *GENERIC])
 def test_each_record_becomes_what_it_should(
     promises: dict[str, list[Promise]], work: Path, tmp_path: Path, source: str

@@ -35,6 +35,7 @@ def look(folder: Path, **groups: Any) -> Report:
     return lint(folder / "mix.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_the_example_mixes_are_right(published: Published, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     monkeypatch.setenv("DATASETS", str(published.root))

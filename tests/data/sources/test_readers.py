@@ -69,6 +69,7 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
     return out.getvalue()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     content=RECORDS,
@@ -98,6 +99,7 @@ def test_both_json_forms_give_their_records(
         assert open_reader(folder / "l.json").head(2) == content[:2]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(content=RECORDS.filter(bool), form=st.sampled_from(sorted(PACK)), array=st.booleans(), seed=st.integers(0, 99))
 def test_every_container_gives_the_same_records(
@@ -172,6 +174,7 @@ def test_a_record_that_does_not_pair_up_swallows_no_other(
     assert lines == list(range(1, len(got) + 1))
 
 
+@pytest.mark.slow
 @given(text=st.binary(max_size=60).map(lambda data: bytes(b'[]{}",\\ a\n'[byte % 10] for byte in data)))
 @settings(deadline=None, max_examples=300)
 def test_any_text_is_cut_without_loss(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:

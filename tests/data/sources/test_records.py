@@ -73,6 +73,7 @@ def spellings(name: str) -> set[str]:
     return {name, name.upper(), name.title(), camel, name.replace("_", "-"), name.replace("_", " ")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["llava", "sharegpt", "openai", "long_vita", "alpaca", "pair", "long_context_qa"])
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_media_under_every_known_name_are_read(root: Path, row: str, kind: str) -> None:

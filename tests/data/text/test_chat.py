@@ -309,6 +309,7 @@ def until_question(sample: Sample, turn: int, images: list, videos: list) -> Dra
     return part, images[:num_images], videos[:num_videos]
 
 
+@pytest.mark.slow
 def test_ids_up_to_every_generation_prompt_equal_stock_transformers(tok: VitaTokenizer, stock: Stock) -> None:
     seen: dict[str, int] = {"prompts": 0, "pictures": 0, "videos": 0, "both": 0, "neither": 0}
     tile_counts: set[int] = set()

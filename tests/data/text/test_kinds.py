@@ -56,6 +56,7 @@ def _folder(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.refused])
 def test_ids_are_stock_transformers(name: str, tmp_path: Path) -> None:
     tok, stock = exported(KINDS[name], tmp_path)
@@ -136,6 +137,7 @@ def any_kind(draw: st.DrawFn) -> Kind:
     return Kind(base, special, config, parts)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=any_kind(), seed=st.integers(0, 1 << 30))
 def test_any_tokenizer_is_stock_or_refused(tmp_path_factory: pytest.TempPathFactory, kind: Kind, seed: int) -> None:
