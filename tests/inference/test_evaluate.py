@@ -144,6 +144,7 @@ def test_a_rerun_asks_only_what_is_missing(here: Path, tmp_path: Path, asked: li
     assert read(fresh) == read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_kill_keeps_the_rows_that_were_answered(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = EvalSettings(max_new_tokens=4, batch_tokens=64)
     whole = tmp_path / "whole"
@@ -225,6 +226,7 @@ def test_settings_and_weights_decide_what_counts_as_answered(here: Path, tmp_pat
     assert len(read(output)) == 16
 
 
+@pytest.mark.slow
 def test_models_of_one_name_are_told_apart(here: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -101,7 +101,8 @@ def _check_all(cp: int) -> None:
     destroy_groups()
 
 
-@pytest.mark.parametrize("cp", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("cp", [2, 3, 4])
 def test_context_parallel_equals_the_definition(cp: int) -> None:
     run_ranks(cp, _check_all, cp)
 

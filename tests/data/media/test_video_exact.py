@@ -16,6 +16,9 @@ from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import DataError
 from tests.data.media.clips import ALL, CLIPS, FRAMES, RATE, clip, sample, shown
 
+pytestmark = pytest.mark.slow
+"""As root, the AV1 encoder's threads have real-time priority: beside another test process both crawl."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
