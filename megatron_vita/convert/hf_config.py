@@ -134,6 +134,19 @@ def square(config: Mapping[str, Any], key: str, where: str) -> int:
     return int(sides[0])
 
 
+def tower_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The sizes of a vision tower, as `VisionConfig` names them; every family's config.json has the same keys."""
+    return {
+        "num_layers": integer(config, "num_hidden_layers", where),
+        "hidden_size": integer(config, "hidden_size", where),
+        "ffn_hidden_size": integer(config, "intermediate_size", where),
+        "num_attention_heads": integer(config, "num_attention_heads", where, most=MOST_HEADS),
+        "norm_epsilon": number(config, "layer_norm_eps", where),
+        "image_size": square(config, "image_size", where),
+        "patch_size": square(config, "patch_size", where),
+    }
+
+
 def require(config: Mapping[str, Any], key: str, wanted: Any, default: Any, where: str) -> None:
     """Reject any value but the supported one. True is not 1 here."""
     value = config.get(key, default)

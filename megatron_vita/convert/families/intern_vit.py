@@ -9,14 +9,11 @@ from typing import Any
 from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.hf_config import (
-    MOST_HEADS,
     check_not_quantised,
     choice,
     flag,
-    integer,
-    number,
     require,
-    square,
+    tower_sizes,
 )
 from megatron_vita.convert.rules import Rule, grouped_qkv, joint_qkv, rename
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -114,13 +111,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Na
             normalization=_NORMS[norm],
             add_qkv_bias=bias,
             qk_layernorm=qk_norm,
-            num_layers=integer(config, "num_hidden_layers", where),
-            hidden_size=integer(config, "hidden_size", where),
-            ffn_hidden_size=integer(config, "intermediate_size", where),
-            num_attention_heads=integer(config, "num_attention_heads", where, most=MOST_HEADS),
-            norm_epsilon=number(config, "layer_norm_eps", where),
-            image_size=square(config, "image_size", where),
-            patch_size=square(config, "patch_size", where),
+            **tower_sizes(config, where),
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None

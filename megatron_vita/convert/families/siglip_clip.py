@@ -15,14 +15,11 @@ from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import (
-    MOST_HEADS,
     check_not_quantised,
     choice,
-    integer,
-    number,
     require,
     section,
-    square,
+    tower_sizes,
 )
 from megatron_vita.convert.rules import Rule, grouped_qkv, rename
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -76,13 +73,7 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
     try:
         return VisionConfig(
             model_type=family,
-            num_layers=integer(full, "num_hidden_layers", where),
-            hidden_size=integer(full, "hidden_size", where),
-            ffn_hidden_size=integer(full, "intermediate_size", where),
-            num_attention_heads=integer(full, "num_attention_heads", where, most=MOST_HEADS),
-            norm_epsilon=number(full, "layer_norm_eps", where),
-            image_size=square(full, "image_size", where),
-            patch_size=square(full, "patch_size", where),
+            **tower_sizes(full, where),
             image_norm=family,
         )
     except ConfigError as error:
