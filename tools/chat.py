@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitaError as error:
         print(f"chat: {error}", file=sys.stderr)
         return error.exit_status
-    print(answer.text)
+    print(answer.text.strip())
     if not answer.finished:
         print(f"chat: cut after {len(answer.ids)} tokens; allow more with --max-new-tokens", file=sys.stderr)
     return 0

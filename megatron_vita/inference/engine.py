@@ -233,8 +233,8 @@ class Engine:
             positions = torch.tensor([[lengths[i] + len(generated[i]) - 1 for i in active]], device=device)
             logits = self._decode(tokens, positions, cache)
         return [
-            Generation(self.tokenizer.decode(ids).strip(), tuple(ids), done)
-            for ids, done in zip(generated, ended, strict=True)
+            Generation(self.tokenizer.decode(ids), tuple(ids), "stop" if done else "length", prompt_tokens=length)
+            for ids, done, length in zip(generated, ended, lengths, strict=True)
         ]
 
     def prefill(self, prompts: Sequence[Prompt], cache: KVCache | None) -> torch.Tensor:

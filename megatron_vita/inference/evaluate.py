@@ -191,7 +191,7 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
                 result |= {"error": str(outcome), "fields": question.fields}
             else:
                 verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
-                result |= {"answer": outcome.text, "expected": question.expected, "verdict": verdict}
+                result |= {"answer": outcome.text.strip(), "expected": question.expected, "verdict": verdict}
                 result |= {"finished": outcome.finished, "fields": question.fields}
             yield result
         engine.close()

@@ -1,12 +1,43 @@
-"""Input and output of generation: a prepared prompt and an answer."""
+"""Input and output of generation: requests, prepared prompts, answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from megatron_vita.data.example import Example
+from megatron_vita.data.sample import Sample
+from megatron_vita.inference.sampling import SamplingConfig
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A conversation to be answered."""
+
+    id: str
+    """Unique among the requests that an engine works on."""
+    sample: Sample
+    """Its last turn is the user's."""
+    sampling: SamplingConfig
+    max_new_tokens: int | None = None
+    """Maximum tokens of the answer; None: as many as fit."""
+    zero_tiles: bool = False
+    """Show the model black tiles instead of the pictures'; lengths and ids stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token, and the tokens most likely in its place."""
+
+    id: int
+    logprob: float
+    """Natural logarithm of the token's probability."""
+    top: tuple[tuple[int, float], ...]
+    """(id, log-probability) of the most likely tokens, most likely first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +45,26 @@ class Generation:
     """One answer."""
 
     text: str
-    """Without special tokens and without white space at its ends."""
+    """Without special tokens, and without the stop string that ended it; white space is kept."""
     ids: tuple[int, ...]
     """Generated ids; the token that ended the answer is not among them."""
-    finished: bool
-    """The model ended the answer itself; otherwise it was cut at the limit."""
+    finish_reason: FinishReason
+    """`stop`: an end token, a stop id or a stop string came; `length`: the answer was cut at its limit."""
+    stop_reason: str | int | None = None
+    """The stop string or stop id that ended the answer; None: the model's own end token, or the limit."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt, those of its pictures included."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values an earlier request had left in the cache."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry for each of `ids`, if asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One entry for each prompt token, if asked for; None for the first token, which nothing predicts."""
+
+    @property
+    def finished(self) -> bool:
+        """The model ended the answer itself; otherwise it was cut at the limit."""
+        return self.finish_reason == "stop"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def test_it_prints_the_engines_answer(here: Path, capsys: pytest.CaptureFixture[
     (expected,) = engine.generate([sample], max_new_tokens=5)
     assert ask(here, "--image", str(image), "--video", str(video), "Which digit is this?") == 0
     said = capsys.readouterr()
-    assert said.out == expected.text + "\n"
+    assert said.out == expected.text.strip() + "\n"
     assert ("cut after 5 tokens" in said.err) == (not expected.finished)
 
 
