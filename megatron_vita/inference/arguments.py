@@ -1,0 +1,79 @@
+"""Command-line flags that tools share: layout and scheduling of the engine, and sampling. Nothing here imports torch
+before a sampling configuration is made of the flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from megatron_vita.inference.settings import DTYPES, LM_HEADS, EngineSettings
+
+if TYPE_CHECKING:
+    from megatron_vita.inference.sampling import SamplingConfig
+
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+"""Flags of `add_sampling_arguments`, all fields of SamplingConfig."""
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each field of EngineSettings; `engine_settings` reads them."""
+    default = EngineSettings()
+    group = parser.add_argument_group("engine (several ranks: start with torchrun)")
+    add = group.add_argument
+    add("--tensor-model-parallel-size", type=int, default=1, help="ranks that split each weight matrix (default: 1)")
+    add("--context-parallel-size", type=int, default=1, help="ranks that split prompts and their cache (default: 1)")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="ranks that hold a run of layers (default: 1)")
+    add("--dtype", choices=DTYPES, default=default.dtype, help="to compute in (default: %(default)s)")
+    add(
+        "--kv-cache-memory", help="keys and values of a rank: share of free memory, or size such as 4GiB (default: 0.5)"
+    )
+    add("--block-size", type=int, default=default.block_size, help="tokens of a cache block (default: %(default)s)")
+    add(
+        "--chunked-prefill-size",
+        type=int,
+        default=default.chunked_prefill_size,
+        help="most prompt tokens of a step on a context-parallel rank (default: %(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        type=int,
+        default=default.max_num_seqs,
+        help="most sequences decoded together (default: %(default)s)",
+    )
+    add(
+        "--lm-head",
+        choices=LM_HEADS,
+        default=default.lm_head,
+        help="rows of the vocabulary product: only those asked for, or all for comparison (default: %(default)s)",
+    )
+    add("--enable-prefix-caching", action="store_true", help="requests that begin alike share keys and values")
+
+
+def engine_settings(args: argparse.Namespace) -> EngineSettings:
+    """The settings that the flags of `add_engine_arguments` say.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    return EngineSettings(**{field.name: getattr(args, field.name) for field in fields(EngineSettings)})
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `sampling_config` reads; by default the likeliest token is taken always."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token always (default)")
+    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total share")
+    add("--seed", type=int, default=1234, help="of the draw")
+
+
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    """How tokens are chosen by the flags of `add_sampling_arguments`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    from megatron_vita.inference.sampling import SamplingConfig  # imports torch
+
+    return SamplingConfig(**{name: getattr(args, name) for name in _SAMPLING})
