@@ -1,108 +1,279 @@
-"""Sampling of a token from logits: pure functions, no global random state. Greedy is temperature 0.
+"""Sampling of tokens from logits, without global random state. Greedy is temperature 0.
 
-Legend: n sequences, v vocabulary entries. A filter returns logits of the same shape in which what is ruled out is -inf.
+The order is that of vLLM's V1 sampler (vllm/v1/sample/sampler.py): logit bias, repetition penalty, frequency and
+presence penalty, end tokens masked up to `min_tokens`, temperature, min-p, top-k, top-p. The formulas of repetition
+penalty, temperature, min-p, top-k and top-p are those of transformers (generation/logits_process.py), whose `generate`
+applies min-p after top-p instead; frequency and presence penalty are OpenAI's: only generated tokens count.
+
+A sequence draws the same tokens whatever else is in the batch: every operation on floating-point numbers is elementwise
+and exact, or works on one row at a time; the draw is made in float64.
+
+Legend: n sequences, m of them concerned, v vocabulary entries.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig
+
+__all__ = [
+    "GREEDY",
+    "Sampled",
+    "SamplingConfig",
+    "SequenceSampler",
+    "choose",
+    "distribution",
+    "draw",
+    "generators_for",
+    "prompt_logprobs",
+    "sample",
+]
+_ROWS = 256
+"""Rows of which `prompt_logprobs` has the whole vocabulary in memory at once."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingConfig:
-    """Settings of sampling."""
+class Sampled(NamedTuple):
+    """A token that was chosen."""
 
-    temperature: float = 0.0
-    """Divides the logits; 0: greedy."""
-    top_k: int = 0
-    """Choose among the k most likely tokens; 0: among all."""
-    top_p: float = 1.0
-    """Choose among the fewest most likely tokens whose probabilities sum to at least this; 1: among all."""
-    seed: int = 1234
-    """Seeds every sequence alike, so that an answer does not depend on what is generated beside it."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or a positive number.")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k} must be 0 (no limit) or a positive number of tokens.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must lie in (0, 1].")
+    token: int
+    logprob: float | None = None
+    """Natural logarithm of its probability, if asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the most likely tokens, most likely first."""
 
 
-GREEDY = SamplingConfig()
-"""Greedy decoding."""
+class SequenceSampler:
+    """What sampling has to remember of one sequence."""
+
+    __slots__ = ("_tokens", "config", "ends", "generator", "history", "plain")
+
+    def __init__(
+        self, config: SamplingConfig, prompt_ids: Sequence[int], vocab_size: int, end_ids: frozenset[int]
+    ) -> None:
+        """
+        Args:
+            config: how to choose.
+            prompt_ids: tokens of the prompt, below `vocab_size`.
+            vocab_size: v, the width of the logits.
+            end_ids: the model's own end tokens.
+
+        Raises:
+            ConfigError: logit_bias or stop_token_ids names a token that the vocabulary does not have.
+        """
+        for name, ids in (
+            ("logit_bias", [one for one, _ in config.logit_bias]),
+            ("stop_token_ids", config.stop_token_ids),
+        ):
+            if beyond := [one for one in ids if one >= vocab_size]:
+                raise ConfigError(f"{name} names token {beyond[0]}, but the vocabulary ends at {vocab_size - 1}.")
+        self.config = config
+        self.ends = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else end_ids)
+        """Tokens that end the answer."""
+        self.generator = torch.Generator().manual_seed(config.seed) if config.temperature > 0 else None
+        self.history: torch.Tensor | None = None
+        """float32 [2, v]: 1 for tokens of prompt and answer; counts of the answer's tokens. For penalties only."""
+        if config.penalises:
+            self.history = torch.zeros(2, vocab_size)
+            self.history[0, torch.as_tensor(prompt_ids, dtype=torch.int64)] = 1
+        self._tokens = 0
+        self.plain = self._is_plain()
+        """The next token is the one with the largest logit, and nothing else is asked for."""
+
+    @property
+    def ends_masked(self) -> bool:
+        """The answer is too short to end."""
+        return self._tokens < self.config.min_tokens
+
+    def _is_plain(self) -> bool:
+        config = self.config
+        changed = config.penalises or config.logit_bias or self.ends_masked
+        return not changed and config.temperature == 0 and config.logprobs is None
+
+    def observe(self, token: int) -> None:
+        """Count a token of the answer."""
+        self._tokens += 1
+        if not self.plain:
+            self.plain = self._is_plain()
+            if self.history is not None:
+                self.history[0, token] = 1
+                self.history[1, token] += 1
 
 
-def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask all but the k largest logits of each sequence; [n, v]. k = 0 or k >= v keeps all; ties stay."""
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    smallest = torch.topk(logits, k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < smallest, float("-inf"))
+def sample(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
+    """Choose the next token of each sequence, and let its sampler observe it.
 
+    Args:
+        logits: float [n, v], on any device.
+        samplers: one for each row.
 
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Mask the tail of each sequence's distribution: keep the fewest most likely tokens whose sum reaches p; [n, v].
-
-    The likeliest token always stays.
+    Returns:
+        n tokens. Log-probabilities are those of the logits as given, before bias, penalties and temperature (the
+        default of vLLM V1, `raw_logprobs`); float32.
     """
-    if p >= 1:
-        return logits
-    ordered, order = torch.sort(logits, dim=-1, descending=True)
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = torch.cumsum(probabilities, dim=-1) - probabilities
-    before[..., 0] = 0  # rounding must not rule out the first
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
-    return logits.masked_fill(drop, float("-inf"))
+    if all(sampler.plain for sampler in samplers):
+        sampled = [Sampled(token) for token in logits.argmax(dim=-1).tolist()]
+    else:
+        adjusted = _adjust(logits, samplers)
+        chosen = adjusted.argmax(dim=-1)
+        drawing = [row for row, sampler in enumerate(samplers) if sampler.generator is not None]
+        if drawing:
+            generators = [samplers[row].generator for row in drawing]
+            uniform = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
+            weights = distribution(adjusted[drawing], [samplers[row].config for row in drawing])
+            chosen[drawing] = draw(weights, uniform)
+        sampled = [Sampled(token) for token in chosen.tolist()]
+        reported = [row for row, sampler in enumerate(samplers) if sampler.config.logprobs is not None]
+        if reported:
+            values, top_ids, top_values = (
+                part.tolist() for part in prompt_logprobs(logits[reported], chosen[reported], MAX_LOGPROBS)
+            )
+            for place, row in enumerate(reported):
+                top = tuple(zip(top_ids[place], top_values[place], strict=True))[: samplers[row].config.logprobs]
+                sampled[row] = Sampled(sampled[row].token, values[place], top)
+    for sampler, one in zip(samplers, sampled, strict=True):
+        sampler.observe(one.token)
+    return sampled
 
 
-def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """Probabilities that a token is drawn from; float32 [n, v], rows sum to 1. Needs temperature > 0.
+def _adjust(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> torch.Tensor:
+    """Logits [n, v], at least float32, with bias and penalties, and with end tokens masked that come too early."""
+    device = logits.device
+    out = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    biases = [(row, *bias) for row, sampler in enumerate(samplers) for bias in sampler.config.logit_bias]
+    if biases:
+        places, ids, values = zip(*biases, strict=True)
+        out[places, ids] += torch.tensor(values, dtype=out.dtype, device=device)
+    penalised = [(row, sampler) for row, sampler in enumerate(samplers) if sampler.history is not None]
+    if penalised:
+        histories = []
+        for _, sampler in penalised:
+            assert sampler.history is not None
+            sampler.history = sampler.history.to(device)  # and it stays there
+            histories.append(sampler.history)
+        seen, counts = torch.stack(histories, dim=1).unbind()
+        rows = [row for row, _ in penalised]
+        part = out[rows]
+        repetition, frequency, presence = (
+            torch.tensor([[getattr(one.config, name)] for _, one in penalised], dtype=part.dtype, device=device)
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        )
+        repeated = torch.where(part < 0, part * repetition, part / repetition)
+        part = torch.where(seen > 0, repeated, part)
+        out[rows] = part - frequency * counts - presence * (counts > 0)
+    masked = [(row, one) for row, sampler in enumerate(samplers) if sampler.ends_masked for one in sampler.ends]
+    if masked:
+        places, ids = zip(*masked, strict=True)
+        out[places, ids] = float("-inf")
+    return out
 
-    Temperature first, then top-k, then top-p of what is left: the order of Hugging Face's generate.
+
+def distribution(logits: torch.Tensor, configs: Sequence[SamplingConfig]) -> torch.Tensor:
+    """What tokens are drawn by, up to a factor for each row: temperature, then min-p, top-k and top-p.
+
+    Args:
+        logits: float [m, v].
+        configs: one for each row, all of temperature > 0.
+
+    Returns:
+        float64 [m, v]; 0 where a token is ruled out.
     """
-    scaled = logits.float() / sampling.temperature
-    return torch.softmax(keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p), dim=-1)
+    temperature = torch.tensor([[one.temperature] for one in configs], dtype=torch.float64, device=logits.device)
+    scaled = logits.double()
+    # the largest logit becomes 0 first: no temperature, however small, makes it infinite
+    probabilities = torch.softmax((scaled - scaled.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    filtering = [row for row, one in enumerate(configs) if one.filters]
+    if filtering:
+        probabilities[filtering] = _filter(probabilities[filtering], [configs[row] for row in filtering])
+    return probabilities
 
 
-def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _filter(probabilities: torch.Tensor, configs: Sequence[SamplingConfig]) -> torch.Tensor:
+    """Probabilities float64 [m, v], with 0 where min-p, top-k or top-p rules a token out."""
+    size = probabilities.shape[-1]
+    top_p, min_p, top_k = (
+        torch.tensor(values, dtype=dtype, device=probabilities.device).unsqueeze(-1)
+        for values, dtype in (
+            ([one.top_p for one in configs], torch.float64),
+            ([one.min_p for one in configs], torch.float64),
+            ([min(one.top_k, size) for one in configs], torch.int64),
+        )
+    )
+    largest = probabilities.amax(dim=-1, keepdim=True)
+    floor = min_p * largest
+    if most := int(top_k.max()):
+        kth = torch.topk(probabilities, most).values.gather(-1, (top_k - 1).clamp(min=0))
+        floor = torch.maximum(floor, torch.where(top_k > 0, kth, 0))
+    probabilities = torch.where(probabilities >= floor, probabilities, 0)
+    if all(one.top_p == 1 for one in configs):
+        return probabilities
+    # Only the head of each row is sorted: all tokens below this bound together hold less than top-p's tail.
+    bound = torch.where(top_p < 1, (1 - top_p) * largest / (2 * size), largest)
+    width = max(1, int((probabilities >= bound).sum(dim=-1).max()))  # 0 where logits are NaN
+    head = torch.topk(probabilities, width).values
+    before = head.cumsum(dim=-1) - head
+    kept = before < top_p * probabilities.cumsum(dim=-1)[:, -1:]
+    smallest = head.gather(-1, (kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
+    # of tokens that are alike at the border the first ones stay, whatever order topk gave them
+    room = (kept & (head == smallest)).sum(dim=-1, keepdim=True)
+    alike = probabilities == smallest
+    keep = (probabilities > smallest) | (alike & (alike.cumsum(dim=-1) <= room)) | (top_p == 1)
+    return torch.where(keep, probabilities, 0)
+
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Turn one number in [0, 1) for each row into a token by inverting the cumulative distribution.
 
     Args:
-        probabilities: [n, v], rows sum to 1 up to rounding.
-        uniform: [n].
+        weights: [n, v], at least 0; probabilities up to a factor for each row.
+        uniform: float64 [n].
 
     Returns:
-        int64 [n]; never a token of probability 0.
+        int64 [n]; never a token of weight 0.
     """
     # In float64 because float32 sums of 150,000 terms drift by more than a rare token's share.
-    total = torch.cumsum(probabilities.double(), dim=-1)
+    total = torch.cumsum(weights.double(), dim=-1)
     target = uniform.to(total).unsqueeze(-1) * total[..., -1:]
-    token = torch.searchsorted(total, target, right=True).squeeze(-1)
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1)  # the last token that can be drawn at all
-    return torch.minimum(token, last)
+    last = torch.searchsorted(total, total[..., -1:].contiguous())  # the last token that adds to the sum
+    token = torch.minimum(torch.searchsorted(total, target, right=True), last)
+    return token.clamp(max=weights.shape[-1] - 1).squeeze(-1)  # v where weights are NaN
+
+
+def prompt_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of given tokens and of the most likely ones.
+
+    Args:
+        logits: float [n, v].
+        targets: int64 [n], the token that came in each place.
+        top: k, at most v of them.
+
+    Returns:
+        Log-probabilities of the targets, float32 [n]; ids of the most likely tokens, int64 [n, k], most likely first;
+        their log-probabilities, float32 [n, k].
+    """
+    top = min(top, logits.shape[-1])
+    values, ids, best = [], [], []
+    for part, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
+        logprobs = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+        values.append(logprobs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1))
+        most = torch.topk(logprobs, top, dim=-1)
+        ids.append(most.indices)
+        best.append(most.values)
+    return torch.cat(values), torch.cat(ids), torch.cat(best)
 
 
 def choose(logits: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
-    """The next token of each sequence.
-
-    Args:
-        logits: [n, v].
-        sampling: how to choose.
-        generators: one for each sequence, on the CPU, advanced by one number; not touched when greedy.
-
-    Returns:
-        int64 [n].
-    """
+    """The next token of each sequence, without penalties; logits [n, v] -> int64 [n]. Generators are on the CPU."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     uniform = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
-    return draw(distribution(logits, sampling), uniform)
+    return draw(distribution(logits, [sampling] * len(logits)), uniform)
 
 
 def generators_for(count: int, sampling: SamplingConfig) -> list[torch.Generator]:
