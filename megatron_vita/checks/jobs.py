@@ -13,6 +13,7 @@ from megatron_vita import device
 from megatron_vita.checks.options import DTYPES, Case, case_stage, make_stage
 from megatron_vita.checks.tiny import IMAGES, shrink_tower, tiny_model
 from megatron_vita.config import ParallelConfig, StageConfig
+from megatron_vita.config.rotary import RotaryConfig
 from megatron_vita.errors import ConfigError
 
 MOST_FORKED = 8
@@ -77,9 +78,7 @@ def recipe_jobs(stage: StageConfig, world_size: int, dtypes: str | None) -> Iter
         tiny,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        rope_scaling_factor=model.rope_scaling_factor,
-        rotary_percent=model.rotary_percent,
-        rotary_interleaved=model.rotary_interleaved,
+        **{field.name: getattr(model, field.name) for field in dataclasses.fields(RotaryConfig)},
         projector=dataclasses.replace(tiny.projector, bias=model.projector.bias),
         transformer_impl=model.transformer_impl,
         vision=shrink_tower(model.vision, heads) if model.vision else None,

@@ -10,13 +10,13 @@ v vocabulary; H tower width, F tower MLP width, P patch side, p patches of a til
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vita.checks.plain_rotary import frequencies, rotate
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, VisionConfig
 
 Weights = Mapping[str, Tensor]
@@ -152,12 +152,9 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
     start = token.new_tensor([0, *documents[:-1]]).cumsum(0)[document]
     visible = (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
     # Published models compute the angles in float32, whatever the weights are.
-    r = int(d * model.rotary_percent)
-    frequency = 1.0 / (model.rotary_base ** (torch.arange(0, r, 2).float() / r)).to(states.device)
-    if model.rope_scaling_factor is not None:
-        frequency = _llama3(frequency, model.rope_scaling_factor)
-    angles = (token - start).float()[:, None] * frequency
-    cos, sin = angles.cos().to(states.dtype)[:, None], angles.sin().to(states.dtype)[:, None]
+    frequency, scale = frequencies(model)
+    angles = (token - start).float()[:, None] * frequency.to(states.device)
+    cos, sin = ((scale * one).to(states.dtype)[:, None] for one in (angles.cos(), angles.sin()))
     for layer in range(model.num_layers):
         at = f"language_model.decoder.layers.{layer}."
         x = _rms_norm(states, weights[at + "self_attention.linear_qkv.layer_norm_weight"], model.norm_epsilon)
@@ -168,7 +165,7 @@ def decode(weights: Weights, model: ModelConfig, states: Tensor, documents: Sequ
         if model.qk_layernorm:
             query = _rms_norm(query, weights[at + "self_attention.q_layernorm.weight"], model.norm_epsilon)
             key = _rms_norm(key, weights[at + "self_attention.k_layernorm.weight"], model.norm_epsilon)
-        query, key = (_rotate(one, cos, sin, model.rotary_interleaved) for one in (query, key))
+        query, key = (rotate(one, cos, sin, model.rotary_interleaved) for one in (query, key))
         key, value = (one.repeat_interleave(q // g, dim=1) for one in (key, value.squeeze(2)))
         query, key, value = (one.transpose(0, 1)[None] for one in (query, key, value))  # [1, q, n, d]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
@@ -262,25 +259,3 @@ def _maybe_norm(weights: Weights, at: str, vision: VisionConfig, x: Tensor) -> T
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-
-def _llama3(frequency: Tensor, factor: float) -> Tensor:
-    """Llama 3.1's rotary scaling: waves that turn less than once in 8192 tokens are stretched, those that turn more
-    than four times are not, the rest is mixed."""
-    turns = 8192 * frequency / (2 * math.pi)
-    smooth = (turns - 1) / (4 - 1)
-    mixed = (1 - smooth) * frequency / factor + smooth * frequency
-    return torch.where(turns < 1, frequency / factor, torch.where(turns > 4, frequency, mixed))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """[n, heads, d]: of the first r numbers, the pair (x[i], x[i + r/2]), or (x[2i], x[2i + 1]) if interleaved, turns
-    by its token's angle; cos and sin [n, 1, r / 2]."""
-    x, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    if interleaved:
-        low, high = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([low * cos - high * sin, high * cos + low * sin], dim=-1).flatten(-2)
-    else:
-        low, high = x.chunk(2, dim=-1)
-        turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-    return torch.cat([turned, rest], dim=-1)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vita.config.bounds import at_least, positive
+from megatron_vita.config.rotary import RotaryConfig
 from megatron_vita.config.vision import VisionConfig
 from megatron_vita.errors import ConfigError
-
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192
-"""low_freq_factor, high_freq_factor and original_max_position_embeddings of every published Llama 3.1, 3.2 and 3.3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +27,7 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(RotaryConfig):
     """A decoder like Qwen2, Qwen3, Llama, Mistral or GLM-4, and optionally a vision tower with its projector.
 
     Defaults are Qwen2's. Qwen3: add_qkv_bias false, qk_layernorm true, kv_channels = head_dim of its config.json.
@@ -61,17 +59,9 @@ class ModelConfig:
     """RMSNorm over each query and key head, before the rotary embedding (Qwen3)."""
     norm_epsilon: float = 1e-6
     """Epsilon of the decoder's RMSNorms."""
-    rotary_base: float = 1e6
-    """Base of the rotary embedding (rope_theta)."""
-    rotary_percent: float = 1.0
-    """Share of each head that the rotary embedding turns, from its beginning (GLM-4: 0.5)."""
-    rotary_interleaved: bool = False
-    """It turns pairs of neighbours, rather than of the first half and the second (GLM-4)."""
-    rope_scaling_factor: float | None = None
-    """`factor` of Llama 3.1's rope_scaling (8 in Llama 3.1, 32 in Llama 3.2); its other parameters are those of all
-    published models (LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH). None: no scaling."""
     max_position_embeddings: int = 32768
-    """Longest sequence in tokens; data.seq_length may not exceed it, and exported configs state it."""
+    """Longest sequence in tokens, scaled where the rotary embedding is; data.seq_length may not exceed it, and exported
+    configs state it."""
     init_method_std: float = 0.02
     """Standard deviation of randomly initialised weights."""
     embedding_init_method_std: float | None = None
@@ -87,7 +77,8 @@ class ModelConfig:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         at_least(1, "model", self, *sizes, "kv_channels", "make_vocab_size_divisible_by", "max_position_embeddings")
         at_least(0, "model", self, "vocab_size", "init_method_std", "embedding_init_method_std")
-        positive("model", self, "norm_epsilon", "rotary_base", "rope_scaling_factor")
+        positive("model", self, "norm_epsilon")
+        self.check_rotary()
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups="

@@ -66,7 +66,7 @@ class VitaModel(MegatronModule):
         self.vision_model = vision_model
         self.vision_projection = vision_projection
         self.language_model = language_model
-        self.rotary = RotaryTable(model.rotary_dim, model.rotary_base, model.rope_scaling_factor)
+        self.rotary = RotaryTable(model)
 
     def forward(
         self,

@@ -13,50 +13,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
+from megatron_vita.config import ModelConfig
 
 
-def llama3_scaling(frequencies: Tensor, factor: float) -> Tensor:
-    """Llama 3.1's RoPE scaling (transformers: rope_type llama3).
+def inverse_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
+    """Angles a position, and the factor of their cosines and sines, as in transformers (modeling_rope_utils).
 
-    Frequencies with a wavelength above LLAMA3_LENGTH / LLAMA3_LOW tokens are divided by `factor`, those with a
-    wavelength below LLAMA3_LENGTH / LLAMA3_HIGH are unchanged, those between are interpolated linearly.
+    float32 as in the published models: float64 would change their logits at far positions.
 
     Args:
-        frequencies: inverse frequencies, any shape.
-        factor: rope_scaling.factor of the Hugging Face config.
+        model: its rotary settings and the size of its heads.
 
     Returns:
-        scaled inverse frequencies, the same shape.
+        (float32 [rotary_dim / 2] on the CPU, attention factor: 1 without YaRN).
     """
-    waves = LLAMA3_LENGTH * frequencies / (2 * math.pi)  # periods in the original context length
-    kept = ((waves - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clamp(0, 1)
-    return (1 - kept) * frequencies / factor + kept * frequencies
+    dim, base = model.rotary_dim, model.rotary_base
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = 1.0 / (base**exponents)
+    match model.rope_type:
+        case "linear":
+            assert model.rotary_seq_len_interpolation_factor is not None
+            return frequencies / model.rotary_seq_len_interpolation_factor, 1.0
+        case "llama3":
+            return _llama3(frequencies, model), 1.0
+        case "yarn":
+            assert model.yarn_rotary_scaling_factor is not None
+            slow = 1.0 / (model.yarn_rotary_scaling_factor * base**exponents)
+            kept = 1 - _yarn_ramp(model)
+            return slow * (1 - kept) + frequencies * kept, yarn_attention_factor(model)
+    return frequencies, 1.0
+
+
+def yarn_attention_factor(model: ModelConfig) -> float:
+    """YaRN's factor of cosines and sines, whose square is the inverse temperature of attention (arXiv:2309.00071, eq.
+    22; with mscale DeepSeek's quotient)."""
+    if model.yarn_attention_factor is not None:
+        return model.yarn_attention_factor
+    assert model.yarn_rotary_scaling_factor is not None
+    log = math.log(model.yarn_rotary_scaling_factor)
+    if model.yarn_mscale is None or model.yarn_mscale_all_dim is None:
+        return 0.1 * log + 1.0
+    return (0.1 * model.yarn_mscale * log + 1.0) / (0.1 * model.yarn_mscale_all_dim * log + 1.0)
+
+
+def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
+    """Llama 3.1: frequencies that turn less than low_freq_factor times in the original length are divided by the
+    factor, those that turn more than high_freq_factor times are kept, those between are interpolated linearly."""
+    assert model.rope_scaling_factor is not None
+    low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+    turns = model.rope_scaling_original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / model.rope_scaling_factor + kept * frequencies
+
+
+def _yarn_ramp(model: ModelConfig) -> Tensor:
+    """float32 [rotary_dim / 2]: 0 where a frequency is kept, 1 where it is divided, and a ramp between."""
+    dim, length = model.rotary_dim, model.yarn_original_max_position_embeddings
+    assert length is not None
+
+    def dimension(turns: float) -> float:  # whose frequency turns so often in the original length
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+
+    first, last = dimension(model.yarn_beta_fast), dimension(model.yarn_beta_slow)
+    if model.yarn_correction_range_round_to_int:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    if first == last:
+        last += 0.001  # transformers' and megatron-core's way around a division by zero
+    return ((torch.arange(dim // 2).float() - first) / (last - first)).clamp(0, 1)
 
 
 class RotaryTable(nn.Module):
     """Computes cosines and sines of position ids; has no parameters and no buffers."""
 
-    def __init__(self, rotary_dim: int, base: float, scaling_factor: float | None = None) -> None:
-        """Compute the inverse frequencies.
-
-        Args:
-            rotary_dim: r, even; the numbers of a head that are turned.
-            base: rope_theta.
-            scaling_factor: factor of Llama 3.1's scaling; None: no scaling.
-        """
+    def __init__(self, model: ModelConfig) -> None:
+        """Compute the inverse frequencies of a model's rotary settings."""
         super().__init__()
-        # float32 as in the published models: float64 would change their logits at far positions.
-        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
         # Not a buffer: megatron-core's Float16Module would cast it to bfloat16, which cannot tell far positions apart.
-        frequency = 1.0 / (base**exponent)
-        self._inverse_frequency = frequency if scaling_factor is None else llama3_scaling(frequency, scaling_factor)
+        self._inverse_frequency, self._attention_factor = inverse_frequencies(model)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Position ids int64 [1, t] -> cosines and sines [t, 1, r / 2] each, computed in float32, cast to `dtype`."""
+        """Position ids int64 [1, t] -> cosines and sines [t, 1, r / 2] each, computed in float32, cast to `dtype`.
+
+        With YaRN both are multiplied by its attention factor: so are queries and keys, and their product by its square.
+        """
         self._inverse_frequency = self._inverse_frequency.to(positions.device)
         angles = positions.reshape(-1, 1, 1).float() * self._inverse_frequency
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self._attention_factor != 1:
+            cos, sin = cos * self._attention_factor, sin * self._attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:

@@ -65,7 +65,7 @@ _DECODER: dict[str, Use] = {
     "rms_norm_eps": Read(1e-3),
     "max_position_embeddings": Read(1234),
     "tie_word_embeddings": Read(True),
-    "rope_parameters": Refused({"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}),
+    "rope_parameters": Read({"rope_type": "linear", "factor": 2.0}),
     "initializer_range": Inert(0.5, _FRESH),
     "use_cache": Inert(False, "the same values, computed again"),
     "pad_token_id": Inert(3, _TOKENS),
@@ -73,7 +73,7 @@ _DECODER: dict[str, Use] = {
     "eos_token_id": Inert(3, _TOKENS),
     # What the classes take without naming it, or other releases name.
     "rope_theta": Read(77.0),
-    "rope_scaling": Refused({"type": "yarn", "factor": 4.0}),
+    "rope_scaling": Read({"type": "yarn", "factor": 4.0}),
     "partial_rotary_factor": Refused(0.5),
     "is_causal": Refused(False),
     "quantization_config": Refused({"quant_method": "gptq"}),

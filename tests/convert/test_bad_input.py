@@ -129,10 +129,17 @@ BAD = {
     "sliding window": (_config(use_sliding_window=True), "use_sliding_window"),
     "window in some layers": (_config(layer_types=["full_attention", "sliding_attention"]), "layer_types='sliding"),
     "experts": (_config(model_type="qwen3_moe", num_experts=8), "num_experts=8.*mixture of experts"),
-    "rope scaling": (_config(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling='yarn'"),
-    "another llama3 scaling": (
+    "two rope scalings": (
+        _config(rope_scaling={"type": "yarn", "factor": 4.0}),
+        r"rotary scaling \(position_embedding_type\) differently \(rope_parameters None, rope_scaling yarn\)",
+    ),
+    "rope scaling by length": (
+        _config(rope_scaling={"type": "longrope", "factor": 4.0}, rope_parameters=...),
+        "rope_scaling='longrope' is not supported",
+    ),
+    "half a llama3 scaling": (
         _config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}),
-        "low_freq_factor=2.0 is not supported",
+        "rope_scaling.high_freq_factor must be a number above 0, got None",
     ),
     "part of each head": (_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "Qwen3 with biases": (_config(model_type="qwen3", attention_bias=True), "attention_bias=True"),

@@ -90,18 +90,43 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        # As Qwen2.5's instructions for long texts add it by hand.
-        ("Qwen2.5-7B", {"rope_scaling": _YARN}, r"rope_scaling='yarn'.*remove it if the weights were trained without"),
-        ("Qwen2.5-7B", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling='linear'"),
+        ("Qwen2.5-7B", {"rope_scaling": {**_YARN, "factor": 0.5}}, "rope_scaling.factor=0.5 must be at least 1"),
+        ("Qwen2.5-7B", {"rope_scaling": {**_YARN, "factor": None}}, "rope_scaling.factor must be a number .* got None"),
+        ("Qwen2.5-7B", {"rope_scaling": {**_YARN, "factor": 1e6}}, "factor=1000000.0 of 32768 tokens is more than"),
+        ("Qwen2.5-7B", {"rope_scaling": {**_YARN, "beta": 3}}, "rope_scaling.beta=3 is not supported with yarn"),
+        ("Qwen2.5-7B", {"rope_scaling": {**_YARN, "beta_slow": 64}}, "yarn_beta_fast=32.0 must be at least .*64.0"),
+        (
+            "Qwen2.5-7B",
+            {"rope_scaling": {**_YARN, "truncate": 0}},
+            "truncate must be true or false, got 0",
+        ),
+        (
+            "Qwen2.5-7B",
+            {"rope_scaling": _YARN, "original_max_position_embeddings": 4096},
+            "original_max_position_embeddings differently .*4096.* 32768",
+        ),
         ("Qwen2.5-7B", {"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
-        ("Llama-3.1-8B", {"rope_scaling": {**_BY8, "rope_type": "longrope"}}, "rope_scaling='longrope'"),
-        ("Llama-3.1-8B", {"rope_scaling": {**_BY8, "high_freq_factor": 8.0}}, "high_freq_factor=8.0 .*4"),
-        ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None"),
+        ("Qwen2.5-7B", {"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type must be a string, got 3"),
+        (
+            "Llama-3.1-8B",
+            {"rope_scaling": {**_BY8, "rope_type": "longrope"}},
+            "rope_scaling='longrope' .*cache.*Or remove it if it was not trained with",
+        ),
+        (
+            "Llama-3.1-8B",
+            {"rope_scaling": {**_BY8, "high_freq_factor": 1.0}},
+            "high_freq_factor=1.0 must be above .*low_freq_factor=1.0",
+        ),
+        (
+            "Llama-3.1-8B",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.low_freq_factor must be a number above 0, got None",
+        ),
         # Releases differ in which of two they believe.
         (
             "Llama-3.1-8B",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-            r"says its rotary scaling differently \(rope_parameters None, rope_scaling 8.0\)",
+            r"says its rotary scaling \(rope_scaling_factor\) differently \(rope_parameters None, rope_scaling 8.0\)",
         ),
         (
             "Qwen3-8B",

@@ -28,13 +28,16 @@ FAMILIES = (*DECODERS, *TOWERS, "internvl", "long_vita")
 
 _WORDS = [
     *("qwen2", "qwen3", "llama", "internvl", "long_vita", "intern_vit_6b", "internvl_vision", "siglip", "clip"),
-    *("rms_norm", "layer_norm", "silu", "gelu", "full_attention", "default", "llama3", "dynamic", "yarn", "\ud800"),
+    *("rms_norm", "layer_norm", "silu", "gelu", "full_attention", "default", "llama3", "dynamic", "yarn", "linear"),
+    "\ud800",
 ]
 _KEYS = [
     *("model_type", "rope_theta", "rope_type", "type", "factor", "hidden_size", "num_hidden_layers", "hidden_act"),
     *("quantization_config", "compression_config", "layer_types", "rope_scaling", "rope_parameters", "num_experts"),
     *("use_sliding_window", "partial_rotary_factor", "is_causal", "attention_bias", "mlp_bias", "head_dim"),
     *("num_key_value_heads", "vision_config", "vision_config_dict", "text_config", "visual", "tie_word_embeddings"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("attention_factor", "low_freq_factor", "high_freq_factor", "max_position_embeddings"),
     *("image_seq_length", "norm_type", "qkv_bias", "qk_normalization", "use_qk_norm", "num_channels"),
 ]
 _SIZES = [0, -1, 1, 2, 12, 96, 1024, 5000, 2_000_000, 1 << 31, 1 << 63, 10**30, 10**400]

@@ -47,12 +47,13 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: names no num_key_value_heads. Copy it from the model's publisher; there is no safe default."
         )
     head_dim = optional_integer(config, "head_dim", where) or family.head_dim
-    longest = integer(config, "max_position_embeddings", where)
+    length = integer(config, "max_position_embeddings", where)
+    rotary = read_rotary(config, where, family.rotary_percent, length)
+    longest = rotary.scaling["max_position_embeddings"]
     if family.window is not None:
         window = optional_integer({"sliding_window": family.window, **config}, "sliding_window", where)
         if window is not None and window < longest:
             raise unsupported(where, "sliding_window", window, f"full attention: null, or at least {longest} tokens")
-    rotary = read_rotary(config, where, family.rotary_percent)
     try:
         return ModelConfig(
             num_layers=integer(config, "num_hidden_layers", where),
@@ -69,8 +70,7 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             rotary_base=rotary.base,
             rotary_percent=rotary.percent,
             rotary_interleaved=family.rotary_interleaved,
-            rope_scaling_factor=rotary.scaling,
-            max_position_embeddings=longest,
+            **rotary.scaling,
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -134,7 +134,6 @@ def write_config(
         "head_dim": model.head_dim,
         "hidden_act": "silu",
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
         **write_rotary(model, partial=family.rotary_percent is not None),
         **family.written,

@@ -75,11 +75,8 @@ def check_exportable(model: ModelConfig) -> None:
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
     kind = family_of(model, _DECODER).model_type
-    if kind != _DECODER or model.rope_scaling_factor is not None:
-        raise CheckpointError(
-            f"Long-VITA's decoder is a Qwen2 without rotary scaling, this one is a {kind}"
-            f"{'' if model.rope_scaling_factor is None else ' with it'}. Export with --format internvl."
-        )
+    if kind != _DECODER:
+        raise CheckpointError(f"Long-VITA's decoder is a Qwen2, this one is a {kind}. Export with --format internvl.")
     intern_vit.check_exportable(model.vision, intern_vit.REMOTE)
     if model.projector.bias or model.projector_width != model.vision.hidden_size:
         raise CheckpointError(

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.config.model import LLAMA3_HIGH, LLAMA3_LENGTH, LLAMA3_LOW
-from megatron_vita.convert.hf_config import number, require, section, string, unsupported
-from megatron_vita.errors import CheckpointError
+from megatron_vita.config.rope_scaling import length_before_scaling, rope_scaling_of, rope_settings, rope_type_of
+from megatron_vita.convert.hf_config import number, optional_integer, require, section, unsupported
+from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-_LLAMA3 = {
-    "low_freq_factor": LLAMA3_LOW,
-    "high_freq_factor": LLAMA3_HIGH,
-    "original_max_position_embeddings": LLAMA3_LENGTH,
-}
+_ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -26,23 +22,24 @@ class Rotary:
     """Rotary embedding settings of a config.json."""
 
     base: float
-    scaling: float | None
-    """Factor of Llama 3.1's, or none."""
     percent: float
     """Fraction of each head that is rotated."""
+    scaling: Mapping[str, Any]
+    """Fields of ModelConfig: of the scaling, and max_position_embeddings, the longest sequence with it."""
 
 
-def read_rotary(config: Mapping[str, Any], where: str, partial: float | None) -> Rotary:
+def read_rotary(config: Mapping[str, Any], where: str, partial: float | None, length: int) -> Rotary:
     """The rotary embedding of a config.json, from the one spelling or the other.
 
     Args:
         partial: share of each head that the class turns where nothing is said; none: it always turns whole heads.
+        length: the config's max_position_embeddings.
 
     Raises:
         CheckpointError: nothing says its base, two places disagree, or it is scaled in a way that we cannot.
     """
     bases = {} if config.get("rope_theta") is None else {"rope_theta": number(config, "rope_theta", where)}
-    factors: dict[str, float | None] = {}
+    scalings: dict[str, Mapping[str, Any]] = {}
     shares: dict[str, float] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = section(config, key, where)
@@ -53,20 +50,24 @@ def read_rotary(config: Mapping[str, Any], where: str, partial: float | None) ->
                 raise unsupported(where, f"{key}.{name}", inner, "one rotary embedding for all layers")
         if rope.get("rope_theta") is not None:
             bases[f"{key}.rope_theta"] = number(rope, "rope_theta", f"{where}: {key}")
-        factors[key] = _read_scaling(rope, key, config, where)
+        scalings[key] = _read_scaling(rope, key, config, length, where)
         if "partial_rotary_factor" in rope:
             shares[f"{key}.partial_rotary_factor"] = _share(rope, f"{where}: {key}", partial)
     if "partial_rotary_factor" in config:
         shares["partial_rotary_factor"] = _share(config, where, partial)
     _agree("partial_rotary_factor", shares, where)
-    _agree("rotary scaling", factors, where)
+    names = {name for one in scalings.values() for name in one}
+    for name in sorted(names, key=lambda name: (name == "max_position_embeddings", name)):  # it follows from the others
+        _agree(f"rotary scaling ({name})", {key: one.get(name) for key, one in scalings.items()}, where)
     if not bases:
         raise CheckpointError(
             f"{where}: names no rope_theta. Copy it from the model's publisher; there is no safe default."
         )
     _agree("rotary base", bases, where)
     return Rotary(
-        next(iter(bases.values())), next(iter(factors.values()), None), next(iter(shares.values()), partial or 1.0)
+        next(iter(bases.values())),
+        next(iter(shares.values()), partial or 1.0),
+        next(iter(scalings.values()), {"max_position_embeddings": length}),
     )
 
 
@@ -77,15 +78,15 @@ def write_rotary(model: ModelConfig, *, partial: bool) -> dict[str, Any]:
     Args:
         partial: the class knows partial_rotary_factor.
     """
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_scaling_factor is not None:
-        rope.update(rope_type="llama3", factor=model.rope_scaling_factor, **_LLAMA3)
     share = {"partial_rotary_factor": model.rotary_percent} if partial else {}
+    rope = {**rope_scaling_of(model), "rope_theta": model.rotary_base, **share}
+    linear = model.rope_type == "linear"
     return {
+        "max_position_embeddings": length_before_scaling(model) if linear else model.max_position_embeddings,
         "rope_theta": model.rotary_base,
         **share,
-        "rope_parameters": {**rope, **share},
-        **({} if model.rope_scaling_factor is None else {"rope_scaling": rope}),
+        "rope_parameters": rope,
+        **({} if model.rope_type == "default" else {"rope_scaling": rope}),
     }
 
 
@@ -95,26 +96,28 @@ def _share(values: Mapping[str, Any], where: str, partial: float | None) -> floa
     return number(values, "partial_rotary_factor", where)
 
 
-def _read_scaling(rope: Mapping[str, Any], key: str, config: Mapping[str, Any], where: str) -> float | None:
-    """Factor of Llama 3.1's scaling, or none where nothing is scaled."""
-    kind = string(rope, "rope_type", string(rope, "type", "default", f"{where}: {key}"), f"{where}: {key}")
-    if kind == "llama3":
-        for name, published in _LLAMA3.items():
-            require(rope, name, published, None, f"{where}: {key}")
-        return number(rope, "factor", f"{where}: {key}")
-    if kind == "dynamic":  # InternVL3's; transformers' formula is the identity up to max_position_embeddings
-        log.warning(
-            "%s: %s 'dynamic' scales nothing up to max_position_embeddings=%s tokens, and is taken for none: beyond "
-            "them, this model turns as it does up to there",
-            where,
-            key,
-            config.get("max_position_embeddings"),
-        )
-    elif kind != "default":
-        raise unsupported(
-            where, key, kind, "default, llama3 or dynamic; remove it if the weights were trained without it, as Qwen2.5"
-        )
-    return None
+def _read_scaling(
+    rope: Mapping[str, Any], key: str, config: Mapping[str, Any], length: int, where: str
+) -> Mapping[str, Any]:
+    """Fields of ModelConfig, see rope_settings."""
+    try:
+        if rope_type_of(rope, key) == "dynamic":  # InternVL3's
+            log.warning(
+                "%s: %s 'dynamic' scales nothing up to max_position_embeddings=%s tokens, and is taken for none. "
+                "Longer sequences, which it would scale, are refused",
+                where,
+                key,
+                length,
+            )
+            return {"max_position_embeddings": length}
+        outer = optional_integer(config, _ORIGINAL, where)  # Phi's place; transformers prefers it
+        if outer is not None:
+            _agree(_ORIGINAL, {_ORIGINAL: outer, f"{key}.{_ORIGINAL}": rope.get(_ORIGINAL, outer)}, where)
+            if rope_type_of(rope, key) in ("llama3", "yarn"):
+                rope = {**rope, _ORIGINAL: outer}
+        return rope_settings(rope, length, key)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def _agree(what: str, values: Mapping[str, Any], where: str) -> None:
