@@ -75,9 +75,7 @@ def rope_settings(rope: Mapping[str, Any], length: int, where: str = "rope_scali
     if factor < 1:
         raise ConfigError(f"{where}.factor={factor} must be at least 1.")
     if type(original) is not int or not 1 <= original <= _LONGEST:
-        raise ConfigError(
-            f"{where}.{_ORIGINAL} must be a whole number from 1 to {_LONGEST}, got {shown(original)}."
-        )
+        raise ConfigError(f"{where}.{_ORIGINAL} must be a whole number from 1 to {_LONGEST}, got {shown(original)}.")
     if factor * max(original, length) > _LONGEST:
         raise ConfigError(f"{where}.factor={factor} of {max(original, length)} tokens is more than {_LONGEST}.")
     if kind == "linear":
@@ -193,7 +191,7 @@ def with_rope_scaling(
         share = scaling.get("partial_rotary_factor", model.rotary_percent)
         if share != model.rotary_percent:
             raise ConfigError(
-                f"rope_scaling.partial_rotary_factor={shown(share)}: the weights turn {model.rotary_percent} of each head. "
+                f"rope_scaling.partial_rotary_factor={shown(share)}: the weights turn {model.rotary_percent}. "
                 "Remove it."
             )
         theta = scaling.get("rope_theta")

@@ -60,10 +60,13 @@ def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
     """Llama 3.1: frequencies that turn less than low_freq_factor times in the original length are divided by the
     factor, those that turn more than high_freq_factor times are kept, those between are interpolated linearly."""
     assert model.rope_scaling_factor is not None
+    length = model.rope_scaling_original_max_position_embeddings
     low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
-    turns = model.rope_scaling_original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / model.rope_scaling_factor + kept * frequencies
+    waves = 2 * math.pi / frequencies
+    kept = (length / waves - low) / (high - low)
+    divided = frequencies / model.rope_scaling_factor
+    between = (1 - kept) * frequencies / model.rope_scaling_factor + kept * frequencies
+    return torch.where(waves > length / low, divided, torch.where(waves < length / high, frequencies, between))
 
 
 def _yarn_ramp(model: ModelConfig) -> Tensor:
