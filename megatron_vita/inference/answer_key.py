@@ -55,26 +55,34 @@ def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
     )
 
 
-class QuestionKeys:
-    """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
+class MediaKeys:
+    """Digests of media, each read once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str | None, int, int | None, float], str] = {}
 
-    def key(self, question: Question) -> str:
-        """Digest of a question. A medium that cannot be read has a digest, too; reading it raises the error."""
-        sample = question.sample
-        media = [[self._medium(one) for one in part] for part in (sample.images, sample.videos)]
-        bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)
-        return _digest(repr(bare), media, question.expected, dict(question.fields))
-
-    def _medium(self, file: MediaFile) -> str:
+    def key(self, file: MediaFile) -> str:
+        """Digest of a medium's bytes. One that cannot be read has a digest, too; reading it raises the error."""
         if file.data is not None or file.frames:
             return _content(file)
         place = (file.path, file.offset, file.size, file.frame_rate)
         if place not in self._known:
             self._known[place] = _content(file)
         return self._known[place]
+
+
+class QuestionKeys:
+    """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
+
+    def __init__(self) -> None:
+        self._media = MediaKeys()
+
+    def key(self, question: Question) -> str:
+        """Digest of a question. A medium that cannot be read has a digest, too; reading it raises the error."""
+        sample = question.sample
+        media = [[self._media.key(one) for one in part] for part in (sample.images, sample.videos)]
+        bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)
+        return _digest(repr(bare), media, question.expected, dict(question.fields))
 
 
 def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:

@@ -1,19 +1,12 @@
-"""Command-line flags that tools share: layout and scheduling of the engine, and sampling. Nothing here imports torch
-before a sampling configuration is made of the flags."""
+"""Command-line flags that tools share: layout and scheduling of the engine, sampling. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
+from megatron_vita.inference.sampling_config import SamplingConfig
 from megatron_vita.inference.settings import DTYPES, LM_HEADS, EngineSettings
-
-if TYPE_CHECKING:
-    from megatron_vita.inference.sampling import SamplingConfig
-
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
-"""Flags of `add_sampling_arguments`, all fields of SamplingConfig."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +58,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token always (default)")
     add("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total share")
+    add("--min-p", type=float, default=0.0, help="draw among tokens at least this times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, help="makes tokens of prompt and answer less likely; 1: none")
+    add("--presence-penalty", type=float, default=0.0, help="makes tokens of the answer less likely; -2 to 2")
+    add("--frequency-penalty", type=float, default=0.0, help="the same for each time that a token is in the answer")
     add("--seed", type=int, default=1234, help="of the draw")
+    add("--stop", nargs="+", action="extend", default=[], help="strings that end the answer")
+    add("--stop-token-ids", type=int, nargs="+", action="extend", default=[], help="tokens that end the answer")
+    add("--ignore-eos", action="store_true", help="go on behind the model's own end of an answer")
+    add("--min-tokens", type=int, default=0, help="nothing ends the answer before it has so many tokens")
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
@@ -74,6 +75,17 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     Raises:
         ConfigError: a value that cannot work.
     """
-    from megatron_vita.inference.sampling import SamplingConfig  # imports torch
-
-    return SamplingConfig(**{name: getattr(args, name) for name in _SAMPLING})
+    return SamplingConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        stop_token_ids=tuple(args.stop_token_ids),
+        ignore_eos=args.ignore_eos,
+        min_tokens=args.min_tokens,
+    )

@@ -85,8 +85,16 @@ def test_every_setting_has_its_flag_and_default() -> None:
 def test_sampling_is_greedy_unless_flags_say_otherwise() -> None:
     made = parser()
     assert sampling_config(made.parse_args([])) == SamplingConfig()
-    said = sampling_config(made.parse_args(["--temperature", "2", "--top-k", "3", "--top-p", "0.5", "--seed", "4"]))
-    assert said == SamplingConfig(temperature=2.0, top_k=3, top_p=0.5, seed=4)
+    other = SamplingConfig(
+        temperature=2.0, top_k=3, top_p=0.5, min_p=0.25, repetition_penalty=1.5, presence_penalty=-1.0,
+        frequency_penalty=0.5, seed=4, stop=("a", "b"), stop_token_ids=(5, 6), min_tokens=7, ignore_eos=True,
+    )  # fmt: skip
+    words = ["--ignore-eos"]
+    for field in fields(SamplingConfig):
+        value = getattr(other, field.name)
+        if value is not True and value != getattr(SamplingConfig(), field.name):
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert sampling_config(made.parse_args(words)) == other
     with pytest.raises(ConfigError, match="temperature"):
         sampling_config(made.parse_args(["--temperature", "-1"]))
 
