@@ -9,7 +9,7 @@ import torch
 
 from megatron_vita.data.example import Example
 from megatron_vita.data.sample import Sample
-from megatron_vita.inference.sampling import SamplingConfig
+from megatron_vita.inference.sampling_config import SamplingConfig
 
 FinishReason = Literal["stop", "length"]
 
