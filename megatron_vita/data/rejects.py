@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "media_broken": "the picture cannot be decoded",
     "media_truncated": "the picture file ends early",
     "media_bomb": "the picture has too many pixels",
+    "media_changed": "the picture or video changed on disk while it was being used",
     "media_size": "the picture has no area",
     "video_broken": "the video cannot be decoded",
     "video_codec": "this build has no decoder for the video's codec",

@@ -104,11 +104,47 @@ def plan_tiles(item: MediaItem, media: int, spec: PreprocessSpec) -> tuple[TileS
     return (thumbnail, *grid) if spec.layout == "long_vita" else (*grid, thumbnail)
 
 
-def render_tiles(item: MediaItem, slots: Sequence[TileSlot], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """Pixels of some tiles of one picture.
+class PictureTiles:
+    """A decoded picture, of which tiles are asked for one after the other.
 
     A picture is stretched to its grid, never padded. A frame is one tile: stretched in `internvl`, padded to a square
     with the mean colour first in `long_vita`.
+    """
+
+    def __init__(self, item: MediaItem, spec: PreprocessSpec) -> None:
+        """Decode it.
+
+        Args:
+            item: the picture.
+            spec: tile size, layout, mean colour.
+
+        Raises:
+            DataError: the picture cannot be decoded.
+        """
+        picture = decode(item)
+        self._picture = pad_to_square(picture, spec) if item.frame and spec.layout == "long_vita" else picture
+        self._side = spec.image_size
+        self._grid: Image.Image | None = None
+
+    def render(self, slots: Sequence[TileSlot]) -> npt.NDArray[np.uint8]:
+        """Pixels of some tiles, uint8 `[len(slots), 3, S, S]`, S = spec.image_size."""
+        side = self._side
+        out = np.empty((len(slots), 3, side, side), dtype=np.uint8)
+        for number, slot in enumerate(slots):
+            if slot.thumbnail:
+                tile = _stretch(self._picture, side, side)
+            else:
+                if self._grid is None:
+                    self._grid = _stretch(self._picture, slot.cols * side, slot.rows * side)
+                left, top = slot.col * side, slot.row * side
+                whole = self._grid.size == (side, side)
+                tile = self._grid if whole else self._grid.crop((left, top, left + side, top + side))
+            out[number] = np.asarray(tile).transpose(2, 0, 1)
+        return out
+
+
+def render_tiles(item: MediaItem, slots: Sequence[TileSlot], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
+    """Pixels of some tiles of one picture; see `PictureTiles`.
 
     Args:
         item: the picture; decoded once, however many tiles are asked for.
@@ -121,24 +157,9 @@ def render_tiles(item: MediaItem, slots: Sequence[TileSlot], spec: PreprocessSpe
     Raises:
         DataError: the picture cannot be decoded.
     """
-    side = spec.image_size
-    out = np.empty((len(slots), 3, side, side), dtype=np.uint8)
     if not slots:
-        return out
-    picture = decode(item)
-    if item.frame and spec.layout == "long_vita":
-        picture = pad_to_square(picture, spec)
-    grid: Image.Image | None = None
-    for number, slot in enumerate(slots):
-        if slot.thumbnail:
-            tile = _stretch(picture, side, side)
-        else:
-            if grid is None:
-                grid = _stretch(picture, slot.cols * side, slot.rows * side)
-            left, top = slot.col * side, slot.row * side
-            tile = grid if grid.size == (side, side) else grid.crop((left, top, left + side, top + side))
-        out[number] = np.asarray(tile).transpose(2, 0, 1)
-    return out
+        return np.empty((0, 3, spec.image_size, spec.image_size), dtype=np.uint8)
+    return PictureTiles(item, spec).render(slots)
 
 
 def pad_to_square(picture: Image.Image, spec: PreprocessSpec) -> Image.Image:

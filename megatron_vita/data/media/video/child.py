@@ -100,7 +100,7 @@ def _serve(link: Connection) -> None:
 
 def _answer(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
     try:
-        return {"open": _open, "frames": _frames, "close": _close}[request["do"]](videos, request, blobs)
+        return {"open": _open, "plan": _plan, "frames": _frames, "close": _close}[request["do"]](videos, request, blobs)
     except ConfigError as error:
         return {"config": str(error)}, []
     except MemoryError:
@@ -130,8 +130,16 @@ def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[byt
     return {"fps": video.fps}, [np.asarray(video.times, dtype="<f8").tobytes()]
 
 
+def _plan(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
+    video = videos[request["video"]]
+    numbers = video.plan(PreprocessSpec.from_dict(request["spec"]), request["max_frames"])
+    return {"fps": video.fps, "numbers": numbers}, [np.asarray(video.times, dtype="<f8").tobytes()]
+
+
 def _frames(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
-    items = videos[request["video"]].frames(PreprocessSpec.from_dict(request["spec"]), request["max_frames"])
+    video, spec = videos[request["video"]], PreprocessSpec.from_dict(request["spec"])
+    numbers = request["numbers"]
+    items = video.frames(spec, request["max_frames"]) if numbers is None else video.frames_at(spec, numbers)
     sizes = [[item.width, item.height, item.time] for item in items]
     return {"items": sizes}, [item.data for item in items]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,41 @@ class MissedError(Exception):
     """The decoder did not output an expected frame, or not at its time."""
 
 
+class Reading:
+    """A reading of a clip that goes on: further frames are asked for after the first have come."""
+
+    def __init__(self, video: VideoFile) -> None:
+        self._asked: deque[int] = deque()
+        self._last = -1
+        self._pictures = video.read(self._numbers())
+
+    def reaches(self, number: int) -> bool:
+        """Whether it has not passed a frame."""
+        return number > self._last
+
+    def pictures(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """The next frames.
+
+        Raises:
+            MissedError: as `VideoFile.read`, or there are fewer.
+        """
+        for number in numbers:
+            self._asked.append(number)
+            self._last = number
+            picture = next(self._pictures, None)
+            if picture is None:
+                raise MissedError
+            yield picture
+
+    def _numbers(self) -> Iterator[int]:
+        while True:
+            yield self._asked.popleft()  # `read` asks for a number only when its frame is asked for
+
+
 class VideoFile(ABC):
     """An opened video; use it as a context manager."""
+
+    _reading: Reading | None = None
 
     def __init__(self, name: str, times: Times, fps: float | None = None) -> None:
         self.name = name
@@ -49,6 +83,7 @@ class VideoFile(ABC):
         """Frames of the clip."""
         self.fps = frame_rate(times) if fps is None else fps
         """Frames a second; 0 if that cannot be said."""
+        self._reading = None  # it was begun with other times
 
     def __enter__(self) -> VideoFile:
         return self
@@ -56,8 +91,9 @@ class VideoFile(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+    def close(self) -> None:
         """Let go of the file."""
+        self._reading = None
 
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
         """Number of frames to sample: at most `max_frames`, and at most `spec.max_fps` a second, at least one."""
@@ -91,6 +127,50 @@ class VideoFile(ABC):
             except MissedError:
                 raise reject("video_broken", f"{self.name}: its frames come out differently each time.") from None
 
+    def plan(self, spec: PreprocessSpec, max_frames: int) -> list[int]:
+        """Numbers of the frames that `frames` takes, known before they are read; `times` is right about them.
+
+        Raises:
+            DataError: video_broken, if too few frames can be decoded.
+        """
+        numbers = self.numbers(spec, self.count(spec, max_frames))
+        try:
+            self.prove(numbers)
+        except MissedError:
+            self.learn()
+            numbers = self.numbers(spec, self.count(spec, max_frames))
+        return numbers
+
+    def frames_at(self, spec: PreprocessSpec, numbers: Sequence[int]) -> list[MediaItem]:
+        """Frames by number (ascending) as `frames` gives them; few at a time, for they are all in memory.
+
+        Decoding goes on behind the frames of the last call where that leads to these; else it begins anew.
+
+        Raises:
+            DataError: video_broken, if any of them cannot be decoded.
+        """
+        try:
+            return self._window(spec, numbers)
+        except MissedError:
+            told = self.times[list(numbers)].tolist()
+            self.learn()
+            if max(numbers) >= self.total or self.times[list(numbers)].tolist() != told:
+                raise reject(
+                    "video_broken",
+                    f"{self.name}: its frames do not stand where its container says. Convert it or drop the sample.",
+                ) from None
+            try:
+                return self._window(spec, numbers)
+            except MissedError:
+                raise reject("video_broken", f"{self.name}: its frames come out differently each time.") from None
+
+    def prove(self, numbers: Sequence[int]) -> None:  # noqa: B027  (most kinds of clip are right about their frames)
+        """Check that `times` is right about the frames that are to be read, as cheaply as the container allows.
+
+        Raises:
+            MissedError: it is wrong; `learn` corrects it.
+        """
+
     def learn(self) -> None:
         """Decode the whole clip for its frames and their times, where the container is wrong about them.
 
@@ -99,17 +179,34 @@ class VideoFile(ABC):
         """
         raise reject("video_broken", f"{self.name}: not all of its {self.total} frames can be decoded.")
 
+    def _window(self, spec: PreprocessSpec, numbers: Sequence[int]) -> list[MediaItem]:
+        reading, self._reading = self._reading, None  # one that fails is of no further use
+        if not numbers:
+            return []
+        if reading is None or not reading.reaches(numbers[0]):
+            reading = Reading(self)
+        items = self._encoded(spec, numbers, reading.pictures(numbers))
+        self._reading = reading
+        return items
+
     def _sampled(self, spec: PreprocessSpec, count: int) -> list[MediaItem]:
         numbers = self.numbers(spec, count)
-        items = [encode_frame(shrink_frame(picture, spec)) for picture in self.read(numbers)]
+        return self._encoded(spec, numbers, self.read(numbers))
+
+    def _encoded(
+        self, spec: PreprocessSpec, numbers: Sequence[int], pictures: Iterator[Image.Image]
+    ) -> list[MediaItem]:
+        items = [encode_frame(shrink_frame(picture, spec)) for picture in pictures]
         return [
             dataclasses.replace(item, time=float(self.times[number]))
             for item, number in zip(items, numbers, strict=True)
         ]
 
     @abstractmethod
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, numbers: Iterable[int]) -> Iterator[Image.Image]:
         """Frames by number (ascending), RGB; few at a time, for thousands of full size would fill the memory.
+
+        A number is taken from `numbers` only when its frame is asked for, so that a reading can go on later.
 
         Raises:
             MissedError: `times` is wrong about the clip; `learn` corrects it.

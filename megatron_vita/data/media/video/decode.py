@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from megatron_vita.data.media.image import MAX_BYTES, decode, open_picture, read_image, to_rgb
 from megatron_vita.data.media.names import FRAME_SUFFIXES, NO_FRAMES, natural_key
-from megatron_vita.data.media.video.clip import VideoFile
+from megatron_vita.data.media.video.clip import MissedError, VideoFile
 from megatron_vita.data.media.video.container import check_container
 from megatron_vita.data.media.video.pyav import PyAvVideo, first_line
 from megatron_vita.data.media.window import open_window
@@ -33,7 +33,7 @@ class _Folder(VideoFile):
         self._files = files
         super().__init__(name, np.arange(len(files)) / fps, fps)
 
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, numbers: Iterable[int]) -> Iterator[Image.Image]:
         return (decode(read_image(self._files[number])) for number in numbers)
 
 
@@ -51,15 +51,19 @@ class _WebP(VideoFile):
         times = np.cumsum([0, *durations[:-1]]) / 1000
         super().__init__(name, times if np.all(np.diff(times) > 0) else np.arange(len(times)) / 10)
 
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, numbers: Iterable[int]) -> Iterator[Image.Image]:
         with open_picture(io.BytesIO(self._data)) as picture:
             self.check_size(*picture.size)
-            for number, frame in enumerate(ImageSequence.Iterator(picture)):
-                for _ in range(numbers.count(number)):
-                    yield to_rgb(frame)
+            frames, shown = enumerate(ImageSequence.Iterator(picture)), -1
+            for number in numbers:
+                while shown < number:
+                    shown, _ = next(frames, (self.total, None))
+                if shown == self.total:
+                    raise MissedError
+                yield to_rgb(picture)
 
 
-def _frames_of(path: str) -> list[MediaFile]:
+def frames_of(path: str) -> list[MediaFile]:
     """Pictures of a folder and its sub-folders in natural order.
 
     Raises:
@@ -91,7 +95,7 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
     if file.frames:
         return _Folder(file.name, file.frames, file.frame_rate)
     if file.path is not None and os.path.isdir(file.path):
-        return _Folder(file.name, _frames_of(file.path), file.frame_rate)
+        return _Folder(file.name, frames_of(file.path), file.frame_rate)
     with open_window(file) as window:
         try:
             check_container(window)

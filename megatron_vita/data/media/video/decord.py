@@ -6,20 +6,18 @@ points. It does not say when the frame was shown that it gives, so pictures are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from megatron_vita.data.media.video.clip import VideoFile
+from megatron_vita.data.media.video.clip import Reading, VideoFile
 from megatron_vita.data.media.video.pyav import PyAvVideo, first_line
 from megatron_vita.data.rejects import reject
 from megatron_vita.errors import DataError
 
-_MOST_FRAMES, _MOST_BYTES = 16, 256 << 20
-"""Of a video, decoded and not yet made small, in memory at once."""
 _CELLS = 32
 """Frames are compared by the means of so many by so many cells."""
 _LIKE = 10.0
@@ -50,19 +48,18 @@ class DecordVideo(VideoFile):
         if total != self.total or np.abs(starts - starts[:1] - self.times).max() > _SECONDS:
             raise self._inexact("counts or times its frames differently")
 
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, numbers: Iterable[int]) -> Iterator[Image.Image]:
         """See `VideoFile.read`.
 
         Raises:
             DataError: video_inexact, where a frame is not PyAV's.
         """
-        near = sorted({min(max(one + step, 0), self.total - 1) for one in numbers for step in (-1, 0, 1)})
-        truth = zip(near, self._proof.read(near), strict=True)
-        known: dict[int, Image.Image] = {}
-        for number, picture in zip(numbers, self._decode(numbers), strict=True):
-            while max(known, default=-1) < min(number + 1, self.total - 1):
-                known.update([next(truth)])
+        truth, known = Reading(self._proof), dict[int, Image.Image]()
+        for number in numbers:
+            near = range(max(number - 1, max(known, default=-1) + 1, 0), min(number + 2, self.total))
+            known.update(zip(near, truth.pictures(near), strict=True))
             known = {at: one for at, one in known.items() if at >= number - 1}
+            picture = self._decode(number)
             if picture.size != known[number].size:
                 raise self._inexact(f"shows frames of {picture.size} pixels instead of {known[number].size}")
             off = {at: np.abs(_cells(one) - _cells(picture)) for at, one in known.items() if abs(at - number) <= 1}
@@ -71,25 +68,25 @@ class DecordVideo(VideoFile):
                 raise self._inexact(f"gives another frame for number {number}")
             yield picture
 
+    def prove(self, numbers: Sequence[int]) -> None:
+        """See `VideoFile.prove`."""
+        self._proof.prove(numbers)
+
     def learn(self) -> None:
         """See `VideoFile.learn`: what takes decoding all of it is not for decord."""
         raise self._inexact("cannot be proven on a clip whose container tells its frames wrongly")
 
-    def _decode(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        done, count = 0, 1  # the first by itself: it tells the size
-        while done < len(numbers):
-            try:
-                frames = self._reader.get_batch(list(numbers[done : done + count])).asnumpy()
-            except MemoryError:
-                raise
-            except Exception as error:  # decord raises its own DECORDError, RuntimeError or IndexError
-                raise reject(
-                    "video_broken", f"{self.name}: a frame cannot be decoded by decord ({first_line(error)})."
-                ) from None
-            done += len(frames)
-            self.check_size(frames.shape[2], frames.shape[1])
-            count = min(_MOST_FRAMES, max(1, _MOST_BYTES // frames[0].nbytes))
-            yield from map(Image.fromarray, frames)
+    def _decode(self, number: int) -> Image.Image:
+        try:
+            (pixels,) = self._reader.get_batch([number]).asnumpy()
+        except MemoryError:
+            raise
+        except Exception as error:  # decord raises its own DECORDError, RuntimeError or IndexError
+            raise reject(
+                "video_broken", f"{self.name}: a frame cannot be decoded by decord ({first_line(error)})."
+            ) from None
+        self.check_size(pixels.shape[1], pixels.shape[0])
+        return Image.fromarray(pixels)
 
     def _inexact(self, what: str) -> DataError:
         return reject(

@@ -6,9 +6,10 @@ Decoders are large programs that read strangers' files. They run in a child proc
 
 from __future__ import annotations
 
+from megatron_vita.data.media.video.child_video import ChildVideo
 from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.decode import BACKENDS, decoder_name, open_here
-from megatron_vita.data.media.video.worker import ChildVideo, VideoLimits
+from megatron_vita.data.media.video.worker import VideoLimits
 from megatron_vita.data.sample import MediaFile
 
 __all__ = ["BACKENDS", "VideoFile", "VideoLimits", "decoder_name", "open_video"]

@@ -6,8 +6,10 @@ numbers differ, the whole clip is decoded once.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,19 +92,34 @@ class PyAvVideo(VideoFile):
         rate = self._rate if np.isfinite(self._rate) and self._rate > 0 else 25.0
         return np.arange(total, dtype=np.float64) / rate, rate
 
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+    def read(self, numbers: Iterable[int]) -> Iterator[Image.Image]:
         """See `VideoFile.read`."""
-        wanted = [int(number if self._labels is None else self._labels[number]) for number in numbers]
-        done = 0
+        return map(self._display.show, self._find(numbers))
+
+    def prove(self, numbers: Sequence[int]) -> None:
+        """See `VideoFile.prove`: by all frames, or where an index allows to jump, by the first and the last.
+
+        (The fields of a frame counted as two frames, which is the error of such containers, show there, too.)"""
+        deque(self._find((numbers[0], numbers[-1]) if len(self._entries) else numbers), maxlen=0)
+
+    def _find(self, numbers: Iterable[int]) -> Iterator[Any]:
+        """The decoder's frames by number."""
+        wanted: Iterator[int] = (int(one if self._labels is None else self._labels[one]) for one in numbers)
         if len(self._entries):
+            pending: list[int] = []
+
+            def noted() -> Iterator[int]:
+                for label in wanted:
+                    pending[:] = [label]
+                    yield label
+
             try:
-                for picture in self._play(wanted, jump=True):
-                    done += 1
-                    yield picture
+                yield from self._play(noted(), jump=True)
                 return
             except MissedError:  # an entry was not what it seemed
                 self._entries = self._entries[:0]
-        yield from self._play(wanted[done:])
+            wanted = itertools.chain(pending, wanted)
+        yield from self._play(wanted)
 
     def learn(self) -> None:
         """See `VideoFile.learn`."""
@@ -149,33 +166,31 @@ class PyAvVideo(VideoFile):
         stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, and is not concealed
         return stream
 
-    def _play(self, wanted: Sequence[int], *, jump: bool = False) -> Iterator[Image.Image]:
+    def _play(self, wanted: Iterator[int], *, jump: bool = False) -> Iterator[Any]:
         """Frames by label."""
         with self._open() as container:
             stream = self._choose(container)
             self.check_size(stream.codec_context.width, stream.codec_context.height)
             frames = self._decode(container, stream)
-            place, last, number = 0, -(1 << 63), -1
-            while place < len(wanted):
-                entry = self._entry_before(last, wanted[place]) if jump else None
+            frame: Any = None
+            last, number = -(1 << 63), -1
+            for label in wanted:
+                entry = self._entry_before(last, label) if jump else None
                 if entry is not None:
                     frames, last = self._jump(container, stream, entry), entry - 1
-                frame = next(frames, None)
-                if frame is None:
-                    raise MissedError
-                number += 1
-                label = number if self._labels is None else frame.pts
-                if label == last and self._labels is not None:
-                    continue  # of several frames of one time the first counts
-                if label is None or label < last or label > wanted[place]:
-                    raise MissedError
-                last = label
-                if label == wanted[place]:
-                    self.check_size(frame.width, frame.height)
-                    picture = self._display.show(frame)
-                    while place < len(wanted) and wanted[place] == label:
-                        place += 1
-                        yield picture
+                while last < label:
+                    frame = next(frames, None)
+                    if frame is None:
+                        raise MissedError
+                    number += 1
+                    found = number if self._labels is None else frame.pts
+                    if found == last and self._labels is not None:
+                        continue  # of several frames of one time the first counts
+                    if found is None or found < last or found > label:
+                        raise MissedError
+                    last = found
+                self.check_size(frame.width, frame.height)
+                yield frame
             if self._labels is None and number + 1 + sum(1 for _ in frames) != self.total:
                 raise MissedError  # by numbers alone, only the right count proves them
 

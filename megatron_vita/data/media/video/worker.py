@@ -7,28 +7,21 @@ next clip gets a new one, and it ends itself when this process is gone, however 
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Any, NoReturn
 
-import numpy as np
 import psutil
-from PIL import Image
 
-from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.video.child import ClosedError, Reply, receive, send
-from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import MediaFile
-from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, DataError
 
 _LOOK = 0.05
@@ -228,70 +221,3 @@ decoder = _Decoder()
 """The decoder of this process."""
 atexit.register(decoder.stop)
 os.register_at_fork(after_in_child=decoder.forget)
-
-_numbers = itertools.count()
-
-
-class ChildVideo(VideoFile):
-    """A video that the child decodes."""
-
-    def __init__(self, file: MediaFile, backend: str, limits: VideoLimits) -> None:
-        """Open it there.
-
-        Raises:
-            DataError: see `open_video`.
-            ConfigError: the backend is not installed, or the child does not start.
-        """
-        self._file, self._backend, self._limits = file, backend, limits
-        self._number, self._spent, self._where = next(_numbers), 0.0, 0
-        fps, times = self._open_there()
-        super().__init__(file.name, times, fps)
-
-    def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
-        """See `VideoFile.frames`.
-
-        Raises:
-            DataError: also video_timeout, video_memory and media_crash.
-        """
-        if self._where != decoder.started:  # another clip has taken the child along
-            self._open_there()
-        answer, blobs = self._ask({"do": "frames", "spec": spec.to_dict(), "max_frames": max_frames})
-        return [
-            MediaItem(data, int(width), int(height), frame=True, time=float(when))
-            for (width, height, when), data in zip(answer["items"], blobs, strict=True)
-        ]
-
-    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        """Not supported: pixels of full size stay in the child."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._where == decoder.started and self._where:
-            self._where = 0
-            try:
-                decoder.ask(self._file.name, self._limits, 10.0, {"do": "close", "video": self._number})
-            except DataError:
-                return  # nobody waits for this clip any more
-            decoder.tidy(self._limits)
-
-    def _open_there(self) -> tuple[float, Any]:
-        file = self._file
-        decoder.child(self._limits)
-        places = [
-            {"path": None if one.path is None else os.path.abspath(one.path), "offset": one.offset, "size": one.size}
-            for one in (file, *file.frames)
-        ]
-        message: dict[str, Any] = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
-        message["frame_rate"] = file.frame_rate
-        answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
-        self._where = decoder.started
-        return float(answer["fps"]), np.frombuffer(blobs[0], dtype="<f8")
-
-    def _ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> Reply:
-        start = time.monotonic()
-        left = max(0.001, self._limits.timeout - self._spent)
-        try:
-            return decoder.ask(self._file.name, self._limits, left, {**message, "video": self._number}, blobs)
-        finally:
-            self._spent += time.monotonic() - start

@@ -1,0 +1,171 @@
+"""The pixels of a prompt, decoded where and when they are asked for: never more of them than a window is in memory.
+
+`PromptMedia.open` reads headers, which give every length. `tiles` decodes; asked for ascending ranges it goes through
+each medium once, also where it is asked for every second range only, as the ranks of a group do.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import numpy as np
+import torch
+
+from megatron_vita.data.example import Example
+from megatron_vita.data.media.on_demand import Medium, Picture, Video
+from megatron_vita.data.rejects import reject
+from megatron_vita.data.sample import Image, Sample, Text
+from megatron_vita.data.spec import PreprocessSpec
+from megatron_vita.data.text.chat import build_example
+from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
+
+
+class PromptMedia:
+    """Tiles of a conversation's pictures and videos, decoded when they are asked for.
+
+    Not for several threads at once. A medium that fails leaves the others usable.
+    """
+
+    def __init__(self, sources: Sequence[Medium], example: Example, spec: PreprocessSpec) -> None:
+        """Use `open` or `reopen`. `sources`: in token order, as `_media_of` gives them."""
+        self._sources, self._slots, self._spec = sources, example.tiles, spec
+        self._ends = list(accumulate(len(source.items) for source in sources))
+        self._current: Medium | None = None
+
+    @classmethod
+    def open(
+        cls, sample: Sample, spec: PreprocessSpec, *, tokenizer: ChatTokenizer, video_backend: str = "auto"
+    ) -> tuple[Example, PromptMedia]:
+        """Read the headers of a conversation's media and lay it out as a prompt.
+
+        Of a video as much is decoded as it takes to prove which frames it has: none, or little where its container
+        has an index.
+
+        Args:
+            sample: its last turn is the user's.
+            spec: tile size, tiling, frames of a video.
+            tokenizer: ids and chat template.
+            video_backend: see `open_video`.
+
+        Returns:
+            (what training would make of it, with media that hold no bytes; their tiles).
+
+        Raises:
+            DataError: a medium that is missing or damaged, or a conversation that does not end with a question.
+        """
+        sample.check()
+        media = _Media(sample, spec, video_backend, proven=True)
+        try:
+            example = build_example(
+                sample,
+                [source.items[0] for source in media.images],
+                [source.items for source in media.videos],
+                tokenizer=tokenizer,
+                spec=spec,
+                generation_prompt=True,
+            )
+            items = [item for source in media.in_order for item in source.items]
+            assert all(one is other for one, other in zip(example.media, items, strict=True)), "media in another order"
+        except BaseException:
+            media.close()
+            raise
+        return example, cls(media.in_order, example, spec)
+
+    @classmethod
+    def reopen(cls, sample: Sample, example: Example, spec: PreprocessSpec, video_backend: str = "auto") -> PromptMedia:
+        """Open on another rank what `open` has opened on the first.
+
+        Args:
+            sample: as given there.
+            example: as returned there.
+            spec: as given there.
+            video_backend: as given there.
+
+        Raises:
+            DataError: a medium that is missing, damaged, or another than on the first rank.
+        """
+        planned = [(item.width, item.height, item.time) for item in example.media]
+        for proven in (False, True):  # most containers are right about their frames, which costs no decoding
+            media = _Media(sample, spec, video_backend, proven=proven)
+            items = [item for source in media.in_order for item in source.items]
+            if [(item.width, item.height, item.time) for item in items] == planned:
+                return cls(media.in_order, example, spec)
+            media.close()
+        raise reject(
+            "media_changed",
+            f"{sample.id}: its media are not those that were planned: the files differ between ranks, or changed.",
+        )
+
+    def tiles(self, start: int, stop: int) -> torch.Tensor:
+        """Pixels of tiles `start` to `stop` of `example.tiles`, uint8 `[stop - start, 3, S, S]`, on the CPU.
+
+        Raises:
+            DataError: one of their media cannot be decoded, or has changed on disk.
+        """
+        if not 0 <= start <= stop <= len(self._slots):
+            raise IndexError(f"tiles {start} to {stop} of {len(self._slots)}")
+        side = self._spec.image_size
+        out = np.empty((stop - start, 3, side, side), dtype=np.uint8)
+        for place, run in groupby(range(start, stop), key=self._source_of):
+            tiles = list(run)
+            source = self._sources[place]
+            if self._current is not source:
+                self._release()
+            self._current = source
+            slots = [self._slots[tile] for tile in tiles]
+            first_media = self._ends[place] - len(source.items)
+            out[tiles[0] - start : tiles[-1] + 1 - start] = source.render(slots, first_media, self._spec)
+            if tiles[-1] + 1 == len(self._slots) or self._source_of(tiles[-1] + 1) != place:
+                self._release()
+        return torch.from_numpy(out)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of what decides the pixels of each of `example.media`, besides the preprocessing: the content of a
+        picture; the content of a video, or of a folder's picture, with the number of the frame.
+
+        Raises:
+            DataError: a medium cannot be read, or has changed on disk.
+        """
+        return [digest for source in self._sources for digest in source.digests()]
+
+    def close(self) -> None:
+        """Let go of all files. What is asked for afterwards opens them again."""
+        for source in self._sources:
+            source.release()
+        self._current = None
+
+    def _source_of(self, tile: int) -> int:
+        return bisect_right(self._ends, self._slots[tile].media)
+
+    def _release(self) -> None:
+        if self._current is not None:
+            self._current.release()
+            self._current = None
+
+
+class _Media:
+    """The opened media of a Sample."""
+
+    def __init__(self, sample: Sample, spec: PreprocessSpec, backend: str, *, proven: bool) -> None:
+        self.images: list[Picture] = []
+        self.videos: list[Video] = []
+        try:
+            self.images += [Picture(file) for file in sample.images]
+            for file in sample.videos:
+                self.videos.append(Video(file, spec, backend, proven=proven))
+        except BaseException:
+            self.close()
+            raise
+        parts = [part for message in sample.messages for part in message.parts]
+        self.in_order: list[Medium] = [
+            self.images[part.index] if isinstance(part, Image) else self.videos[part.index]
+            for part in parts
+            if not isinstance(part, Text)
+        ]
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for video in self.videos:
+            video.release()
