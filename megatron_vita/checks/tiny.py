@@ -49,9 +49,14 @@ VITS: dict[str, dict[str, Any]] = {
     "clip": {"model_type": "clip", "image_norm": "clip", "norm_epsilon": 1e-5},
 }
 """Settings of towers that differ from the default; see config.VisionConfig."""
+_YARN = {
+    "position_embedding_type": "yarn",
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 16,  # less than the longest document
+}
 LLMS: dict[str, dict[str, Any]] = {
     "qwen2": {},
-    "qwen3": {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16},
+    "qwen3": {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16, **_YARN},
     "llama": {"add_qkv_bias": False, "rope_scaling_factor": 8.0},
     "glm": {"rotary_percent": 0.5, "rotary_interleaved": True},
 }
