@@ -33,6 +33,8 @@ __all__ = [
     "prompt_logprobs",
     "sample",
 ]
+_HEAD = 1024
+"""Most likely tokens among which top-p looks first."""
 _ROWS = 256
 """Rows of which `prompt_logprobs` has the whole vocabulary in memory at once."""
 
@@ -211,15 +213,18 @@ def _filter(probabilities: torch.Tensor, configs: Sequence[SamplingConfig]) -> t
     probabilities = torch.where(probabilities >= floor, probabilities, 0)
     if all(one.top_p == 1 for one in configs):
         return probabilities
-    # Only the head of each row is sorted: all tokens below this bound together hold less than top-p's tail.
-    bound = torch.where(top_p < 1, (1 - top_p) * largest / (2 * size), largest)
-    width = max(1, int((probabilities >= bound).sum(dim=-1).max()))  # 0 where logits are NaN
-    head = torch.topk(probabilities, width).values
-    before = head.cumsum(dim=-1) - head
-    kept = before < top_p * probabilities.cumsum(dim=-1)[:, -1:]
-    smallest = head.gather(-1, (kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0))
+    target = torch.where(top_p < 1, top_p * probabilities.cumsum(dim=-1)[:, -1:], 0)
+    width = min(size, _HEAD)  # only as many as are needed are sorted
+    while True:
+        head = torch.topk(probabilities, width).values
+        sums = head.cumsum(dim=-1)
+        if width == size or bool((sums[:, -1:] >= target).all()):
+            break
+        width = min(size, 8 * width)
+    last = (sums < target).sum(dim=-1, keepdim=True).clamp(max=width - 1)  # the token that reaches p stays
+    smallest = head.gather(-1, last)
     # of tokens that are alike at the border the first ones stay, whatever order topk gave them
-    room = (kept & (head == smallest)).sum(dim=-1, keepdim=True)
+    room = last + 1 - (head > smallest).sum(dim=-1, keepdim=True)
     alike = probabilities == smallest
     keep = (probabilities > smallest) | (alike & (alike.cumsum(dim=-1) <= room)) | (top_p == 1)
     return torch.where(keep, probabilities, 0)
