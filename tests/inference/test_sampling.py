@@ -94,6 +94,8 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: torch.Tensor, p: float) -> 
 def test_the_first_of_equal_tokens_stay() -> None:
     kept = softmax(torch.zeros(1, 10), SamplingConfig(temperature=1.0, top_p=0.35)) > 0
     assert kept.tolist() == [[True] * 4 + [False] * 6]
+    exact = softmax(torch.zeros(1, 4), SamplingConfig(temperature=1.0, top_p=0.5)) > 0
+    assert exact.tolist() == [[True, True, False, False]]
 
 
 @settings(deadline=None)
@@ -218,6 +220,19 @@ def test_tokens_are_stock_transformers(config: SamplingConfig, seed: int, prompt
         else:
             assert token == wanted.argmax()
         answer.append(token)
+
+
+def test_a_token_is_penalised_for_each_time_that_it_came() -> None:
+    for penalties, wanted in (
+        ({"frequency_penalty": 0.5}, [0, 0, 1, 0, 1]),
+        ({"presence_penalty": 0.5}, [0, 0, 0, 0, 0]),
+        ({"presence_penalty": 1.0}, [0, 1, 0, 0, 0]),
+        ({"repetition_penalty": 2.0}, [0, 0, 0, 0, 0]),  # token 1 is in the prompt
+        ({"repetition_penalty": 8.0}, [0, 2, 0, 0, 0]),
+    ):
+        sampler = SequenceSampler(SamplingConfig(**penalties), [1], 3, frozenset())
+        tokens = [sample(torch.tensor([[2.0, 1.1, 0.6]]), [sampler])[0].token for _ in wanted]
+        assert tokens == wanted, penalties
 
 
 @settings(deadline=None)

@@ -7,8 +7,10 @@ become special tokens. `complete` and `HuggingFace` hold what makes both the sam
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,6 +137,8 @@ class HuggingFace:
         self.beginning = beginning_of(tokenizer)
         if getattr(tokenizer.model, "dropout", None):
             raise ConfigError("its model has a dropout: a text would become other ids each time. Set it to null.")
+        state = "" if tokenizer.decoder is None else tokenizer.decoder.__getstate__().decode()
+        self._byte_level, self._byte_fallback = '"ByteLevel"' in state, '"ByteFallback"' in state
         self._whole: Any = tokenizer  # for a text at the very beginning
         first = list(_metaspaces(tokenizer.pre_tokenizer))
         for one in first:
@@ -185,6 +189,36 @@ class HuggingFace:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def silent(self, id_: int) -> bool:
+        name = self._tokenizer.id_to_token(id_)
+        return name is None or name in self.special
+
+    def unfinished(self, ids: Sequence[int]) -> bool:
+        tail = b""
+        for id_ in reversed(ids):
+            if self.silent(id_):
+                continue
+            name = self.token(id_)
+            if self._byte_fallback:
+                return _BYTE_TOKEN.fullmatch(name) is not None  # a run of them is decoded as a whole
+            if not self._byte_level:
+                return False
+            known = all(one in _BYTES for one in name)
+            tail = (bytes(_BYTES[one] for one in name) if known else name.encode()) + tail
+            if len(tail) >= 3:  # more bytes of a character than that are all of it
+                break
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(tail[-3:])
+        return bool(decoder.getstate()[0])
+
+
+_BYTE_TOKEN = re.compile("<0x[0-9a-fA-F]{2}>")
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(one): one for one in _PRINTABLE} | {
+    chr(256 + place): one for place, one in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
+"""The characters in which byte-level tokenizers write bytes (GPT-2, `bytes_to_unicode`)."""
 
 
 def _guarded(encode: Callable[..., T], text: str | list[str], affixes: bool = False) -> T:
@@ -251,3 +285,9 @@ class SentencePiece:
             if not skip_special_tokens:
                 out.append(self._names.get(id_, ""))
         return "".join([*out, self._model.decode(run)])
+
+    def silent(self, id_: int) -> bool:
+        return id_ >= self._own
+
+    def unfinished(self, ids: Sequence[int]) -> bool:
+        return bool(ids) and ids[-1] < self._own and bool(self._model.is_byte(ids[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -172,3 +172,16 @@ class ChatTokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens)
+
+    @cached_property
+    def anchor(self) -> tuple[int, ...]:
+        """Ids of a short text. What is decoded behind them is not decoded as the beginning of a text."""
+        return tuple(self.encode("a"))
+
+    def silent(self, id_: int) -> bool:
+        """Whether `decode` leaves an id out: a special token, or one that the tokenizer does not have."""
+        return self._backend.silent(id_)
+
+    def unfinished(self, ids: Sequence[int]) -> bool:
+        """Whether the text at the end of ids may change with the next one: bytes of a character that is not whole."""
+        return self._backend.unfinished(ids)
