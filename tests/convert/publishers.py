@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +90,15 @@ DECODERS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "pad_token_id": 0,
     },
+    "qwen2 yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
+    },
     "llama 3.1 tied": {
         "model_type": "llama",
         "tie_word_embeddings": True,
@@ -122,6 +132,7 @@ def write_decoder(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.flo
     """A decoder as transformers saves it, with its tokenizer. `model_type`: qwen2 by default."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    changes = copy.deepcopy(changes)  # transformers writes into a rope_scaling that it is given
     config = AutoConfig.for_model(changes.pop("model_type", "qwen2"), **text_settings(**changes))
     network = AutoModelForCausalLM.from_config(config)
     randomise(network, seed)

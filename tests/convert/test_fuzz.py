@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 
 Spot = tuple[Any, ...]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DECODERS = ("qwen2", "qwen3", "llama 3.1 tied")
+DECODERS = ("qwen2", "qwen2 yarn", "qwen3", "llama 3.1 tied")
 TOWERS = ("InternViT, remote names", *publishers.TOWERS)
 FAMILIES = (*DECODERS, *TOWERS, "internvl", "long_vita")
 

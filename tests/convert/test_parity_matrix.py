@@ -121,7 +121,7 @@ def _check_tower_norms(tower: Path, ckpt: Path) -> None:
 
 
 INTERN = ("InternViT-300M", "InternViT-6B")
-JOINED = [name for name in publishers.DECODERS if name not in ("mistral window tied", "glm tied")]
+JOINED = [name for name in publishers.DECODERS if name not in ("mistral window tied", "glm tied", "qwen2 yarn")]
 """With every tower: of each family once, or twice."""
 OTHER = ("SigLIP", "CLIP")
 

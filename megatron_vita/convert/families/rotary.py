@@ -112,7 +112,8 @@ def _read_scaling(
             return {"max_position_embeddings": length}
         outer = optional_integer(config, _ORIGINAL, where)  # Phi's place; transformers prefers it
         if outer is not None:
-            _agree(_ORIGINAL, {_ORIGINAL: outer, f"{key}.{_ORIGINAL}": rope.get(_ORIGINAL, outer)}, where)
+            inner = optional_integer(rope, _ORIGINAL, f"{where}: {key}") or outer
+            _agree(_ORIGINAL, {_ORIGINAL: outer, f"{key}.{_ORIGINAL}": inner}, where)
             if rope_type_of(rope, key) in ("llama3", "yarn"):
                 rope = {**rope, _ORIGINAL: outer}
         return rope_settings(rope, length, key)
