@@ -63,8 +63,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--presence-penalty", type=float, default=0.0, help="makes tokens of the answer less likely; -2 to 2")
     add("--frequency-penalty", type=float, default=0.0, help="the same for each time that a token is in the answer")
     add("--seed", type=int, default=1234, help="of the draw")
-    add("--stop", nargs="+", action="extend", default=[], help="strings that end the answer")
-    add("--stop-token-ids", type=int, nargs="+", action="extend", default=[], help="tokens that end the answer")
+    add("--stop", action="append", default=[], help="string that ends the answer; may be given several times")
+    add("--stop-token-id", type=int, action="append", default=[], help="id of a token that does so; likewise")
     add("--ignore-eos", action="store_true", help="go on behind the model's own end of an answer")
     add("--min-tokens", type=int, default=0, help="nothing ends the answer before it has so many tokens")
 
@@ -85,7 +85,7 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
         frequency_penalty=args.frequency_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
-        stop_token_ids=tuple(args.stop_token_ids),
+        stop_token_ids=tuple(args.stop_token_id),
         ignore_eos=args.ignore_eos,
         min_tokens=args.min_tokens,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +71,14 @@ class BatchRun:
     """
 
     def __init__(
-        self, source: Path, output: Path, *, model: str, identity: str, media_root: Path | None, vocab_size: int
+        self,
+        source: Path,
+        output: Path,
+        *,
+        model: str,
+        identity: Callable[[], str],
+        media_root: Path | None,
+        vocab_size: int,
     ) -> None:
         """Prepare a run; nothing is opened yet.
 
@@ -79,14 +86,16 @@ class BatchRun:
             source: requests, a JSON object a line.
             output: answers; created, or gone on with.
             model: name of the model where a request gives none.
-            identity: changes with all that decides an answer, but for the request (see `answer_key.model_key`).
+            identity: gives what changes with all that decides an answer but the request; called once the output is
+                held, for it may read the whole model.
             media_root: folder of the media; by default that of the input.
             vocab_size: ids of tokens in a request must be below it.
 
         Raises:
             ConfigError: no input, no folder of media, or input and output are one file.
         """
-        self._source, self._model, self._identity, self._vocab_size = source, model, identity, vocab_size
+        self._source, self._model, self._vocab_size = source, model, vocab_size
+        self._make_identity, self._identity = identity, ""
         self._media_root = source.parent if media_root is None else media_root
         if not source.is_file():
             raise ConfigError(f"{source}: no such file. Check --input.")
@@ -107,6 +116,7 @@ class BatchRun:
         """Open the output, count the requests, and drop answers that no longer hold. Raises as AnswerFile does."""
         with ExitStack() as stack:
             answers = stack.enter_context(self._output)
+            self._identity = self._make_identity()
             known, holds = dict(answers.answers), set(answers.answers)
             for number, custom_id, body in self._lines():
                 self.total += 1
@@ -125,12 +135,17 @@ class BatchRun:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
+    @property
+    def left(self) -> int:
+        """Lines that are to be answered."""
+        return self.total - self.kept
+
     def answer(self, engine: RunsRequests, spell: Spell, *, progress: bool = True) -> BatchSummary:
         """Ask what has no answer, and append each answer as it comes.
 
         Args:
             engine: pulls requests as it has room for them.
-            spell: text of a token.
+            spell: bytes of a token.
             progress: show a bar on standard error, with tokens a second.
 
         Raises:

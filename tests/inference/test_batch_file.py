@@ -23,6 +23,10 @@ from tests.data.kit import picture
 from tests.inference.fake_engine import FakeEngine, text_of
 
 
+def spell(token: int) -> bytes:
+    return chr(token).encode()
+
+
 def request(custom_id: Any, content: Any = "Why?", **more: Any) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": content}], **more}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -39,13 +43,13 @@ def write(folder: Path, lines: list[Any]) -> Path:
 
 
 def batch(folder: Path, *, identity: str = "model", **more: Any) -> BatchRun:
-    where = {"model": "tiny", "identity": identity, "media_root": None, "vocab_size": 999, **more}
+    where = {"model": "tiny", "identity": lambda: identity, "media_root": None, "vocab_size": 999, **more}
     return BatchRun(folder / "requests.jsonl", folder / "answers.jsonl", **where)
 
 
 def run(folder: Path, engine: FakeEngine | None = None, **more: Any) -> BatchSummary:
     with batch(folder, **more) as one:
-        return one.answer(engine or FakeEngine(), chr, progress=False)
+        return one.answer(engine or FakeEngine(), spell, progress=False)
 
 
 def answers(folder: Path) -> dict[str | None, dict[str, Any]]:
@@ -162,7 +166,7 @@ def test_requests_are_pulled_as_there_is_room(tmp_path: Path) -> None:
             return "x"
 
         engine._answer = answer
-        one.answer(engine, chr, progress=False)
+        one.answer(engine, spell, progress=False)
     assert len(seen) == 50
     assert max(seen) <= 3
 
@@ -250,7 +254,7 @@ def test_what_cannot_work_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Check --media-root"):
         batch(tmp_path, media_root=tmp_path / "none")
     with pytest.raises(ConfigError, match="these are the requests"):
-        BatchRun(path, path, model="m", identity="i", media_root=None, vocab_size=9)
+        BatchRun(path, path, model="m", identity=str, media_root=None, vocab_size=9)
     (tmp_path / "answers.jsonl").write_text('{"results": 3}\n')
     with pytest.raises(DataError, match=r"answers.jsonl, line 1: not a line of answers"):
         batch(tmp_path).__enter__()

@@ -93,7 +93,8 @@ def test_sampling_is_greedy_unless_flags_say_otherwise() -> None:
     for field in fields(SamplingConfig):
         value = getattr(other, field.name)
         if value is not True and value != getattr(SamplingConfig(), field.name):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+            flag = f"--{field.name.replace('_', '-').replace('-ids', '-id')}"
+            words += [word for one in (value if isinstance(value, tuple) else [value]) for word in (flag, str(one))]
     assert sampling_config(made.parse_args(words)) == other
     with pytest.raises(ConfigError, match="temperature"):
         sampling_config(made.parse_args(["--temperature", "-1"]))

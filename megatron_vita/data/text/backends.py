@@ -201,11 +201,11 @@ class HuggingFace:
                 continue
             name = self.token(id_)
             if self._byte_fallback:
-                return _BYTE_TOKEN.fullmatch(name) is not None  # a run of them is decoded as a whole
+                return BYTE_TOKEN.fullmatch(name) is not None  # a run of them is decoded as a whole
             if not self._byte_level:
                 return False
-            known = all(one in _BYTES for one in name)
-            tail = (bytes(_BYTES[one] for one in name) if known else name.encode()) + tail
+            known = all(one in BYTES for one in name)
+            tail = (bytes(BYTES[one] for one in name) if known else name.encode()) + tail
             if len(tail) >= 3:  # more bytes of a character than that are all of it
                 break
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -213,9 +213,10 @@ class HuggingFace:
         return bool(decoder.getstate()[0])
 
 
-_BYTE_TOKEN = re.compile("<0x[0-9a-fA-F]{2}>")
+BYTE_TOKEN = re.compile("<0x([0-9a-fA-F]{2})>")
+"""Name of a byte in tokenizers that fall back to bytes."""
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTES = {chr(one): one for one in _PRINTABLE} | {
+BYTES = {chr(one): one for one in _PRINTABLE} | {
     chr(256 + place): one for place, one in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
 }
 """The characters in which byte-level tokenizers write bytes (GPT-2, `bytes_to_unicode`)."""

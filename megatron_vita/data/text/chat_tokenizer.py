@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
 
-from megatron_vita.data.text.backends import HuggingFace, SentencePiece
+from megatron_vita.data.text.backends import BYTE_TOKEN, BYTES, HuggingFace, SentencePiece
 from megatron_vita.data.text.template import ChatTemplate, SkeletonPart
 from megatron_vita.errors import ConfigError
 
@@ -185,3 +185,17 @@ class ChatTokenizer:
     def unfinished(self, ids: Sequence[int]) -> bool:
         """Whether the text at the end of ids may change with the next one: bytes of a character that is not whole."""
         return self._backend.unfinished(ids)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes (UTF-8) that a token adds within a text; a special token adds its name, an unknown id nothing.
+
+        Those of all tokens of a text, one after the other, are the text, also where a token is a part of a character.
+        """
+        text = self.decode((*self.anchor, id_), False).removeprefix(self.decode(self.anchor, False))
+        if "\ufffd" in text and not self.silent(id_):
+            name = self._backend.token(id_)
+            if byte := BYTE_TOKEN.fullmatch(name):
+                return bytes.fromhex(byte[1])
+            if all(one in BYTES for one in name):
+                return bytes(BYTES[one] for one in name)
+        return text.encode()

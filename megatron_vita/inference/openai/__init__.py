@@ -2,6 +2,6 @@
 
 from megatron_vita.inference.openai.errors import RequestError, error_object
 from megatron_vita.inference.openai.request import ChatRequest, chat_request
-from megatron_vita.inference.openai.response import chat_response, speller
+from megatron_vita.inference.openai.response import chat_response
 
-__all__ = ["ChatRequest", "RequestError", "chat_request", "chat_response", "error_object", "speller"]
+__all__ = ["ChatRequest", "RequestError", "chat_request", "chat_response", "error_object"]

@@ -5,35 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vita.inference.prompt import Generation, TokenLogprob
 
-Spell = Callable[[int], str]
-"""Text of one token."""
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer to spell a token."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids."""
-
-
-def speller(tokenizer: Tokenizer) -> Spell:
-    """The text of single tokens as it stands within an answer: a blank at its beginning stays, special tokens show."""
-    before = tokenizer.encode("a")
-    known: dict[int, str] = {}
-
-    def spell(token: int) -> str:
-        if token not in known:
-            known[token] = tokenizer.decode([*before, token], False).removeprefix(tokenizer.decode(before, False))
-        return known[token]
-
-    return spell
+Spell = Callable[[int], bytes]
+"""Bytes that a token adds to a text, such as `VitaTokenizer.token_bytes`."""
 
 
 def chat_response(choices: Sequence[Generation], *, model: str, spell: Spell) -> dict[str, Any]:
@@ -42,7 +19,7 @@ def chat_response(choices: Sequence[Generation], *, model: str, spell: Spell) ->
     Args:
         choices: the answers, one for each choice.
         model: the model's name, as the client calls it.
-        spell: text of a token, for log-probabilities.
+        spell: bytes of a token, for log-probabilities.
 
     Returns:
         OpenAI's `chat.completion` object, with vLLM's `stop_reason` and, if asked for, `prompt_logprobs`. Tokens of
@@ -85,20 +62,20 @@ def _choice(index: int, answer: Generation, spell: Spell) -> dict[str, Any]:
 
 
 def _token(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
-    """A token with its log-probability; `bytes` is null where it is a part of a character."""
-    text = spell(token)
-    return {
-        "token": text,
-        "logprob": _finite(logprob),
-        "bytes": None if "\ufffd" in text else list(text.encode()),
-    }
+    """A token with its log-probability. Its bytes are exact; its text has U+FFFD for a part of a character."""
+    spelt = spell(token)
+    return {"token": spelt.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(spelt)}
 
 
 def _ranked(one: TokenLogprob, spell: Spell) -> dict[str, Any]:
     """vLLM's form of a prompt token: id -> its log-probability, rank (null: not among the likeliest) and text."""
     ranks = {token: rank for rank, (token, _) in enumerate(one.top, 1)}
     return {
-        str(token): {"logprob": _finite(logprob), "rank": ranks.get(token), "decoded_token": spell(token)}
+        str(token): {
+            "logprob": _finite(logprob),
+            "rank": ranks.get(token),
+            "decoded_token": spell(token).decode(errors="replace"),
+        }
         for token, logprob in ((one.id, one.logprob), *(other for other in one.top if other[0] != one.id))
     }
 
