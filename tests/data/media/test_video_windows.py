@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,22 @@ def test_a_clip_that_differs_each_time_is_rejected() -> None:
     with pytest.raises(DataError, match="video_broken: odd: its frames come out differently each time"):
         video.frames_at(ALL, [1, 2])
     assert len(video.frames_at(ALL, [0])) == 1
+
+
+def test_frames_that_were_read_are_freed_at_once(clips: Path) -> None:
+    """Without waiting for Python's garbage collector, which counts objects and not how large they are."""
+    pytest.importorskip("av")
+
+    def alive() -> int:
+        return sum(type(one).__name__ == "VideoFrame" for one in gc.get_objects())
+
+    file = clip(clips, "h264.mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        with open_video(file, limits=None) as video:
+            video.frames_at(ALL, range(100))
+            assert alive() <= before + 2
+    finally:
+        gc.enable()

@@ -73,8 +73,10 @@ def turned(pixels: npt.NDArray[np.uint8], a: int, b: int, c: int, d: int) -> npt
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    try:
-        blocks = [bytes(block) for block in frame.side_data if block.type.name == "DISPLAYMATRIX"]
+    from av.sidedata.sidedata import SideDataContainer
+
+    try:  # `frame.side_data` would refer to the frame and the frame to it, so that its pixels stayed for a while
+        blocks = [bytes(block) for block in SideDataContainer(frame) if block.type.name == "DISPLAYMATRIX"]
     except ValueError:  # a kind of side data that this PyAV has no name for
         return None
     if not blocks or len(blocks[0]) != 36:
