@@ -85,6 +85,15 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
 
 
+def free_memory_bytes() -> int:
+    """Bytes that this rank may still allocate: free on its GPU, or its share of what the machine has available."""
+    if has_accelerator():
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def seed_all(seed: int, *, tp_rank: int = 0) -> None:
     """Seed torch and megatron-core's RNG tracker; call it before the first forward.
 

@@ -176,17 +176,24 @@ class TileRoutes:
     """Assignment of tiles to the encoding ranks of a tensor x context group, and destinations of their visual tokens.
 
     Group rank = cp_rank * tp + tp_rank (megatron-core's order: tp varies fastest). Each rank encodes a contiguous range
-    of tiles; the ranges differ by at most one tile. Visual tokens are numbered `tile * tokens_per_tile + token`. A
-    local index refers to the rank's tokens after the sequence-parallel split; without sequence parallelism it refers
-    to the context-parallel rank's tokens, and all tp ranks receive the visual token.
+    of tiles, which differ by at most one tile, unless `encoders` names the ranks. Visual tokens are numbered
+    `tile * tokens_per_tile + token`. A local index refers to the rank's tokens after the sequence-parallel split;
+    without sequence parallelism it refers to the context-parallel rank's tokens, and all tp ranks receive the visual
+    token.
     """
 
     layout: SequenceLayout
     first_token: Int64
-    """Global index of each tile's first placeholder token; int64 `[tiles]`. The others of the tile follow it."""
+    """Global index of each tile's first placeholder token; int64 `[tiles]`. The others of the tile follow it. Negative
+    where the tile begins before the packed sequence."""
     tokens_per_tile: int
     tp: int = 1
     """Tensor-parallel ranks of the group."""
+    encoders: Int64 | None = None
+    """Group rank that holds each tile's visual tokens; int64 `[tiles]`. None: as `tiles_of` says."""
+    cut_by: Int64 | None = None
+    """Document of each tile, int64 `[tiles]`: only the visual tokens inside it are sent, because a chunk of a prompt
+    may begin or end inside a tile. None: every tile lies inside its document."""
 
     @property
     def group_size(self) -> int:
@@ -199,32 +206,43 @@ class TileRoutes:
         return len(self.first_token)
 
     def tiles_of(self, group_rank: int) -> range:
-        """Tiles that one rank encodes."""
+        """Tiles that one rank encodes where `encoders` does not say: contiguous, as even as possible."""
         base, rest = divmod(self.num_tiles, self.group_size)
         start = group_rank * base + min(group_rank, rest)
         return range(start, start + base + (group_rank < rest))
 
+    def _held(self, group_rank: int) -> Int64:
+        """Tiles whose visual tokens one rank holds, ascending; int64 `[n]`."""
+        if self.encoders is None:
+            return np.array(self.tiles_of(group_rank), dtype=np.int64)
+        return np.flatnonzero(self.encoders == group_rank).astype(np.int64)
+
     @cached_property
     def _token_owner(self) -> tuple[Int64, Int64]:
-        """(cp rank, local index on it) of every visual token; two int64 `[tiles * tokens_per_tile]`."""
-        positions = (self.first_token[:, None] + np.arange(self.tokens_per_tile)).reshape(-1).astype(np.int64)
+        """(cp rank, local index on it) of every visual token; two int64 `[tiles, tokens_per_tile]`; cp rank -1: nobody
+        needs it."""
+        positions = (self.first_token[:, None] + np.arange(self.tokens_per_tile)).astype(np.int64)
         rank, index = self.layout.owner
-        return rank[positions], index[positions]
+        if self.cut_by is None:
+            return rank[positions], index[positions]
+        start = self.layout.starts[self.cut_by][:, None]
+        inside = (positions >= start) & (positions < start + np.array(self.layout.documents)[self.cut_by][:, None])
+        positions = np.where(inside, positions, 0)
+        return np.where(inside, rank[positions], -1), index[positions]
 
     def _between(self, source: int, target: int) -> tuple[Int64, Int64]:
         """Visual tokens that one group rank sends to another: (indices into the source's, local indices at the target).
 
         Two int64 arrays of equal length."""
-        tiles = self.tiles_of(source)
-        numbers = np.arange(tiles.start * self.tokens_per_tile, tiles.stop * self.tokens_per_tile, dtype=np.int64)
-        cp_rank, index = (array[numbers] for array in self._token_owner)
+        tiles = self._held(source)
+        cp_rank, index = (array[tiles].reshape(-1) for array in self._token_owner)
         target_cp, target_tp = divmod(target, self.tp)
         owned = cp_rank == target_cp
         if self.layout.sp > 1:
             shard = self.layout.local_length // self.layout.sp
             owned &= index // shard == target_tp
             index = index % shard
-        return numbers[owned] - tiles.start * self.tokens_per_tile, index[owned]
+        return np.flatnonzero(owned).astype(np.int64), index[owned]
 
     def send(self, group_rank: int) -> tuple[Int64, list[int]]:
         """Send side of the all-to-all for one group rank.

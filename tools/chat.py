@@ -78,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sample = question_sample(args.question, args.image, args.video)
         if not Path(args.model).is_dir():
             raise ConfigError(f"{args.model}: no such folder. Give a checkpoint or a Hugging Face folder with --model.")
-        import torch  # only once the question is sound: importing takes seconds
-
+        # Only once the question is sound: importing torch takes seconds.
         from megatron_vita.inference.engine import Engine
         from megatron_vita.inference.sampling import SamplingConfig
+        from megatron_vita.inference.settings import EngineSettings
 
         sampling = SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-        engine = Engine.load(args.model, dtype=getattr(torch, args.dtype), video_backend=args.video_backend)
+        engine = Engine.load(args.model, EngineSettings(dtype=args.dtype), video_backend=args.video_backend)
         answer = engine.generate([sample], max_new_tokens=args.max_new_tokens, sampling=sampling)[0]
     except VitaError as error:
         print(f"chat: {error}", file=sys.stderr)

@@ -22,10 +22,12 @@ from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import QuestionKeys, model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
+from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.questions import Question, read_questions
 from megatron_vita.inference.results import Result, ResultFile
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
+from megatron_vita.inference.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
@@ -174,21 +176,20 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
     for part in parts:
         if not part.questions:
             continue
-        engine = Engine.load(part.model, dtype=DTYPE, video_backend=settings.video_backend)
-        outcomes = engine.stream(
-            (question.sample for _, _, question in part.questions),
-            max_new_tokens=settings.max_new_tokens,
-            sampling=settings.sampling,
-            zero_tiles=settings.zero_tiles,
-            batch_tokens=settings.batch_tokens,
+        engine = Engine.load(part.model, EngineSettings(dtype="float32"), video_backend=settings.video_backend)
+        requests = (
+            Request(str(index), question.sample, settings.sampling, settings.max_new_tokens, settings.zero_tiles)
+            for index, (_, _, question) in enumerate(part.questions)
         )
-        for index, outcome in outcomes:
-            key, data, question = part.questions[index]
+        for request, outcome in engine.run(requests):
+            key, data, question = part.questions[int(request.id)]
             result: Result = {"run": key, "model": part.model, "name": part.name, "task": settings.task}
             result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
             if isinstance(outcome, DataError):
                 result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}
                 result |= {"error": str(outcome), "fields": question.fields}
+            elif isinstance(outcome, VitaError):
+                raise outcome
             else:
                 verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
                 result |= {"answer": outcome.text.strip(), "expected": question.expected, "verdict": verdict}

@@ -28,9 +28,10 @@ from megatron_vita.models.vision.micro_batches import (
     split_tiles,
 )
 from megatron_vita.models.vision.tower import VisionTower
-from megatron_vita.parallel.context import KVCache, PackedSeqContext
+from megatron_vita.parallel.context import PackedSeqContext
 from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
+from megatron_vita.parallel.kv_cache import CacheStep
 from megatron_vita.parallel.loss import vocab_parallel_loss
 from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.tiles import exchange_features
@@ -78,7 +79,6 @@ class VitaModel(MegatronModule):
         tiles: Tensor,
         labels: Tensor | None = None,
         logits_indices: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
         """Forward pass of one packed sequence. All ranks of its tensor x context group call it.
 
@@ -92,7 +92,6 @@ class VitaModel(MegatronModule):
             labels: int64 [1, s/cp], shifted, -100 where there is no loss. Last stage only.
             logits_indices: int64 [n], indices into the s/cp local tokens whose logits are returned. Last stage only,
                 and only without labels.
-            cache: KV cache in generation; updated in place.
 
         Returns:
             Not the last stage: hidden states [t, 1, h]. Last stage with labels: losses of this context rank's labelled
@@ -100,17 +99,56 @@ class VitaModel(MegatronModule):
             [n, vocab_size], all-gathered over the tensor ranks, padding removed. Last stage with neither: hidden states
             [t, 1, h] after the final norm.
         """
-        hidden = self._embed(tokens, routes, tiles) if self.pre_process else None
+        hidden = self._embed(tokens, self._visual_tokens(routes, tiles)) if self.pre_process else None
         rotary = self.rotary(positions, self.config.params_dtype)
-        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, cache=cache)
+        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary)
         hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq)
-        if cache is not None:
-            cache.advance(layout.documents)
         if not self.post_process or (labels is None and logits_indices is None):
             return hidden
         if logits_indices is not None:
-            return self._logits(hidden, logits_indices)
+            return self.logits(self._output_layer_input(hidden, logits_indices))
         return self._losses(hidden, labels)
+
+    def forward_cached(
+        self,
+        *,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: SequenceLayout | None,
+        step: CacheStep,
+        visual: tuple[Tensor, TileRoutes] | None = None,
+    ) -> Tensor:
+        """Forward pass of new tokens in generation. All ranks of their tensor x context group call it.
+
+        Args:
+            tokens: int64 [1, t], this context rank's token ids: its share of the packed sequence of chunks, then one
+                token of each decoding sequence.
+            positions: int64 [1, t], position ids.
+            layout: the packed sequence of chunks; None if there are none.
+            step: use of the key/value cache.
+            visual: visual tokens that this rank holds, in the order of their tiles, and where they go; given on every
+                rank of the group or on none. First stage only.
+
+        Returns:
+            hidden states [t, 1, h], after the final norm on the last stage.
+        """
+        hidden = None
+        if self.pre_process:
+            received = None if visual is None else exchange_features(*visual, self.groups)
+            hidden = self._embed(tokens, received)
+        rotary = self.rotary(positions, self.config.params_dtype)
+        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, step=step)
+        states: Tensor = self.language_model.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq
+        )
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, h] after the final norm -> logits [n, vocab_size], equal on all tensor ranks, which call it
+        together. Last stage only."""
+        local = hidden @ self._output_layer_weight().t()
+        gathered: Tensor = mappings.gather_from_tensor_model_parallel_region(local, group=self.groups.collection.tp)
+        return gathered[:, : self.model.vocab_size]
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Set the hidden states received from the previous stage; megatron-core's schedules call it."""
@@ -164,14 +202,21 @@ class VitaModel(MegatronModule):
         assert self.vision_projection is not None, "this stage has no projector"
         return self.vision_model, self.vision_projection
 
-    def _embed(self, tokens: Tensor, routes: TileRoutes, tiles: Tensor) -> Tensor:
+    def _visual_tokens(self, routes: TileRoutes, tiles: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Encode this rank's tiles and exchange their visual tokens: those of this rank [r, h] and their local indices
+        [r]; None for a model without a tower."""
+        if self.vision_model is None:
+            return None
+        first = self.groups.cp_rank * self.groups.tp_size
+        counts = [len(routes.tiles_of(first + rank)) for rank in range(self.groups.tp_size)]
+        return exchange_features(self.encode(tiles, counts), routes, self.groups)
+
+    def _embed(self, tokens: Tensor, visual: tuple[Tensor, Tensor] | None) -> Tensor:
         """Decoder input [t, 1, h]: token embeddings with the visual tokens at the placeholders."""
         embedded: Tensor = self.language_model.embedding(input_ids=tokens, position_ids=None)
-        if self.vision_model is not None:
-            first = self.groups.cp_rank * self.groups.tp_size
-            counts = [len(routes.tiles_of(first + rank)) for rank in range(self.groups.tp_size)]
-            visual, index = exchange_features(self.encode(tiles, counts), routes, self.groups)
-            embedded = embedded.index_copy(0, index, visual.to(embedded.dtype).unsqueeze(1))
+        if visual is not None:
+            features, index = visual
+            embedded = embedded.index_copy(0, index, features.to(embedded.dtype).unsqueeze(1))
         if torch.is_grad_enabled() and not embedded.requires_grad and self._trains_before_decoder():
             # Otherwise a rank without visual tokens would skip its backward, and the other ranks' all-to-all would
             # hang.
@@ -213,12 +258,6 @@ class VitaModel(MegatronModule):
             vocab_size=self.model.vocab_size,
             group=self.groups.collection.tp,
         )
-
-    def _logits(self, hidden: Tensor, index: Tensor) -> Tensor:
-        local = self._output_layer_input(hidden, index) @ self._output_layer_weight().t()
-        group = self.groups.collection.tp
-        logits = mappings.gather_from_tensor_model_parallel_region(local, group=group)
-        return logits[:, : self.model.vocab_size]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

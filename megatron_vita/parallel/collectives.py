@@ -99,3 +99,21 @@ def reduce_(tensor: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SU
         raise ValueError(f"a tensor {list(tensor.shape)} with strides {tensor.stride()} cannot be reduced in place")
     if group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
+
+
+def broadcast_(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """Overwrite a contiguous tensor with that of one rank of the group, given by its rank in the world."""
+    if group.size() > 1:
+        dist.broadcast(tensor, src=source, group=group)
+
+
+def send_to_next(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Send to the next rank of the group, which calls `receive_from_previous`."""
+    dist.send(tensor.contiguous(), dist.get_global_rank(group, group.rank() + 1), group=group)
+
+
+def receive_from_previous(shape: Sequence[int], like: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Receive a tensor of `like`'s dtype and device from the previous rank of the group."""
+    received = like.new_empty(shape)
+    dist.recv(received, dist.get_global_rank(group, group.rank() - 1), group=group)
+    return received

@@ -32,10 +32,12 @@ def exchange_features(features: Tensor, routes: TileRoutes, groups: Groups) -> t
     rank = groups.group_rank
     local_index, received = routes.receive(rank)
     index = torch.from_numpy(local_index).to(features.device)
-    if routes.group_size == 1:
-        return features, index
     send_index, sent = routes.send(rank)
+    if routes.group_size == 1 and len(send_index) == len(features):
+        return features, index
     selected = torch.from_numpy(send_index).to(features.device)
+    if routes.group_size == 1:
+        return features.index_select(0, selected), index
     replicated = routes.layout.sp == 1
     return _Exchange.apply(features, selected, tuple(sent), tuple(received), groups, replicated), index
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,12 @@ from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.inference.engine import Engine, Prompt, model_name
-from megatron_vita.inference.sampling import SamplingConfig
+from megatron_vita.inference.engine import Engine, model_name
+from megatron_vita.inference.prompt import Generation, Request
+from megatron_vita.inference.sampling import GREEDY, SamplingConfig
+from megatron_vita.inference.settings import EngineSettings
 from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.parallel.kv_cache import KVCache
 from tests.inference.tiny import SPEC, question, save_checkpoint, write_media
 
 
@@ -37,9 +42,16 @@ def root(folder: Path) -> Path:
     return save_checkpoint(folder)
 
 
+def load(root: Path, **settings: Any) -> Engine:
+    """An engine whose random model never ends an answer itself: it would rarely do so anyway."""
+    engine = Engine.load(root, EngineSettings(**{"kv_cache_memory": "64MiB", **settings}))
+    engine.worker.ends = frozenset()
+    return engine
+
+
 @pytest.fixture(scope="module")
 def engine(root: Path) -> Engine:
-    return Engine.load(root)
+    return load(root)
 
 
 @pytest.fixture(scope="module")
@@ -56,76 +68,209 @@ def samples(media: dict[str, Path]) -> list[Sample]:
 
 
 @torch.no_grad()
-def plain_logits(engine: Engine, prompt: Prompt, more: list[int]) -> torch.Tensor:
+def plain_logits(engine: Engine, sample: Sample, more: Sequence[int]) -> torch.Tensor:
     """Logits after the prompt and `more`, by one pass over all of it, without a cache; [v]."""
-    tokens = torch.from_numpy(np.concatenate([prompt.example.tokens, more]).astype(np.int64))
+    example, media = engine.prepare(Request("plain", sample, GREEDY))
+    tokens = torch.from_numpy(np.concatenate([example.tokens, more]).astype(np.int64))
     layout = SequenceLayout((len(tokens),))
-    first = np.array([slot.first_token for slot in prompt.example.tiles], dtype=np.int64)
+    first = np.array([slot.first_token for slot in example.tiles], dtype=np.int64)
     logits = engine.model(
         tokens=tokens[None],
         positions=torch.arange(len(tokens))[None],
         layout=layout,
         routes=TileRoutes(layout, first, SPEC.tokens_per_tile),
-        tiles=prompt.tiles,
+        tiles=media.tiles(0, len(example.tiles)),
         logits_indices=torch.tensor([len(tokens) - 1]),
     )
     return logits[0]
 
 
-def plain_greedy(engine: Engine, sample: Sample, count: int) -> list[int]:
-    prompt, said = engine.prepare(sample), []
+def plain_greedy(engine: Engine, sample: Sample, count: int) -> tuple[int, ...]:
+    said: list[int] = []
     for _ in range(count):
-        said.append(int(plain_logits(engine, prompt, said).argmax()))
-    return said
+        said.append(int(plain_logits(engine, sample, said).argmax()))
+    return tuple(said)
 
 
-def test_cached_batch_equals_a_whole_pass_for_each_token(engine: Engine, samples: list[Sample]) -> None:
-    engine._ends = frozenset()  # a random model would rarely end; here none does
-    expected = [plain_greedy(engine, sample, 7) for sample in samples]
-    assert len({tuple(ids) for ids in expected}) > 3, "the samples should not all be answered alike"
-    together = engine.generate(samples, max_new_tokens=7)
-    assert [list(one.ids) for one in together] == expected
-    assert not any(one.finished for one in together)
+@pytest.fixture(scope="module")
+def expected(engine: Engine, samples: list[Sample]) -> list[tuple[int, ...]]:
+    greedy = [plain_greedy(engine, sample, 7) for sample in samples]
+    assert len(set(greedy)) > 3, "the samples should not all be answered alike"
+    return greedy
+
+
+def ids_of(answers: Sequence[Generation]) -> list[tuple[int, ...]]:
+    return [answer.ids for answer in answers]
+
+
+@pytest.mark.parametrize("chunk", [4096, 64, 33, 16, 15, 1])
+def test_any_chunk_gives_what_a_whole_pass_for_each_token_gives(
+    root: Path, samples: list[Sample], expected: list[tuple[int, ...]], chunk: int
+) -> None:
+    engine = load(root, chunked_prefill_size=chunk)
+    answers = engine.generate(samples, max_new_tokens=7)
+    assert ids_of(answers) == expected
+    assert {answer.finish_reason for answer in answers} == {"length"}
+    tiles = [len(engine.prepare(Request("", sample, GREEDY))[0].tiles) for sample in samples]
+    assert engine.worker.visual is not None
+    assert engine.worker.visual.encoded == sum(tiles), "every tile is encoded once"
+    assert engine.worker.blocks.free_blocks() == engine.worker.cache.num_blocks, "every block is given back"
     alone = [engine.generate([sample], max_new_tokens=7)[0] for sample in samples]
-    assert alone == together
-    small_rows = engine.generate(samples, max_new_tokens=7, batch_tokens=60)
-    assert small_rows == together
+    assert ids_of(alone) == expected
 
 
-def test_logits_do_not_depend_on_the_neighbours(engine: Engine, samples: list[Sample]) -> None:
-    prompts = [engine.prepare(sample) for sample in samples]
-    with torch.no_grad():
-        together = engine.prefill(prompts, None)
-    alone = torch.stack([plain_logits(engine, prompt, []) for prompt in prompts])
-    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+def test_logits_of_every_step_are_those_of_a_whole_pass(root: Path, samples: list[Sample]) -> None:
+    engine = load(root, chunked_prefill_size=20)
+    seen: list[tuple[str, int, torch.Tensor]] = []
+    choose = engine.worker.runner.choose
+
+    def record(logits: torch.Tensor, sequences: Any) -> Any:
+        seen.extend((one.request.id, len(one.generated), row) for one, row in zip(sequences, logits, strict=True))
+        return choose(logits, sequences)
+
+    engine.worker.runner.choose = record  # type: ignore[method-assign]
+    answers = engine.generate(samples, max_new_tokens=4)
+    assert len(seen) == 4 * len(samples)
+    for number, length, logits in seen:
+        want = plain_logits(engine, samples[int(number)], answers[int(number)].ids[:length])
+        torch.testing.assert_close(logits, want, atol=2e-5, rtol=1e-5)
 
 
-def test_sequences_leave_the_row_when_they_end(engine: Engine, samples: list[Sample]) -> None:
-    engine._ends = frozenset()
-    whole = engine.generate(samples, max_new_tokens=7)
+@pytest.mark.parametrize("head", ["chunked", "full"])
+def test_every_head_gives_the_same_tokens(
+    root: Path, samples: list[Sample], expected: list[tuple[int, ...]], head: str
+) -> None:
+    assert ids_of(load(root, lm_head=head, chunked_prefill_size=40).generate(samples, max_new_tokens=7)) == expected
+
+
+def test_a_full_cache_makes_the_youngest_wait(
+    root: Path, samples: list[Sample], expected: list[tuple[int, ...]]
+) -> None:
+    engine = load(root)
+    block = KVCache.block_bytes(layers=2, block_size=16, groups=2, head_dim=8, dtype=torch.float32)
+    small = load(root, kv_cache_memory=str(8 * block))
+    assert small.worker.cache.num_blocks == 8
+    again = [*samples, *samples]
+    assert ids_of(small.generate(again, max_new_tokens=7)) == [*expected, *expected]
+    short = question("Which digit is this?")
+    long = small.generate([short] * 4, max_new_tokens=60)
+    assert small.worker.scheduler.preemptions > 0, "four answers of 60 tokens do not fit at once"
+    assert ids_of(long) == ids_of(engine.generate([short] * 4, max_new_tokens=60))
+    with pytest.raises(DataError, match="overlong"):
+        small.generate([question("the" + " the the" * 100)])
+
+
+def test_a_shared_prefix_is_computed_once(
+    root: Path, media: dict[str, Path], samples: list[Sample], expected: list[tuple[int, ...]]
+) -> None:
+    shared = [question(text, videos=[media["video"]]) for text in ("Which digit?", "Which picture?", "And the?")]
+    plain = ids_of(load(root).generate(shared, max_new_tokens=5))
+    engine = load(root, enable_prefix_caching=True)
+    answers = engine.generate(shared, max_new_tokens=5)
+    assert ids_of(answers) == plain
+    assert answers[0].cached_tokens == 0
+    assert min(answer.cached_tokens for answer in answers[1:]) >= 32
+    assert engine.worker.visual is not None
+    assert engine.worker.visual.encoded == 5 + 2, "only a frame that is not wholly shared is encoded again"
+    again = engine.generate(shared[:1], max_new_tokens=5)[0]
+    assert again.ids == plain[0]
+    assert again.cached_tokens >= 32, "blocks outlive their sequence"
+    blind = engine.generate(shared[:1], max_new_tokens=5, zero_tiles=True)[0]
+    assert blind.cached_tokens < 32, "black tiles are other pictures"
+    assert ids_of(engine.generate(samples, max_new_tokens=7)) == expected
+
+
+def test_sequences_leave_when_they_end(root: Path, samples: list[Sample], expected: list[tuple[int, ...]]) -> None:
+    engine = load(root)
     # Tokens that some say early and some late (or never) serve as ends.
-    engine._ends = frozenset({whole[0].ids[1], whole[1].ids[3], whole[2].ids[0]})
-    for cut, full in zip(engine.generate(samples, max_new_tokens=7), whole, strict=True):
-        end = next((place for place, token in enumerate(full.ids) if token in engine._ends), None)
+    engine.worker.ends = frozenset({expected[0][1], expected[1][3], expected[2][0]})
+    for cut, full in zip(engine.generate(samples, max_new_tokens=7), expected, strict=True):
+        end = next((place for place, token in enumerate(full) if token in engine.worker.ends), None)
         assert cut.finished == (end is not None)
-        assert cut.ids == full.ids[:end]
+        assert cut.ids == full[:end]
     assert engine.generate(samples[2:3], max_new_tokens=7)[0].ids == ()
 
 
 def test_sampling_does_not_depend_on_company(engine: Engine, samples: list[Sample]) -> None:
-    engine._ends = frozenset()
     warm = SamplingConfig(temperature=1.5, top_k=20, seed=3)
     together = engine.generate(samples, max_new_tokens=4, sampling=warm)
     assert together == [engine.generate([one], max_new_tokens=4, sampling=warm)[0] for one in samples]
     assert together != engine.generate(samples, max_new_tokens=4)
 
 
-def test_zeroed_tiles_keep_ids_and_change_answers(engine: Engine, samples: list[Sample]) -> None:
-    seen, blind = engine.prepare(samples[3]), engine.prepare(samples[3], zero_tiles=True)
-    np.testing.assert_array_equal(seen.example.tokens, blind.example.tokens)
-    assert seen.tiles.any()
-    assert not blind.tiles.any()
-    assert not torch.allclose(plain_logits(engine, seen, []), plain_logits(engine, blind, []), atol=1e-3)
+def test_logprobs_of_answers_and_prompts(engine: Engine, samples: list[Sample]) -> None:
+    asked = SamplingConfig(logprobs=2, prompt_logprobs=3)
+    for sample, answer in zip(samples, engine.generate(samples, max_new_tokens=3, sampling=asked), strict=True):
+        assert answer.logprobs is not None
+        assert answer.prompt_logprobs is not None
+        for place, entry in enumerate(answer.logprobs):
+            want = torch.log_softmax(plain_logits(engine, sample, answer.ids[:place]), dim=-1)
+            assert entry.id == answer.ids[place]
+            assert entry.logprob == pytest.approx(float(want.max()), abs=1e-4)
+            assert entry.top[0] == (entry.id, entry.logprob)
+            assert len(entry.top) == 2
+        tokens = engine.prepare(Request("", sample, GREEDY))[0].tokens.tolist()
+        assert answer.prompt_logprobs[0] is None
+        assert [entry.id for entry in answer.prompt_logprobs[1:] if entry] == tokens[1:]
+        assert all(entry is not None and len(entry.top) == 3 for entry in answer.prompt_logprobs[1:])
+    text = engine.prepare(Request("", samples[0], GREEDY))[0].tokens
+    last = engine.generate(samples[:1], max_new_tokens=1, sampling=asked)[0].prompt_logprobs
+    layout = SequenceLayout((len(text),))
+    with torch.no_grad():
+        logits = engine.model(
+            tokens=torch.from_numpy(text.astype(np.int64))[None], positions=torch.arange(len(text))[None],
+            layout=layout, routes=TileRoutes(layout, np.empty(0, dtype=np.int64), SPEC.tokens_per_tile),
+            tiles=torch.empty(0, 3, 16, 16, dtype=torch.uint8), logits_indices=torch.arange(len(text) - 1),
+        )  # fmt: skip
+    want = torch.log_softmax(logits, -1)[torch.arange(len(text) - 1), torch.from_numpy(text[1:].astype(np.int64))]
+    assert last is not None
+    torch.testing.assert_close(torch.tensor([one.logprob for one in last[1:] if one]), want, atol=1e-4, rtol=0)
+
+
+def test_stop_strings_and_ids(engine: Engine, samples: list[Sample], expected: list[tuple[int, ...]]) -> None:
+    whole = engine.generate(samples[:1], max_new_tokens=7)[0]
+    by_id = engine.generate(samples[:1], sampling=SamplingConfig(stop_token_ids=(expected[0][3],)))[0]
+    assert (by_id.ids, by_id.stop_reason, by_id.finish_reason) == (expected[0][:3], expected[0][3], "stop")
+    stop = whole.text[3:6]
+    by_text = engine.generate(samples[:1], sampling=SamplingConfig(stop=(stop,)))[0]
+    assert by_text.text == whole.text[: whole.text.index(stop)]
+    assert (by_text.stop_reason, by_text.finish_reason) == (stop, "stop")
+
+
+def test_requests_come_and_go_between_steps(
+    engine: Engine, samples: list[Sample], expected: list[tuple[int, ...]]
+) -> None:
+    texts: dict[str, str] = {}
+    answers: dict[str, Any] = {}
+    waiting = list(enumerate(samples))
+    steps = 0
+    while engine.busy or waiting:
+        if waiting and steps % 2 == 0:
+            number, sample = waiting.pop()
+            engine.add(Request(str(number), sample, GREEDY, max_new_tokens=7))
+            if number == 3:
+                with pytest.raises(ConfigError, match="own id"):
+                    engine.add(Request("3", sample, GREEDY))
+        if steps == 5:
+            engine.abort("5")
+        for output in engine.step():
+            texts[output.request_id] = texts.get(output.request_id, "") + output.text
+            if output.outcome is not None:
+                answers[output.request_id] = output.outcome
+        steps += 1
+    assert sorted(answers) == ["0", "1", "2", "3", "4"], "the aborted one gives nothing"
+    for number, answer in answers.items():
+        assert answer.ids == expected[int(number)]
+        assert answer.text == texts[number]
+
+
+def test_zeroed_tiles_keep_lengths_and_change_answers(engine: Engine, samples: list[Sample]) -> None:
+    asked = SamplingConfig(logprobs=1)
+    seen, blind = (engine.generate(samples[3:4], sampling=asked, zero_tiles=zero)[0] for zero in (False, True))
+    assert seen.prompt_tokens == blind.prompt_tokens
+    assert seen.logprobs is not None
+    assert blind.logprobs is not None
+    assert abs(seen.logprobs[0].logprob - blind.logprobs[0].logprob) > 1e-3
 
 
 def test_ids_and_pixels_are_those_of_training(engine: Engine, samples: list[Sample]) -> None:
@@ -139,39 +284,41 @@ def test_ids_and_pixels_are_those_of_training(engine: Engine, samples: list[Samp
         )
         images, videos = read_items(answered, SPEC)
         trained = build_example(answered, images, videos, tokenizer=engine.tokenizer, spec=SPEC)
-        prompt = engine.prepare(sample)
-        length = len(prompt.example.tokens)
-        np.testing.assert_array_equal(prompt.example.tokens, trained.tokens[:length])
+        example, media = engine.prepare(Request("", sample, GREEDY))
+        length = len(example.tokens)
+        np.testing.assert_array_equal(example.tokens, trained.tokens[:length])
         assert trained.labels[length - 1] == trained.tokens[length], "the first label is the answer's first token"
         assert (trained.labels[: length - 1] == IGNORE_INDEX).all()
-        assert prompt.example.tiles == trained.tiles
+        assert example.tiles == trained.tiles
         for tile, slot in enumerate(trained.tiles):
             pixels = render_tiles(trained.media[slot.media], [slot], SPEC)[0]
-            np.testing.assert_array_equal(prompt.tiles[tile].numpy(), pixels)
+            np.testing.assert_array_equal(media.tiles(tile, tile + 1)[0].numpy(), pixels)
 
 
 def test_the_limit_of_positions_ends_an_answer(engine: Engine) -> None:
-    engine._ends = frozenset()
     longest = engine.config.max_position_embeddings
-    short = len(engine.prepare(question("the")).example.tokens)
-    per_word = len(engine.prepare(question("the the the")).example.tokens) - short
-    sample = question("the" + " the the" * ((longest - short - 3) // per_word))
-    room = longest - len(engine.prepare(sample).example.tokens)
+
+    def length(text: str) -> int:
+        return len(engine.prepare(Request("", question(text), GREEDY))[0].tokens)
+
+    short = length("the")
+    per_word = length("the the the") - short
+    text = "the" + " the the" * ((longest - short - 3) // per_word)
+    room = longest - length(text)
     assert 0 < room < 20
-    assert len(engine.generate([sample], max_new_tokens=50)[0].ids) == room
+    assert len(engine.generate([question(text)], max_new_tokens=50)[0].ids) == room
     with pytest.raises(DataError, match="overlong"):
         engine.generate([question("the" + " the the" * longest)])
 
 
 def test_an_unreadable_sample_does_not_stop_the_others(engine: Engine, samples: list[Sample], folder: Path) -> None:
-    engine._ends = frozenset()
     broken = folder / "broken.png"
     broken.write_bytes(b"no picture")
     mixed = [samples[0], question("Which?", images=[broken]), samples[1]]
-    outcomes = list(engine.stream(mixed, max_new_tokens=3))
-    assert [number for number, _ in outcomes] == [0, 1, 2]
-    assert isinstance(outcomes[1][1], DataError)
-    assert [outcomes[0][1], outcomes[2][1]] == engine.generate(samples[:2], max_new_tokens=3)
+    requests = [Request(str(number), sample, GREEDY, max_new_tokens=3) for number, sample in enumerate(mixed)]
+    outcomes = {request.id: outcome for request, outcome in engine.run(requests)}
+    assert isinstance(outcomes["1"], DataError)
+    assert [outcomes["0"], outcomes["2"]] == engine.generate(samples[:2], max_new_tokens=3)
     with pytest.raises(DataError, match=r"broken\.png"):
         engine.generate(mixed)
 

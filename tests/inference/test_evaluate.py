@@ -26,7 +26,9 @@ from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaEr
 from megatron_vita.inference import evaluate as module
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.evaluate import EvalSettings, evaluate
+from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.questions import read_questions
+from megatron_vita.inference.sampling import GREEDY
 from tests.inference.tiny import SPEC, save_checkpoint, write_media
 from tests.scripts import ROOT, load_script
 
@@ -74,9 +76,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     seen: list[Sample] = []
     plain = Engine.prepare
 
-    def prepare(self: Engine, sample: Sample, **more: Any) -> Any:
-        seen.append(sample)
-        return plain(self, sample, **more)
+    def prepare(self: Engine, request: Request) -> Any:
+        seen.append(request.sample)
+        return plain(self, request)
 
     monkeypatch.setattr(Engine, "prepare", prepare)
     return seen
@@ -116,14 +118,15 @@ def test_questions_have_the_ids_and_pixels_of_packed_shards(here: Path, tmp_path
         tile_ids = np.array(shards.pack_tiles(pack), dtype=np.int64)
         places = shards.tiles(tile_ids)["first_token"]
         for sample, length in zip(shards.pack_samples(pack), shards.sample_lengths(pack).tolist(), strict=True):
-            prompt = engine.prepare(questions[int(shards.samples[sample]["line"])].sample)
-            count = len(prompt.example.tokens)
-            np.testing.assert_array_equal(tokens[start : start + count], prompt.example.tokens)
+            sample_of = questions[int(shards.samples[sample]["line"])].sample
+            example, media = engine.prepare(Request("", sample_of, GREEDY))
+            count = len(example.tokens)
+            np.testing.assert_array_equal(tokens[start : start + count], example.tokens)
             assert (labels[start : start + count - 1] == -100).all()
             assert labels[start + count - 1] == tokens[start + count], "right behind the prompt the answer begins"
             mine = tile_ids[(places >= start) & (places < start + length)]
-            assert [slot.first_token + start for slot in prompt.example.tiles] == places[mine - tile_ids[:1]].tolist()
-            assert torch.equal(read_tiles(shards, mine)[0], prompt.tiles)
+            assert [slot.first_token + start for slot in example.tiles] == places[mine - tile_ids[:1]].tolist()
+            assert torch.equal(read_tiles(shards, mine)[0], media.tiles(0, len(mine)))
             start, seen = start + length, seen + 1
     assert seen == 8
 
@@ -149,21 +152,21 @@ def test_a_kill_keeps_the_rows_that_were_answered(here: Path, tmp_path: Path, mo
     small = EvalSettings(max_new_tokens=4, batch_tokens=64)
     whole = tmp_path / "whole"
     evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], whole, small)
-    plain, rows = Engine.answer, 0
+    plain, rows = Engine.step, 0
 
-    def killed(self: Engine, prompts: Any, **more: Any) -> Any:
+    def killed(self: Engine) -> Any:
         nonlocal rows
         rows += 1
-        if rows == 3:
+        if rows == 12:
             raise KeyboardInterrupt
-        return plain(self, prompts, **more)
+        return plain(self)
 
-    monkeypatch.setattr(Engine, "answer", killed)
+    monkeypatch.setattr(Engine, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
     kept = read(tmp_path)
     assert 2 <= len(kept) < 8
-    monkeypatch.setattr(Engine, "answer", plain)
+    monkeypatch.setattr(Engine, "step", plain)
     evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
     assert read(tmp_path) == read(whole)
 

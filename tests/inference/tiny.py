@@ -12,7 +12,7 @@ from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, Train
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
-from megatron_vita.inference.groups import one_rank_groups
+from megatron_vita.inference.world import inference_groups
 from megatron_vita.models.build import build_model
 from tests.data.kit import picture, tokenizer_folder
 
@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, *, vision: bool = True, name: str = "tiny", se
     """A fresh model's checkpoint and tokenizer under `folder`; returns the root of the checkpoint."""
     tokenizer = tokenizer_folder(folder / "tokenizer")
     settings = stage(VitaTokenizer.load(tokenizer).vocab_size, vision=vision, name=name, seed=seed)
-    groups = one_rank_groups()
+    groups = inference_groups(ParallelConfig())
     models = build_model(settings, groups)
     state = checkpoint.RunState(stage=settings, iteration=0, preprocess=SPEC if vision else None)
     root = folder / name

@@ -110,7 +110,7 @@ def _check_splice() -> None:
                 large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
 
         with Watch(seen):
-            embedded = model._embed(inputs["tokens"], inputs["routes"], inputs["tiles"])
+            embedded = model._embed(inputs["tokens"], model._visual_tokens(inputs["routes"], inputs["tiles"]))
             embedded.sum().backward()
         assert embedded.numel() == share
         assert not large, f"more than {share} elements: {large[:5]}"
