@@ -73,10 +73,11 @@ def turned(pixels: npt.NDArray[np.uint8], a: int, b: int, c: int, d: int) -> npt
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    from av.sidedata.sidedata import SideDataContainer
+    from av.sidedata import sidedata
 
+    container: Any = sidedata.SideDataContainer  # whose type stub leaves its argument out
     try:  # `frame.side_data` would refer to the frame and the frame to it, so that its pixels stayed for a while
-        blocks = [bytes(block) for block in SideDataContainer(frame) if block.type.name == "DISPLAYMATRIX"]
+        blocks = [bytes(block) for block in container(frame) if block.type.name == "DISPLAYMATRIX"]
     except ValueError:  # a kind of side data that this PyAV has no name for
         return None
     if not blocks or len(blocks[0]) != 36:
