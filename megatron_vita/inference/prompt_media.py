@@ -29,7 +29,7 @@ class PromptMedia:
     """
 
     def __init__(self, sources: Sequence[Medium], example: Example, spec: PreprocessSpec) -> None:
-        """Use `open` or `reopen`. `sources`: in token order, as `_media_of` gives them."""
+        """Use `open` or `reopen`. `sources`: the pictures and videos in token order."""
         self._sources, self._slots, self._spec = sources, example.tiles, spec
         self._ends = list(accumulate(len(source.items) for source in sources))
         self._current: Medium | None = None

@@ -5,6 +5,7 @@ The misbehaving decoder is an `av` of our own on the module search path, which t
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -12,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from megatron_vita.data.media.image import decode
+from megatron_vita.data.media.video import child_video
 from megatron_vita.data.media.video.open import VideoLimits, open_video
 from megatron_vita.data.media.video.worker import decoder
 from megatron_vita.data.sample import MediaFile
@@ -151,6 +155,23 @@ def test_videos_open_at_once_survive_the_loss_of_their_process(clips: Path) -> N
             with pytest.raises(DataError, match="media_crash"):
                 bad.frames(SPEC, 4)
         assert len(good.frames(SPEC, 4)) == 4
+
+
+def test_the_time_limit_is_on_each_pass_through_a_clip(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ask, left = itertools.count(step=40), decoder.ask, []
+    monkeypatch.setattr(child_video, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def asked(name: str, limits: VideoLimits, seconds: float, message: dict[str, Any], blobs: Any = ()) -> Any:
+        left.append((message["do"], seconds))
+        return ask(name, limits, 60.0, message, blobs)
+
+    monkeypatch.setattr(decoder, "ask", asked)
+    with open_video(clip(clips, "read-well.mp4"), "pyav", limits=VideoLimits(timeout=100.0, memory=256)) as video:
+        video.plan(SPEC, 4)
+        for number in (0, 2, 3, 1):
+            video.frames_at(SPEC, [number])
+    reading = [("frames", seconds) for seconds in (100.0, 60.0, 20.0, 100.0)]
+    assert left[:-1] == [("open", 100.0), ("plan", 60.0), *reading]
 
 
 def test_one_process_serves_clip_after_clip(clips: Path) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pil
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.media.video import pyav
+from megatron_vita.data.media.video import child, pyav
 from megatron_vita.data.media.video.clip import MissedError, VideoFile
+from megatron_vita.data.media.video.decode import open_here
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.media.video.worker import decoder
 from megatron_vita.data.sample import MediaFile
@@ -142,6 +143,25 @@ def test_a_window_further_on_is_jumped_to(clips: Path, decoded: list[int], monke
         assert len(decoded) <= 3 * (12 + 3)  # a key frame every 12
 
 
+def test_an_entry_that_leads_elsewhere_is_made_up_for(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of a reading: it plays the clip from the start and goes on."""
+    file, jump, jumps = clip(clips, "h264.mp4"), pyav.PyAvVideo._jump, []
+    items = at_once(file, ALL)
+    monkeypatch.setattr(pyav, "_PAYS", 5)
+
+    def wrong(self: Any, *args: Any) -> Any:
+        jumps.append(args[-1])
+        if len(jumps) == 2:
+            raise MissedError
+        return jump(self, *args)
+
+    monkeypatch.setattr(pyav.PyAvVideo, "_jump", wrong)
+    with open_video(file, limits=None) as video:
+        for start in (10, 50, 52, 100, 140):
+            assert video.frames_at(ALL, range(start, start + 2)) == items[start : start + 2]
+    assert len(jumps) == 2
+
+
 def test_a_closed_clip_is_read_again(clips: Path) -> None:
     items = at_once(clip(clips, "h264.mp4"), ALL)
     for limits in ({"limits": None}, {}):
@@ -150,6 +170,19 @@ def test_a_closed_clip_is_read_again(clips: Path) -> None:
             assert video.frames_at(ALL, range(start, start + 3)) == items[start : start + 3]
             video.close()
             decoder.stop()
+
+
+def test_few_clips_wait_with_their_decoders(clips: Path) -> None:
+    """Many are open at once in a server; those that have waited longest are begun anew."""
+    file = clip(clips, "h264.mp4")
+    items, videos = at_once(file, ALL), {number: open_here(file) for number in range(12)}
+    request = {"spec": ALL.to_dict(), "max_frames": 0}
+    for first in (0, 3):
+        for number in range(12):
+            _, blobs = child._frames(videos, {**request, "video": number, "numbers": [first, first + 2]}, [])
+            assert blobs == [items[first].data, items[first + 2].data]
+            assert sum(one._reading is not None for one in videos.values()) <= 8
+    assert sorted(videos) == [*range(12)]
 
 
 # -------------------------------------------------------------------------------------------- containers that are wrong

@@ -33,6 +33,8 @@ _GRACE = 5.0
 _NO_MEMORY = ("cannot allocate memory", "bad_alloc", "out of memory")
 
 _MOST_HEADER = 1 << 24
+_MOST_READINGS = 8
+"""Videos that wait at once where their reading has come to: a decoder of a large one holds hundreds of MiB."""
 
 Reply = tuple[dict[str, Any], list[bytes]]
 
@@ -137,7 +139,10 @@ def _plan(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[byt
 
 
 def _frames(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[bytes]) -> Reply:
-    video, spec = videos[request["video"]], PreprocessSpec.from_dict(request["spec"])
+    spec, video = PreprocessSpec.from_dict(request["spec"]), videos.pop(request["video"])
+    videos[request["video"]] = video  # the latest comes last
+    for waiting in list(videos.values())[:-_MOST_READINGS]:
+        waiting.close()
     numbers = request["numbers"]
     items = video.frames(spec, request["max_frames"]) if numbers is None else video.frames_at(spec, numbers)
     sizes = [[item.width, item.height, item.time] for item in items]
