@@ -1,9 +1,10 @@
 """Ask a model one question about text, pictures or a video.
 
     python tools/chat.py --model HF_DIR_or_CKPT [--image FILE ...] [--video FILE ...] "question"
+    torchrun --nproc-per-node 2 tools/chat.py --context-parallel-size 2 --model HF_DIR_or_CKPT ... "question"
 
-The answer goes to standard output, everything else to standard error. Exit status 2 for a usage error (a missing file,
-a text-only model asked about a picture), 1 for a file or checkpoint that cannot be read.
+The answer goes to standard output as it comes, everything else to standard error. Exit status 2 for a usage error (a
+missing file, a text-only model asked about a picture), 1 for a file or checkpoint that cannot be read.
 """
 
 from __future__ import annotations
@@ -12,10 +13,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vita import log
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.inference.arguments import (
+    add_engine_arguments,
+    add_sampling_arguments,
+    engine_settings,
+    sampling_config,
+)
+from megatron_vita.inference.leader import fail
+
+if TYPE_CHECKING:
+    from megatron_vita.inference.engine import Engine
+    from megatron_vita.inference.prompt import Generation, Request
 
 
 def question_sample(question: str, images: Sequence[str], videos: Sequence[str]) -> Sample:
@@ -52,11 +65,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--video", nargs="+", action="extend", default=[], help="video, or folder of frames")
     parser.add_argument("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes the video")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token always")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total share")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draw")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser)
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(given)
     if args.question is None:
@@ -70,26 +80,52 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def say(engine: Engine, request: Request) -> Generation:
+    """Print an answer as it comes, without the white space at its ends.
+
+    Raises:
+        VitaError: why there is none.
+    """
+    held, begun = "", False
+    engine.add(request)
+    while engine.busy:
+        for output in engine.step():
+            if isinstance(output.outcome, VitaError):
+                raise output.outcome
+            text = held + output.text if begun else output.text.lstrip()
+            words = text.rstrip()
+            held, begun = text[len(words) :], begun or bool(words)
+            print(words, end="", flush=True)
+            if output.outcome is not None:
+                print()
+                return output.outcome
+    raise AssertionError("the engine has nothing to do, but has not answered")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer; 0 on success, 2 for a usage error, 1 otherwise."""
     args = arguments(argv)
     log.configure()
     try:
         sample = question_sample(args.question, args.image, args.video)
+        sampling, settings = sampling_config(args), engine_settings(args)
         if not Path(args.model).is_dir():
             raise ConfigError(f"{args.model}: no such folder. Give a checkpoint or a Hugging Face folder with --model.")
-        # Only once the question is sound: importing torch takes seconds.
-        from megatron_vita.inference.engine import Engine
-        from megatron_vita.inference.sampling import SamplingConfig
-        from megatron_vita.inference.settings import EngineSettings
+        from megatron_vita.inference.engine import Engine  # only once the question is sound: importing takes seconds
+        from megatron_vita.inference.prompt import Request
 
-        sampling = SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-        engine = Engine.load(args.model, EngineSettings(dtype=args.dtype), video_backend=args.video_backend)
-        answer = engine.generate([sample], max_new_tokens=args.max_new_tokens, sampling=sampling)[0]
+        engine = Engine.load(args.model, settings, video_backend=args.video_backend)
+        if not engine.leader:
+            engine.follow()
+            return 0
+        try:
+            answer = say(engine, Request("chat", sample, sampling, args.max_new_tokens))
+        except VitaError:
+            engine.pause()  # not after any other error: who knows where the other ranks are
+            raise
+        engine.pause()
     except VitaError as error:
-        print(f"chat: {error}", file=sys.stderr)
-        return error.exit_status
-    print(answer.text.strip())
+        return fail("chat", error)
     if not answer.finished:
         print(f"chat: cut after {len(answer.ids)} tokens; allow more with --max-new-tokens", file=sys.stderr)
     return 0

@@ -1,6 +1,7 @@
 """Ask models the questions of JSONL files and count the right answers.
 
     python tools/evaluate.py --model HF_DIR_or_CKPT [...] --task exact_match --data FILE [...] --output DIR
+    torchrun --nproc-per-node 2 tools/evaluate.py --context-parallel-size 2 --model ... --data ... --output DIR
 
 A data file holds one record a line in Long-VITA's `messages` form; its last assistant turn is the reference answer, its
 media paths are relative to the file (or to --media-root). Other keys of a record (`frames`, `depth`, ...) go along into
@@ -19,6 +20,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vita import log
+from megatron_vita.errors import VitaError
+from megatron_vita.inference.arguments import (
+    add_engine_arguments,
+    add_sampling_arguments,
+    engine_settings,
+    sampling_config,
+)
+from megatron_vita.inference.leader import fail, leads
+
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -36,14 +47,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
     parser.add_argument("--limit", type=int, help="only the first so many lines of each file")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="prompt tokens answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the questions")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token always")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this total share")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draw")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser)
     args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "batch_tokens", "workers"):
+    for name in ("limit", "max_new_tokens", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -56,13 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers > 1:
         # Before torch is imported: a process forked while OpenMP's threads exist may wait for them for ever.
         os.environ["OMP_NUM_THREADS"] = "1"
-    from megatron_vita import log
-    from megatron_vita.errors import VitaError
-
     log.configure()
     try:
+        sampling, engine = sampling_config(args), engine_settings(args)
         from megatron_vita.inference.evaluate import EvalSettings, evaluate
-        from megatron_vita.inference.sampling import SamplingConfig
         from megatron_vita.inference.score import table
 
         settings = EvalSettings(
@@ -70,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             zero_tiles=args.zero_tiles,
             video_backend=args.video_backend,
             max_new_tokens=args.max_new_tokens,
-            batch_tokens=args.batch_tokens,
-            sampling=SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+            sampling=sampling,
+            engine=engine,
         )
         rows = evaluate(
             args.model,
@@ -83,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=args.workers,
         )
     except VitaError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return error.exit_status
+        return fail("evaluate", error)
     except KeyboardInterrupt:
         print(
             f"evaluate: stopped; the answers so far are kept in {args.output}, run again to continue", file=sys.stderr
         )
         return 1
+    if not leads():
+        return 0
     print(table(rows))
     unreadable = sum(row["unreadable"] for row in rows)
     if unreadable:

@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_vita import __version__
 from megatron_vita.checkpoint import integrity
 from megatron_vita.checkpoint.streams import digest_of
@@ -32,7 +30,7 @@ _UNRELATED = ("README.md", "LICENSE")
 _BLOCK_BYTES = 8 << 20
 
 
-def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
+def model_key(opened: OpenModel, dtype: str) -> str:
     """Digest of what determines a model's answers: weights, settings, tokenizer, chat template, preprocessing, dtype
     and the packages that compute them. A checkpoint is identified by its integrity file; of any other folder every byte
     is read.
@@ -50,7 +48,7 @@ def model_key(opened: OpenModel, dtype: torch.dtype) -> str:
         VitaTokenizer.load(opened.tokenizer_dir).template_sha256,  # the package's own, where the folder has none
         to_dict(opened.model),
         opened.preprocess and opened.preprocess.to_dict(),
-        str(dtype),
+        f"torch.{dtype}",
         torch_device().type,
     )
 

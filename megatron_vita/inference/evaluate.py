@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_vita.convert import open_model
 from megatron_vita.data.media.video.open import decoder_name
-from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import QuestionKeys, model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
-from megatron_vita.inference.prompt import Request
+from megatron_vita.inference.leader import from_leader, leads
+from megatron_vita.inference.processes import in_processes
+from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.questions import Question, read_questions
 from megatron_vita.inference.results import Result, ResultFile
-from megatron_vita.inference.sampling import GREEDY, SamplingConfig
+from megatron_vita.inference.sampling_config import GREEDY, SamplingConfig
 from megatron_vita.inference.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
-from megatron_vita.inference.settings import EngineSettings
+from megatron_vita.inference.settings import DEFAULT_KV_CACHE_SHARE, EngineSettings
 
 log = logging.getLogger(__name__)
-
-DTYPE = torch.float32
-"""Of weights and activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,19 +44,18 @@ class EvalSettings:
     """Sampling of tokens."""
     video_backend: str = "auto"
     """Video decoder, see `open_video`; another version of it counts as another setting."""
-    batch_tokens: int = 4096
-    """Prompt tokens of one packed sequence; affects speed and memory, not answers."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """Layout over ranks, dtype, cache and scheduling; only the dtype affects answers."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"task {self.task!r} is not known. Choose one of {', '.join(TASKS)}.")
-        for name in ("max_new_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that determine answers or verdicts."""
-        deciding = {key: value for key, value in asdict(self).items() if key != "batch_tokens"}
+        """The settings that determine answers or verdicts, but the dtype, which is the model's."""
+        deciding = {key: value for key, value in asdict(self).items() if key != "engine"}
         return {**deciding, "video_backend": decoder_name(self.video_backend)}
 
 
@@ -74,6 +68,18 @@ class _Part:
     name: str
     questions: tuple[tuple[str, str, Question], ...]
     """(key of the answer, data file as it was given, question)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be asked."""
+
+    results: ResultFile
+    parts: tuple[_Part, ...]
+    total: int
+    """Questions, answered ones included."""
+    rows: frozenset[tuple[str, str, bool]]
+    """(model, data file, zero tiles) of every part."""
 
 
 def evaluate(
@@ -101,16 +107,48 @@ def evaluate(
         workers: processes that share the questions; each loads the model.
 
     Returns:
-        A summary row (see `summarise`) for each model and data file of this call, over all answers so far.
+        A summary row (see `summarise`) for each model and data file of this call, over all answers so far; on ranks
+        other than the first, nothing. Every rank of a layout calls it.
 
     Raises:
         ConfigError, CheckpointError, DataError: a missing path, a file that is no JSONL of messages, a foreign results
             file. A single damaged question is not raised but counted (verdict `unreadable`).
     """
-    names = _names(models)
-    known = {model: model_key(open_model(model), DTYPE) for model in names}
-    results = ResultFile(output / "results.jsonl")
+    plans: list[_Plan] = []
+
+    def prepare() -> list[str]:
+        plans.append(_plan(models, data, output, settings, media_root, limit))
+        return [part.model for part in plans[0].parts if part.questions]
+
+    if workers > 1 and settings.engine.world_size > 1:
+        raise ConfigError(f"workers={workers}: each of them has one rank; {settings.engine.world_size} are asked for.")
+    loaded = from_leader(prepare)
+    if not leads():
+        _follow(loaded, settings)
+        return []
+    plan = plans[0]
     try:
+        _ask(plan, settings, workers)
+    finally:
+        plan.results.close()
+    summary = summarise(plan.results.results)
+    write_atomic(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return [row for row in summary if (row["model"], row["data"], row["zero_tiles"]) in plan.rows]
+
+
+def _plan(
+    models: Sequence[str],
+    data: Sequence[str],
+    output: Path,
+    settings: EvalSettings,
+    media_root: Path | None,
+    limit: int | None,
+) -> _Plan:
+    """Read questions and results, and drop what no longer holds. Raises as `evaluate` does."""
+    names = _names(models)
+    known = {model: model_key(open_model(model), settings.engine.dtype) for model in names}
+    with ExitStack() as stack:
+        results = stack.enter_context(closing(ResultFile(output / "results.jsonl")))
         files: dict[str, list[tuple[str, Question]]] = {}
         keys = QuestionKeys()
         for path in dict.fromkeys(data):
@@ -134,17 +172,14 @@ def evaluate(
             wanted = [(runs[d][q.line], d, q) for d, questions in files.items() for _, q in questions[:limit]]
             parts.append(_Part(model, name, tuple(w for w in wanted if (w[0], w[1], w[2].line) not in finished)))
             total += len(wanted)
-        _ask(parts, results, settings, total, workers)
-    finally:
-        results.close()
-    summary = summarise(results.results)
-    write_atomic(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return [row for row in summary if (row["model"], row["data"], row["zero_tiles"]) in current]
+        stack.pop_all()
+    return _Plan(results, tuple(parts), total, frozenset(current))
 
 
-def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, total: int, workers: int) -> None:
+def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
     """Answer all remaining questions, appending each answer; a progress bar on standard error."""
-    parts = [part for part in parts if part.questions]
+    results, total = plan.results, plan.total
+    parts = [part for part in plan.parts if part.questions]
     left = sum(len(part.questions) for part in parts)
     if left < total:
         log.info("%s: %d of %d answers are there already", results.path, total - left, total)
@@ -154,7 +189,10 @@ def _ask(parts: Sequence[_Part], results: ResultFile, settings: EvalSettings, to
     if workers == 1:
         answers = _answer(parts, settings)
     else:
-        answers = _in_processes(workers, lambda rank: _answer([_share(p, rank, workers) for p in parts], settings))
+        if settings.engine.kv_cache_memory is None:
+            share = str(float(DEFAULT_KV_CACHE_SHARE / workers))
+            settings = replace(settings, engine=replace(settings.engine, kv_cache_memory=share))
+        answers = in_processes(workers, lambda rank: _answer([_share(p, rank, workers) for p in parts], settings))
     with tqdm(total=total, initial=total - left, unit="q", smoothing=0.1, mininterval=0.5) as bar:
         right = 0
         for asked, result in enumerate(answers, 1):
@@ -171,12 +209,12 @@ def _share(part: _Part, rank: int, workers: int) -> _Part:
 
 
 def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
-    """Load each model in turn and answer its questions."""
+    """Load each model in turn and answer its questions; in the order in which they are finished."""
     judge = TASKS[settings.task]
     for part in parts:
         if not part.questions:
             continue
-        engine = Engine.load(part.model, EngineSettings(dtype="float32"), video_backend=settings.video_backend)
+        engine = Engine.load(part.model, settings.engine, video_backend=settings.video_backend)
         requests = (
             Request(str(index), question.sample, settings.sampling, settings.max_new_tokens, settings.zero_tiles)
             for index, (_, _, question) in enumerate(part.questions)
@@ -185,84 +223,26 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
             key, data, question = part.questions[int(request.id)]
             result: Result = {"run": key, "model": part.model, "name": part.name, "task": settings.task}
             result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
-            if isinstance(outcome, DataError):
-                result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}
-                result |= {"error": str(outcome), "fields": question.fields}
-            elif isinstance(outcome, VitaError):
-                raise outcome
-            else:
+            if isinstance(outcome, Generation):
                 verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
                 result |= {"answer": outcome.text.strip(), "expected": question.expected, "verdict": verdict}
                 result |= {"finished": outcome.finished, "fields": question.fields}
+            elif isinstance(outcome, DataError):
+                result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}
+                result |= {"error": str(outcome), "fields": question.fields}
+            else:
+                raise outcome
             yield result
         engine.close()
 
 
-def _in_processes(workers: int, work: Callable[[int], Iterator[Result]]) -> Iterator[Result]:
-    """Run `work(rank)` in forked processes and yield their results as they arrive.
-
-    Forked, so that the slow imports are paid once. A worker's failure ends all of them and is raised here.
-
-    Raises:
-        ConfigError: a model was loaded in this process before: gloo does not survive a fork.
-    """
-    if dist.is_initialized():
-        raise ConfigError("several evaluation processes must start before any model is loaded. Use workers=1 here.")
-    context = multiprocessing.get_context("fork")
-    receivers: list[Connection] = []
-    processes = []
-    for rank in range(workers):
-        receiver, sender = context.Pipe(duplex=False)
-        receivers.append(receiver)
-        # The list as it is now: a child must hold no reading end, or it would not notice that the parent was killed.
-        process = context.Process(target=_worker, args=(rank, sender, list(receivers), work), daemon=True)
-        process.start()
-        sender.close()
-        processes.append(process)
-    try:
-        speaking = dict(enumerate(receivers))
-        while speaking:
-            ready = wait(list(speaking.values()))
-            for rank, receiver in [(rank, one) for rank, one in speaking.items() if one in ready]:
-                try:
-                    kind, content = receiver.recv()
-                except EOFError:
-                    raise VitaError(
-                        f"evaluation process {rank} died (out of memory?). Run again to continue."
-                    ) from None
-                if kind == "error":
-                    raise content
-                if kind == "done":
-                    del speaking[rank]
-                else:
-                    yield content
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _worker(
-    rank: int,
-    sender: Connection,
-    inherited: Sequence[Connection],
-    work: Callable[[int], Iterator[Result]],
-) -> None:
-    for one in inherited:
-        one.close()
-    torch.set_num_threads(1)  # more would wait for the parent's pool, which the fork did not copy
-    try:
-        for result in work(rank):
-            sender.send(("result", result))
-        sender.send(("done", None))
-    except BrokenPipeError:
-        pass  # the parent was killed; what it had received is on disk
-    except KeyboardInterrupt:
-        pass  # the parent got the same signal and says so
-    except VitaError as error:
-        sender.send(("error", error))
-    except BaseException:
-        sender.send(("error", VitaError(f"evaluation process {rank} failed:\n{traceback.format_exc()}")))
+def _follow(models: Sequence[str], settings: EvalSettings) -> None:
+    """Take part in the answers to rank 0's questions."""
+    for model in models:
+        engine = Engine.load(model, settings.engine, video_backend=settings.video_backend)
+        for _ in engine.run(()):
+            pass
+        engine.close()
 
 
 def _names(models: Sequence[str]) -> dict[str, str]:

@@ -10,8 +10,9 @@ from megatron_vita import checkpoint
 from megatron_vita.convert.exporter import export
 from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.sample import Image, Text, Video
-from megatron_vita.inference.engine import Engine, model_name
-from megatron_vita.inference.sampling import SamplingConfig
+from megatron_vita.inference.engine import Engine, Output, model_name
+from megatron_vita.inference.prompt import Generation, Request
+from megatron_vita.inference.sampling_config import GREEDY, SamplingConfig
 from tests.data.videos import write_numbered
 from tests.inference.tiny import question, save_checkpoint, write_media
 from tests.scripts import load_script
@@ -51,11 +52,46 @@ def test_an_exported_folder_answers_as_its_checkpoint(here: Path, capsys: pytest
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     samples = [question("And the answer?", images=[here / "square.png"]), question("the")]
-    told = SamplingConfig(logprobs=20)
-    answers = [Engine.load(here / model).generate(samples, sampling=told) for model in ("tiny", "hf")]
-    assert answers[0] == answers[1], "log-probabilities and all"
+    imported, exported = (Engine.load(here / model) for model in ("tiny", "hf"))
+    sampling = SamplingConfig(logprobs=3, prompt_logprobs=3)
+    one, other = (engine.generate(samples, max_new_tokens=8, sampling=sampling) for engine in (imported, exported))
+    assert one == other, "to the last bit"
     assert model_name(here / "hf") == "hf"
     assert fingerprint(here / "hf") != fingerprint(checkpoint.resolve(here / "tiny"))
+
+
+class Streams:
+    """An engine that gives an answer in these pieces."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._left = [Output("chat", piece) for piece in pieces]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._left)
+
+    def add(self, request: Request) -> None:
+        self._left.append(Output(request.id, "", Generation("all", (1,), "stop")))
+
+    def step(self) -> list[Output]:
+        return [self._left.pop(0)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [
+        ([" ", "\n a", " b", "", " \n", "c", " ", "\n"], "a b \nc"),
+        (["  "], ""),
+        ([], ""),
+        (["a"], "a"),
+        ([" a b ", "  c"], "a b   c"),
+    ],
+)
+def test_an_answer_is_printed_as_it_comes(pieces: list[str], printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Streams(pieces)
+    answer = CHAT.say(engine, Request("chat", question("the"), GREEDY))
+    assert answer.text == "all"
+    assert capsys.readouterr().out == printed + "\n"
 
 
 def test_who_decodes_the_video_is_the_users_to_say(
@@ -108,6 +144,7 @@ def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     fails(2, "no such folder", "What?", model=tmp_path / "none")
     fails(2, "the question is empty", "  ")
     fails(2, "temperature", "--temperature", "-1", "What?")
+    fails(2, "block_size=0", "--block-size", "0", "What?")
     (tmp_path / "fake.png").write_text("no picture")
     fails(1, "fake.png", "--image", str(tmp_path / "fake.png"), "What?")
     (tmp_path / "empty").mkdir()

@@ -23,12 +23,14 @@ from megatron_vita.data.loading.packed_batch import read_tiles
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
-from megatron_vita.inference import evaluate as module
+from megatron_vita.inference import processes
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.questions import read_questions
-from megatron_vita.inference.sampling import GREEDY
+from megatron_vita.inference.results import ResultFile
+from megatron_vita.inference.sampling_config import GREEDY
+from megatron_vita.inference.settings import EngineSettings
 from tests.inference.tiny import SPEC, save_checkpoint, write_media
 from tests.scripts import ROOT, load_script
 
@@ -50,6 +52,10 @@ def write_questions(path: Path, answers: list[str]) -> None:
         talk = [{"role": "user", "content": f"{text} {number}"}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": talk} | more))
     path.write_text("\n".join(lines) + "\n")
+
+
+def by_line(folder: Path) -> list[dict[str, Any]]:
+    return sorted(read(folder), key=lambda one: one["line"])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -91,7 +97,7 @@ def run(here: Path, output: Path, **more: Any) -> list[dict[str, Any]]:
 def test_counts_and_carried_fields(here: Path, tmp_path: Path) -> None:
     (row,) = run(here, tmp_path)
     assert (row["name"], row["count"], row["right"], row["unreadable"]) == ("tiny", 8, 6, 0)
-    results = read(tmp_path)
+    results = by_line(tmp_path)
     assert [one["line"] for one in results] == list(range(1, 9))
     assert results[3]["fields"] == {"frames": 5, "depth": 0.25}
     assert [one["verdict"] for one in results] == ["right"] * 6 + ["wrong"] * 2
@@ -118,15 +124,15 @@ def test_questions_have_the_ids_and_pixels_of_packed_shards(here: Path, tmp_path
         tile_ids = np.array(shards.pack_tiles(pack), dtype=np.int64)
         places = shards.tiles(tile_ids)["first_token"]
         for sample, length in zip(shards.pack_samples(pack), shards.sample_lengths(pack).tolist(), strict=True):
-            sample_of = questions[int(shards.samples[sample]["line"])].sample
-            example, media = engine.prepare(Request("", sample_of, GREEDY))
+            asked = questions[int(shards.samples[sample]["line"])].sample
+            example, media = engine.prepare(Request("1", asked, GREEDY))
             count = len(example.tokens)
             np.testing.assert_array_equal(tokens[start : start + count], example.tokens)
             assert (labels[start : start + count - 1] == -100).all()
             assert labels[start + count - 1] == tokens[start + count], "right behind the prompt the answer begins"
             mine = tile_ids[(places >= start) & (places < start + length)]
             assert [slot.first_token + start for slot in example.tiles] == places[mine - tile_ids[:1]].tolist()
-            assert torch.equal(read_tiles(shards, mine)[0], media.tiles(0, len(mine)))
+            assert torch.equal(read_tiles(shards, mine)[0], media.tiles(0, len(example.tiles)))
             start, seen = start + length, seen + 1
     assert seen == 8
 
@@ -144,30 +150,29 @@ def test_a_rerun_asks_only_what_is_missing(here: Path, tmp_path: Path, asked: li
     assert len(asked) == 8, "nothing was left to ask"
     fresh = tmp_path / "fresh"
     run(here, fresh)
-    assert read(fresh) == read(tmp_path)
+    assert by_line(fresh) == by_line(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_kill_keeps_the_rows_that_were_answered(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = EvalSettings(max_new_tokens=4, batch_tokens=64)
+def test_a_kill_keeps_what_was_answered(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = EvalSettings(max_new_tokens=4, engine=EngineSettings(max_num_seqs=1))
     whole = tmp_path / "whole"
-    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], whole, small)
-    plain, rows = Engine.step, 0
+    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], whole, one)
+    plain, answers = ResultFile.add, 0
 
-    def killed(self: Engine) -> Any:
-        nonlocal rows
-        rows += 1
-        if rows == 12:
+    def killed(self: ResultFile, result: dict[str, Any]) -> None:
+        nonlocal answers
+        plain(self, result)
+        answers += 1
+        if answers == 3:
             raise KeyboardInterrupt
-        return plain(self)
 
-    monkeypatch.setattr(Engine, "step", killed)
+    monkeypatch.setattr(ResultFile, "add", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
-    kept = read(tmp_path)
-    assert 2 <= len(kept) < 8
-    monkeypatch.setattr(Engine, "step", plain)
-    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, small)
+        evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, one)
+    assert len(read(tmp_path)) == 3
+    monkeypatch.setattr(ResultFile, "add", plain)
+    evaluate([str(here / "tiny")], [str(here / "eval_mixed.jsonl")], tmp_path, one)
     assert read(tmp_path) == read(whole)
 
 
@@ -181,12 +186,11 @@ def test_two_processes_answer_as_one(here: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "75.0%" in done.stdout
-    by_line = sorted(read(tmp_path / "two"), key=lambda one: one["line"])
-    assert by_line == read(tmp_path / "one")
+    assert by_line(tmp_path / "two") == by_line(tmp_path / "one")
 
 
 def test_a_failing_process_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: False)  # the work below starts no world
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)  # the work below starts no world
 
     def work(rank: int, problem: str) -> Iterator[dict[str, Any]]:
         yield {"rank": rank}
@@ -204,9 +208,9 @@ def test_a_failing_process_is_an_error_and_not_a_hang(monkeypatch: pytest.Monkey
     ):
         seen: list[int] = []
         with pytest.raises(kind, match=f"(?s){says}"):
-            seen.extend(one["rank"] for one in module._in_processes(2, partial(work, problem=problem)))
+            seen.extend(one["rank"] for one in processes.in_processes(2, partial(work, problem=problem)))
         assert 1 in seen, "what came before the failure is kept"
-    assert sorted(one["rank"] for one in module._in_processes(3, partial(work, problem=""))) == [0, 1, 2]
+    assert sorted(one["rank"] for one in processes.in_processes(3, partial(work, problem=""))) == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -216,16 +220,18 @@ def test_settings_and_weights_decide_what_counts_as_answered(here: Path, tmp_pat
     root = save_checkpoint(copy)
     data, output = [str(here / "eval_mixed.jsonl")], tmp_path / "out"
     evaluate([str(root)], data, output, SETTINGS)
-    evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, batch_tokens=64))
-    assert len(asked) == 8, "the size of a row decides no answer"
+    evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, engine=EngineSettings(block_size=8)))
+    assert len(asked) == 8, "the size of a block decides no answer"
     (row,) = evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, zero_tiles=True))
     assert len(asked) == 16
     assert row["zero_tiles"]
     assert len(read(output)) == 16, "seen and blind answers stand side by side"
+    evaluate([str(root)], data, output, EvalSettings(max_new_tokens=4, engine=EngineSettings(dtype="bfloat16")))
+    assert len(asked) == 24, "another dtype does"
     shutil.rmtree(root)
     save_checkpoint(copy, seed=5)
     evaluate([str(root)], data, output, SETTINGS)
-    assert len(asked) == 24, "another model at the same path is asked anew"
+    assert len(asked) == 32, "another model at the same path is asked anew"
     assert len(read(output)) == 16
 
 
@@ -251,7 +257,7 @@ def test_a_damaged_picture_counts_as_wrong_and_is_told(
     said = capsys.readouterr()
     assert "8 (2 unreadable)" in said.out
     assert "2 questions could not be read" in said.err
-    assert [one["line"] for one in read(tmp_path / "out") if one["verdict"] == "unreadable"] == [2, 6]
+    assert [one["line"] for one in by_line(tmp_path / "out") if one["verdict"] == "unreadable"] == [2, 6]
 
 
 def test_command_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
