@@ -219,7 +219,7 @@ class BatchRun:
         if chat.stream:
             raise RequestError("stream: a batch is not streamed. Remove it.", param="stream", code="invalid_value")
         sample = chat.requests[0].sample
-        media = [self._keys.key(file) for file in (*sample.images, *sample.videos) if file.data is None]
+        media = [self._keys.key(file) for file in (*sample.images, *sample.videos) if file.path is not None]
         return chat, run_key(self._identity, {"custom_id": custom_id, "body": body}, json.dumps(media))
 
     def _digest(self, custom_id: str | None, body: Any, number: int) -> str | None:

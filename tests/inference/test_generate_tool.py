@@ -43,7 +43,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder)
     write_media(folder)
     uri = "data:image/png;base64," + base64.b64encode(picture(16, 16, seed=1)).decode()
+    frames = [picture(32, 32, seed=seed, kind="JPEG") for seed in range(3)]
+    (folder / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        (folder / f"frames/{number}.jpg").write_bytes(frame)
+    inline = "data:video/jpeg;base64," + ",".join(base64.b64encode(frame).decode() for frame in frames)
     lines = [
+        request("frames", look("frames", "video_url"), say("Which three?")),
+        request("inline", look(inline, "video_url"), say("Which three?")),
         request("text", say("Which digit?")),
         request("picture", look("wide.jpg"), say("What?")),
         request("data", look(uri), say("What?")),
@@ -93,6 +100,8 @@ def test_answers_are_the_engines(here: Path, answered: Path) -> None:
         "data": question("What?", images=[here / "square.png"]),
         "file": question("What?", images=[here / "square.png"]),
         "video": question("Which three?", videos=[here / "video.mp4"]),
+        "frames": question("Which three?", videos=[here / "frames"]),
+        "inline": question("Which three?", videos=[here / "frames"]),
     }
     expected = engine.generate(list(asked.values()), max_new_tokens=6)
     got = texts(answered)
@@ -120,7 +129,7 @@ def test_log_probabilities_are_listed(answered: Path) -> None:
 
 def test_what_cannot_be_answered_says_why(answered: Path) -> None:
     got = read(answered)
-    assert len(got) == 9
+    assert len(got) == 11
     assert {name: line["error"]["code"] for name, line in got.items() if line["error"]} == {
         "long": "context_length_exceeded", "bad": "unknown_parameter"
     }  # fmt: skip
@@ -141,10 +150,10 @@ def test_a_second_run_asks_what_failed_alone(
     monkeypatch.setattr(BatchRun, "_read", watch)
     assert GENERATE.main(command(here, answered)) == 1
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == f"wrote {answered}: 0 answered, 7 kept, 2 failed"
+    assert said.out.splitlines()[-1] == f"wrote {answered}: 0 answered, 9 kept, 2 failed"
     assert "2 requests failed" in said.err
     assert texts(answered) == before
-    assert seen[7:] == ["long", "bad"]
+    assert seen[9:] == ["long", "bad"]
 
 
 def test_where_all_is_answered_no_model_is_loaded(
@@ -190,7 +199,7 @@ def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_text_model_refuses_a_picture_alone(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = save_checkpoint(tmp_path, vision=False, name="text")
     assert GENERATE.main(command(here, tmp_path / "a.jsonl", "--model", str(root))) == 1
-    assert "3 answered, 0 kept, 6 failed" in capsys.readouterr().out
+    assert "3 answered, 0 kept, 8 failed" in capsys.readouterr().out
     assert "text-only" in read(tmp_path / "a.jsonl")["picture"]["error"]["message"]
 
 
@@ -205,7 +214,7 @@ def test_it_runs_under_torchrun(here: Path, answered: Path, tmp_path: Path) -> N
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("wrote ")] == [
-        f"wrote {tmp_path / 'a.jsonl'}: 7 answered, 0 kept, 2 failed"
+        f"wrote {tmp_path / 'a.jsonl'}: 9 answered, 0 kept, 2 failed"
     ]
     assert texts(tmp_path / "a.jsonl") == texts(answered)
 
@@ -233,5 +242,5 @@ def test_a_killed_run_goes_on(here: Path, answered: Path, tmp_path: Path, capsys
     kept = len(texts(output))
     assert len(read(output)) == 3
     assert GENERATE.main(command(here, output)) == 1
-    assert f"{7 - kept} answered, {kept} kept" in capsys.readouterr().out
+    assert f"{9 - kept} answered, {kept} kept" in capsys.readouterr().out
     assert texts(output) == texts(answered)

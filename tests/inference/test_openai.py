@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, MediaFile, Text, Video
 from megatron_vita.errors import ConfigError
@@ -164,6 +165,16 @@ def test_a_data_uri_is_the_picture() -> None:
     parts = [{"type": "image_url", "image_url": {"url": uri}}]
     sample = chat_request({"messages": [{"role": "user", "content": parts}]}, id="r").requests[0].sample
     assert sample.images == (MediaFile(data=png, label="messages[0].content[0].image_url.url"),)
+
+
+def test_a_data_uri_may_hold_frames() -> None:
+    frames = [picture(8, 8, seed=seed, kind="JPEG") for seed in range(3)]
+    uri = "data:video/jpeg;base64," + ",".join(base64.b64encode(one).decode() for one in frames)
+    parts = [{"type": "video_url", "video_url": {"url": uri}}]
+    (video,) = chat_request({"messages": [{"role": "user", "content": parts}]}, id="r").requests[0].sample.videos
+    assert [one.data for one in video.frames] == frames
+    with open_video(video) as opened:
+        assert opened.total == 3
 
 
 def ask_about(url: Any, kind: str = "image_url", **more: Any) -> RequestError:

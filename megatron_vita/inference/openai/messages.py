@@ -39,7 +39,7 @@ def conversation(messages: Any, *, media_root: Path | None, source: str, line: i
     Args:
         messages: as OpenAI's chat completions take them: roles system (or developer), user, assistant; content a text,
             or parts `text`, `image_url`, `video_url`. A URL is a path below media_root, `file://` and such a path, or a
-            data URI in base64.
+            data URI in base64 (`video/jpeg`: frames of one second each, separated by commas).
         media_root: folder that media paths are relative to, and that none may leave; None: no path is opened.
         source: name of the file that holds the request, for messages.
         line: its line.
@@ -120,7 +120,7 @@ def _medium(url: str, place: str, kind: str, media_root: Path | None) -> MediaFi
     """The picture or video that a URL names."""
     scheme = url[: url.index(":")].lower() if ":" in url[:12] else ""
     if scheme == "data":
-        return MediaFile(data=_data(url, place, kind), label=place)
+        return _data(url, place, kind)
     if scheme in ("http", "https", "ftp", "s3"):
         raise RequestError(
             f"{place} is an address on the network ({scheme}); nothing is downloaded. Give a path below the media "
@@ -150,8 +150,8 @@ def _medium(url: str, place: str, kind: str, media_root: Path | None) -> MediaFi
     return MediaFile(path=found, label=path)
 
 
-def _data(url: str, place: str, kind: str) -> bytes:
-    """The bytes of a data URI (RFC 2397) in base64."""
+def _data(url: str, place: str, kind: str) -> MediaFile:
+    """The medium in a data URI (RFC 2397) in base64; `video/jpeg` holds frames, separated by commas, as vLLM has it."""
     head, comma, content = url[len("data:") :].partition(",")
     media_type, *options = head.split(";")
     if not comma or "base64" not in options:
@@ -167,6 +167,9 @@ def _data(url: str, place: str, kind: str) -> bytes:
             code="media_bomb",
         )
     try:
-        return base64.b64decode(content, validate=True)
+        if media_type.lower() == "video/jpeg":
+            frames = (base64.b64decode(one, validate=True) for one in content.split(","))
+            return MediaFile(frames=tuple(MediaFile(data=one, label=place) for one in frames), label=place)
+        return MediaFile(data=base64.b64decode(content, validate=True), label=place)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{place}: the data URI is no base64: {error}.", param=place, code="media_broken") from None
