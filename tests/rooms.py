@@ -76,7 +76,7 @@ ROOMS = (
           "checkpoint", "convert")),
     Room("checks", "parity: one step in any layout, and every fused kernel, against plain PyTorch",
          ("config", "device", "seed", "layout", "data", "data.loading", "parallel", "models", "training")),
-    Room("inference", "engine with KV cache, sampling, evaluation",
+    Room("inference", "engine with KV cache, sampling, evaluation, batches of requests in OpenAI's form",
          ("files", "config", "device", "layout", "data", "data.media", "data.text", "data.sources", "parallel",
           "models", "checkpoint", "convert")),
 )  # fmt: skip
