@@ -218,12 +218,14 @@ class Engine:
                     for output in self.step():
                         if output.outcome is not None:
                             yield asked.pop(output.request_id), output.outcome
-        finally:
+        except GeneratorExit:  # the caller has had enough; after any other error nobody knows where the other ranks are
             for request_id in asked:
                 self.abort(request_id)
             if self._aborted:
                 self.step()
             self.pause()
+            raise
+        self.pause()
 
     def generate(
         self,

@@ -324,6 +324,29 @@ def test_an_unreadable_sample_does_not_stop_the_others(engine: Engine, samples: 
 
 
 @pytest.mark.slow
+def test_the_other_ranks_are_let_go_unless_nobody_knows_where_they_are(
+    root: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pauses = load(root), []
+    monkeypatch.setattr(engine, "pause", lambda: pauses.append(1))
+    requests = [Request(str(number), sample, GREEDY, 2) for number, sample in enumerate(samples)]
+    assert len(list(engine.run(requests))) == len(samples)
+    assert len(pauses) == 1
+    run = engine.run(requests)
+    next(run)
+    run.close()  # type: ignore[attr-defined]
+    assert len(pauses) == 2
+    assert not engine.busy, "what was asked is given up"
+
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "step", broken)
+    with pytest.raises(RuntimeError):
+        list(engine.run(requests))
+    assert len(pauses) == 2, "a message would not be heard, and the error not be told"
+
+
 def test_models_are_loaded_one_after_another(folder: Path, root: Path, samples: list[Sample]) -> None:
     (folder / "second").mkdir()
     other = save_checkpoint(folder / "second", name="other", seed=2)
