@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +41,13 @@ USUAL = [
     ("words that are not special", "byte level"),
 ]
 SENTENCE_PIECE = "SentencePiece"
+BLANKS: dict[str, dict[str, bool]] = {
+    "one is dropped": {},
+    "all are dropped": {"add_dummy_prefix": False},
+    "none is dropped": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "behind words": {"treat_whitespace_as_suffix": True},
+}
+"""What SentencePiece does with blanks at the beginning of a text."""
 TEXTS = st.text("aé中🙂 \n▁\ufffd.", max_size=12) | st.text(max_size=6)
 
 
@@ -59,7 +66,7 @@ def tokenizer_of(kind: str, decoder: str) -> VitaTokenizer:
                     byte_fallback=True,
                     hard_vocab_limit=False,
                     minloglevel=2,
-                    remove_extra_whitespaces=decoder == "one blank",
+                    **BLANKS[decoder],
                 )
             return VitaTokenizer.load(root / "t.model")
         one = KINDS[kind]
@@ -87,7 +94,7 @@ def first_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
     return text, None
 
 
-def check(tokenizer: VitaTokenizer, ids: list[int], stop: Sequence[str]) -> None:
+def check(tokenizer: VitaTokenizer, ids: Sequence[int], stop: Sequence[str]) -> None:
     stream = TextStream(tokenizer, stop)
     shown = ""
     wanted, stopped = first_stop(tokenizer.decode(ids), stop)
@@ -117,7 +124,7 @@ def test_pieces_are_the_text_of_the_whole(kind: str, decoder: str, data: st.Data
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.refused])
@@ -127,10 +134,19 @@ def test_pieces_of_published_tokenizers(kind: str, decoder: str, data: st.DataOb
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-@pytest.mark.parametrize("blanks", ["kept", "removed"])
+@pytest.mark.parametrize("blanks", BLANKS)
 def test_pieces_of_sentencepiece(blanks: str, data: st.DataObject) -> None:
     pytest.importorskip("sentencepiece")
     check_any(tokenizer_of(SENTENCE_PIECE, blanks), data)
+
+
+@pytest.mark.parametrize("blanks", BLANKS)
+def test_blanks_between_words_are_no_blanks_at_the_beginning(blanks: str) -> None:
+    pytest.importorskip("sentencepiece")
+    tokenizer = tokenizer_of(SENTENCE_PIECE, blanks)
+    names = [tokenizer._backend.token(one) for one in range(tokenizer.vocab_size)]
+    for ids in product([names.index(one) for one in ("▁", "s", "<0xC3>", "<0xA9>")], repeat=5):
+        check(tokenizer, ids, ())
 
 
 @pytest.fixture
