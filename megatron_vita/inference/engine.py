@@ -8,7 +8,8 @@ before each step.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -116,9 +117,10 @@ class Engine:
         """Ids of a prompt and its media, by the functions that made the training shards. No pixels yet.
 
         Raises:
-            ConfigError: pictures for a model without a tower.
+            ConfigError: pictures for a model without a tower, or sampling names a token that the model does not have.
             DataError: a damaged medium, a conversation that does not end with a question, or a prompt that is too long.
         """
+        request.sampling.check_vocabulary(self.config.vocab_size)
         sample = request.sample
         if sample.messages and sample.messages[-1].role != "user":
             raise reject("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")
@@ -188,7 +190,7 @@ class Engine:
         """Let the other ranks return from `follow`. The leader calls it between steps."""
         self._world.tell(News(pause=True))
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Generation | VitaError]]:
+    def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Generation | VitaError], None, None]:
         """Answer requests. Every rank calls it; the leader with the requests, which it takes one by one when it has
         room, the others with nothing.
 
@@ -244,10 +246,11 @@ class Engine:
             Request(str(number), sample, sampling, max_new_tokens, zero_tiles) for number, sample in enumerate(samples)
         ]
         answers: dict[str, Generation] = {}
-        for request, outcome in self.run(requests):
-            if isinstance(outcome, VitaError):
-                raise outcome
-            answers[request.id] = outcome
+        with closing(self.run(requests)) as outcomes:  # an error gives up the other samples
+            for request, outcome in outcomes:
+                if isinstance(outcome, VitaError):
+                    raise outcome
+                answers[request.id] = outcome
         return [answers[request.id] for request in requests] if self.leader else []
 
     def _wants_more(self) -> bool:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_vita.errors import ConfigError
 from megatron_vita.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig
 
 __all__ = [
@@ -26,10 +25,8 @@ __all__ = [
     "Sampled",
     "SamplingConfig",
     "SequenceSampler",
-    "choose",
     "distribution",
     "draw",
-    "generators_for",
     "prompt_logprobs",
     "sample",
 ]
@@ -65,14 +62,9 @@ class SequenceSampler:
             end_ids: the model's own end tokens.
 
         Raises:
-            ConfigError: logit_bias or stop_token_ids names a token that the vocabulary does not have.
+            ConfigError: see `SamplingConfig.check_vocabulary`.
         """
-        for name, ids in (
-            ("logit_bias", [one for one, _ in config.logit_bias]),
-            ("stop_token_ids", config.stop_token_ids),
-        ):
-            if beyond := [one for one in ids if one >= vocab_size]:
-                raise ConfigError(f"{name} names token {beyond[0]}, but the vocabulary ends at {vocab_size - 1}.")
+        config.check_vocabulary(vocab_size)
         self.config = config
         self.ends = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else end_ids)
         """Tokens that end the answer."""
@@ -271,16 +263,3 @@ def prompt_logprobs(
         ids.append(most.indices)
         best.append(most.values)
     return torch.cat(values), torch.cat(ids), torch.cat(best)
-
-
-def choose(logits: torch.Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> torch.Tensor:
-    """The next token of each sequence, without penalties; logits [n, v] -> int64 [n]. Generators are on the CPU."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    uniform = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
-    return draw(distribution(logits, [sampling] * len(logits)), uniform)
-
-
-def generators_for(count: int, sampling: SamplingConfig) -> list[torch.Generator]:
-    """One generator for each sequence, all seeded alike."""
-    return [torch.Generator().manual_seed(sampling.seed) for _ in range(count)]

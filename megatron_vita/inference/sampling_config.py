@@ -101,6 +101,17 @@ class SamplingConfig:
         if not holds:
             raise ConfigError(f"{name}={getattr(self, name)!r} must be {must}.")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse tokens that a model does not have.
+
+        Raises:
+            ConfigError: logit_bias or stop_token_ids names one.
+        """
+        biased = tuple(one for one, _ in self.logit_bias)
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", self.stop_token_ids)):
+            if max(ids, default=0) >= vocab_size:
+                raise ConfigError(f"{name} names token {max(ids)}, but the vocabulary ends at {vocab_size - 1}.")
+
     @property
     def penalises(self) -> bool:
         """Whether a token's logit depends on the tokens before it."""

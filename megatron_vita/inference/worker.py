@@ -152,7 +152,9 @@ class Worker:
         sequence = Sequence(self._numbers, new.request, new.example, limit, self.blocks.table(), new.keys)
         self._numbers += 1
         self.sequences[new.request.id] = sequence
-        self._texts[new.request.id] = TextStream(self.tokenizer, new.request.sampling.stop)
+        self._texts[new.request.id] = TextStream(
+            self.tokenizer, new.request.sampling.stop, min_tokens=new.request.sampling.min_tokens
+        )
         self.runner.add(sequence, self.ends)
         self.scheduler.add(sequence)
 
@@ -201,6 +203,8 @@ class Worker:
         if reason is None:
             return Output(sequence.request.id, text) if text else None
         rest = stream.finish()
+        if stream.stopped is not None:  # also one that was complete only with bytes that were held back
+            reason, stopped = "stop", stream.stopped
         answer = Generation(
             text=sequence.text + rest,
             ids=tuple(sequence.generated),

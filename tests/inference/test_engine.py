@@ -321,6 +321,7 @@ def test_an_unreadable_sample_does_not_stop_the_others(engine: Engine, samples: 
     assert [outcomes["0"], outcomes["2"]] == engine.generate(samples[:2], max_new_tokens=3)
     with pytest.raises(DataError, match=r"broken\.png"):
         engine.generate(mixed)
+    assert not engine.busy, "the others are given up"
 
 
 @pytest.mark.slow
@@ -372,3 +373,25 @@ def test_a_text_model_refuses_pictures(folder: Path, samples: list[Sample]) -> N
 def test_bad_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         Engine.load(tmp_path / "nothing")
+
+
+def test_a_token_that_the_model_does_not_have_fails_its_request_alone(engine: Engine) -> None:
+    wrong = SamplingConfig(stop_token_ids=(engine.config.vocab_size,))
+    requests = [Request("wrong", question("the"), wrong, 2), Request("right", question("the"), GREEDY, 2)]
+    outcomes = {request.id: outcome for request, outcome in engine.run(requests)}
+    assert "stop_token_ids names token" in str(outcomes["wrong"])
+    assert isinstance(outcomes["right"], Generation)
+
+
+def test_a_stop_string_ends_no_answer_that_is_too_short(engine: Engine) -> None:
+    def answer(**settings: Any) -> Generation:
+        return engine.generate([question("the")], max_new_tokens=8, sampling=SamplingConfig(**settings))[0]
+
+    whole = answer(logit_bias=((engine.tokenizer.encode("a")[0], 100.0),))
+    assert whole.text == "a" * 8
+    bias: dict[str, Any] = {"logit_bias": ((engine.tokenizer.encode("a")[0], 100.0),), "stop": ("aa",)}
+    for least, length in ((0, 2), (4, 5), (8, 8)):
+        stopped = answer(**bias, min_tokens=least)
+        assert len(stopped.ids) == length
+        assert (stopped.finish_reason, stopped.stop_reason) == (("length", None) if least == 8 else ("stop", "aa"))
+        assert stopped.text == "a" * (8 if least == 8 else length - 2)
