@@ -169,7 +169,12 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Give up a request; nothing more is heard of it. The leader calls it; unknown ids are ignored."""
-        self._aborted.append(request_id)
+        waiting = [new for new in self._new if new.request.id != request_id]
+        if len(waiting) == len(self._new):
+            self._aborted.append(request_id)
+        else:  # no rank has heard of it yet
+            self._new = waiting
+            self.worker.media.pop(request_id).close()
 
     def step(self) -> list[Output]:
         """One forward pass over all requests that have work. The leader calls it, while the others `follow`."""
