@@ -13,6 +13,7 @@ from megatron_vita.inference.prefix_cache import PrefixCache
 from megatron_vita.inference.scheduler import StepPlan
 from megatron_vita.inference.sequence import Sequence
 from megatron_vita.layout import SequenceLayout
+from megatron_vita.parallel.block_table_kernels import DecodeTables
 from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep, KVCache
 
 
@@ -88,7 +89,7 @@ def build_batch(plan: StepPlan, blocks: BlockManager, cache: KVCache, device: to
         cache=cache,
         prefill_tokens=local_length,
         prefixes=tuple(prefixes),
-        decodes=tuple(tuple(sequence.table.runs) for sequence in decodes),
+        decodes=_decode_tables(plan, cache, device) if decodes else None,
         slots=torch.from_numpy(np.concatenate(slots)).to(device),
         rows=written,
     )
@@ -101,6 +102,10 @@ def build_batch(plan: StepPlan, blocks: BlockManager, cache: KVCache, device: to
         sampled=(*(chunk.sequence for chunk in plan.chunks if chunk.last), *decodes),
         ends=tuple(ends),
     )
+
+
+def _decode_tables(plan: StepPlan, cache: KVCache, device: torch.device) -> DecodeTables:
+    return DecodeTables.build([sequence.table.runs for sequence in plan.decodes], cache.token_bytes, device)
 
 
 def _rows(layout: SequenceLayout, ranks: int) -> list[tuple[tuple[int, int], ...]]:

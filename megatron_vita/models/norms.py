@@ -42,13 +42,25 @@ class HeadRMSNorm(RMSNorm):
         self.weight.partial_over_tp = True  # type: ignore[attr-defined]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [..., n] without gradients, with the roundings of `RMSNorm`."""
+    if on_accelerator(x):
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    return _normed(x, eps)[0] * weight
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean of squares + eps) in the dtype of x, and the factor [..., 1] in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = (wide * scale).to(x.dtype)
+        normed, scale = _normed(x, eps)
         ctx.save_for_backward(normed, scale, weight)
         return normed * weight
 

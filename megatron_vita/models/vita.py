@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.models.inference_decoder import InferenceDecoder
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
 from megatron_vita.models.vision.micro_batches import (
@@ -68,6 +69,7 @@ class VitaModel(MegatronModule):
         self.vision_projection = vision_projection
         self.language_model = language_model
         self.rotary = RotaryTable(model)
+        self._inference_decoder = InferenceDecoder(language_model, groups)
 
     def forward(
         self,
@@ -138,10 +140,7 @@ class VitaModel(MegatronModule):
             hidden = self._embed(tokens, received)
         rotary = self.rotary(positions, self.config.params_dtype)
         packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, step=step)
-        states: Tensor = self.language_model.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq
-        )
-        return states
+        return self._inference_decoder.forward(hidden, packed_seq)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, h] after the final norm -> logits [n, vocab_size], equal on all tensor ranks, which call it

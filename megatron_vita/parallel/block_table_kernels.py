@@ -1,27 +1,87 @@
-"""Attention to cached tokens through block tables: every query sees every key, so there is no mask.
+"""Attention to cached tokens through block tables: every query sees every key of its sequence, so nothing is masked.
 
 On CPU one call of PyTorch's flash attention covers one run of blocks, as a view; the query heads that share a key/value
-head are queries of that head, so keys and values are neither copied nor repeated. Runs that are too short for a call of
-their own are gathered, at most `_GATHERED` tokens at a time. On CUDA in half precision flash attention reads the cache
-through the block table (parallel/flash.py). Legend: h query heads, g key/value heads, d head size, r = h / g.
+head are queries of that head, so keys and values are neither copied nor repeated. Where copying costs less than a call,
+tokens are gathered: runs of a few blocks, at most `_GATHERED` tokens at a time, and the sequences of a decoding batch
+that hold few tokens, which are padded to the longest of them. Legend: h query heads, g key/value heads, d head size,
+r = h / g, B sequences that decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vita.parallel.block_kernels import merge
-from megatron_vita.parallel.kv_cache import Runs
+from megatron_vita.device import on_accelerator
+from megatron_vita.parallel import flash
+from megatron_vita.parallel.block_kernels import merge, reference_forward
 
-_SHORT = 64
+Runs = Sequence[tuple[int, int]]
+"""(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
+
+_SHORT_RUN = 64
 """Tokens of a run below which gathering it with its neighbours costs less than a kernel call (measured on CPU)."""
 _GATHERED = 16384
 """Tokens gathered for one kernel call, at most."""
+_SHORT_BYTES = 65536
+"""Keys and values of a sequence below which a decoding batch gathers them (measured on CPU: from 32 to 96 KiB a call
+for each sequence costs as much as one for all of them)."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""Attention of q [1, g, n, d] to all of k and v [1, g, tokens, d]: output [1, g, n, d] and log-sum-exp [1, g, n]."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTables:
+    """Block tables of the sequences that decode; made once a step, for all layers."""
+
+    count: int
+    """B."""
+    alone: tuple[tuple[int, Runs], ...]
+    """(row, runs) of sequences with kernel calls of their own."""
+    rows: Tensor | None = None
+    """int64 [b]: rows of the sequences that are gathered; None: none."""
+    slots: Tensor | None = None
+    """int64 [b * longest]: their slots, padded with slots of others."""
+    hidden: Tensor | None = None
+    """float32 [b, 1, 1, longest]: -inf on padding, else 0."""
+
+    @classmethod
+    def build(cls, tables: Sequence[Runs], token_bytes: int, device: torch.device) -> DecodeTables:
+        """Decide which sequences are gathered.
+
+        Args:
+            tables: runs of each sequence on this rank; [B].
+            token_bytes: keys and values of one token in one layer.
+            device: of the cache.
+        """
+        lengths = [sum(tokens for _, tokens in runs) for runs in tables]
+        short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]
+        if len(short) < 2 or on_accelerator(device):
+            return cls(len(tables), tuple((row, runs) for row, runs in enumerate(tables) if runs))
+        longest = max(lengths[row] for row in short)
+        slots = np.full((len(short), longest), tables[short[0]][0][0], dtype=np.int64)
+        hidden = np.zeros((len(short), 1, 1, longest), dtype=np.float32)
+        for place, row in enumerate(short):
+            start = 0
+            for slot, tokens in tables[row]:
+                slots[place, start : start + tokens] = np.arange(slot, slot + tokens)
+                start += tokens
+            hidden[place, 0, 0, start:] = -np.inf
+        gathered = set(short)
+        return cls(
+            len(tables),
+            tuple((row, runs) for row, runs in enumerate(tables) if runs and row not in gathered),
+            torch.from_numpy(np.array(short)).to(device),
+            torch.from_numpy(slots.reshape(-1)).to(device),
+            torch.from_numpy(hidden).to(device),
+        )
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
@@ -40,75 +100,118 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) ->
     n, h, d = q.shape
     g = keys.shape[1]
     folded = q.reshape(n, g, h // g, d).transpose(0, 1).reshape(1, g, n * (h // g), d)
-    out, lse = _over_runs(folded, keys, values, runs, scale)
+    out, lse = _over_runs(folded, _by_head(keys), _by_head(values), runs, scale)
     out = out.reshape(g, n, h // g, d).transpose(0, 1).reshape(n, h, d)
     return out, lse.reshape(g, n, h // g).transpose(0, 1).reshape(n, h)
 
 
-def decode(q: Tensor, keys: Tensor, values: Tensor, tables: Sequence[Runs], scale: float) -> tuple[Tensor, Tensor]:
+def decode(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of one query of each sequence to the tokens of that sequence.
 
     Args:
         q: [B, h, d].
         keys: [slots, g, d].
         values: [slots, g, d].
-        tables: the runs of each sequence; [B]. None of them: output 0 and log-sum-exp -inf.
+        tables: of the B sequences.
         scale: softmax scale.
 
     Returns:
-        output [B, h, d] and log-sum-exp [B, h], float32 or wider.
+        output [B, h, d] and log-sum-exp [B, h], float32 or wider; 0 and -inf for a sequence without tokens.
     """
     count, h, d = q.shape
     g = keys.shape[1]
+    folded = q.reshape(count, g, h // g, d)
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(count, h, d, dtype=wide)
-    lse = q.new_full((count, h), float("-inf"), dtype=wide)
-    queries = q.reshape(count, 1, g, h // g, d).unbind(0)
-    for one, (query, runs) in enumerate(zip(queries, tables, strict=True)):
-        if runs:
-            part, part_lse = _over_runs(query, keys, values, runs, scale)
-            out[one], lse[one] = part.reshape(h, d), part_lse.reshape(h)
+    if tables.rows is not None and len(tables.rows) == count:
+        out, lse = _gathered(folded, keys, values, tables, scale)
+        return out.reshape(count, h, d).to(wide), lse.reshape(count, h)
+    if count == 1 and tables.alone:
+        out, lse = _over_runs(folded, _by_head(keys), _by_head(values), tables.alone[0][1], scale)
+        return out.reshape(count, h, d), lse.reshape(count, h)
+    out = q.new_zeros(count, g, h // g, d, dtype=wide)
+    lse = q.new_full((count, g, h // g), float("-inf"), dtype=wide)
+    if tables.rows is not None:
+        some, some_lse = _gathered(folded.index_select(0, tables.rows), keys, values, tables, scale)
+        out.index_copy_(0, tables.rows, some.to(wide))
+        lse.index_copy_(0, tables.rows, some_lse)
+    if tables.alone:
+        keys, values = _by_head(keys), _by_head(values)
+        for row, runs in tables.alone:
+            part, part_lse = _over_runs(folded[row : row + 1], keys, values, runs, scale)
+            out[row], lse[row] = part[0], part_lse[0]
+    return out.view(count, h, d), lse.view(count, h)
+
+
+def _by_head(stored: Tensor) -> Tensor:
+    """[slots, g, d] -> [1, g, slots, d], a view."""
+    return stored.transpose(0, 1).unsqueeze(0)
+
+
+def _gathered(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [b, g, r, d] to the gathered tokens of each sequence: [b, g, r, d] and [b, g, r]."""
+    assert tables.slots is not None
+    assert tables.hidden is not None
+    k, v = (x.index_select(0, tables.slots).unflatten(0, (len(q), -1)).transpose(1, 2) for x in (keys, values))
+    out, lse = _flash(q, k, v, 0.0, False, attn_mask=tables.hidden.to(q.dtype), scale=scale)
     return out, lse
 
 
 def _over_runs(q: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [1, g, n, d] to all runs: output [1, g, n, d] and log-sum-exp [1, g, n], float32 or wider."""
-    out: Tensor | None = None
-    lse: Tensor | None = None
-    for k, v in _pieces(keys, values, runs):
-        part, part_lse = _flash(
-            q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), 0.0, False, scale=scale
-        )
-        part = part.to(part_lse.dtype)
-        if out is None or lse is None:
-            out, lse = part, part_lse
-        else:
-            out, lse = merge(out, lse, part, part_lse)
-    assert out is not None
-    assert lse is not None
+    """Attention of q [1, g, n, d] to runs of [1, g, slots, d]: output [1, g, n, d] and log-sum-exp [1, g, n], float32 or
+    wider."""
+    kernel = _kernel(q)
+    pieces = _pieces(keys, values, runs)
+    out, lse = kernel(q, *next(pieces), scale)
+    out = out.to(lse.dtype)
+    for k, v in pieces:
+        out, lse = merge(out, lse, *kernel(q, k, v, scale))
     return out, lse
 
 
 def _pieces(keys: Tensor, values: Tensor, runs: Runs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values of all runs, [tokens, g, d] each: a long run as a view, short ones gathered."""
+    """Keys and values of all runs, [1, g, tokens, d] each: a long run as a view, short ones gathered."""
     if len(runs) == 1:
-        yield keys.narrow(0, *runs[0]), values.narrow(0, *runs[0])
+        ((slot, tokens),) = runs
+        yield keys.narrow(2, slot, tokens), values.narrow(2, slot, tokens)
         return
     short: list[tuple[int, int]] = []
-    tokens = 0
-    for run in runs:
-        if run[1] >= _SHORT:
-            yield keys.narrow(0, *run), values.narrow(0, *run)
+    gathered = 0
+    for slot, tokens in runs:
+        if tokens >= _SHORT_RUN:
+            yield keys.narrow(2, slot, tokens), values.narrow(2, slot, tokens)
             continue
-        if tokens + run[1] > _GATHERED:
+        if gathered + tokens > _GATHERED:
             yield _gather(keys, values, short)
-            short, tokens = [], 0
-        short.append(run)
-        tokens += run[1]
+            short, gathered = [], 0
+        short.append((slot, tokens))
+        gathered += tokens
     if short:
         yield _gather(keys, values, short)
 
 
-def _gather(keys: Tensor, values: Tensor, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    index = torch.cat([torch.arange(slot, slot + tokens, device=keys.device) for slot, tokens in runs])
-    return keys.index_select(0, index), values.index_select(0, index)
+def _gather(keys: Tensor, values: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
+    index = torch.from_numpy(np.concatenate([np.arange(slot, slot + tokens) for slot, tokens in runs])).to(keys.device)
+    return keys.index_select(2, index), values.index_select(2, index)
+
+
+def _kernel(q: Tensor) -> Kernel:
+    if not on_accelerator(q):
+        return _on_cpu
+    return _on_accelerator if flash.fits(q[0].transpose(0, 1)) else _reference
+
+
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _flash(q, k, v, 0.0, False, scale=scale)
+    return out, lse
+
+
+def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
+    longest = q.shape[2], k.shape[2]
+    bounds = tuple(torch.tensor([0, length], dtype=torch.int32, device=q.device) for length in longest)
+    out, lse = flash.forward(*tokens, bounds, longest, causal=False, scale=scale)
+    return out.transpose(0, 1).unsqueeze(0), lse.t().unsqueeze(0)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return reference_forward(q, k, v, causal=False, scale=scale)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from megatron_vita.parallel import block_table_kernels
 from megatron_vita.parallel.block_kernels import merge
+from megatron_vita.parallel.block_table_kernels import DecodeTables
 from megatron_vita.parallel.collectives import exchange_tokens, gather_tokens, ring_send_recv
 from megatron_vita.parallel.document_attention import attend
-from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep, Runs
+from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep
 from megatron_vita.parallel.schedule import Schedule
 
 
@@ -64,7 +65,7 @@ def cached_attention(
     if chunk:
         assert schedule is not None, "a packed sequence has a schedule"
         outputs.append(_prefill(q[:chunk], k[:chunk], v[:chunk], step, schedule, layer, group, scale))
-    if step.decodes:
+    if step.decodes is not None:
         outputs.append(_decode(q[chunk:], *step.cache[layer], step.decodes, group, scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -188,7 +189,7 @@ def _decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    decodes: tuple[Runs, ...],
+    decodes: DecodeTables,
     group: dist.ProcessGroup | None,
     scale: float,
 ) -> Tensor:

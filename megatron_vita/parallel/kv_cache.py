@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Runs = tuple[tuple[int, int], ...]
-"""(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
+from megatron_vita.parallel.block_table_kernels import DecodeTables, Runs
 
 
 class KVCache:
@@ -46,6 +45,8 @@ class KVCache:
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.token_bytes = 2 * groups * head_dim * dtype.itemsize
+        """Keys and values of one token in one layer."""
         # One tensor a layer: torch.empty touches no memory, so on a CPU unused blocks cost address space only.
         shape = (2, num_blocks * block_size, groups, head_dim)
         self._layers = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers}
@@ -92,8 +93,8 @@ class CacheStep:
     """This rank's tokens of chunks, padding included."""
     prefixes: tuple[CachedPrefix, ...]
     """Of each chunk that is not its sequence's first."""
-    decodes: tuple[Runs, ...]
-    """Cached tokens of each decoding sequence on this rank, the new one included where this rank owns it; [B]."""
+    decodes: DecodeTables | None
+    """Cached tokens of each decoding sequence on this rank, the new one included where this rank owns it."""
     slots: Tensor
     """int64 [n]: where the new tokens that this rank owns go."""
     rows: Tensor | None

@@ -127,15 +127,16 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _apply_rotation(x, cos, sin, interleaved)
+        return rotated(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _apply_rotation(grad, cos, -sin, ctx.interleaved), None, None, None
+        return rotated(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _apply_rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` without gradients: x [..., d], cosines and sines that broadcast to [..., r / 2]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     turned = 2 * cos.shape[-1]
     if turned < x.shape[-1]:
