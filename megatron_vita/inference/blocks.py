@@ -157,8 +157,19 @@ class BlockManager:
             the slot, on the rank that owns it; else None.
         """
         owner = self.decode_rank(table)
-        slots = self.add(table, [int(rank == owner) for rank in range(self.ranks)])
-        return int(slots[0]) if owner == self.rank else None
+        blocks, place = table.blocks[owner], table.tokens[owner] % self.block_size
+        if not place:
+            blocks += self._take(owner, 1, blocks[-1] if blocks else None)
+        table.tokens[owner] += 1
+        if owner != self.rank:
+            return None
+        slot = blocks[-1] * self.block_size + place
+        first, length = table.runs[-1] if table.runs else (-1, 0)
+        if first + length == slot:
+            table.runs[-1] = (first, length + 1)
+        else:
+            table.runs.append((slot, 1))
+        return slot
 
     def decode_rank(self, table: BlockTable) -> int:
         """The rank that the next generated token goes to: the one with an unfilled block, else that with fewest tokens.

@@ -176,12 +176,16 @@ class Engine:
             self._new = waiting
             self.worker.media.pop(request_id).close()
 
-    def step(self) -> list[Output]:
-        """One forward pass over all requests that have work. The leader calls it, while the others `follow`."""
+    def step(self, *, stream: bool = True) -> list[Output]:
+        """One forward pass over all requests that have work. The leader calls it, while the others `follow`.
+
+        Args:
+            stream: outputs carry text as it comes; else with the whole answer only, which costs less.
+        """
         news = News(tuple(self._new), tuple(self._aborted)) if self._new or self._aborted else None
         self._new, self._aborted = [], []
         self._world.tell(news)
-        return self.worker.step(news)
+        return self.worker.step(news, stream=stream)
 
     def follow(self) -> None:
         """Take part in the leader's steps until it pauses. Every rank but the leader calls it."""
@@ -222,14 +226,14 @@ class Engine:
                         continue
                     asked[request.id] = request
                 if self.busy:
-                    for output in self.step():
+                    for output in self.step(stream=False):
                         if output.outcome is not None:
                             yield asked.pop(output.request_id), output.outcome
         except GeneratorExit:  # the caller has had enough; after any other error nobody knows where the other ranks are
             for request_id in asked:
                 self.abort(request_id)
             if self._aborted:
-                self.step()
+                self.step(stream=False)
             self.pause()
             raise
         self.pause()

@@ -20,6 +20,7 @@ from megatron_vita.inference.scheduler import Chunk
 from megatron_vita.inference.sequence import Sequence
 from megatron_vita.inference.world import World
 from megatron_vita.layout import TileRoutes
+from megatron_vita.models.cached_forward import CachedForward
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.collectives import receive_from_previous, reduce_, send_to_next
 
@@ -52,6 +53,7 @@ class ModelRunner:
         """
         self.model = model
         self.world = world
+        self._compute = CachedForward(model)
         self._groups = model.groups
         self._head = lm_head
         self._samplers: dict[int, SequenceSampler] = {}
@@ -92,12 +94,18 @@ class ModelRunner:
     def _forward(self, batch: StepBatch, visual: tuple[Tensor, TileRoutes] | None) -> Tensor | None:
         """Hidden states [t, h] on the last stage; None on the others."""
         group = self._groups.collection.pp
+        received = None
         if not self._groups.first_stage:
             like = torch.empty(0, dtype=self.model.config.params_dtype, device=batch.tokens.device)
             shape = (batch.tokens.shape[1], 1, self.model.config.hidden_size)
-            self.model.set_input_tensor([receive_from_previous(shape, like, group)])
-        hidden = self.model.forward_cached(
-            tokens=batch.tokens, positions=batch.positions, layout=batch.layout, step=batch.step, visual=visual
+            received = receive_from_previous(shape, like, group)
+        hidden = self._compute(
+            tokens=batch.tokens,
+            positions=batch.positions,
+            layout=batch.layout,
+            step=batch.step,
+            visual=visual,
+            received=received,
         )
         if self._groups.last_stage:
             return hidden.squeeze(1)

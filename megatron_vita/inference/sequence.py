@@ -35,7 +35,9 @@ class Sequence:
     """Tokens of the prompt that another request had computed."""
 
     text: str = ""
-    """The answer so far, without what a stop string may still cut."""
+    """The answer so far, without what a stop string may still cut; empty until the end if nobody reads along."""
+    told: int = 0
+    """Generated tokens that `text` is made of."""
     first_tokens: npt.NDArray[np.int64] = field(init=False)
     """`[tiles]`: index of each tile's first placeholder token."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)

@@ -119,8 +119,13 @@ class Worker:
         """Tokens of prompt and answer that one request may have: positions of the model, or room in the cache."""
         return min(self.config.max_position_embeddings, self.blocks.capacity)
 
-    def step(self, news: News | None) -> list[Output]:
-        """One forward pass over all requests that have work."""
+    def step(self, news: News | None, *, stream: bool = False) -> list[Output]:
+        """One forward pass over all requests that have work.
+
+        Args:
+            news: what the leader said.
+            stream: outputs carry text as it comes; else with the whole answer, which costs less.
+        """
         if news is not None:
             for request_id in news.aborted:
                 if request_id in self.sequences:
@@ -138,7 +143,7 @@ class Worker:
         if self.visual is not None and batch.layout is not None:
             with torch.inference_mode():
                 visual = self.visual.encode(plan, batch.layout)
-        return outputs + self._collect(plan, batch.sampled, self.runner.run(batch, visual))
+        return outputs + self._collect(plan, batch.sampled, self.runner.run(batch, visual), stream=stream)
 
     def close(self) -> None:
         """Let go of all requests."""
@@ -152,9 +157,6 @@ class Worker:
         sequence = Sequence(self._numbers, new.request, new.example, limit, self.blocks.table(), new.keys)
         self._numbers += 1
         self.sequences[new.request.id] = sequence
-        self._texts[new.request.id] = TextStream(
-            self.tokenizer, new.request.sampling.stop, min_tokens=new.request.sampling.min_tokens
-        )
         self.runner.add(sequence, self.ends)
         self.scheduler.add(sequence)
 
@@ -169,20 +171,22 @@ class Worker:
         kept = tuple(chunk for chunk in plan.chunks if chunk.sequence.number not in failed)
         return StepPlan(kept, plan.decodes, plan.slots), outputs
 
-    def _collect(self, plan: StepPlan, sampled: Sized[Sequence], result: StepResult) -> list[Output]:
+    def _collect(self, plan: StepPlan, sampled: Sized[Sequence], result: StepResult, *, stream: bool) -> list[Output]:
         """Append the new tokens, and finish the sequences that end."""
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.stop
+            if chunk.last and (media := self.media.get(chunk.sequence.request.id)) is not None:
+                media.close()  # a sequence that is preempted opens it again
             chunk.sequence.prompt_logprobs += result.prompts.get(chunk.sequence.number, [])
         for sequence in plan.decodes:
             sequence.computed += 1
         details = result.details or [Sampled(token) for token in result.tokens]
-        outputs = [self._append(sequence, chosen) for sequence, chosen in zip(sampled, details, strict=True)]
+        outputs = [self._append(sequence, one, stream=stream) for sequence, one in zip(sampled, details, strict=True)]
         return [output for output in outputs if output is not None]
 
-    def _append(self, sequence: Sequence, chosen: Sampled) -> Output | None:
+    def _append(self, sequence: Sequence, chosen: Sampled, *, stream: bool) -> Output | None:
         """Append a token; what the caller hears of it, if anything."""
-        config, stream, token = sequence.request.sampling, self._texts[sequence.request.id], chosen.token
+        config, token = sequence.request.sampling, chosen.token
         reason: FinishReason | None = None
         stopped: str | int | None = None
         text = ""
@@ -194,19 +198,22 @@ class Worker:
             sequence.generated.append(token)
             if config.logprobs is not None and chosen.logprob is not None:
                 sequence.logprobs.append(TokenLogprob(token, chosen.logprob, chosen.top))
-            text = stream.append(token)
-            if stream.stopped is not None:
-                reason, stopped = "stop", stream.stopped
-            elif len(sequence.generated) >= sequence.limit:
+            if stream or config.stop:
+                text = self._new_text(sequence)
+            if len(sequence.generated) >= sequence.limit:
                 reason = "length"
+        texts = self._texts.get(sequence.request.id)
+        if texts is not None and texts.stopped is None and reason is not None:
+            text += self._new_text(sequence) + texts.finish()
+        if texts is not None and texts.stopped is not None:
+            reason, stopped = "stop", texts.stopped
         sequence.text += text
         if reason is None:
             return Output(sequence.request.id, text) if text else None
-        rest = stream.finish()
-        if stream.stopped is not None:  # also one that was complete only with bytes that were held back
-            reason, stopped = "stop", stream.stopped
+        if texts is None:
+            text = sequence.text = self.tokenizer.decode(sequence.generated)
         answer = Generation(
-            text=sequence.text + rest,
+            text=sequence.text,
             ids=tuple(sequence.generated),
             finish_reason=reason,
             stop_reason=stopped,
@@ -216,7 +223,16 @@ class Worker:
             prompt_logprobs=(None, *sequence.prompt_logprobs) if config.prompt_logprobs is not None else None,
         )
         self._drop(sequence)
-        return Output(sequence.request.id, text + rest, answer)
+        return Output(sequence.request.id, text, answer)
+
+    def _new_text(self, sequence: Sequence) -> str:
+        """Text of the tokens that came since the last call, as far as it can be shown."""
+        config, known = sequence.request.sampling, self._texts.get(sequence.request.id)
+        if known is None:
+            known = TextStream(self.tokenizer, config.stop, min_tokens=config.min_tokens)
+            self._texts[sequence.request.id] = known
+        new, sequence.told = sequence.generated[sequence.told :], len(sequence.generated)
+        return "".join(known.append(token) for token in new)
 
     def _drop(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or given up."""
@@ -226,7 +242,8 @@ class Worker:
             self.visual.forget(sequence)
         if (media := self.media.pop(sequence.request.id, None)) is not None:
             media.close()
-        del self.sequences[sequence.request.id], self._texts[sequence.request.id]
+        self._texts.pop(sequence.request.id, None)
+        del self.sequences[sequence.request.id]
 
     def _open_media(self, sequence: Sequence) -> Pixels:
         request_id = sequence.request.id

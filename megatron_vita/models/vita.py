@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
-from megatron_vita.models.inference_decoder import InferenceDecoder
 from megatron_vita.models.layer_specs import TE_NAMES
 from megatron_vita.models.projector import Projector
 from megatron_vita.models.vision.micro_batches import (
@@ -32,7 +31,6 @@ from megatron_vita.models.vision.tower import VisionTower
 from megatron_vita.parallel.context import PackedSeqContext
 from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
-from megatron_vita.parallel.kv_cache import CacheStep
 from megatron_vita.parallel.loss import vocab_parallel_loss
 from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.tiles import exchange_features
@@ -69,7 +67,6 @@ class VitaModel(MegatronModule):
         self.vision_projection = vision_projection
         self.language_model = language_model
         self.rotary = RotaryTable(model)
-        self._inference_decoder = InferenceDecoder(language_model, groups)
 
     def forward(
         self,
@@ -110,37 +107,6 @@ class VitaModel(MegatronModule):
         if logits_indices is not None:
             return self.logits(self._output_layer_input(hidden, logits_indices))
         return self._losses(hidden, labels)
-
-    def forward_cached(
-        self,
-        *,
-        tokens: Tensor,
-        positions: Tensor,
-        layout: SequenceLayout | None,
-        step: CacheStep,
-        visual: tuple[Tensor, TileRoutes] | None = None,
-    ) -> Tensor:
-        """Forward pass of new tokens in generation. All ranks of their tensor x context group call it.
-
-        Args:
-            tokens: int64 [1, t], this context rank's token ids: its share of the packed sequence of chunks, then one
-                token of each decoding sequence.
-            positions: int64 [1, t], position ids.
-            layout: the packed sequence of chunks; None if there are none.
-            step: use of the key/value cache.
-            visual: visual tokens that this rank holds, in the order of their tiles, and where they go; given on every
-                rank of the group or on none. First stage only.
-
-        Returns:
-            hidden states [t, 1, h], after the final norm on the last stage.
-        """
-        hidden = None
-        if self.pre_process:
-            received = None if visual is None else exchange_features(*visual, self.groups)
-            hidden = self._embed(tokens, received)
-        rotary = self.rotary(positions, self.config.params_dtype)
-        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary, step=step)
-        return self._inference_decoder.forward(hidden, packed_seq)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, h] after the final norm -> logits [n, vocab_size], equal on all tensor ranks, which call it

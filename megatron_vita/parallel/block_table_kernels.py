@@ -157,8 +157,11 @@ def _gathered(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, sca
 
 
 def _over_runs(q: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [1, g, n, d] to runs of [1, g, slots, d]: output [1, g, n, d] and log-sum-exp [1, g, n], float32 or
-    wider."""
+    """Attention of q [1, g, n, d] to runs of keys and values [1, g, slots, d].
+
+    Returns:
+        output [1, g, n, d] and log-sum-exp [1, g, n], float32 or wider.
+    """
     kernel = _kernel(q)
     pieces = _pieces(keys, values, runs)
     out, lse = kernel(q, *next(pieces), scale)
@@ -206,10 +209,10 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
+    of_queries, of_keys = (torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k))
+    inputs = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, d]
     longest = q.shape[2], k.shape[2]
-    bounds = tuple(torch.tensor([0, length], dtype=torch.int32, device=q.device) for length in longest)
-    out, lse = flash.forward(*tokens, bounds, longest, causal=False, scale=scale)
+    out, lse = flash.forward(*inputs, bounds=(of_queries, of_keys), longest=longest, causal=False, scale=scale)
     return out.transpose(0, 1).unsqueeze(0), lse.t().unsqueeze(0)
 
 

@@ -339,7 +339,7 @@ def test_the_other_ranks_are_let_go_unless_nobody_knows_where_they_are(
     assert len(pauses) == 2
     assert not engine.busy, "what was asked is given up"
 
-    def broken() -> None:
+    def broken(**_: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine, "step", broken)

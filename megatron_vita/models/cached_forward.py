@@ -1,4 +1,4 @@
-"""The decoder's forward pass in generation: the same weights, without what only training needs.
+"""The model's forward pass in generation: the same weights, without what only training needs.
 
 megatron-core's modules ask for gradients, dropout, recomputation and sequence parallelism at every call. For one token
 that costs several times the arithmetic, so a step calls the tensor operations directly, in the modules' order and with
@@ -8,53 +8,83 @@ tokens, H decoder width, g key/value heads of this tensor rank, r query heads of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.norms import HeadRMSNorm, RMSNorm, rms_norm
+from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.cached_attention import cached_attention
 from megatron_vita.parallel.collectives import reduce_
 from megatron_vita.parallel.context import PackedSeqContext
-from megatron_vita.parallel.groups import Groups
+from megatron_vita.parallel.kv_cache import CacheStep
 from megatron_vita.parallel.rotary import rotated
+from megatron_vita.parallel.tiles import exchange_features
 
 
-class InferenceDecoder:
-    """The decoder layers of one pipeline stage."""
+class CachedForward:
+    """Forward passes of one pipeline stage over new tokens, with a key/value cache."""
 
-    def __init__(self, language_model: GPTModel, groups: Groups) -> None:
+    def __init__(self, model: VitaModel) -> None:
         """Find the weights of every layer; they are shared with the modules, not copied."""
-        self._decoder = language_model.decoder
-        self._config = language_model.config
-        self._groups = groups
+        self._model = model
+        self._decoder = model.language_model.decoder
+        self._config = model.config
+        self._groups = model.groups
         self._layers = [_Layer(layer) for layer in self._decoder.layers] if _is_plain(self._decoder) else None
 
-    def forward(self, hidden: Tensor | None, packed_seq: PackedSeqContext) -> Tensor:
-        """Decoder layers, and on the last stage the final norm.
+    def __call__(
+        self,
+        *,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: SequenceLayout | None,
+        step: CacheStep,
+        visual: tuple[Tensor, TileRoutes] | None = None,
+        received: Tensor | None = None,
+    ) -> Tensor:
+        """Compute a step. All ranks of their tensor x context group call it.
 
         Args:
-            hidden: [t, 1, H]; None where `set_input_tensor` has put what the previous stage sent.
-            packed_seq: layout, rotary table and use of the cache.
+            tokens: int64 [1, t], this context rank's token ids: its share of the packed sequence of chunks, then one
+                token of each decoding sequence.
+            positions: int64 [1, t], position ids.
+            layout: the packed sequence of chunks; None if there are none.
+            step: use of the key/value cache.
+            visual: visual tokens that this rank holds, in the order of their tiles, and where they go; given on every
+                rank of the group or on none. First stage only.
+            received: [t, 1, H], what the previous stage sent; None on the first stage.
 
         Returns:
-            [t, 1, H].
+            hidden states [t, 1, H], after the final norm on the last stage.
         """
+        hidden = received
+        if hidden is None:
+            hidden = self._model.language_model.embedding.word_embeddings(tokens).transpose(0, 1)
+            if visual is not None:
+                features, index = exchange_features(*visual, self._groups)
+                hidden = hidden.index_copy(0, index, features.to(hidden.dtype).unsqueeze(1))
+        rotary = self._model.rotary(positions, self._config.params_dtype)
+        packed_seq = PackedSeqContext(layout=layout, cp_rank=self._groups.cp_rank, rotary=rotary, step=step)
         if self._layers is None:
-            states: Tensor = self._decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq)
-            return states
-        x = (self._decoder.input_tensor if hidden is None else hidden).squeeze(1)
+            if received is not None:
+                self._model.set_input_tensor([received])
+            return self._decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq)
+        return self._run_layers(self._layers, hidden.squeeze(1), packed_seq).unsqueeze(1)
+
+    def _run_layers(self, layers: Sequence[_Layer], x: Tensor, packed_seq: PackedSeqContext) -> Tensor:
+        """Decoder layers, and on the last stage the final norm; [t, H] -> [t, H]."""
         assert packed_seq.rotary is not None, "a decoder has a rotary table"
         cos, sin = (table.unsqueeze(1) for table in packed_seq.rotary)  # [t, 1, 1, d / 2]
-        for layer in self._layers:
+        for layer in layers:
             x = x + self._attention(layer, rms_norm(x, layer.input_norm, layer.epsilon), (cos, sin), packed_seq)
             x = x + self._mlp(layer, rms_norm(x, layer.mlp_norm, layer.epsilon))
-        if self._decoder.final_layernorm is not None:
-            x = rms_norm(x, self._decoder.final_layernorm.weight, self._decoder.final_layernorm.eps)
-        return x.unsqueeze(1)
+        norm = self._decoder.final_layernorm
+        return x if norm is None else rms_norm(x, norm.weight, norm.eps)
 
     def _attention(
         self, layer: _Layer, x: Tensor, rotary: tuple[Tensor, Tensor], packed_seq: PackedSeqContext
@@ -68,8 +98,8 @@ class InferenceDecoder:
         if layer.head_norms is not None:
             q_norm, k_norm = layer.head_norms
             qk = qk.clone()
-            qk[:, :, :r] = rms_norm(qk[:, :, :r], q_norm.weight, q_norm.eps)
-            qk[:, :, r] = rms_norm(qk[:, :, r], k_norm.weight, k_norm.eps)
+            qk[:, :, :r] = rms_norm(qk[:, :, :r], q_norm, layer.epsilon)
+            qk[:, :, r] = rms_norm(qk[:, :, r], k_norm, layer.epsilon)
         qk = rotated(qk, *rotary, self._config.rotary_interleaved)
         out = cached_attention(
             qk[:, :, :r].flatten(1, 2),
@@ -113,9 +143,9 @@ class _Layer:
         self.epsilon: float = layer.input_layernorm.eps
         self.qkv_weight: Tensor = attention.linear_qkv.weight
         self.qkv_bias: Tensor | None = attention.linear_qkv.bias
-        self.head_norms: tuple[HeadRMSNorm, HeadRMSNorm] | None = None
+        self.head_norms: tuple[Tensor, Tensor] | None = None
         if isinstance(attention.q_layernorm, HeadRMSNorm):
-            self.head_norms = attention.q_layernorm, attention.k_layernorm
+            self.head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         self.proj_weight: Tensor = attention.linear_proj.weight
         self.fc1_weight: Tensor = layer.mlp.linear_fc1.weight
         self.fc2_weight: Tensor = layer.mlp.linear_fc2.weight
