@@ -210,9 +210,9 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     of_queries, of_keys = (torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k))
-    inputs = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, d]
-    longest = q.shape[2], k.shape[2]
-    out, lse = flash.forward(*inputs, bounds=(of_queries, of_keys), longest=longest, causal=False, scale=scale)
+    query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, d]
+    bounds, longest = (of_queries, of_keys), (q.shape[2], k.shape[2])
+    out, lse = flash.forward(query, key, value, bounds, longest, causal=False, scale=scale)
     return out.transpose(0, 1).unsqueeze(0), lse.t().unsqueeze(0)
 
 
