@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,8 +21,8 @@ from tests.data.kit import picture, tokenizer_folder
 SPEC = PreprocessSpec(image_size=16, patch_size=4, max_tiles=6, max_frames=8)
 
 
-def stage(vocab_size: int, *, vision: bool = True, name: str = "tiny", seed: int = 1) -> StageConfig:
-    """Settings of a model small enough for a test; weights large enough that no two tokens tie."""
+def stage(vocab_size: int, *, vision: bool = True, name: str = "tiny", seed: int = 1, **changes: Any) -> StageConfig:
+    """Settings of a model small enough for a test; weights large enough that no two tokens tie. `changes`: to it."""
     tower = VisionConfig(
         num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, image_size=16, patch_size=4,
         init_method_std=0.3, layer_scale_init=1.0,
@@ -29,13 +31,14 @@ def stage(vocab_size: int, *, vision: bool = True, name: str = "tiny", seed: int
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
         vocab_size=vocab_size, max_position_embeddings=512, init_method_std=0.3, vision=tower if vision else None,
     )  # fmt: skip
+    model = dataclasses.replace(model, **changes)
     return StageConfig(name=name, model=model, parallel=ParallelConfig(), train=TrainConfig(seed=seed))
 
 
-def save_checkpoint(folder: Path, *, vision: bool = True, name: str = "tiny", seed: int = 1) -> Path:
+def save_checkpoint(folder: Path, *, vision: bool = True, name: str = "tiny", seed: int = 1, **changes: Any) -> Path:
     """A fresh model's checkpoint and tokenizer under `folder`; returns the root of the checkpoint."""
     tokenizer = tokenizer_folder(folder / "tokenizer")
-    settings = stage(VitaTokenizer.load(tokenizer).vocab_size, vision=vision, name=name, seed=seed)
+    settings = stage(VitaTokenizer.load(tokenizer).vocab_size, vision=vision, name=name, seed=seed, **changes)
     groups = inference_groups(ParallelConfig())
     models = build_model(settings, groups)
     state = checkpoint.RunState(stage=settings, iteration=0, preprocess=SPEC if vision else None)
