@@ -13,7 +13,7 @@ from megatron_vita.inference.prefix_cache import PrefixCache
 from megatron_vita.inference.scheduler import StepPlan
 from megatron_vita.inference.sequence import Sequence
 from megatron_vita.layout import SequenceLayout
-from megatron_vita.parallel.block_table_kernels import DecodeTables
+from megatron_vita.parallel.decode_tables import DecodeTables
 from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep, KVCache
 
 
@@ -105,7 +105,13 @@ def build_batch(plan: StepPlan, blocks: BlockManager, cache: KVCache, device: to
 
 
 def _decode_tables(plan: StepPlan, cache: KVCache, device: torch.device) -> DecodeTables:
-    return DecodeTables.build([sequence.table.runs for sequence in plan.decodes], cache.token_bytes, device)
+    return DecodeTables.build(
+        [sequence.table.runs for sequence in plan.decodes],
+        token_bytes=cache.token_bytes,
+        block_size=cache.block_size,
+        dtype=cache.dtype,
+        device=device,
+    )
 
 
 def _rows(layout: SequenceLayout, ranks: int) -> list[tuple[tuple[int, int], ...]]:

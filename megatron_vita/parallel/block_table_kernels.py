@@ -9,79 +9,24 @@ r = h / g, B sequences that decode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_vita.device import on_accelerator
 from megatron_vita.parallel import flash
 from megatron_vita.parallel.block_kernels import merge, reference_forward
-
-Runs = Sequence[tuple[int, int]]
-"""(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
+from megatron_vita.parallel.decode_tables import DecodeTables, Gathered, Pages, Runs, slots_of
 
 _SHORT_RUN = 64
 """Tokens of a run below which gathering it with its neighbours costs less than a kernel call (measured on CPU)."""
 _GATHERED = 16384
 """Tokens gathered for one kernel call, at most."""
-_SHORT_BYTES = 65536
-"""Keys and values of a sequence below which a decoding batch gathers them (measured on CPU: from 32 to 96 KiB a call
-for each sequence costs as much as one for all of them)."""
-
 Kernel = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """Attention of q [1, g, n, d] to all of k and v [1, g, tokens, d]: output [1, g, n, d] and log-sum-exp [1, g, n]."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTables:
-    """Block tables of the sequences that decode; made once a step, for all layers."""
-
-    count: int
-    """B."""
-    alone: tuple[tuple[int, Runs], ...]
-    """(row, runs) of sequences with kernel calls of their own."""
-    rows: Tensor | None = None
-    """int64 [b]: rows of the sequences that are gathered; None: none."""
-    slots: Tensor | None = None
-    """int64 [b * longest]: their slots, padded with slots of others."""
-    hidden: Tensor | None = None
-    """float32 [b, 1, 1, longest]: -inf on padding, else 0."""
-
-    @classmethod
-    def build(cls, tables: Sequence[Runs], token_bytes: int, device: torch.device) -> DecodeTables:
-        """Decide which sequences are gathered.
-
-        Args:
-            tables: runs of each sequence on this rank; [B].
-            token_bytes: keys and values of one token in one layer.
-            device: of the cache.
-        """
-        lengths = [sum(tokens for _, tokens in runs) for runs in tables]
-        short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]
-        if len(short) < 2 or on_accelerator(device):
-            return cls(len(tables), tuple((row, runs) for row, runs in enumerate(tables) if runs))
-        longest = max(lengths[row] for row in short)
-        slots = np.full((len(short), longest), tables[short[0]][0][0], dtype=np.int64)
-        hidden = np.zeros((len(short), 1, 1, longest), dtype=np.float32)
-        for place, row in enumerate(short):
-            start = 0
-            for slot, tokens in tables[row]:
-                slots[place, start : start + tokens] = np.arange(slot, slot + tokens)
-                start += tokens
-            hidden[place, 0, 0, start:] = -np.inf
-        gathered = set(short)
-        return cls(
-            len(tables),
-            tuple((row, runs) for row, runs in enumerate(tables) if runs and row not in gathered),
-            torch.from_numpy(np.array(short)).to(device),
-            torch.from_numpy(slots.reshape(-1)).to(device),
-            torch.from_numpy(hidden).to(device),
-        )
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
@@ -120,20 +65,20 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, scale:
     """
     count, h, d = q.shape
     g = keys.shape[1]
+    if tables.pages is not None:
+        return _through_pages(q, keys, values, tables.pages, scale)
     folded = q.reshape(count, g, h // g, d)
     wide = torch.promote_types(q.dtype, torch.float32)
-    if tables.rows is not None and len(tables.rows) == count:
-        out, lse = _gathered(folded, keys, values, tables, scale)
+    some = tables.gathered
+    if some is not None and len(some.rows) == count:
+        out, lse = _gathered(folded, keys, values, some, scale)
         return out.reshape(count, h, d).to(wide), lse.reshape(count, h)
-    if count == 1 and tables.alone:
-        out, lse = _over_runs(folded, _by_head(keys), _by_head(values), tables.alone[0][1], scale)
-        return out.reshape(count, h, d), lse.reshape(count, h)
     out = q.new_zeros(count, g, h // g, d, dtype=wide)
     lse = q.new_full((count, g, h // g), float("-inf"), dtype=wide)
-    if tables.rows is not None:
-        some, some_lse = _gathered(folded.index_select(0, tables.rows), keys, values, tables, scale)
-        out.index_copy_(0, tables.rows, some.to(wide))
-        lse.index_copy_(0, tables.rows, some_lse)
+    if some is not None:
+        part, part_lse = _gathered(folded.index_select(0, some.rows), keys, values, some, scale)
+        out.index_copy_(0, some.rows, part.to(wide))
+        lse.index_copy_(0, some.rows, part_lse)
     if tables.alone:
         keys, values = _by_head(keys), _by_head(values)
         for row, runs in tables.alone:
@@ -142,17 +87,24 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, scale:
     return out.view(count, h, d), lse.view(count, h)
 
 
+def _through_pages(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, scale: float) -> tuple[Tensor, Tensor]:
+    """`decode` by flash attention on CUDA."""
+    k, v = (x.unflatten(0, (-1, pages.block_size)) for x in (keys, values))  # [blocks, block_size, g, d]
+    out, lse = flash.paged_forward(q, k, v, pages.bounds, pages.table, pages.lengths, pages.longest, scale=scale)
+    # A sequence without tokens on this rank: whatever the kernel says counts for nothing.
+    empty = (pages.lengths == 0)[:, None]
+    return out.float().masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
+
+
 def _by_head(stored: Tensor) -> Tensor:
     """[slots, g, d] -> [1, g, slots, d], a view."""
     return stored.transpose(0, 1).unsqueeze(0)
 
 
-def _gathered(q: Tensor, keys: Tensor, values: Tensor, tables: DecodeTables, scale: float) -> tuple[Tensor, Tensor]:
+def _gathered(q: Tensor, keys: Tensor, values: Tensor, some: Gathered, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of q [b, g, r, d] to the gathered tokens of each sequence: [b, g, r, d] and [b, g, r]."""
-    assert tables.slots is not None
-    assert tables.hidden is not None
-    k, v = (x.index_select(0, tables.slots).unflatten(0, (len(q), -1)).transpose(1, 2) for x in (keys, values))
-    out, lse = _flash(q, k, v, 0.0, False, attn_mask=tables.hidden.to(q.dtype), scale=scale)
+    k, v = (x.index_select(0, some.slots).unflatten(0, (len(q), -1)).transpose(1, 2) for x in (keys, values))
+    out, lse = _flash(q, k, v, 0.0, False, attn_mask=some.hidden.to(q.dtype), scale=scale)
     return out, lse
 
 
@@ -193,7 +145,7 @@ def _pieces(keys: Tensor, values: Tensor, runs: Runs) -> Iterator[tuple[Tensor, 
 
 
 def _gather(keys: Tensor, values: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
-    index = torch.from_numpy(np.concatenate([np.arange(slot, slot + tokens) for slot, tokens in runs])).to(keys.device)
+    index = torch.from_numpy(slots_of(runs)).to(keys.device)
     return keys.index_select(2, index), values.index_select(2, index)
 
 

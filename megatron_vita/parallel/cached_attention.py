@@ -25,8 +25,8 @@ from torch import Tensor
 
 from megatron_vita.parallel import block_table_kernels
 from megatron_vita.parallel.block_kernels import merge
-from megatron_vita.parallel.block_table_kernels import DecodeTables
 from megatron_vita.parallel.collectives import exchange_tokens, gather_tokens, ring_send_recv
+from megatron_vita.parallel.decode_tables import DecodeTables
 from megatron_vita.parallel.document_attention import attend
 from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep
 from megatron_vita.parallel.schedule import Schedule

@@ -54,6 +54,44 @@ def forward(
     return out, lse.t()
 
 
+def reads_pages(block_size: int, dtype: torch.dtype) -> bool:
+    """True if the kernels read a key/value cache through block tables: FlashAttention-2 does so for blocks of a multiple
+    of 256 tokens."""
+    return dtype in _HALF and block_size % 256 == 0
+
+
+def paged_forward(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    longest: int,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query of each sequence to its tokens in a cache of blocks, by one kernel call.
+
+    Args:
+        q: [B, h, d], float16 or bfloat16.
+        keys: [blocks, block_size, g, d].
+        values: [blocks, block_size, g, d].
+        bounds: int32 [B + 1], cu_seqlens of the queries.
+        table: int32 [B, most blocks of a sequence].
+        lengths: int32 [B], tokens of each sequence.
+        longest: largest of them.
+        scale: softmax scale.
+
+    Returns:
+        output [B, h, d] and log-sum-exp [B, h], float32; undefined where a sequence has no tokens.
+    """
+    out, lse, *_ = _aten._flash_attention_forward(
+        q, keys, values, bounds, None, 1, longest, 0.0, False, False, scale=scale, seqused_k=lengths, block_table=table
+    )
+    return out, lse.t()
+
+
 def backward(
     grad: Tensor,
     q: Tensor,

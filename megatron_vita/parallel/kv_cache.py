@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vita.parallel.block_table_kernels import DecodeTables, Runs
+from megatron_vita.parallel.decode_tables import DecodeTables, Runs
 
 
 class KVCache:
@@ -45,6 +45,7 @@ class KVCache:
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
         self.token_bytes = 2 * groups * head_dim * dtype.itemsize
         """Keys and values of one token in one layer."""
         # One tensor a layer: torch.empty touches no memory, so on a CPU unused blocks cost address space only.

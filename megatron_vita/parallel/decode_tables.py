@@ -1,0 +1,114 @@
+"""Which cached tokens the sequences of a decoding batch attend to, as the kernels of a device want it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vita.device import on_accelerator
+from megatron_vita.parallel import flash
+
+Runs = Sequence[tuple[int, int]]
+"""(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
+
+_SHORT_BYTES = 65536
+"""Keys and values of a sequence below which a decoding batch gathers them (measured on CPU: from 32 to 96 KiB a call
+for each sequence costs as much as one for all of them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Sequences that hold few tokens: one kernel call for all, on copies padded to the longest."""
+
+    rows: Tensor
+    """int64 [b]: their rows in the batch."""
+    slots: Tensor
+    """int64 [b * longest]: their slots, padded with slots of others."""
+    hidden: Tensor
+    """float32 [b, 1, 1, longest]: -inf on padding, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Block tables of all sequences, for flash attention on CUDA, which reads the cache through them."""
+
+    bounds: Tensor
+    """int32 [B + 1]: 0, 1, ..., B; a query for each sequence."""
+    table: Tensor
+    """int32 [B, blocks]: blocks of each sequence, 0 behind its last one."""
+    lengths: Tensor
+    """int32 [B]: tokens of each sequence."""
+    longest: int
+    """Largest length."""
+    block_size: int
+    """Tokens of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTables:
+    """Cached tokens of the sequences that decode, on this rank; made once a step, for all layers."""
+
+    count: int
+    """B."""
+    alone: tuple[tuple[int, Runs], ...] = ()
+    """(row, runs) of sequences with kernel calls of their own."""
+    gathered: Gathered | None = None
+    pages: Pages | None = None
+    """If set, of all sequences; nothing else is."""
+
+    @classmethod
+    def build(
+        cls, tables: Sequence[Runs], *, token_bytes: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> DecodeTables:
+        """Choose kernel calls for sequences.
+
+        Args:
+            tables: runs of each sequence on this rank; [B]; runs begin where blocks begin.
+            token_bytes: keys and values of one token in one layer.
+            block_size: tokens of a block.
+            dtype: of the cache.
+            device: of the cache.
+        """
+        if on_accelerator(device):
+            if flash.reads_pages(block_size, dtype):
+                return cls(len(tables), pages=_pages(tables, block_size, device))
+            return cls(len(tables), _alone(tables, frozenset()))
+        lengths = [sum(tokens for _, tokens in runs) for runs in tables]
+        short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]
+        if len(short) < 2:
+            return cls(len(tables), _alone(tables, frozenset()))
+        longest = max(lengths[row] for row in short)
+        slots = np.full((len(short), longest), tables[short[0]][0][0], dtype=np.int64)
+        hidden = np.zeros((len(short), 1, 1, longest), dtype=np.float32)
+        for place, row in enumerate(short):
+            slots[place, : lengths[row]] = slots_of(tables[row])
+            hidden[place, 0, 0, lengths[row] :] = -np.inf
+        gathered = Gathered(
+            torch.from_numpy(np.array(short)), torch.from_numpy(slots.reshape(-1)), torch.from_numpy(hidden)
+        )
+        return cls(len(tables), _alone(tables, frozenset(short)), gathered)
+
+
+def slots_of(runs: Runs) -> np.ndarray:
+    """int64 [tokens]: the slots of all runs."""
+    return np.concatenate([np.arange(slot, slot + tokens) for slot, tokens in runs])
+
+
+def _alone(tables: Sequence[Runs], gathered: frozenset[int]) -> tuple[tuple[int, Runs], ...]:
+    return tuple((row, runs) for row, runs in enumerate(tables) if runs and row not in gathered)
+
+
+def _pages(tables: Sequence[Runs], block_size: int, device: torch.device) -> Pages:
+    lengths = [sum(tokens for _, tokens in runs) for runs in tables]
+    table = np.zeros((len(tables), max(1, -(-max(lengths) // block_size))), dtype=np.int32)
+    for row, runs in enumerate(tables):
+        if runs:
+            blocks = slots_of(runs)[::block_size] // block_size
+            table[row, : len(blocks)] = blocks
+    arrays = (np.arange(len(tables) + 1, dtype=np.int32), table, np.array(lengths, dtype=np.int32))
+    bounds, pages, counts = (torch.from_numpy(array).to(device) for array in arrays)
+    return Pages(bounds, pages, counts, max(lengths), block_size)
