@@ -19,6 +19,7 @@ Files, one per habit of publishing that a reader meets in the open datasets:
     eval_digits.jsonl         every held-out scan as it is
     eval_needle_{8,16,32,64}.jsonl  videos whose every frame is a held-out scan and one is marked (inverted);
                               `frames` and `depth` (0 first frame, 1 last) are there for tables
+    eval_long_needle_{64,...,4096}.jsonl  more of these; beyond 64 frames they are longer than any video of training
     eval_frame_number.jsonl   the same kind of video, asked for a frame by its number
     eval_photos.jsonl         crops from the part of each photograph that training never sees
 
@@ -56,6 +57,8 @@ VideoJob: TypeAlias = tuple[Path, npt.NDArray[np.int64], int]
 
 VIDEO_SIDE = 32
 PICTURE_SIDE = 16
+TRAINED_FRAMES = 64
+"""Of the longest videos to train on."""
 ASK_DIGIT = "Which digit is this?"
 ASK_MARKED = "Which digit is marked?"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -81,6 +84,10 @@ class Sizes:
     """Samples of each long_text file."""
     needles: tuple[tuple[int, int], ...] = ((8, 60), (16, 60), (32, 60), (64, 500))
     """(frames, videos) of each held-out needle set."""
+    long_needles: tuple[tuple[int, int], ...] = (
+        (64, 25), (128, 25), (256, 25), (512, 25), (1024, 8), (2048, 6), (4096, 6),
+    )  # fmt: skip
+    """The same beyond the trained length."""
     frame_numbers: int = 100
     eval_crops: int = 20
     text_passages: int = 6000
@@ -95,6 +102,7 @@ SHORT = Sizes(
     stage4_videos=60,
     long_texts=20,
     needles=((8, 20), (16, 20), (32, 20), (64, 40)),
+    long_needles=((64, 2), (128, 2)),
     frame_numbers=20,
     eval_crops=10,
     text_passages=1200,
@@ -421,13 +429,15 @@ def plan_stage(
     return jobs
 
 
-def plan_needles(root: Path, stock: Digits, frames: int, videos: int, rng: np.random.Generator) -> list[VideoJob]:
-    """eval_needle_N.jsonl: each depth equally often, in random order; returns the videos to encode."""
+def plan_needles(
+    root: Path, kind: str, stock: Digits, frames: int, videos: int, rng: np.random.Generator
+) -> list[VideoJob]:
+    """eval_KIND_N.jsonl: each depth equally often, in random order; returns the videos to encode."""
     records, jobs = [], []
     places = rng.permutation(np.arange(videos) * frames // videos)
     for number, marked in enumerate(places):
         indices = rng.integers(0, len(stock), size=frames)
-        name = f"videos/needle_{frames}_{number:04d}.mp4"
+        name = f"videos/{kind}_{frames}_{number:04d}.mp4"
         jobs.append((root / name, indices, int(marked)))
         records.append(
             messages(
@@ -437,7 +447,7 @@ def plan_needles(root: Path, stock: Digits, frames: int, videos: int, rng: np.ra
                 depth=round(int(marked) / (frames - 1), 4),
             )
         )
-    write_jsonl(root / f"eval_needle_{frames}.jsonl", records)
+    write_jsonl(root / f"eval_{kind}_{frames}.jsonl", records)
     return jobs
 
 
@@ -576,7 +586,8 @@ def make_data(root: Path, sizes: Sizes, seed: int, workers: int) -> dict[str, in
     bunch = load_digits()
     scans, labels = bunch.images, bunch.target.astype(np.int64)
     # A generator per file: changing the size of one leaves the others as they are.
-    rngs = iter(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(16))
+    generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(16)]
+    rngs = iter(generators)
     held_out = split_scans(labels, sizes.held_out, next(rngs))
     train_scans, eval_scans = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     root.mkdir(parents=True, exist_ok=True)
@@ -593,12 +604,14 @@ def make_data(root: Path, sizes: Sizes, seed: int, workers: int) -> dict[str, in
     write_eval_digits(root, held)
 
     jobs: list[tuple[str, VideoJob]] = []
-    for stage, videos, frames in ((3, sizes.stage3_videos, (2, 16)), (4, sizes.stage4_videos, (16, 64))):
+    for stage, videos, frames in ((3, sizes.stage3_videos, (2, 16)), (4, sizes.stage4_videos, (16, TRAINED_FRAMES))):
         jobs += [("train", job) for job in plan_stage(root, stage, train, videos, frames, pictures, next(rngs))]
     rng = next(rngs)
     for frames_each, videos in sizes.needles:
-        jobs += [("held", job) for job in plan_needles(root, held, frames_each, videos, rng)]
+        jobs += [("held", job) for job in plan_needles(root, "needle", held, frames_each, videos, rng)]
     jobs += [("held", job) for job in plan_frame_numbers(root, held, sizes.frame_numbers, next(rngs))]
+    for frames_each, videos in sizes.long_needles:
+        jobs += [("held", j) for j in plan_needles(root, "long_needle", held, frames_each, videos, generators[-1])]
     encode_videos(jobs, {"train": train, "held": held}, workers)
 
     sentences = prose()

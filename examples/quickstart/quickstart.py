@@ -1,10 +1,11 @@
 """The main job in miniature: open data -> packed shards -> parts -> four stages -> Hugging Face -> an answer.
 
-    python examples/quickstart/quickstart.py --output runs/quickstart [--seed N] [--short]
+    python examples/quickstart/quickstart.py --output runs/quickstart [--seed N] [--short] [--needle]
 
 Every step is a command that a user of the large system runs too; each is shown before it runs. Finished steps are
 remembered in the output folder, so a run that was stopped goes on where it was. `--short` walks the same way with
-little data and few steps: it shows that everything works, not that it learns.
+little data and few steps: it shows that everything works, not that it learns. `--needle` adds videos of 1,024 to 4,096
+frames to the curve of videos that are longer than any of training.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = "examples/quickstart"
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 SEQUENCE_LENGTHS = {"text": 512, "valid": 512, "stage1": 512, "stage2": 1024, "stage3": 512, "stage4": 1024}
-NUMBER_OF_STEPS = 9
+NUMBER_OF_STEPS = 10
+LONGER, LONGEST = (64, 128, 256, 512), (1024, 2048, 4096)
+"""Frames of the videos of `make quickstart` and of `--needle`; training has up to 64 frames, in 1,024 tokens."""
+YARN = {"rope_type": "yarn", "factor": LONGEST[-1] / 64, "original_max_position_embeddings": SEQUENCE_LENGTHS["stage4"]}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Step:
     lanes: list[list[list[str]]]
 
 
-def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
+def steps(run: str, *, seed: int, short: bool, needle: bool = False) -> Iterator[Step]:
     """The whole way, in order. `run` is the output folder, relative to the checkout or absolute.
 
     Steps are made one by one, when the one before is done: the last asks about a picture that the first wrote.
@@ -61,14 +65,27 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
         media = ["--max-tiles", "6", "--max-frames", "64", "--workers", "1", "--resume"]
         return tool("preprocess_data.py", "--data-config", f"{HERE}/mixes/{name}.yaml", *paths, *sizes, *media)
 
-    def train(config: str, ranks: int) -> list[str]:
-        launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        return [*launch, "pretrain_vita.py", "--config", f"{HERE}/{config}", *seeds, *few]
+    def ranks(number: int) -> list[str]:
+        return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+
+    def train(config: str, number: int) -> list[str]:
+        return [*ranks(number), "pretrain_vita.py", "--config", f"{HERE}/{config}", *seeds, *few]
 
     def evaluate(output: str, models: Sequence[str], sets: Sequence[str], *flags: str) -> list[str]:
         files = [flag for name in sets for flag in ("--data", f"{run}/data/eval_{name}.jsonl")]
         budget = ["--max-new-tokens", "4", "--output", f"{run}/eval/{output}", *flags]
         return tool("evaluate.py", "--task", "exact_match", "--model", *models, *files, *budget)
+
+    def evaluate_long(output: str, frames: Sequence[int], *flags: str) -> list[str]:
+        """By two context-parallel ranks; one question at a time, so that its prefill can be timed."""
+        sets = [f"long_needle_{number}" for number in frames]
+        alone = ["--context-parallel-size", "2", "--max-num-seqs", "1", "--max-frames", str(LONGEST[-1])]
+        return [*ranks(2), *evaluate(output, saved[-1:], sets, *alone, *flags)[1:]]
+
+    def longer_than_trained(frames: Sequence[int], part: str) -> list[list[str]]:
+        """As the model was trained, but that it takes any length; and with YaRN."""
+        unscaled = evaluate_long(f"long_{part}", frames, "--max-position-embeddings", str(16 * LONGEST[-1]))
+        return [unscaled, evaluate_long(f"long_{part}_yarn", frames, "--rope-scaling", json.dumps(YARN))]
 
     limit = ["--limit", "20"] if short else []
     saved = [f"{run}/save/{stage}" for stage in STAGES]
@@ -129,6 +146,11 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
         ],
     )
     yield Step(
+        "longer than trained",
+        "Ask about videos of up to 512 frames, which no training has seen, in two context-parallel processes",
+        [longer_than_trained(LONGER[:2] if short else LONGER, "512")],
+    )
+    yield Step(
         "report", "Draw the loss, the needle heat map and a page of answers", [[example("report.py", "--run", run)]]
     )
     first = (ROOT / run / "data" / "eval_digits.jsonl").open(encoding="utf-8").readline()
@@ -139,6 +161,12 @@ def steps(run: str, *, seed: int, short: bool) -> Iterator[Step]:
         [[tool("chat.py", "--model", f"{run}/hf", "--image", unseen, "Which digit is this?")]],
     )
     yield Step("check", "Hold the run to what was promised", [[example("check.py", "--run", run, *less)]])
+    if needle:
+        yield Step(
+            "needle",
+            "Ask about videos of 1,024 to 4,096 frames; draw the report again",
+            [[*longer_than_trained(LONGEST, "4096"), example("report.py", "--run", run)]],
+        )
 
 
 class Lane:
@@ -233,7 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--short", action="store_true", help="little data, few steps: shows that it runs")
+    parser.add_argument("--needle", action="store_true", help="also ask about videos of 1,024 to 4,096 frames")
     arguments = parser.parse_args(argv)
+    if arguments.short and arguments.needle:
+        parser.error("--needle asks what has been learnt; leave out --short")
     run = ROOT / arguments.output
     run.mkdir(parents=True, exist_ok=True)
     os.environ.update(RUN=arguments.output, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -246,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"quickstart: {run} holds a run with {kept['settings']}; choose another --output.", file=sys.stderr)
             return 2
         done = kept["seconds"]
-    way = steps(arguments.output, seed=arguments.seed, short=arguments.short)
-    head = f"/{NUMBER_OF_STEPS}]"
+    way = steps(arguments.output, seed=arguments.seed, short=arguments.short, needle=arguments.needle)
+    head = f"/{NUMBER_OF_STEPS + arguments.needle}]"
     began = time.monotonic()
     for number, step in enumerate(way, 1):
         if step.name in done:

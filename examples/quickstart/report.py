@@ -7,6 +7,7 @@ Reads the ledgers `DIR/save/<stage>/ledger.jsonl` and every `results.jsonl` that
 
     loss.png      training loss over the steps of all stages
     needle.png    final model: accuracy by number of frames and depth of the marked frame, and with its tiles zeroed
+    longer.png    final model: accuracy and prefill time by number of frames, far beyond the trained length
     answers.png   held-out pictures and videos with question, answer and verdict, drawn at random
     report.md     these and the table of accuracy after each stage
     accuracy.json the table's numbers
@@ -40,6 +41,10 @@ STAGE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9
 GREEN, RED, GREY = "#00795A", "#C04000", "#555555"
 """Verdict colours: apart in lightness too, and always beside a sign, so that no reader depends on hue."""
 SEED = 7
+LONG = "long_needle"
+"""What the names of sets beyond the trained length begin with."""
+TRAINED_FRAMES = 64
+"""Of the longest videos that were trained on."""
 
 Result = Mapping[str, Any]
 
@@ -65,18 +70,24 @@ def read_ledgers(save: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """All result lines under the folders; a line that appears twice (same model, data, line, tiles) counts once."""
+    """All result lines under the folders; a line that appears twice (same model, data, line, settings) counts once."""
     found = {}
     for folder in folders:
         for path in sorted(folder.rglob("results.jsonl")):
             for line in read_lines(path):
-                found[line["name"], kind_of(line), line["line"], line["zero_tiles"]] = line
+                found[line["name"], kind_of(line), line["line"], line["zero_tiles"], scaling_of(line)] = line
     return list(found.values())
 
 
 def kind_of(result: Result) -> str:
     """Name of an evaluation set: its file's name without `eval_`."""
     return Path(result["data"]).stem.removeprefix("eval_")
+
+
+def scaling_of(result: Result) -> str:
+    """How positions were scaled for a question; "" as in training."""
+    scaling = result.get("overrides", {}).get("rope_scaling")
+    return f"{scaling['rope_type']} ×{scaling['factor']:g}".replace("yarn", "YaRN") if scaling else ""
 
 
 def stages_of(results: Iterable[Result]) -> list[str]:
@@ -202,6 +213,108 @@ def draw_needle(results: Sequence[Result], name: str, path: Path) -> None:
     bar.outline.set_visible(False)
     figure.suptitle(f"“Which digit is marked?” after {name}", fontsize=13, x=0.01, ha="left")
     figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------------- longer
+
+
+@dataclass(frozen=True, slots=True)
+class LongPoint:
+    """The questions about videos of one length."""
+
+    frames: int
+    tally: Tally
+    tokens: float
+    """Of a prompt, on average."""
+    seconds: float
+    """Of its prefill, the median."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens of a prompt a second."""
+        return self.tokens / self.seconds
+
+
+def long_curves(results: Iterable[Result]) -> dict[str, list[LongPoint]]:
+    """Label -> points by number of frames, over the sets `long_needle_*`; positions as trained first."""
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        if kind_of(result).startswith(LONG) and result["verdict"] != UNREADABLE:
+            groups.setdefault((scaling_of(result), result["fields"]["frames"]), []).append(result)
+    curves: dict[str, list[LongPoint]] = {}
+    for (scaling, frames), members in sorted(groups.items()):
+        tokens, seconds = ([r[key] for r in members] for key in ("prompt_tokens", "prefill_seconds"))
+        tally = Tally.of(r["verdict"] for r in members)
+        point = LongPoint(frames, tally, float(np.mean(tokens)), float(np.median(seconds)))
+        curves.setdefault(scaling or "as trained", []).append(point)
+    return curves
+
+
+def draw_longer(curves: Mapping[str, Sequence[LongPoint]], name: str, path: Path) -> None:
+    """Accuracy with its 95% Wilson interval, and time and rate of prefill, by number of frames."""
+    figure = Figure(figsize=(11.5, 4.7), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    ticks = sorted({point.frames for points in curves.values() for point in points})
+    for number, (label, points) in enumerate(curves.items()):
+        colour, marker = STAGE_COLOURS[number % len(STAGE_COLOURS)], "os^D"[number % 4]
+        frames = np.array([point.frames for point in points])
+        aside = 1.03 ** (number - (len(curves) - 1) / 2)  # so that no bar hides another
+        shares = np.array([point.tally.accuracy for point in points])
+        ends = np.array([wilson(point.tally.right, point.tally.count) for point in points])
+        bars = np.abs(ends - shares[:, None]).T
+        left.errorbar(frames * aside, shares, bars, color=colour, marker=marker, capsize=3, linewidth=1.8, label=label)
+        right.plot(frames, [point.seconds for point in points], color=colour, marker=marker, alpha=0.8)
+    left.axhline(0.1, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+    left.annotate(
+        "chance", (1, 0.1), (-4, 3), xycoords=left.get_yaxis_transform(), textcoords="offset points", ha="right",
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    left.set_ylim(0, 1.04)
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    left.set_ylabel("accuracy (bars: 95% Wilson interval)")
+    left.legend(frameon=False, fontsize=9.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(curves))
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylabel("prefill of a prompt, seconds (median)")
+    for frames_each in ticks:
+        here = [p for points in curves.values() for p in points if p.frames == frames_each]
+        rate = sum(p.rate for p in here) / len(here)
+        right.annotate(
+            f"{here[0].tokens:,.0f} tokens,\n{rate:,.0f} a second", (frames_each, min(p.seconds for p in here)),
+            (4, -6), textcoords="offset points", fontsize=7, color=GREY, va="top",
+        )  # fmt: skip
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xlim(ticks[0] / 1.3, ticks[-1] * (1.3 if axes is left else 1.9))
+        axes.axvspan(axes.get_xlim()[0], TRAINED_FRAMES, color="#000000", alpha=0.06, linewidth=0)
+        axes.axvline(TRAINED_FRAMES, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xlabel("frames in the video")
+        axes.grid(axis="y", color="#000000", alpha=0.12, linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    left.annotate(
+        f"longest trained:\n{TRAINED_FRAMES} frames", (TRAINED_FRAMES, 0.3), (4, 0), textcoords="offset points",
+        fontsize=8, color=GREY, va="center",
+    )  # fmt: skip
+    figure.suptitle(f"“Which digit is marked?” beyond the trained length, after {name}", fontsize=13, x=0.01, ha="left")
+    figure.savefig(path)
+
+
+def longer_table(curves: Mapping[str, Sequence[LongPoint]]) -> list[str]:
+    """The curves as lines of a Markdown table."""
+    rows = [
+        "| positions | frames | tokens | questions | accuracy | prefill | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label, points in curves.items():
+        for point in points:
+            low, high = wilson(point.tally.right, point.tally.count)
+            share = f"**{point.tally.accuracy:.0%}** ({low:.0%}–{high:.0%})"
+            row = f"| {label} | {point.frames:,} | {point.tokens:,.0f} | {point.tally.count} | {share} "
+            rows.append(row + f"| {point.seconds:.2f} s | {point.rate:,.0f} |")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -375,6 +488,8 @@ def write_report(save: Path, results_from: Sequence[Path], data: Path, output: P
     output.mkdir(parents=True, exist_ok=True)
     ledgers = {stage: lines for stage, lines in read_ledgers(save).items() if lines}
     results = read_results(results_from)
+    curves = long_curves(results)
+    results = [result for result in results if not kind_of(result).startswith(LONG)]
     missing, page = [], ["# What this run did", ""]
     if ledgers:
         draw_loss(ledgers, output / "loss.png")
@@ -402,6 +517,17 @@ def write_report(save: Path, results_from: Sequence[Path], data: Path, output: P
             page += ["## The marked frame", "", "![accuracy by frames and depth](needle.png)", ""]
         else:
             missing.append(f"no needle heat map: {last} was not asked a needle set")
+        if curves:
+            draw_longer(curves, last, output / "longer.png")
+            page += ["## Longer than trained", "", "![accuracy and prefill time by frames](longer.png)", ""]
+            page += [f"Training has videos of up to {TRAINED_FRAMES} frames. Two context-parallel ranks answer one"]
+            page += ["question at a time: with positions as trained, and scaled by YaRN without further training."]
+            page += [
+                "Prefill is the time from a question to the first token of its answer, decoding the video included."
+            ]
+            page += ["", *longer_table(curves), ""]
+        else:
+            missing.append("no curve beyond the trained length: no long_needle set was asked")
         draw_answers(final, last, data, output / "answers.png")
         page += ["## Answers", "", "![pictures, questions and answers](answers.png)", ""]
     page += [f"Left out: {reason}." for reason in missing]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from megatron_vita.config import rope_scaling_json
 from megatron_vita.inference.sampling_config import SamplingConfig
 from megatron_vita.inference.settings import DTYPES, LM_HEADS, EngineSettings
 
@@ -41,6 +42,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of the vocabulary product: only those asked for, or all for comparison (default: %(default)s)",
     )
     add("--enable-prefix-caching", action="store_true", help="requests that begin alike share keys and values")
+    add = parser.add_argument_group("model (default: as it was trained)").add_argument
+    add(
+        "--rope-scaling",
+        type=rope_scaling_json,
+        metavar="JSON",
+        help="""for prompts beyond the trained length, e.g. '{"rope_type": "yarn", "factor": 4.0}'""",
+    )
+    add("--rotary-base", type=float, help="base of the rotary embedding (rope_theta)")
+    add("--max-position-embeddings", type=int, help="tokens of the longest prompt with its answer")
+    add("--max-frames", type=int, help="most frames taken from a video")
 
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:

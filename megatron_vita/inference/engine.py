@@ -24,6 +24,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.device import empty_cache
 from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.prefix_cache import Key, block_keys
 from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.prompt_media import PromptMedia
@@ -82,7 +83,7 @@ class Engine:
         path = Path(path)
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
-        opened = open_model(path)
+        opened = open_for_inference(path, settings)
         tokenizer = VitaTokenizer.load(opened.tokenizer_dir)
         parallel = ParallelConfig(
             tensor_model_parallel_size=settings.tensor_model_parallel_size,

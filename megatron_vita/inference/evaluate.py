@@ -12,13 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vita.convert import open_model
 from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import QuestionKeys, model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.leader import from_leader, leads
+from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.processes import in_processes
 from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.questions import Question, read_questions
@@ -45,7 +45,7 @@ class EvalSettings:
     video_backend: str = "auto"
     """Video decoder, see `open_video`; another version of it counts as another setting."""
     engine: EngineSettings = field(default_factory=EngineSettings)
-    """Layout over ranks, dtype, cache and scheduling; only the dtype affects answers."""
+    """Layout over ranks, dtype, cache and scheduling; the dtype and the overrides affect answers."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -54,7 +54,7 @@ class EvalSettings:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that determine answers or verdicts, but the dtype, which is the model's."""
+        """The settings that determine answers or verdicts, but the engine's: dtype and overrides are the model's."""
         deciding = {key: value for key, value in asdict(self).items() if key != "engine"}
         return {**deciding, "video_backend": decoder_name(self.video_backend)}
 
@@ -146,7 +146,7 @@ def _plan(
 ) -> _Plan:
     """Read questions and results, and drop what no longer holds. Raises as `evaluate` does."""
     names = _names(models)
-    known = {model: model_key(open_model(model), settings.engine.dtype) for model in names}
+    known = {model: model_key(open_for_inference(model, settings.engine), settings.engine.dtype) for model in names}
     with ExitStack() as stack:
         results = stack.enter_context(closing(ResultFile(output / "results.jsonl")))
         files: dict[str, list[tuple[str, Question]]] = {}
@@ -223,10 +223,12 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
             key, data, question = part.questions[int(request.id)]
             result: Result = {"run": key, "model": part.model, "name": part.name, "task": settings.task}
             result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
+            result |= {"overrides": settings.engine.overrides}
             if isinstance(outcome, Generation):
                 verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
                 result |= {"answer": outcome.text.strip(), "expected": question.expected, "verdict": verdict}
                 result |= {"finished": outcome.finished, "fields": question.fields}
+                result |= {"prompt_tokens": outcome.prompt_tokens, "prefill_seconds": outcome.prefill_seconds}
             elif isinstance(outcome, DataError):
                 result |= {"answer": "", "expected": question.expected, "verdict": UNREADABLE, "finished": True}
                 result |= {"error": str(outcome), "fields": question.fields}

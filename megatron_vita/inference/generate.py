@@ -6,12 +6,12 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_vita.convert import open_model
 from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.inference.answer_key import model_key, run_key
 from megatron_vita.inference.batch_file import BatchRun, BatchSummary
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.leader import from_leader, leads
+from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def generate(
         model: checkpoint or Hugging Face folder.
         source: requests, in the format of OpenAI's batch files.
         output: answers, appended as they come.
-        settings: of the engine. Only the dtype decides answers.
+        settings: of the engine. The dtype and the overrides decide answers.
         media_root: folder of the media; by default that of the requests.
         video_backend: what decodes videos; see `open_video`.
 
@@ -47,7 +47,7 @@ def generate(
         runs: list[BatchRun] = []
 
         def prepare() -> int:
-            opened = open_model(Path(model))
+            opened = open_for_inference(model, settings)
             run = BatchRun(
                 source,
                 output,

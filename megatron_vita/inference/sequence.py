@@ -44,6 +44,10 @@ class Sequence:
     """Of the prompt's tokens so far, if asked for."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the generated tokens, if asked for."""
+    started: float | None = None
+    """Time of the first step that computed it, by this rank's monotonic clock."""
+    prefill_seconds: float = 0.0
+    """From `started` to the first generated token."""
 
     def __post_init__(self) -> None:
         self.first_tokens = np.array([slot.first_token for slot in self.example.tiles], dtype=np.int64)

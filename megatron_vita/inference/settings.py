@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.files import readable_size
@@ -14,6 +16,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 LM_HEADS = ("masked", "chunked", "full")
 """`masked`: only the rows that are asked for reach the vocabulary product; `chunked`: all rows, a chunk at a time;
 `full`: all rows at once. The last two are the paper's comparison; the logits that are used are the same."""
+OVERRIDES = ("rope_scaling", "rotary_base", "max_position_embeddings", "max_frames")
+"""Settings that replace the model's own, if they are not None."""
 DEFAULT_KV_CACHE_SHARE = Fraction(1, 2)
 """Share of the free memory that keys and values may fill if nothing else is said; activations need the rest."""
 
@@ -25,7 +29,10 @@ _MOST_BYTES = 1 << 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """How a model is laid out over ranks and how its requests are scheduled; answers do not depend on it."""
+    """How a model is laid out over ranks, how requests are scheduled, and overrides of the model's own settings.
+
+    Answers depend on the dtype and the overrides only.
+    """
 
     tensor_model_parallel_size: int = 1
     """Ranks that split each weight matrix and the heads of the cache."""
@@ -47,19 +54,34 @@ class EngineSettings:
     """Which rows reach the vocabulary product, see LM_HEADS."""
     enable_prefix_caching: bool = False
     """Requests that begin with the same blocks of tokens and pictures share their keys and values."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """Scaling of the rotary embedding, as transformers' rope_scaling; None: the model's. See with_rope_scaling."""
+    rotary_base: float | None = None
+    """Base of the rotary embedding (rope_theta); None: the model's."""
+    max_position_embeddings: int | None = None
+    """Tokens of the longest prompt with its answer; None: the model's, or what follows from `rope_scaling`."""
+    max_frames: int | None = None
+    """Most frames taken from a video; None: as many as the model was trained with."""
 
     def __post_init__(self) -> None:
         for name in (
             "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size", "block_size",
-            "chunked_prefill_size", "max_num_seqs",
+            "chunked_prefill_size", "max_num_seqs", "max_position_embeddings", "max_frames",
         ):  # fmt: skip
             value = getattr(self, name)
+            if value is None and name in OVERRIDES:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
         for name, known in (("dtype", DTYPES), ("lm_head", LM_HEADS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known. Choose one of {', '.join(known)}.")
         self._kv_cache()
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Settings that replace the model's own, by name."""
+        return {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
 
     @property
     def world_size(self) -> int:

@@ -5,6 +5,7 @@ All ranks hear the same news in the same order and get the same tokens, so their
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 
@@ -133,6 +134,9 @@ class Worker:
             for new in news.new:
                 self._begin(new)
         plan = self.scheduler.plan()
+        for chunk in plan.chunks:
+            if chunk.sequence.started is None:
+                chunk.sequence.started = time.monotonic()
         outputs: list[Output] = []
         if self.config.vision is not None and any(chunk.sequence.example.tiles for chunk in plan.chunks):
             plan, outputs = self._load_tiles(plan)
@@ -190,6 +194,8 @@ class Worker:
         reason: FinishReason | None = None
         stopped: str | int | None = None
         text = ""
+        if not sequence.generated and sequence.started is not None:
+            sequence.prefill_seconds = time.monotonic() - sequence.started
         if token in self.ends and not config.ignore_eos:
             reason = "stop"
         elif token in config.stop_token_ids:
@@ -219,6 +225,7 @@ class Worker:
             stop_reason=stopped,
             prompt_tokens=len(sequence.prompt),
             cached_tokens=sequence.shared,
+            prefill_seconds=sequence.prefill_seconds,
             logprobs=tuple(sequence.logprobs) if config.logprobs is not None else None,
             prompt_logprobs=(None, *sequence.prompt_logprobs) if config.prompt_logprobs is not None else None,
         )

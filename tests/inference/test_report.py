@@ -54,11 +54,28 @@ def make_run(run: Path) -> None:
     write_lines(run / "eval/results.jsonl", results)
 
 
+def add_long(run: Path, frames: int, right: int, count: int, scaling: dict[str, object] | None) -> None:
+    """Answers about videos longer than any of training; each evaluation has its own folder."""
+    fields = {"frames": frames, "depth": 0.5}
+    lines: list[dict[str, object]] = [
+        {
+            "run": "r", "model": "m", "name": "stage4", "task": "exact_match", "line": line + 1, "zero_tiles": False,
+            "data": f"elsewhere/eval_long_needle_{frames}.jsonl", "answer": "7", "expected": "7",
+            "verdict": "right" if line < right else "wrong", "finished": True, "fields": fields,
+            "prompt_tokens": 13 * frames, "prefill_seconds": 0.5 + line,
+            "overrides": {"max_frames": 4096} | ({"rope_scaling": scaling} if scaling else {}),
+        }
+        for line in range(count)
+    ]  # fmt: skip
+    write_lines(run / f"eval/long_{frames}{'_yarn' if scaling else ''}/results.jsonl", lines)
+
+
 def test_all_pages(report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path)
+    add_long(tmp_path, 128, 1, 3, None)
     assert report.main(["--run", str(tmp_path)]) == 0
     page = (tmp_path / "report/report.md").read_text()
-    for name in ("loss.png", "needle.png", "answers.png"):
+    for name in ("loss.png", "needle.png", "longer.png", "answers.png"):
         assert name in page
         with Image.open(tmp_path / "report" / name) as picture:
             assert min(picture.size) > 300
@@ -89,3 +106,32 @@ def test_an_empty_run_says_what_is_missing(
     assert report.main(["--run", str(tmp_path)]) == 0
     assert "no loss curve" in capsys.readouterr().err
     assert "Left out: no accuracies" in (tmp_path / "report/report.md").read_text()
+
+
+def test_longer_videos_have_a_curve_of_their_own(report: ModuleType, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert report.main(["--run", str(tmp_path)]) == 0
+    numbers = (tmp_path / "report/accuracy.json").read_text()
+    assert "Longer than trained" not in (tmp_path / "report/report.md").read_text()
+    yarn = {"rope_type": "yarn", "factor": 64.0}
+    for frames, right, scaling in ((128, 1, None), (1024, 0, None), (128, 3, yarn)):
+        add_long(tmp_path, frames, right, 3, scaling)
+    assert report.main(["--run", str(tmp_path)]) == 0
+    page = (tmp_path / "report/report.md").read_text()
+    for row in (
+        "| as trained | 128 | 1,664 | 3 | **33%** (6%–79%) | 1.50 s | 1,109 |",
+        "| as trained | 1,024 | 13,312 | 3 | **0%** (0%–56%) | 1.50 s | 8,875 |",
+        "| YaRN ×64 | 128 | 1,664 | 3 | **100%** (44%–100%) | 1.50 s | 1,109 |",
+    ):
+        assert row in page
+    with Image.open(tmp_path / "report/longer.png") as picture:
+        assert min(picture.size) > 300
+    assert (tmp_path / "report/accuracy.json").read_text() == numbers, "the table of stages is about other questions"
+
+
+def test_the_trained_length_is_that_of_the_data(report: ModuleType) -> None:
+    data = load_script("examples/quickstart/make_data.py")
+    quickstart = load_script("examples/quickstart/quickstart.py")
+    assert report.TRAINED_FRAMES == data.TRAINED_FRAMES
+    assert quickstart.YARN["factor"] * data.TRAINED_FRAMES == quickstart.LONGEST[-1]
+    assert [frames for frames, _ in data.Sizes().long_needles] == [*quickstart.LONGER, *quickstart.LONGEST]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -57,6 +58,7 @@ def test_a_size_that_is_not_free_is_refused_with_both_numbers() -> None:
     [
         ("tensor_model_parallel_size", 0), ("context_parallel_size", -1), ("pipeline_model_parallel_size", True),
         ("block_size", 0), ("chunked_prefill_size", 1.5), ("max_num_seqs", 0), ("dtype", "int8"), ("lm_head", "none"),
+        ("max_frames", 0), ("max_position_embeddings", 0),
     ],
 )  # fmt: skip
 def test_bad_settings_name_the_field(name: str, value: object) -> None:
@@ -70,13 +72,19 @@ def test_every_setting_has_its_flag_and_default() -> None:
     other = {
         "tensor_model_parallel_size": "2", "context_parallel_size": "4", "pipeline_model_parallel_size": "3",
         "dtype": "bfloat16", "kv_cache_memory": "4GiB", "block_size": "8", "chunked_prefill_size": "64",
-        "max_num_seqs": "7", "lm_head": "chunked",
+        "max_num_seqs": "7", "lm_head": "chunked", "rotary_base": "2.0", "max_position_embeddings": "9",
+        "max_frames": "3",
     }  # fmt: skip
-    assert {*other, "enable_prefix_caching"} == {field.name for field in fields(EngineSettings)}
+    assert {*other, "enable_prefix_caching", "rope_scaling"} == {field.name for field in fields(EngineSettings)}
     words = [word for name, value in other.items() for word in (f"--{name.replace('_', '-')}", value)]
-    said = engine_settings(made.parse_args([*words, "--enable-prefix-caching"]))
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    said = engine_settings(made.parse_args([*words, "--enable-prefix-caching", "--rope-scaling", json.dumps(yarn)]))
     assert {name: str(getattr(said, name)) for name in other} == other
     assert said.enable_prefix_caching
+    assert said.rope_scaling == yarn
+    assert said.overrides == {
+        "rope_scaling": yarn, "rotary_base": 2.0, "max_position_embeddings": 9, "max_frames": 3,
+    }  # fmt: skip
     assert said.world_size == 24
     with pytest.raises(ConfigError, match="block_size=0"):
         engine_settings(made.parse_args(["--block-size", "0"]))
