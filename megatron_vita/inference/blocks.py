@@ -130,7 +130,7 @@ class BlockManager:
     def fits_decoded(self, table: BlockTable) -> bool:
         """True if there is room for the next generated token."""
         owner = self.decode_rank(table)
-        return self._missing(table, owner, 1) <= self._available(owner)
+        return table.tokens[owner] % self.block_size > 0 or self._available(owner) > 0
 
     def most_missing(self, table: BlockTable, tokens: int) -> int:
         """Blocks that so many more tokens on every rank take, on the rank that takes most."""
@@ -177,6 +177,8 @@ class BlockManager:
         With several unfilled blocks, as a prompt leaves them, the rank with fewest tokens among these: a block is
         filled before the next rank's turn.
         """
+        if self.ranks == 1:
+            return 0
         unfilled = [rank for rank in range(self.ranks) if table.tokens[rank] % self.block_size]
         return min(unfilled or range(self.ranks), key=lambda rank: (table.tokens[rank], rank))
 

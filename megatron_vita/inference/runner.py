@@ -122,7 +122,10 @@ class ModelRunner:
             dtype=torch.int64,
             device=hidden.device,
         )
-        rows = hidden.index_select(0, index) if self._head == "masked" else self._all_logits(hidden, index)
+        if self._head != "masked":
+            rows = self._all_logits(hidden, index)
+        else:
+            rows = hidden if len(index) == len(hidden) else hidden.index_select(0, index)
         if batch.ends and self._groups.cp_size > 1:
             # The last token of a prompt is on one context rank: the others add zeros, which is exact.
             ends = rows.new_zeros(len(batch.ends), rows.shape[1])

@@ -81,12 +81,14 @@ class DecodeTables:
         short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]
         if len(short) < 2:
             return cls(len(tables), _alone(tables, frozenset()))
-        longest = max(lengths[row] for row in short)
-        slots = np.full((len(short), longest), tables[short[0]][0][0], dtype=np.int64)
-        hidden = np.zeros((len(short), 1, 1, longest), dtype=np.float32)
+        held = np.array([lengths[row] for row in short])[:, None]
+        number = np.arange(int(held.max()))[None]
+        slots = np.array([tables[row][0][0] for row in short], dtype=np.int64)[:, None] + np.minimum(number, held - 1)
         for place, row in enumerate(short):
-            slots[place, : lengths[row]] = slots_of(tables[row])
-            hidden[place, 0, 0, lengths[row] :] = -np.inf
+            if len(tables[row]) > 1:
+                slots[place, : lengths[row]] = slots_of(tables[row])
+                slots[place, lengths[row] :] = slots[place, 0]
+        hidden = np.where(number < held, np.float32(0), np.float32(-np.inf))[:, None, None]
         gathered = Gathered(
             torch.from_numpy(np.array(short)), torch.from_numpy(slots.reshape(-1)), torch.from_numpy(hidden)
         )

@@ -48,9 +48,12 @@ class KVCache:
         self.dtype = dtype
         self.token_bytes = 2 * groups * head_dim * dtype.itemsize
         """Keys and values of one token in one layer."""
-        # One tensor a layer: torch.empty touches no memory, so on a CPU unused blocks cost address space only.
-        shape = (2, num_blocks * block_size, groups, head_dim)
-        self._layers = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers}
+        # torch.empty touches no memory, so on a CPU unused blocks cost address space only.
+        shape = (num_blocks * block_size, groups, head_dim)
+        self._layers = {
+            layer: (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for layer in layers
+        }
 
     @staticmethod
     def block_bytes(*, layers: int, block_size: int, groups: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -59,8 +62,7 @@ class KVCache:
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [slots, g, d] each."""
-        keys, values = self._layers[layer].unbind(0)
-        return keys, values
+        return self._layers[layer]
 
     def write(self, layer: int, key: Tensor, value: Tensor, step: CacheStep) -> None:
         """Store the step's keys and values [t, g, d] that this rank owns, in their slots."""
