@@ -9,9 +9,8 @@ from torch import Tensor
 
 from megatron_vita.device import on_accelerator
 
-
 _SMALL = 8192
-"""Numbers below which PyTorch's composite on CPU is faster, because it is one call; above, fewer passes over memory are."""
+"""Numbers below which one call of PyTorch's composite is faster on CPU; above, fewer passes over memory are."""
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -55,8 +55,7 @@ def forward(
 
 
 def reads_pages(block_size: int, dtype: torch.dtype) -> bool:
-    """True if the kernels read a key/value cache through block tables: FlashAttention-2 does so for blocks of a multiple
-    of 256 tokens."""
+    """True if the kernels read a cache through block tables: FlashAttention-2 does for blocks of a multiple of 256."""
     return dtype in _HALF and block_size % 256 == 0
 
 
