@@ -57,7 +57,8 @@ class Scheduler:
 
         Args:
             blocks: of the cache.
-            budget: tokens of a step over all context ranks, at least one.
+            budget: tokens of a step over all context ranks, at least one a rank. Decoding goes first; a prompt then
+                gets at least a token a rank.
             max_num_seqs: sequences that run at once.
         """
         self.blocks = blocks
@@ -94,7 +95,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.decoding and sequence in self.running and self._make_room(sequence):
                 slots[sequence] = self.blocks.add_decoded(sequence.table)
-        budget = max(self.budget - len(slots), 1)
+        budget = max(self.budget - len(slots), self.blocks.ranks)
         chunks: list[Chunk] = []
         for sequence in list(self.running):
             if budget and sequence in self.running and not sequence.decoding:
@@ -121,14 +122,16 @@ class Scheduler:
         )
 
     def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        """Append the sequence's next chunk, if the cache has room; the number of its tokens."""
+        """Append the sequence's next chunk, if the budget and the cache have room; the number of its tokens."""
         start, left = sequence.computed, len(sequence) - sequence.computed
         count = min(left, budget)
         ranks = self.blocks.ranks
         aligned = 2 * ranks * self.blocks.block_size  # every rank gets two spans of whole blocks
         if count < left or isinstance(self.blocks, PrefixCache):
             # Uneven shares add up over many chunks. With a prefix cache the rest of a prompt is a chunk of its own.
-            unit = next((unit for unit in (aligned, 2 * ranks) if count > unit), 1)
+            unit = next((unit for unit in (aligned, 2 * ranks) if count >= unit), ranks)
+            if count < left and unit == ranks and chunks:
+                return 0  # fewer than 2 * ranks tokens are dealt evenly only at the beginning of a packed sequence
             count -= count % unit if count < left or unit == aligned else 0
         most = 2 * (count // (2 * ranks)) + 2  # of one rank, see SequenceLayout
         if not self._make_room(sequence, most):
