@@ -77,6 +77,7 @@ class Books:
             )
             self.ranks.append(Rank(blocks, Scheduler(blocks, budget=budget, max_num_seqs=max_num_seqs), cache))
         self.steps = 0
+        self.idle = False
         self.written = 0
         self.largest_gap = 0
         """Most tokens by which two ranks' shares of one sequence differed."""
@@ -110,7 +111,12 @@ class Books:
             for plan in plans
         ]
         assert all(one == said[0] for one in said), "ranks plan different steps"
-        assert plans[0].chunks or plans[0].decodes, "a step without work"
+        idle = not plans[0].chunks and not plans[0].decodes
+        assert not (idle and self.idle), "two steps without work"
+        self.idle, self.steps = idle, self.steps + 1
+        if idle:  # the only sequence has given back blocks that it shared, of which one rank had too many
+            assert self.prefix
+            return
         numbers = [one[0] for one in said[0][0]] + said[0][1]
         assert len(set(numbers)) == len(numbers)
         tokens = sum(stop - start for _, start, stop in said[0][0])
@@ -127,7 +133,6 @@ class Books:
         for rank, batch in zip(self.ranks, batches, strict=True):
             self._append(rank, batch)
         self._count()
-        self.steps += 1
 
     def _write(self, rank: Rank, batch: StepBatch) -> None:
         """Each row of the batch is the token that it should be, and goes to a slot of its own."""
