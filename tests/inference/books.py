@@ -18,7 +18,6 @@ from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.sampling import GREEDY
 from megatron_vita.inference.scheduler import Scheduler
 from megatron_vita.inference.sequence import Sequence
-from megatron_vita.parallel.block_table_kernels import DecodeTables, Runs
 from megatron_vita.parallel.kv_cache import KVCache
 from tests.inference.tiny import question
 
@@ -37,21 +36,9 @@ class Rank:
     """Slot -> digest of the tokens up to the one whose keys and values it holds."""
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
 
-    def read(self, runs: Runs) -> list[bytes]:
+    def read(self, runs: Sized[tuple[int, int]]) -> list[bytes]:
         """What attention reads."""
         return [self.cells[slot] for first, count in runs for slot in range(first, first + count)]
-
-    def read_decoding(self, tables: DecodeTables) -> list[list[bytes]]:
-        """What attention reads for each decoding sequence."""
-        found: list[list[bytes]] = [[] for _ in range(tables.count)]
-        for row, runs in tables.alone:
-            found[row] = self.read(runs)
-        if tables.rows is not None and tables.slots is not None and tables.hidden is not None:
-            slots = tables.slots.unflatten(0, (len(tables.rows), -1))
-            for row, own, hidden in zip(tables.rows.tolist(), slots, tables.hidden[:, 0, 0], strict=True):
-                assert not found[row], "read twice"
-                found[row] = [self.cells[slot] for slot in own[hidden == 0].tolist()]
-        return found
 
 
 class Books:
@@ -175,13 +162,10 @@ class Books:
             parts = [rank.read(b.step.prefixes[number].runs) for rank, b in zip(self.ranks, batches, strict=True)]
             assert list(batches[0].step.prefixes[number].tokens) == [len(part) for part in parts]
             _same(parts, chunk.sequence, chunk.start)
-        decoding = [
-            rank.read_decoding(batch.step.decodes)
-            for rank, batch in zip(self.ranks, batches, strict=True)
-            if batch.step.decodes is not None
-        ]
         for number, sequence in enumerate(plan.decodes):
-            _same([rank[number] for rank in decoding], sequence, len(sequence))
+            tables = [batch.plan.decodes[number].table for batch in batches]
+            parts = [rank.read(table.runs) for rank, table in zip(self.ranks, tables, strict=True)]
+            _same(parts, sequence, len(sequence))
 
     def _append(self, rank: Rank, batch: StepBatch) -> None:
         """As Worker does."""

@@ -41,6 +41,7 @@ def test_nothing_is_lost(
     run(books, arrivals_of(draw, min(longest, 80), count), aborted)
 
 
+@pytest.mark.slow
 @given(RANKS, st.sampled_from([64, 100, 8192]), st.integers(0, 300), DRAW)
 @settings(max_examples=10)
 def test_ranks_hold_equal_shares(ranks: int, chunk: int, others: int, draw: random.Random) -> None:
