@@ -23,6 +23,7 @@ from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
 from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.models import cached_forward
 from megatron_vita.parallel.kv_cache import KVCache
 from tests.inference.tiny import SPEC, question, save_checkpoint, write_media
 
@@ -141,6 +142,14 @@ def test_every_head_gives_the_same_tokens(
     root: Path, samples: list[Sample], expected: list[tuple[int, ...]], head: str
 ) -> None:
     assert ids_of(load(root, lm_head=head, chunked_prefill_size=40).generate(samples, max_new_tokens=7)) == expected
+
+
+def test_modules_that_hold_their_weights_otherwise_are_called_as_they_are(
+    root: Path, samples: list[Sample], expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's are such modules; here megatron-core's own stand for them."""
+    monkeypatch.setattr(cached_forward, "_is_plain", lambda decoder: False)
+    assert ids_of(load(root, chunked_prefill_size=20).generate(samples, max_new_tokens=7)) == expected
 
 
 def test_a_full_cache_makes_the_youngest_wait(
