@@ -63,6 +63,17 @@ def prepare_network(*, single_node: bool) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """True if a collective failed because another process ended or no longer answers.
+
+    gloo has no class for it: the words are those of its TCP transport.
+    """
+    if isinstance(error, torch.distributed.DistBackendError | torch.distributed.DistNetworkError):
+        return True
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Application timeout")
+    return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+
+
 def empty_cache() -> None:
     """torch.cuda.empty_cache; no effect without CUDA."""
     if has_accelerator():

@@ -156,3 +156,10 @@ def test_importing_the_module_changes_nothing() -> None:
         "assert before == (torch.zeros, torch.Tensor.type)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_lost_rank_is_told_apart_from_other_errors() -> None:
+    assert device.is_lost_rank(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:3244."))
+    assert device.is_lost_rank(torch.distributed.DistBackendError("NCCL error"))
+    assert not device.is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not device.is_lost_rank(ValueError("Connection closed by peer"))

@@ -63,6 +63,7 @@ class Engine:
         self.worker = Worker(model, tokenizer, spec, settings, self._world, video_backend=video_backend)
         self._new: list[New] = []
         self._aborted: list[str] = []
+        self._between_steps = True
 
     @classmethod
     def load(cls, path: str | Path, settings: EngineSettings | None = None, *, video_backend: str = "auto") -> Engine:
@@ -182,23 +183,36 @@ class Engine:
 
         Args:
             stream: outputs carry text as it comes; else with the whole answer only, which costs less.
+
+        Raises:
+            VitaError: another rank has ended.
         """
         news = News(tuple(self._new), tuple(self._aborted)) if self._new or self._aborted else None
         self._new, self._aborted = [], []
-        self._world.tell(news)
-        return self.worker.step(news, stream=stream)
+        self._between_steps = False
+        with self._world.together():
+            self._world.tell(news)
+            outputs = self.worker.step(news, stream=stream)
+        self._between_steps = True
+        return outputs
 
     def follow(self) -> None:
-        """Take part in the leader's steps until it pauses. Every rank but the leader calls it."""
-        while True:
-            news = self._world.tell(None)
-            if news is not None and news.pause:
-                return
-            self.worker.step(news)
+        """Take part in the leader's steps until it pauses. Every rank but the leader calls it.
+
+        Raises:
+            VitaError: another rank has ended.
+        """
+        with self._world.together():
+            while True:
+                news = self._world.tell(None)
+                if news is not None and news.pause:
+                    return
+                self.worker.step(news)
 
     def pause(self) -> None:
         """Let the other ranks return from `follow`. The leader calls it between steps."""
-        self._world.tell(News(pause=True))
+        with self._world.together():
+            self._world.tell(News(pause=True))
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Generation | VitaError], None, None]:
         """Answer requests. Every rank calls it; the leader with the requests, which it takes one by one when it has
@@ -206,6 +220,9 @@ class Engine:
 
         Yields:
             on the leader, a request and its answer, or why there is none, as soon as it is known.
+
+        Raises:
+            VitaError: another rank has ended.
         """
         if not self.leader:
             self.follow()
@@ -230,12 +247,13 @@ class Engine:
                     for output in self.step(stream=False):
                         if output.outcome is not None:
                             yield asked.pop(output.request_id), output.outcome
-        except GeneratorExit:  # the caller has had enough; after any other error nobody knows where the other ranks are
-            for request_id in asked:
-                self.abort(request_id)
-            if self._aborted:
-                self.step(stream=False)
-            self.pause()
+        except BaseException:  # of the caller, of its requests, or of a step: then nobody knows where other ranks are
+            if self._between_steps:
+                for request_id in asked:
+                    self.abort(request_id)
+                if self._aborted:
+                    self.step(stream=False)
+                self.pause()
             raise
         self.pause()
 

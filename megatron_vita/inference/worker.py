@@ -181,7 +181,8 @@ class Worker:
             chunk.sequence.computed = chunk.stop
             if chunk.last and (media := self.media.get(chunk.sequence.request.id)) is not None:
                 media.close()  # a sequence that is preempted opens it again
-            chunk.sequence.prompt_logprobs += result.prompts.get(chunk.sequence.number, [])
+            if (found := result.prompts.get(chunk.sequence.number)) is not None:
+                chunk.sequence.prompt_logprobs[chunk.start :] = found  # a preempted prompt is begun again
         for sequence in plan.decodes:
             sequence.computed += 1
         details = result.details or [Sampled(token) for token in result.tokens]

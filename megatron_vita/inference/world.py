@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_vita.config import ParallelConfig
-from megatron_vita.device import torch_device
+from megatron_vita.device import is_lost_rank, torch_device
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.parallel.collectives import broadcast_, reduce_
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
@@ -66,6 +67,24 @@ class World:
     def samples(self) -> bool:
         """This rank chooses the next tokens."""
         return self.rank == self.sampler
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Whatever is done inside together with other ranks.
+
+        Raises:
+            VitaError: one of them has ended, or does not answer any more.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            raise VitaError(
+                f"rank {self.rank} of {self.size}: another rank was lost, so this one ends too. Its own message says "
+                "why. If there is none it was killed, most often because memory ran out: lower --kv-cache-memory or "
+                "--chunked-prefill-size, or use more ranks; then run again."
+            ) from error
 
     def tell(self, message: Any) -> Any:
         """The leader's message, on every rank; `None` costs one small broadcast."""

@@ -348,10 +348,10 @@ def test_the_other_ranks_are_let_go_unless_nobody_knows_where_they_are(
     assert len(pauses) == 2
     assert not engine.busy, "what was asked is given up"
 
-    def broken(**_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "step", broken)
+    monkeypatch.setattr(engine.worker, "step", broken)
     with pytest.raises(RuntimeError):
         list(engine.run(requests))
     assert len(pauses) == 2, "a message would not be heard, and the error not be told"
