@@ -24,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita.parallel import block_table_kernels
-from megatron_vita.parallel.block_kernels import merge
 from megatron_vita.parallel.collectives import exchange_tokens, gather_tokens, ring_send_recv
-from megatron_vita.parallel.decode_tables import DecodeTables
+from megatron_vita.parallel.decode_tables import DecodeTables, Runs
 from megatron_vita.parallel.document_attention import attend
 from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep
 from megatron_vita.parallel.schedule import Schedule
+
+_ROWS = 1024
+"""Queries of one kernel call in prefill, at most."""
 
 
 def cached_attention(
@@ -99,56 +101,69 @@ def _prefill(
     out, lse = attend(q, k, v, schedule, group, scale)
     if not step.prefixes:
         return out.to(q.dtype)
+    out = out.to(lse.dtype)
     keys, values = step.cache[layer]
     most = max(sum(prefix.tokens[rank] for prefix in step.prefixes) for rank in range(len(step.prefixes[0].tokens)))
     if group is None:
-        earlier = _attend_prefixes(q, keys, values, step.prefixes, 0, scale)
+        for prefix in step.prefixes:
+            _add_runs(out, lse, q, keys, values, prefix.runs, prefix.rows[0], scale)
     elif passes_queries(
         queries=len(q), keys=most, heads=q.shape[1], groups=k.shape[1], head_dim=q.shape[2], itemsize=q.itemsize
     ):
-        earlier = _pass_queries(q, keys, values, step.prefixes, group, scale)
+        _pass_queries(out, lse, q, keys, values, step.prefixes, group, scale)
     else:
-        earlier = _pass_keys(q, keys, values, step.prefixes, most, group, scale)
-    return merge(out.to(lse.dtype), lse, *earlier)[0].to(q.dtype)
+        _pass_keys(out, lse, q, keys, values, step.prefixes, most, group, scale)
+    return out.to(q.dtype)
 
 
-def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [n, h, d] and log-sum-exp [n, h] over no keys at all, float32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_zeros(q.shape, dtype=wide), q.new_full(q.shape[:2], float("-inf"), dtype=wide)
+# Queries and partial results of all ranks are the largest tensors of a chunk: each result is added in place as soon as
+# it is known, and kernels see some of a chunk's rows at a time.
 
 
-def _attend_prefixes(
-    q: Tensor, keys: Tensor, values: Tensor, prefixes: tuple[CachedPrefix, ...], rank: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of one rank's queries [t, h, d] to the prefixes' tokens in this rank's cache; (output, log-sum-exp)."""
-    out, lse = _nothing(q)
-    for prefix in prefixes:
-        first, count = prefix.rows[rank]
-        if count and prefix.runs:
-            rows = slice(first, first + count)
-            out[rows], lse[rows] = block_table_kernels.attend(q[rows], keys, values, prefix.runs, scale)
-    return out, lse
+def _add(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """`block_kernels.merge` in place."""
+    out.lerp_(other_out.to(out.dtype), torch.sigmoid(other_lse - lse).unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+def _add_runs(
+    out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, runs: Runs, rows: tuple[int, int], scale: float
+) -> None:
+    """Add attention of the queries `rows` (first, number) to runs of tokens, if there are any."""
+    first, count = rows
+    for start in range(first, first + count if runs else first, _ROWS):
+        some = slice(start, min(start + _ROWS, first + count))
+        _add(out[some], lse[some], *block_table_kernels.attend(q[some], keys, values, runs, scale))
 
 
 def _pass_queries(
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     prefixes: tuple[CachedPrefix, ...],
     group: dist.ProcessGroup,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's queries [t, h, d] to the prefixes on all ranks: queries travel, then partial results."""
-    ranks = group.size()
+) -> None:
+    """Add attention of this rank's queries to the prefixes on all ranks: queries travel, then partial results."""
+    ranks, (tokens, heads, size) = group.size(), q.shape
     everybody = gather_tokens(q, group).wait().unflatten(0, (ranks, -1))
-    partial = [_attend_prefixes(everybody[rank], keys, values, prefixes, rank, scale) for rank in range(ranks)]
-    sent = torch.cat([torch.cat([out, lse.unsqueeze(-1)], dim=-1) for out, lse in partial])
-    received = exchange_tokens(sent, [len(q)] * ranks, [len(q)] * ranks, group)
-    return _merge_ranks(received.unflatten(0, (ranks, -1)))
+    partial = out.new_zeros(ranks, tokens, heads, size + 1)
+    partial[..., -1] = float("-inf")
+    for rank in range(ranks):
+        for prefix in prefixes:
+            place = partial[rank, ..., :-1], partial[rank, ..., -1]
+            _add_runs(*place, everybody[rank], keys, values, prefix.runs, prefix.rows[rank], scale)
+    del everybody, place
+    partial = exchange_tokens(partial.flatten(0, 1), [tokens] * ranks, [tokens] * ranks, group)
+    for one in partial.unflatten(0, (ranks, -1)):
+        _add(out, lse, one[..., :-1], one[..., -1])
 
 
 def _pass_keys(
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -156,8 +171,8 @@ def _pass_keys(
     most: int,
     group: dist.ProcessGroup,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's queries [t, h, d] to the prefixes on all ranks: keys and values travel around a ring."""
+) -> None:
+    """Add attention of this rank's queries to the prefixes on all ranks: keys and values travel around a ring."""
     rank, ranks = group.rank(), group.size()
     travelling = keys.new_empty(most, 2, *keys.shape[1:])  # equally long on every rank
     place = 0
@@ -166,23 +181,17 @@ def _pass_keys(
             for side, stored in enumerate((keys, values)):
                 travelling[place : place + count, side] = stored[slot : slot + count]
             place += count
-    out, lse = _nothing(q)
     for hop in range(ranks):
         following = ring_send_recv(travelling, group, tag=0) if hop < ranks - 1 else None
         source = (rank - hop) % ranks
         place = 0
         for prefix in prefixes:
-            (first, count), cached = prefix.rows[rank], prefix.tokens[source]
-            if count and cached:
-                rows = slice(first, first + count)
-                part = block_table_kernels.attend(
-                    q[rows], travelling[:, 0], travelling[:, 1], ((place, cached),), scale
-                )
-                out[rows], lse[rows] = merge(out[rows], lse[rows], *part)
+            cached = prefix.tokens[source]
+            runs = ((place, cached),) if cached else ()
+            _add_runs(out, lse, q, travelling[:, 0], travelling[:, 1], runs, prefix.rows[rank], scale)
             place += cached
         if following is not None:
             travelling = following.wait()
-    return out, lse
 
 
 def _decode(
