@@ -138,9 +138,9 @@ def _hot(folder: str, layouts: Sequence[Layout]) -> None:
         steps: list[list[tuple[int, tuple[int, ...]]]] = []
         step = engine.worker.step
 
-        def watch(news: Any, step: Any = step, steps: Any = steps, engine: Any = engine) -> Any:
+        def watch(news: Any, *, stream: bool = True, step: Any = step, steps: Any = steps, engine: Any = engine) -> Any:
             alive = list(engine.worker.sequences.values())
-            outputs = step(news)
+            outputs = step(news, stream=stream)
             alive += [one for one in engine.worker.sequences.values() if one not in alive]
             steps.append([(one.number, tuple(one.generated)) for one in alive])
             return outputs
