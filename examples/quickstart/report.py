@@ -266,14 +266,16 @@ def draw_longer(curves: Mapping[str, Sequence[LongPoint]], name: str, path: Path
         right.plot(frames, [point.seconds for point in points], color=colour, marker=marker, alpha=0.8)
     left.axhline(0.1, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
     left.annotate(
-        "chance", (1, 0.1), (-4, 3), xycoords=left.get_yaxis_transform(), textcoords="offset points", ha="right",
-        fontsize=8, color=GREY,
+        "chance", (0, 0.1), (4, 3), xycoords=left.get_yaxis_transform(), textcoords="offset points", fontsize=8,
+        color=GREY,
     )  # fmt: skip
     left.set_ylim(0, 1.04)
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     left.set_ylabel("accuracy (bars: 95% Wilson interval)")
     left.legend(frameon=False, fontsize=9.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(curves))
     right.set_yscale("log")
+    times = [point.seconds for points in curves.values() for point in points]
+    right.set_ylim(min(times) / 2.2, max(times) * 1.5)
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("prefill of a prompt, seconds (median)")
