@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron_vita.convert.exporter import export
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Request
-from megatron_vita.inference.sampling import GREEDY
 from megatron_vita.inference.worker import New
 from tests.inference import tiny
 
@@ -139,8 +138,33 @@ def prefix_figures(*, quick: bool) -> list[Figure]:
 # ------------------------------------------------------------------------------------------- transformers' generate
 
 
-def generate_task(folder: Path, layers: int, width: int, new_tokens: int, repeats: int) -> dict[int, tuple[Any, ...]]:
-    """Per batch size: tokens a CPU second of our engine and of transformers, and how many answers are equal."""
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one batch."""
+
+    name: str
+    words: tuple[int, ...]
+    """Words of each prompt."""
+    limits: tuple[int, ...]
+    """Tokens of each answer."""
+    bar: float | None
+    """Tokens a second to transformers', at least."""
+
+
+def _workloads(new_tokens: int) -> list[Workload]:
+    """One request; sixteen of nearly one length, the best case of padding; sixteen as they come."""
+    order = [(7 * number) % 16 for number in range(16)]  # long prompts do not get the long answers
+    mixed = tuple(round(4 * 100 ** (number / 15)) for number in range(16))
+    answers = tuple(max(1, new_tokens * (place + 1) // 8) for place in order)
+    return [
+        Workload("batch 1", (0,), (new_tokens,), GENERATE_BARS[1]),
+        Workload("batch 16, equal lengths", tuple(3 * number for number in range(16)), (new_tokens,) * 16, None),
+        Workload("batch 16, prompts and answers of mixed length", mixed, answers, GENERATE_BARS[16]),
+    ]
+
+
+def generate_task(folder: Path, layers: int, width: int, new_tokens: int, repeats: int) -> list[tuple[Any, ...]]:
+    """Per workload: CPU seconds of our engine and of transformers, and how many answers are equal."""
     from transformers import AutoModelForImageTextToText
 
     stage = tiny.stage
@@ -155,13 +179,18 @@ def generate_task(folder: Path, layers: int, width: int, new_tokens: int, repeat
     export(checkpoint.resolve(root), folder / "exported", "internvl")
     stock = AutoModelForImageTextToText.from_pretrained(folder / "exported", dtype=torch.float32).eval()
     engine = Engine.load(root, settings())
-    return {batch: _compare(engine, stock, batch, new_tokens, repeats) for batch in GENERATE_BARS}
+    return [_compare(engine, stock, one, repeats) for one in _workloads(new_tokens)]
 
 
-def _compare(engine: Engine, stock: Any, batch: int, new_tokens: int, repeats: int) -> tuple[float, float, int]:
-    questions = [tiny.question("Which digit is this? " + "the " * (3 * number)) for number in range(batch)]
-    ids = [engine.prepare(Request("ids", one, GREEDY))[0].tokens.tolist() for one in questions]
-    longest = max(map(len, ids))
+def _compare(engine: Engine, stock: Any, work: Workload, repeats: int) -> tuple[float, float, int]:
+    """The batch of transformers is padded on the left, and runs until its longest answer is complete."""
+    questions = [tiny.question("Which digit is this? " + "the " * words) for words in work.words]
+    requests = [
+        Request(str(number), question, FULL_LENGTH, limit)
+        for number, (question, limit) in enumerate(zip(questions, work.limits, strict=True))
+    ]
+    ids = [engine.prepare(request)[0].tokens.tolist() for request in requests]
+    longest, most = max(map(len, ids)), max(work.limits)
     inputs = {
         "input_ids": torch.tensor([[0] * (longest - len(one)) + one for one in ids]),
         "attention_mask": torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids]),
@@ -170,31 +199,32 @@ def _compare(engine: Engine, stock: Any, batch: int, new_tokens: int, repeats: i
     same = 0
     for repeat in range(repeats + 1):
         began = time.process_time()
-        ours = engine.generate(questions, max_new_tokens=new_tokens, sampling=FULL_LENGTH)
+        ours = {request.id: outcome for request, outcome in engine.run(requests)}
         middle = time.process_time()
         with torch.inference_mode():
             theirs = stock.generate(
-                **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )  # fmt: skip
+                **inputs, max_new_tokens=most, min_new_tokens=most, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
         ended = time.process_time()
         if repeat:
             best = [min(best[0], middle - began), min(best[1], ended - middle)]
-        same = sum(theirs[row, longest:].tolist() == list(one.ids) for row, one in enumerate(ours))
-    return batch * new_tokens / best[0], batch * new_tokens / best[1], same
+        said = [theirs[row, longest : longest + limit].tolist() for row, limit in enumerate(work.limits)]
+        same = sum(one == list(ours[str(row)].ids) for row, one in enumerate(said))
+    return best[0], best[1], same
 
 
 def generate_figures(*, quick: bool) -> list[Figure]:
-    """Our engine against transformers' generate on the same weights and prompts."""
+    """Our engine against transformers' generate on the same weights and prompts; tokens that were asked for count."""
     figures = []
     layers, width, new_tokens = (2, 64, 4) if quick else (4, 256, 64)
     with tempfile.TemporaryDirectory() as folder:
         (found,) = on_ranks(1, generate_task, Path(folder), layers, width, new_tokens, 1 if quick else 3)
-    for batch, (ours, theirs, same) in found.items():
-        bar = GENERATE_BARS[batch]
+    for work, (ours, theirs, same) in zip(_workloads(new_tokens), found, strict=True):
+        tokens = sum(work.limits)
+        bar = None if work.bar is None or quick else theirs / ours >= work.bar
         figures.append(Figure(
-            f"tokens a CPU second, {layers} layers of {width}, batch {batch}: ours, transformers",
-            f"{ours:.0f}, {theirs:.0f}: {ours / theirs:.2f}; {same} of {batch} answers equal", f"{bar}",
-            None if quick else ours / theirs >= bar,
+            f"tokens a CPU second, {layers} layers of {width}, {work.name}: ours, transformers",
+            f"{tokens / ours:.0f}, {tokens / theirs:.0f}: {theirs / ours:.2f}; {same} of {len(work.words)} equal",
+            f"{work.bar or 'none'}", bar,
         ))  # fmt: skip
     return figures
