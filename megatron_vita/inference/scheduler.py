@@ -88,6 +88,16 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def preempt(self) -> Sequence:
+        """Take the blocks of the youngest running sequence back; it waits first in line, and is computed again."""
+        youngest = self.running.pop()
+        self.blocks.free(youngest.table)
+        youngest.computed = youngest.shared = 0
+        youngest.keys = ()  # a shared prefix may lie on one rank only, which is what fills the cache
+        self.waiting.appendleft(youngest)
+        self.preemptions += 1
+        return youngest
+
     def plan(self) -> StepPlan:
         """Choose the next step's tokens; gives decoding sequences their slots, and admits who waits."""
         self._promised = 0
@@ -166,13 +176,7 @@ class Scheduler:
         """Preempt the youngest sequences until this one has room for so many tokens on every rank (None: one decoded
         token); False if it is preempted itself."""
         while not self._has_room(sequence, tokens):
-            youngest = self.running.pop()
-            self.blocks.free(youngest.table)
-            youngest.computed = youngest.shared = 0
-            youngest.keys = ()  # a shared prefix may lie on one rank only, which is what fills the cache
-            self.waiting.appendleft(youngest)
-            self.preemptions += 1
-            if youngest is sequence:
+            if self.preempt() is sequence:
                 return False
         return True
 

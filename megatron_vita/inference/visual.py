@@ -87,7 +87,8 @@ class VisualTokens:
         fresh = [
             tile
             for tile in _tiles(plan, self._tokens_per_tile)
-            if (tile.sequence.number, tile.number) not in self._kept
+            # A preempted sequence begins again, perhaps with other chunks: all tiles that begin in one are encoded.
+            if tile.first_token >= 0 or (tile.sequence.number, tile.number) not in self._kept
         ]
         ranks = self._groups.tp_size * self._groups.cp_size
         base, rest = divmod(len(fresh), ranks)
@@ -143,7 +144,10 @@ class VisualTokens:
         self._loaded = {}
         planned = {chunk.sequence.number for chunk in plan.chunks}
         self._kept = {key: held for key, held in self._kept.items() if key[0] not in planned}
-        self._kept |= {key: holders[key] for tile, key in zip(tiles, keys, strict=True) if self._goes_on(tile, plan)}
+        for tile, key in zip(tiles, keys, strict=True):
+            if self._goes_on(tile, plan):
+                rank, held = holders[key]
+                self._kept[key] = rank, None if held is None else held.clone()  # without the chunk's other tiles
         if not tiles:
             return None
         mine = [held for key in keys if (held := holders[key][1]) is not None]
@@ -161,7 +165,7 @@ class VisualTokens:
         return torch.cat(mine) if mine else empty, routes
 
     def forget(self, sequence: Sequence) -> None:
-        """Free what belongs to a sequence that is finished, given up or preempted."""
+        """Free what belongs to a sequence that is finished or given up."""
         pixels = self._pixels.pop(sequence.number, None)
         if pixels is not None:
             pixels.close()
@@ -172,11 +176,6 @@ class VisualTokens:
     def _goes_on(self, tile: _Tile, plan: StepPlan) -> bool:
         chunk = plan.chunks[tile.document]
         return tile.first_token + self._tokens_per_tile > chunk.stop - chunk.start
-
-
-def has_tiles(plan: StepPlan, tokens_per_tile: int) -> bool:
-    """True if a chunk of the plan has visual tokens."""
-    return bool(_tiles(plan, tokens_per_tile))
 
 
 def _tiles(plan: StepPlan, tokens_per_tile: int) -> list[_Tile]:

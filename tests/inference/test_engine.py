@@ -169,6 +169,34 @@ def test_a_full_cache_makes_the_youngest_wait(
         small.generate([question("the" + " the the" * 100)])
 
 
+@pytest.mark.parametrize("chunk", [9, 18, 62])
+def test_a_prompt_that_is_preempted_on_its_way_is_answered_alike(root: Path, samples: list[Sample], chunk: int) -> None:
+    """It was stopped within a tile, and comes back in one chunk."""
+    asked = SamplingConfig(temperature=0.8, repetition_penalty=1.2, logprobs=1, prompt_logprobs=1)
+    request = Request("again", samples[5], asked, 6)
+    engine = load(root)
+    ((_, expected),) = engine.run([request])
+    scheduler = engine.worker.scheduler
+    scheduler.budget, whole = chunk, scheduler.budget
+    engine.add(request)
+    for steps in (1, 1, 3):  # the second time all at once, then while it decodes
+        for _ in range(steps):
+            engine.step()
+        scheduler.preempt()
+        scheduler.budget = whole
+    ((_, answer),) = [(output.text, output.outcome) for _ in range(6) for output in engine.step() if output.outcome]
+    assert isinstance(expected, Generation)
+    assert isinstance(answer, Generation)
+    assert (answer.text, answer.ids) == (expected.text, expected.ids)
+    assert answer.prompt_logprobs is not None
+    assert expected.prompt_logprobs is not None
+    assert len(answer.prompt_logprobs) == answer.prompt_tokens
+    for one, other in zip(answer.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.id, one.logprob) == (other.id, pytest.approx(other.logprob, abs=1e-4))
+
+
 def test_a_shared_prefix_is_computed_once(
     root: Path, media: dict[str, Path], samples: list[Sample], expected: list[tuple[int, ...]]
 ) -> None:
