@@ -146,6 +146,18 @@ class SequenceLayout:
         return sum((s.stop - s.start) * (s.start + s.stop + 1) // 2 for s in self.spans(cp_rank))
 
 
+def most_tokens(length: int, cp: int, *, first: bool) -> int:
+    """Most tokens that one context-parallel rank may own of a document.
+
+    Args:
+        length: tokens of the document.
+        cp: context-parallel ranks.
+        first: no document precedes it in the packed sequence; else ranks may own one token more or less before it.
+    """
+    base, rest = divmod(length, 2 * cp)
+    return 2 * base - (-(rest + (0 if first else cp - 1)) // cp)
+
+
 def _chunk_sizes(length: int, cp: int, held: Sequence[int], work: Sequence[int]) -> list[int]:
     """Sizes of a document's 2*cp chunks.
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.layout import SequenceLayout, TileRoutes
+from megatron_vita.layout import SequenceLayout, TileRoutes, most_tokens
 from tests.packed_lengths import MIXES, packed_documents
 
 quick = settings(max_examples=60, deadline=None)
@@ -49,6 +49,19 @@ def test_spans_cover_the_local_tokens_in_order(layout: SequenceLayout) -> None:
     assert sum(layout.attention_work(rank) for rank in range(layout.cp)) == sum(
         n * (n + 1) // 2 for n in layout.documents
     )
+
+
+@quick
+@given(layouts())
+def test_no_rank_owns_more_of_a_document_than_may_be(layout: SequenceLayout) -> None:
+    for document, length in enumerate(layout.documents):
+        owned = [
+            sum(span.stop - span.start for span in layout.spans(rank) if span.document == document)
+            for rank in range(layout.cp)
+        ]
+        most = most_tokens(length, layout.cp, first=document == 0)
+        assert max(owned) <= most
+        assert most - max(owned) <= (0 if document == 0 else 1)
 
 
 @quick

@@ -54,20 +54,16 @@ class StageConfig:
         Raises:
             ConfigError: names the violated rule and the nearest values that satisfy it.
         """
-        tp, pp, cp = (
-            self.parallel.tensor_model_parallel_size,
-            self.parallel.pipeline_model_parallel_size,
-            self.parallel.context_parallel_size,
-        )
+        pp, cp = self.parallel.pipeline_model_parallel_size, self.parallel.context_parallel_size
         where = f"stage {self.name!r}: "
         model = self.model
         try:
             dp = self.parallel.data_parallel_size(world_size)
             self.parallel.check_heads(model.num_query_groups)
             split = pipeline_split(self.parallel, model.num_layers)
+            self.check_tensor_parallel()
         except ConfigError as error:
             raise ConfigError(where + str(error)) from None
-        self._check_tensor_parallel(where, tp)
         self._check_recompute(where, split.layers)
         length = self.data.seq_length * self.train.micro_batch_size
         sp = self.parallel.sequence_shards
@@ -85,9 +81,13 @@ class StageConfig:
             rule = "micro-batches of a data rank (global_batch_size / micro_batch_size / data ranks)"
             _divides(where, rule, micro_batches, "parallel.pipeline_model_parallel_size", pp)
 
-    def _check_tensor_parallel(self, where: str, tp: int) -> None:
-        """Check that heads and MLP widths divide over the tensor ranks."""
-        model, vision = self.model, self.model.vision
+    def check_tensor_parallel(self) -> None:
+        """Check that heads and MLP widths divide over the tensor ranks.
+
+        Raises:
+            ConfigError: names the one that does not, and the nearest sizes that work.
+        """
+        model, vision, tp = self.model, self.model.vision, self.parallel.tensor_model_parallel_size
         split = {
             "model.num_attention_heads": model.num_attention_heads,
             "model.num_query_groups": model.num_query_groups,
@@ -100,7 +100,7 @@ class StageConfig:
             if value % tp:
                 works = _nearest_divisors(math.gcd(*split.values()), tp)
                 raise ConfigError(
-                    f"{where}{name}={value} is not a multiple of parallel.tensor_model_parallel_size={tp}. "
+                    f"{name}={value} is not a multiple of parallel.tensor_model_parallel_size={tp}. "
                     f"Use tensor_model_parallel_size {works}."
                 )
 

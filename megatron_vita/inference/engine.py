@@ -23,7 +23,7 @@ from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.device import empty_cache
-from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.prefix_cache import Key, block_keys
 from megatron_vita.inference.prompt import Generation, Request
@@ -92,6 +92,7 @@ class Engine:
             pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         )
         stage = StageConfig(model=opened.model, parallel=parallel)
+        stage.check_tensor_parallel()
         model = build_model(stage, inference_groups(parallel), dtype=getattr(torch, settings.dtype), fresh=False)[0]
         checkpoint.load_tensors(opened.tensors, [model], str(path))
         vision = opened.model.vision
@@ -163,7 +164,11 @@ class Engine:
         example, media = self.prepare(request)
         keys: tuple[Key, ...] = ()
         if self.settings.enable_prefix_caching and request.sampling.prompt_logprobs is None:
-            digests = [b""] * len(example.media) if request.zero_tiles else media.digests()
+            try:
+                digests = [b""] * len(example.media) if request.zero_tiles else media.digests()
+            except DataError:
+                media.close()
+                raise
             size = self.settings.block_size
             keys = tuple(block_keys(example.tokens, size, example.tiles, digests, self.spec.tokens_per_tile))
         self.worker.media[request.id] = media

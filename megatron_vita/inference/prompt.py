@@ -1,14 +1,12 @@
-"""Input and output of generation: requests, prepared prompts, answers."""
+"""Input and output of generation: requests and answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from megatron_vita.data.example import Example
 from megatron_vita.data.sample import Sample
+from megatron_vita.errors import ConfigError
 from megatron_vita.inference.sampling_config import SamplingConfig
 
 FinishReason = Literal["stop", "length"]
@@ -27,6 +25,10 @@ class Request:
     """Maximum tokens of the answer; None: as many as fit."""
     zero_tiles: bool = False
     """Show the model black tiles instead of the pictures'; lengths and ids stay."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigError(f"request {self.id!r}: max_new_tokens={self.max_new_tokens} must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Generation:
     text: str
     """Without special tokens, and without the stop string that ended it; white space is kept."""
     ids: tuple[int, ...]
-    """Generated ids; the token that ended the answer is not among them."""
+    """Generated ids. An end token or stop id that ended the answer is not among them; those of a stop string are."""
     finish_reason: FinishReason
     """`stop`: an end token, a stop id or a stop string came; `length`: the answer was cut at its limit."""
     stop_reason: str | int | None = None
@@ -67,12 +69,3 @@ class Generation:
     def finished(self) -> bool:
         """The model ended the answer itself; otherwise it was cut at the limit."""
         return self.finish_reason == "stop"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A Sample prepared for the model."""
-
-    example: Example
-    tiles: torch.Tensor
-    """uint8 [n, 3, S, S]; n = tiles of the example, in token order."""

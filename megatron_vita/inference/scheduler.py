@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_vita.inference.blocks import BlockManager
 from megatron_vita.inference.prefix_cache import PrefixCache
 from megatron_vita.inference.sequence import Sequence
-from megatron_vita.layout import SequenceLayout
+from megatron_vita.layout import SequenceLayout, most_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Scheduler:
             if count < left and unit == ranks and chunks:
                 return 0  # fewer than 2 * ranks tokens are dealt evenly only at the beginning of a packed sequence
             count -= count % unit if count < left or unit == aligned else 0
-        most = 2 * (count // (2 * ranks)) + 2  # of one rank, see SequenceLayout
+        most = most_tokens(count, ranks, first=not chunks)
         if not self._make_room(sequence, most):
             return 0
         self._promised += self.blocks.most_missing(sequence.table, most)

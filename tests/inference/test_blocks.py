@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vita.inference.blocks import BlockManager, BlockTable, FreeBlocks
-from megatron_vita.layout import SequenceLayout
+from megatron_vita.layout import SequenceLayout, most_tokens
 
 
 @given(st.integers(1, 40), st.randoms(use_true_random=False))
@@ -166,7 +166,7 @@ def test_capacity_is_what_surely_fits(ranks: int) -> None:
         table = manager.table()
         layout = SequenceLayout((length, -length % ranks) if length % ranks else (length,), ranks)
         counts = [sum(one.stop - one.start for one in layout.spans(r) if one.document == 0) for r in range(ranks)]
-        assert max(counts) <= 2 * (length // (2 * ranks)) + 2
+        assert max(counts) == most_tokens(length, ranks, first=True)
         assert manager.most_missing(table, max(counts)) <= manager.most_blocks(length) <= manager.free_blocks()
         manager.add(table, counts)
         manager.free(table)

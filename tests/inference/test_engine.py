@@ -407,6 +407,17 @@ def test_a_text_model_refuses_pictures(folder: Path, samples: list[Sample]) -> N
         engine.generate(samples[1:2])
 
 
+def test_ranks_that_heads_do_not_divide_over_are_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="num_query_groups=2 is not a multiple"):
+        Engine.load(root, EngineSettings(tensor_model_parallel_size=4))
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_an_answer_without_tokens_is_refused(engine: Engine, tokens: int) -> None:
+    with pytest.raises(ConfigError, match=rf"max_new_tokens={tokens} must be at least 1"):
+        engine.generate([question("the")], max_new_tokens=tokens)
+
+
 def test_bad_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         Engine.load(tmp_path / "nothing")
