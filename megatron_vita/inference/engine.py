@@ -134,22 +134,15 @@ class Engine:
         example, media = PromptMedia.open(
             sample, self.spec, tokenizer=self.tokenizer, video_backend=self._video_backend
         )
-        length = len(example.tokens)
-        if length >= self.config.max_position_embeddings:
+        length, held = len(example.tokens), self.worker.blocks.capacity
+        if length >= self.worker.longest:
             media.close()
-            raise reject(
-                "overlong",
-                f"{sample.id}: a prompt of {length} tokens, but the model handles "
-                f"{self.config.max_position_embeddings} with the answer. Shorten it, or show fewer pictures.",
-            )
-        if length >= self.worker.blocks.capacity:
-            media.close()
-            raise reject(
-                "overlong",
-                f"{sample.id}: a prompt of {length} tokens, but the key/value cache holds "
-                f"{self.worker.blocks.capacity} with the answer. Give it more memory (--kv-cache-memory), use more "
-                "context-parallel ranks, or shorten it.",
-            )
+            where = f"the model handles {self.config.max_position_embeddings}"
+            how = "Shorten it, or show fewer pictures."
+            if held == self.worker.longest:
+                where = f"the key/value cache holds {held}"
+                how = "Give it more memory (--kv-cache-memory), use more context-parallel ranks, or shorten it."
+            raise reject("overlong", f"{sample.id}: a prompt of {length} tokens, but {where} with the answer. {how}")
         return example, media
 
     def add(self, request: Request) -> None:
