@@ -21,7 +21,6 @@ from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.sampling import GREEDY, Sampled
 from megatron_vita.inference.settings import EngineSettings
-from megatron_vita.inference.visual import BlackTiles
 from tests.inference.tiny import question, save_checkpoint, write_media
 
 STEPS = 6
@@ -40,6 +39,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """What of tests/inference/tiny.py differs."""
+
+
+class NoMedia:
+    """Media of a prompt without any."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def digests(self) -> list[bytes]:
+        """Of nothing."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ def forced_logits(engine: Engine, cases: Sequence[Case], arrivals: Sequence[int]
 
     def prepared(request: Request) -> Any:
         example = by_name[request.id].example
-        return prepare(request) if example is None else (example, BlackTiles(16))
+        return prepare(request) if example is None else (example, NoMedia())
 
     engine.prepare = prepared  # type: ignore[method-assign]
     answers: dict[str, tuple[int, ...]] = {}

@@ -110,6 +110,44 @@ def test_a_token_of_a_rank_at_a_time(folder: str) -> None:
     run_ranks(4, _short_prompts, folder, (1, 4, 1), 1)
 
 
+def _shared(folder: str, layout: Layout) -> None:
+    """Asked again, a prompt finds its blocks in the cache, wherever they lie."""
+    cases = read_cases(folder, "qwen2")
+    engine = engine_of(folder, layout, block_size=4, chunked_prefill_size=24, enable_prefix_caching=True)
+    shared = []
+    plan = engine.worker.scheduler.plan
+
+    def watch() -> Any:
+        found = plan()
+        shared.extend(chunk.sequence.shared for chunk in found.chunks)
+        return found
+
+    engine.worker.scheduler.plan = watch
+    for seed in range(2):
+        check(engine, cases, at_random_times(cases, seed), ("shared", layout, seed))
+        assert (max(shared) > 100) == bool(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(1, 2, 1), (2, 2, 1)], ids=str)
+def test_shared_prefixes(folder: str, layout: Layout) -> None:
+    run_ranks(layout[0] * layout[1], _shared, folder, layout)
+
+
+def _heads(folder: str, layouts: Sequence[Layout]) -> None:
+    cases = read_cases(folder, "qwen2")[::2]
+    for layout in layouts:
+        for head in ("chunked", "full"):
+            engine = engine_of(folder, layout, lm_head=head, chunked_prefill_size=24)
+            check(engine, cases, at_random_times(cases, 2), (head, layout))
+            engine.close()
+
+
+@pytest.mark.slow
+def test_heads_that_compute_all_rows(folder: str) -> None:
+    run_ranks(2, _heads, folder, TWO)
+
+
 def _full_cache(folder: str, layout: Layout) -> None:
     """A cache that holds the longest prompt and little beside it: sequences give their blocks back and start again."""
     cases = [case for case in read_cases(folder, "qwen2") if case.length <= 65]
