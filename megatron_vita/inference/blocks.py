@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -22,8 +23,11 @@ class FreeBlocks:
     def __init__(self, num_blocks: int) -> None:
         self.count = num_blocks
         """Free blocks."""
-        self._starts = [0] if num_blocks else []  # ascending
-        self._lengths = {0: num_blocks} if num_blocks else {}
+        self._starts: list[int] = []  # ascending
+        self._lengths: dict[int, int] = {}
+        self._heap: list[tuple[int, int]] = []  # (-length, start) of all ranges, and of some that are gone
+        if num_blocks:
+            self._insert(0, num_blocks)
 
     def take(self, count: int, after: int | None = None) -> list[int]:
         """Take blocks, as few ranges as possible.
@@ -39,7 +43,7 @@ class FreeBlocks:
             wanted = count - len(taken)
             if following not in self._lengths:
                 # In the middle of the longest range, so that the range's neighbours can grow too.
-                longest = max(self._lengths, key=self._lengths.__getitem__)
+                longest = self._longest()
                 following = longest + max(0, self._lengths[longest] - wanted) // 2
                 self._split(longest, following)
             length = self._remove(following)
@@ -60,19 +64,32 @@ class FreeBlocks:
             if place < len(self._starts) and self._starts[place] == start + length:
                 length += self._remove(start + length)
             if place and (before := self._starts[place - 1]) + self._lengths[before] == start:
-                self._lengths[before] += length
+                self._resize(before, self._lengths[before] + length)
             else:
                 self._insert(start, length)
 
     def _split(self, start: int, at: int) -> None:
         if at != start:
             rest = self._lengths[start] - (at - start)
-            self._lengths[start] = at - start
+            self._resize(start, at - start)
             self._insert(at, rest)
+
+    def _longest(self) -> int:
+        """Start of the longest range; of several the first."""
+        while self._lengths.get(self._heap[0][1]) != -self._heap[0][0]:
+            heappop(self._heap)
+        return self._heap[0][1]
 
     def _insert(self, start: int, length: int) -> None:
         insort(self._starts, start)
+        self._resize(start, length)
+
+    def _resize(self, start: int, length: int) -> None:
         self._lengths[start] = length
+        heappush(self._heap, (-length, start))
+        if len(self._heap) > 2 * len(self._lengths) + 64:
+            self._heap = [(-length, start) for start, length in self._lengths.items()]
+            heapify(self._heap)
 
     def _remove(self, start: int) -> int:
         del self._starts[bisect_left(self._starts, start)]

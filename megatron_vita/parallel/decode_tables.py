@@ -109,7 +109,8 @@ def _pages(tables: Sequence[Runs], block_size: int, device: torch.device) -> Pag
     table = np.zeros((len(tables), max(1, -(-max(lengths) // block_size))), dtype=np.int32)
     for row, runs in enumerate(tables):
         if runs:
-            blocks = slots_of(runs)[::block_size] // block_size
+            ends = ((slot // block_size, -(-(slot + tokens) // block_size)) for slot, tokens in runs)
+            blocks = np.concatenate([np.arange(*end) for end in ends])
             table[row, : len(blocks)] = blocks
     arrays = (np.arange(len(tables) + 1, dtype=np.int32), table, np.array(lengths, dtype=np.int32))
     bounds, pages, counts = (torch.from_numpy(array).to(device) for array in arrays)

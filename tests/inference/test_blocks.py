@@ -32,6 +32,9 @@ def test_free_ranges_hold_each_block_once(num_blocks: int, draw: random.Random) 
         assert sorted(taken + untaken) == list(range(num_blocks))
         assert free.count == len(untaken)
         assert [start for start, _ in ranges] == free._starts
+        lengths = free._lengths
+        assert not lengths or free._longest() == max(lengths, key=lambda start: (lengths[start], -start))
+        assert len(free._heap) <= 2 * num_blocks + 64
         assert all(one[1] < other[0] for one, other in pairwise(ranges)), "ranges are not joined"
 
 

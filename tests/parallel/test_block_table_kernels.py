@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vita.parallel import block_table_kernels
-from megatron_vita.parallel.decode_tables import DecodeTables, Runs, slots_of
+from megatron_vita.parallel.decode_tables import DecodeTables, Runs, _pages, slots_of
 
 SCALE = 0.3
 
@@ -62,6 +62,12 @@ def test_queries_of_a_chunk_attend_to_any_runs(tokens: int) -> None:
         want, want_lse = plain(q, keys, values, runs)
         torch.testing.assert_close(out, want.float(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse, want_lse.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_pages_are_the_blocks_of_the_runs() -> None:
+    pages = _pages([[(64, 33)], [(0, 32), (96, 5)], []], 16, torch.device("cpu"))
+    assert pages.table.tolist() == [[4, 5, 6], [0, 1, 6], [0, 0, 0]]
+    assert pages.lengths.tolist() == [33, 37, 0]
 
 
 @pytest.mark.parametrize("block_size", [16, 256])
