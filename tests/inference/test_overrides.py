@@ -92,6 +92,7 @@ def test_an_override_decides_an_answer_and_stands_beside_it(folder: Path, tmp_pa
         evaluate([str(folder / "tiny")], [str(folder / "q.jsonl")], tmp_path, EvalSettings(engine=engine))
         (line,) = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
         assert line["overrides"] == overrides
+        assert line["prefill_seconds"] > 0
         runs.append((line["run"], line["prompt_tokens"]))
     assert len({run for run, _ in runs}) == 4
     assert [tokens == runs[0][1] for _, tokens in runs] == [True, False, True, True]
