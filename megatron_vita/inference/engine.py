@@ -31,7 +31,7 @@ from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
 from megatron_vita.inference.worker import New, News, Output, Worker
-from megatron_vita.inference.world import World, inference_groups
+from megatron_vita.inference.world import World, inference_groups, together
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 
@@ -66,6 +66,7 @@ class Engine:
         self._between_steps = True
 
     @classmethod
+    @together()
     def load(cls, path: str | Path, settings: EngineSettings | None = None, *, video_backend: str = "auto") -> Engine:
         """Open a checkpoint (a step's folder or the folder above) or a Hugging Face folder of any format we convert.
 
@@ -188,7 +189,7 @@ class Engine:
         news = News(tuple(self._new), tuple(self._aborted)) if self._new or self._aborted else None
         self._new, self._aborted = [], []
         self._between_steps = False
-        with self._world.together():
+        with together():
             self._world.tell(news)
             outputs = self.worker.step(news, stream=stream)
         self._between_steps = True
@@ -200,7 +201,7 @@ class Engine:
         Raises:
             VitaError: another rank has ended.
         """
-        with self._world.together():
+        with together():
             while True:
                 news = self._world.tell(None)
                 if news is not None and news.pause:
@@ -209,7 +210,7 @@ class Engine:
 
     def pause(self) -> None:
         """Let the other ranks return from `follow`. The leader calls it between steps."""
-        with self._world.together():
+        with together():
             self._world.tell(News(pause=True))
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[Request, Generation | VitaError], None, None]:

@@ -25,15 +25,17 @@ def from_leader(act: Callable[[], T]) -> T:
         act: whose result can be pickled.
 
     Raises:
-        VitaError: as `act` does, on every rank.
+        VitaError: as `act` does, on every rank; or another rank has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return act()
     from megatron_vita.checkpoint.agree import on_rank_zero
+    from megatron_vita.inference.world import together
     from megatron_vita.parallel.groups import init_distributed
 
-    init_distributed()
-    return on_rank_zero(act)
+    with together():
+        init_distributed()
+        return on_rank_zero(act)
 
 
 def fail(tool: str, error: VitaError) -> int:

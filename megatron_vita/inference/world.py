@@ -46,6 +46,26 @@ def inference_groups(parallel: ParallelConfig) -> Groups:
     return _built[1]
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Around whatever ranks do together.
+
+    Raises:
+        VitaError: another rank has ended, or does not answer any more.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        raise VitaError(
+            f"rank {rank} of {size}: another rank was lost, so this one ends too. Its own "
+            "message says why. If there is none it was killed, most often because memory ran out: lower "
+            "--kv-cache-memory or --chunked-prefill-size, or use more ranks; then run again."
+        ) from error
+
+
 class World:
     """Messages between the ranks of one engine. Every method is called by all of them, in the same order."""
 
@@ -67,24 +87,6 @@ class World:
     def samples(self) -> bool:
         """This rank chooses the next tokens."""
         return self.rank == self.sampler
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Whatever is done inside together with other ranks.
-
-        Raises:
-            VitaError: one of them has ended, or does not answer any more.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_lost_rank(error):
-                raise
-            raise VitaError(
-                f"rank {self.rank} of {self.size}: another rank was lost, so this one ends too. Its own message says "
-                "why. If there is none it was killed, most often because memory ran out: lower --kv-cache-memory or "
-                "--chunked-prefill-size, or use more ranks; then run again."
-            ) from error
 
     def tell(self, message: Any) -> Any:
         """The leader's message, on every rank; `None` costs one small broadcast."""

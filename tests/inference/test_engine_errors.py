@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Sample
 from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.leader import from_leader
 from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
+from megatron_vita.inference.world import World
 from megatron_vita.parallel.kv_cache import KVCache
 from tests.inference.parity import load
 from tests.inference.tiny import question, save_checkpoint, write_media
@@ -252,6 +255,31 @@ def _begun_again(folder: Path) -> None:
 
 def test_a_prompt_that_is_begun_again_tells_its_log_probabilities_once(folder: Path) -> None:
     run_ranks(1, _begun_again, folder)
+
+
+def _die_early(folder: Path, path: str) -> None:
+    """While the model is loaded, and while rank 0 reads what it is asked."""
+
+    def read() -> None:
+        os._exit(3)
+
+    def die(*_: object) -> int:
+        os._exit(3)
+
+    if path.endswith("load") and dist.get_rank() == 0:
+        World.smallest = die  # type: ignore[method-assign]
+    act: Any = partial(load, folder / "tiny", **LAYOUTS["cp2"]) if path.endswith("load") else partial(from_leader, read)
+    with pytest.raises(VitaError) as caught:
+        act()
+    Path(path).write_text(str(caught.value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["load", "read"])
+def test_a_rank_that_dies_before_the_first_step_ends_the_others(folder: Path, tmp_path: Path, when: str) -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[0\] of 2 died"):
+        run_ranks(2, _die_early, folder, str(tmp_path / when), timeout_s=30)
+    assert (tmp_path / when).read_text().startswith("rank 1 of 2: another rank was lost")
 
 
 def _die(folder: Path, layout: str, how: str, victim: int, path: str) -> None:
