@@ -88,6 +88,17 @@ class PrefixCache(BlockManager):
         self._extend_runs(table, 0)
         return shared
 
+    def beside_shared(self, keys: Sequence[Key]) -> tuple[int, int]:
+        """What `share` would leave: tokens of the longest known prefix, and the free blocks of the rank that then has
+        fewest. Blocks of the prefix that nobody uses count as free until it is shared."""
+        known = keys[: self.shareable(keys)]
+        unused = [0] * self.ranks
+        for key in known:
+            rank, block = self._found[key]
+            unused[rank] += block in self._unused[rank]
+        free = min(self._available(rank) - count for rank, count in enumerate(unused))
+        return len(known) * self.block_size, free
+
     def shareable(self, keys: Sequence[Key]) -> int:
         """Blocks of the longest known prefix."""
         known = 0

@@ -2,8 +2,9 @@
 
 A step carries one token of every sequence that decodes, and chunks of prompts with what is left of the token budget.
 Sequences come and go between steps; nobody waits for the longest. A sequence is admitted when the cache has room for
-all of its tokens so far. If the cache is full when an answer grows, the youngest sequence gives its blocks back and is
-computed again later. Every rank runs the same scheduler on the same requests, so all agree without communication.
+all of its tokens so far that it does not share. If the cache is full when an answer grows, the youngest sequence gives
+its blocks back and is computed again later. Every rank runs the same scheduler on the same requests, so all agree
+without communication.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from megatron_vita.inference.blocks import BlockManager
-from megatron_vita.inference.prefix_cache import PrefixCache
+from megatron_vita.inference.prefix_cache import Key, PrefixCache
 from megatron_vita.inference.sequence import Sequence
 from megatron_vita.layout import SequenceLayout, most_tokens
 
@@ -116,9 +117,7 @@ class Scheduler:
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             if isinstance(self.blocks, PrefixCache) and sequence.keys:
-                # The last token's logits are needed, so it is computed in any case.
-                whole = (len(sequence) - 1) // self.blocks.block_size
-                sequence.computed = sequence.shared = self.blocks.share(sequence.table, sequence.keys[:whole])
+                sequence.computed = sequence.shared = self.blocks.share(sequence.table, self._shareable(sequence))
             used = self._add_chunk(sequence, budget, chunks)
             if not used:
                 break
@@ -159,15 +158,23 @@ class Scheduler:
             for one in self.running
             if not one.decoding
         )
-        return self.blocks.most_blocks(len(sequence)) <= self.blocks.free_blocks() - incomplete
+        if self.blocks.most_blocks(len(sequence)) <= self.blocks.free_blocks() - incomplete:
+            return True
+        if not isinstance(self.blocks, PrefixCache) or not sequence.keys:
+            return False
+        shared, free = self.blocks.beside_shared(self._shareable(sequence))
+        return self.blocks.most_blocks(len(sequence) - shared) <= free - incomplete
+
+    def _shareable(self, sequence: Sequence) -> tuple[Key, ...]:
+        """Keys of the blocks that a sequence may share: the last token's logits are needed, so it is computed."""
+        return sequence.keys[: (len(sequence) - 1) // self.blocks.block_size]
 
     def _being_computed(self, sequence: Sequence) -> bool:
         """True if a running prompt is about to compute blocks that this sequence could share after the step."""
         if not isinstance(self.blocks, PrefixCache) or not sequence.keys:
             return False
         known = self.blocks.shareable(sequence.keys)
-        whole = (len(sequence) - 1) // self.blocks.block_size
-        return known < min(whole, len(sequence.keys)) and any(
+        return known < len(self._shareable(sequence)) and any(
             known < len(one.keys) and one.keys[known] == sequence.keys[known] and not one.decoding
             for one in self.running
         )

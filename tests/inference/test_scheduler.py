@@ -94,6 +94,19 @@ def test_at_most_so_many_run_at_once() -> None:
         assert len(books.ranks[0].scheduler.running) <= 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_who_shares_a_long_prefix_is_answered_beside_it(ranks: int) -> None:
+    """The cache holds the prefix once, and a few blocks more."""
+    books = Books(ranks=ranks, num_blocks=72 // ranks, block_size=4, budget=64, prefix=True)
+    for number in range(4):
+        books.add([*range(200), 1000 + number], 12)
+    together = 0
+    while books.busy:
+        books.step()
+        together = max(together, sum(one.decoding for one in books.ranks[0].scheduler.running))
+    assert together >= 3
+
+
 def test_a_shared_prefix_is_written_once() -> None:
     prompts = [[*range(40), number] for number in range(5)]
     plain, shared = (Books(ranks=2, num_blocks=64, block_size=4, budget=64, prefix=prefix) for prefix in (False, True))
