@@ -52,8 +52,6 @@ class Pages:
 class DecodeTables:
     """Cached tokens of the sequences that decode, on this rank; made once a step, for all layers."""
 
-    count: int
-    """B."""
     alone: tuple[tuple[int, Runs], ...] = ()
     """(row, runs) of sequences with kernel calls of their own."""
     gathered: Gathered | None = None
@@ -75,12 +73,12 @@ class DecodeTables:
         """
         if on_accelerator(device):
             if flash.reads_pages(block_size, dtype):
-                return cls(len(tables), pages=_pages(tables, block_size, device))
-            return cls(len(tables), _alone(tables, frozenset()))
+                return cls(pages=_pages(tables, block_size, device))
+            return cls(_alone(tables, frozenset()))
         lengths = [sum(tokens for _, tokens in runs) for runs in tables]
         short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]
         if len(short) < 2:
-            return cls(len(tables), _alone(tables, frozenset()))
+            return cls(_alone(tables, frozenset()))
         held = np.array([lengths[row] for row in short])[:, None]
         number = np.arange(int(held.max()))[None]
         slots = np.array([tables[row][0][0] for row in short], dtype=np.int64)[:, None] + np.minimum(number, held - 1)
@@ -92,7 +90,7 @@ class DecodeTables:
         gathered = Gathered(
             torch.from_numpy(np.array(short)), torch.from_numpy(slots.reshape(-1)), torch.from_numpy(hidden)
         )
-        return cls(len(tables), _alone(tables, frozenset(short)), gathered)
+        return cls(_alone(tables, frozenset(short)), gathered)
 
 
 def slots_of(runs: Runs) -> np.ndarray:
