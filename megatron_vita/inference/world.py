@@ -20,7 +20,8 @@ _built: tuple[ParallelConfig, Groups] | None = None
 
 
 def inference_groups(parallel: ParallelConfig) -> Groups:
-    """The process groups of a layout; engines of one layout share them. Collective over the world.
+    """The process groups of a layout; engines of one layout share them, those of another lose theirs. Collective over
+    the world.
 
     Raises:
         ConfigError: the launched ranks are not tensor x context x pipeline.
