@@ -1,6 +1,6 @@
 """Which block of the key/value cache holds which tokens, on every context-parallel rank.
 
-Every rank keeps the same books for all context ranks, so nobody has to ask. A block is taken next to the sequence's
+Every rank keeps the block tables of all context ranks, so nobody has to ask. A block is taken next to the sequence's
 last one where that is free: attention reads blocks that follow each other as one run, without a copy. A block may
 belong to several sequences that begin alike (inference/prefix_cache.py) and is free when the last of them is.
 """

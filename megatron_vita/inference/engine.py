@@ -221,11 +221,14 @@ class Engine:
             on the leader, a request and its answer, or why there is none, as soon as it is known.
 
         Raises:
+            ConfigError: the engine is busy with requests of `add`, whose answers nobody would hear.
             VitaError: another rank has ended.
         """
         if not self.leader:
             self.follow()
             return
+        if self.busy:
+            raise ConfigError("the engine works on other requests. Call step() until it is not busy, or abort them.")
         source = iter(requests)
         asked: dict[str, Request] = {}
         more = True

@@ -140,7 +140,7 @@ class Scheduler:
             # Uneven shares add up over many chunks. With a prefix cache the rest of a prompt is a chunk of its own.
             unit = next((unit for unit in (aligned, 2 * ranks) if count >= unit), ranks)
             if count < left and unit == ranks and chunks:
-                return 0  # fewer than 2 * ranks tokens are dealt evenly only at the beginning of a packed sequence
+                return 0  # fewer than 2 * ranks tokens are assigned evenly only at the beginning of a packed sequence
             count -= count % unit if count < left or unit == aligned else 0
         most = most_tokens(count, ranks, first=not chunks)
         if not self._make_room(sequence, most):

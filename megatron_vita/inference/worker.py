@@ -1,6 +1,6 @@
 """What every rank of an engine does alike: queues, block tables, one step after the other.
 
-All ranks hear the same news in the same order and get the same tokens, so their books agree without further messages.
+All ranks hear the same news in the same order and get the same tokens: their block tables agree without more messages.
 """
 
 from __future__ import annotations

@@ -290,6 +290,8 @@ def test_requests_come_and_go_between_steps(
                     engine.add(Request("3", sample, GREEDY))
         if steps == 5:
             engine.abort("5")
+            with pytest.raises(ConfigError, match="other requests"):
+                next(engine.run([]))
         for output in engine.step():
             texts[output.request_id] = texts.get(output.request_id, "") + output.text
             if output.outcome is not None:
