@@ -40,53 +40,44 @@ def model(**changed: Any) -> ModelConfig:
 # -------------------------------------------------------------------------------------------------------- batching
 
 
-def mixed_requests(count: int, longest: int) -> list[New]:
-    """Prompts and answers of mixed lengths: logarithms evenly spread from 16 (answers: 8) to `longest` tokens."""
+def mixed_requests(count: int, mean: int) -> list[New]:
+    """Prompts and answers of exponentially distributed lengths, as chats roughly have; prompts are longer by half."""
     random = np.random.default_rng(0)
-    prompts = np.exp(random.uniform(np.log(16), np.log(longest), count)).astype(int)
-    answers = np.exp(random.uniform(np.log(8), np.log(longest), count)).astype(int)
+    prompts = np.clip(random.exponential(1.5 * mean, count), 16, 8 * mean).astype(int)
+    answers = np.clip(random.exponential(mean, count), 4, 8 * mean).astype(int)
     return [prompt(str(number), int(prompts[number]), int(answers[number])) for number in range(count)]
 
 
-def batching_task(count: int, longest: int, repeats: int) -> dict[str, tuple[float, int]]:
-    """(CPU seconds, steps) of all requests: each side at its best."""
-    worker = make_worker(model(), settings(max_num_seqs=GROUP))
-    steps = 0
-    run = worker.runner.run
-
-    def counted(*args: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        return run(*args)
-
-    worker.runner.run = counted  # type: ignore[method-assign]
-    requests = mixed_requests(count, longest)
-    sides = {
-        "static": [requests[first : first + GROUP] for first in range(0, count, GROUP)],
-        "continuous": [requests],
-    }
-    best = dict.fromkeys(sides, (float("inf"), 0))
+def batching_task(width: int, count: int, mean: int, repeats: int) -> list[tuple[float, int]]:
+    """(CPU seconds, steps) of all requests, each at its best: static groups, continuous with as many at once, and with
+    as many as the engine takes by default."""
+    requests = mixed_requests(count, mean)
+    groups = [requests[first : first + GROUP] for first in range(0, count, GROUP)]
+    wide = model(hidden_size=width, ffn_hidden_size=width * 11 // 4)
+    worker, unlimited = (make_worker(wide, settings(**limit)) for limit in ({"max_num_seqs": GROUP}, {}))
+    sides = [(worker, groups), (worker, [requests]), (unlimited, [requests])]
+    best = [(float("inf"), 0)] * len(sides)
     for _ in range(repeats):
-        for name, groups in sides.items():
-            steps = 0
+        for number, (one, batches) in enumerate(sides):
             began = time.process_time()
-            for group in groups:
-                drive(worker, *group)
-            best[name] = min(best[name], (time.process_time() - began, steps))
+            steps = sum(drive(one, *batch) for batch in batches)
+            best[number] = min(best[number], (time.process_time() - began, steps))
     return best
 
 
 def batching_figures(*, quick: bool) -> list[Figure]:
     """Requests that come and go against groups that wait for their longest."""
-    count, longest = (24, 32) if quick else (64, 256)
-    (found,) = on_ranks(1, batching_task, count, longest, 1 if quick else 3)
-    tokens = sum(new.request.max_new_tokens or 0 for new in mixed_requests(count, longest))
-    (static, static_steps), (continuous, steps) = found["static"], found["continuous"]
-    return [Figure(
-        f"{count} requests, {tokens} answer tokens, {GROUP} at once: static, continuous",
-        f"{static:.2f}, {continuous:.2f} s ({static_steps}, {steps} steps): {static / continuous:.2f} times as fast",
-        f"{BATCHING_BAR}", None if quick else static / continuous >= BATCHING_BAR,
-    )]  # fmt: skip
+    width, count, mean = (64, 24, 8) if quick else (512, 64, 64)
+    (((static, static_steps), *found),) = on_ranks(1, batching_task, width, count, mean, 1 if quick else 3)
+    tokens = sum(new.request.max_new_tokens or 0 for new in mixed_requests(count, mean))
+    figures = []
+    for (continuous, steps), limit in zip(found, (f"{GROUP} at once", "no limit"), strict=True):
+        figures.append(Figure(
+            f"4 layers of {width}, {count} requests, {tokens} answer tokens: static {GROUP}, continuous {limit}",
+            f"{static:.2f}, {continuous:.2f} s ({static_steps}, {steps} steps): {static / continuous:.2f} times as "
+            "fast", f"{BATCHING_BAR}", None if quick else static / continuous >= BATCHING_BAR,
+        ))  # fmt: skip
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------- prefix caching

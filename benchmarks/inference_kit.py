@@ -95,12 +95,14 @@ def prompt(name: str, tokens: int, answer: int, sampling: SamplingConfig = FULL_
     return New(Request(name, sample, sampling, answer), example, ())
 
 
-def drive(worker: Worker, *new: New) -> None:
-    """Answer prompts to their ends."""
-    news: News | None = News(new)
-    while news is not None or worker.scheduler.busy:
-        worker.step(news)
-        news = None
+def drive(worker: Worker, *new: New) -> int:
+    """Answer prompts to their ends; the number of steps."""
+    worker.step(News(new))
+    steps = 1
+    while worker.scheduler.busy:
+        worker.step(None)
+        steps += 1
+    return steps
 
 
 def on_ranks(ranks: int, task: Callable[..., Any], *args: Any, worlds: int = 1, limit_s: int = 1800) -> list[Any]:

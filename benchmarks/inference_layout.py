@@ -135,9 +135,7 @@ def prefill_memory_task(cp: int, tokens: int, chunk: int, model: ModelConfig) ->
     new = prompt("measured", tokens, 1)
     dist.barrier()
     memory = PeakMemory()
-    drive(worker, new)
-    resident = memory.gained()
-    return peak_allocated(lambda: drive(worker, new)), resident
+    return peak_allocated(lambda: drive(worker, new)), memory.gained()
 
 
 def head_memory_task(head: str, tokens: int, chunk: int) -> int:
@@ -161,7 +159,7 @@ def head_memory_task(head: str, tokens: int, chunk: int) -> int:
 def memory_figures(*, quick: bool) -> list[Figure]:
     """Activations of prefill, and the head's memory."""
     figures = []
-    chunk, sizes = (256, (1024, 4096)) if quick else (2048, (8192, 16384, 32768, 65536))
+    chunk, sizes = (256, (1024, 4096)) if quick else (2048, (8192, 32768, 65536))
     model = small_model()
     for cp in (1, 2):
         ranks = [on_ranks(cp, prefill_memory_task, cp, tokens, chunk, model) for tokens in sizes]

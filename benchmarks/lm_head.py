@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", choices=LM_HEADS, default=list(LM_HEADS))
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--longest", type=int, default=65536, help="where the search ends")
+    parser.add_argument("--longest", type=int, default=32768, help="where the search ends")
     parser.add_argument("--plot", type=Path, default=Path("lm_head.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -152,6 +152,7 @@ class ModelRunner:
             logits = self.model.logits(hidden[start : start + HEAD_ROWS])
             inside = (index >= start) & (index < start + len(logits))
             kept[inside] = logits[index[inside] - start]
+            del logits  # before the next ones are computed
         return kept
 
     def _prompt_logprobs(self, hidden: Tensor, batch: StepBatch) -> dict[int, list[TokenLogprob]]:
