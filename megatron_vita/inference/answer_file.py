@@ -14,6 +14,8 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import lock
 
 _PREFIX = "batch_req_"
+_HEAD = b'{"id": "' + _PREFIX.encode()
+"""How a line of answers begins."""
 
 
 class AnswerFile:
@@ -106,8 +108,8 @@ class AnswerFile:
         place = 0
         with self.path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
-                if not raw.endswith(b"\n"):
-                    os.truncate(self.path, place)
+                if not raw.endswith(b"\n") and _HEAD.startswith(raw[: len(_HEAD)]):
+                    os.truncate(self.path, place)  # torn by a kill
                     break
                 place += len(raw)
                 self._lines += 1

@@ -136,6 +136,16 @@ class Engine:
             sample, self.spec, tokenizer=self.tokenizer, video_backend=self._video_backend
         )
         length, held = len(example.tokens), self.worker.blocks.capacity
+        # An answer that ends for want of cache is not the answer: it would be another with more memory.
+        whole = min(length + (request.max_new_tokens or 0), self.config.max_position_embeddings)
+        if length < self.worker.longest and whole > held:
+            media.close()
+            raise reject(
+                "overlong",
+                f"{sample.id}: a prompt of {length} tokens with an answer of up to {request.max_new_tokens}, but the "
+                f"key/value cache holds {held}. Give it more memory (--kv-cache-memory), use more context-parallel "
+                "ranks, or ask for a shorter answer.",
+            )
         if length >= self.worker.longest:
             media.close()
             where = f"the model handles {self.config.max_position_embeddings}"

@@ -58,12 +58,12 @@ class Generation:
     """Tokens of the prompt, those of its pictures included."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values an earlier request had left in the cache."""
-    prefill_seconds: float = field(default=0.0, compare=False)
-    """Wall time from the first step that computed the prompt to the answer's first token; other requests share it."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry for each of `ids`, if asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """One entry for each prompt token, if asked for; None for the first token, which nothing predicts."""
+    prefill_seconds: float = field(default=0.0, compare=False)
+    """Wall time from the first step that computed the prompt to the answer's first token; other requests share it."""
 
     @property
     def finished(self) -> bool:

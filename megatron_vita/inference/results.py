@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.errors import DataError
+from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.score import UNREADABLE
+
+_HEAD = b'{"run": "'
+"""How a line of results begins."""
 
 Result = dict[str, Any]
 
@@ -27,13 +30,20 @@ class ResultFile:
         """Open or create; a last line torn by a kill is dropped.
 
         Raises:
+            ConfigError: it cannot be written.
             DataError: another line is not a result, so it is no results file.
         """
         self.path = path
         self.results: list[Result] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.is_file() else b""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}. Check --output.") from None
+        whole = path.read_bytes()
         keep = whole.rfind(b"\n") + 1
+        if keep < len(whole) and not _HEAD.startswith(whole[keep:][: len(_HEAD)]):
+            raise DataError(f"{path}: its last line is no evaluation result. Give an empty folder with --output.")
         for number, line in enumerate(whole[:keep].splitlines(), 1):
             try:
                 result = json.loads(line)
@@ -45,7 +55,6 @@ class ResultFile:
             self.results.append(result)
         if keep < len(whole):
             os.truncate(path, keep)
-        self._file = path.open("a", encoding="utf-8")
 
     @staticmethod
     def key(result: Mapping[str, Any]) -> tuple[str, str, int]:

@@ -78,11 +78,11 @@ class SamplingConfig:
                 self._check(name, _is_integer, 0, f"a number of tokens from 0 to {MAX_LOGPROBS}", MAX_LOGPROBS)
         biases = _all_of(self.logit_bias, _is_bias) and all(abs(bias) <= 100 for _, bias in self.logit_bias)
         ids = [one for one, _ in self.logit_bias] if biases else []
-        self._require("logit_bias", biases, "a tuple of (token id, bias in [-100, 100])")
+        self._require("logit_bias", biases, "pairs of a token id and a bias in [-100, 100]")
         self._require("logit_bias", len(ids) == len(set(ids)), "without a token id that is named twice")
         texts = _all_of(self.stop, lambda one: isinstance(one, str) and one != "")
-        self._require("stop", texts, "a tuple of strings that are not empty")
-        self._require("stop_token_ids", _all_of(self.stop_token_ids, _is_token), "a tuple of token ids")
+        self._require("stop", texts, "strings that are not empty")
+        self._require("stop_token_ids", _all_of(self.stop_token_ids, _is_token), "token ids, 0 or more")
         self._require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
 
     def _check(

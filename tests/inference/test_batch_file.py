@@ -318,3 +318,12 @@ def test_however_often_it_is_killed_every_line_has_one_line(
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == len(kinds)
     assert sorted(line["custom_id"] for line in lines if line["error"] is None) == sorted(good)
+
+
+@pytest.mark.parametrize("content", ["my notes without a line break", '{"a": 1}', '{"id": "x"}'])
+def test_a_file_that_is_no_answers_is_left_alone(tmp_path: Path, content: str) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text(content)
+    with pytest.raises(DataError, match="line 1: not a line of answers"):
+        AnswerFile(other).__enter__()
+    assert other.read_text() == content

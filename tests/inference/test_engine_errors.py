@@ -86,6 +86,18 @@ def _too_long(folder: Path) -> None:
         assert all(isinstance(one, Generation) and len(one.ids) == 4 for one in found.values())
 
 
+def _too_long_an_answer(folder: Path) -> None:
+    engine = load(folder / "tiny", kv_cache_memory=str(9 * BLOCK))
+    found = outcomes_of(engine, [ask(0, words(90), tokens=60), ask(1, words(90), tokens=9)])
+    assert "answer of up to 60" in str(found["0"]), "it would be cut, and be another with more memory"
+    assert "holds 128" in str(found["0"])
+    assert isinstance(found["1"], Generation)
+
+
+def test_an_answer_that_never_fits_is_refused(folder: Path) -> None:
+    run_ranks(1, _too_long_an_answer, folder)
+
+
 def test_a_prompt_that_never_fits_is_refused_with_both_numbers(folder: Path) -> None:
     run_ranks(1, _too_long, folder)
 

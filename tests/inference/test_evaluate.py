@@ -288,3 +288,13 @@ def test_wrong_settings_are_refused(here: Path, tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="not an evaluation result"):
         run(here, tmp_path)
+
+
+def test_a_results_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    notes = tmp_path / "results.jsonl"
+    notes.write_text("my notes without a line break")
+    with pytest.raises(DataError, match="no evaluation result"):
+        ResultFile(notes)
+    assert notes.read_text() == "my notes without a line break"
+    with pytest.raises(ConfigError, match="Check --output"):
+        ResultFile(notes / "results.jsonl")

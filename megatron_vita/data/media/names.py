@@ -42,5 +42,8 @@ def locate(root: str, path: str) -> str | None:
         raise reject("media_missing", f"{path!r} is not a file name.") from None
     real = os.path.realpath(os.path.join(root, path))
     if not (real + os.sep).startswith(root.rstrip(os.sep) + os.sep):
-        raise reject("path_escape", f"{path} leaves the media root. Set `media_root` to the folder that holds it.")
+        raise reject(
+            "path_escape",
+            f"{path} leaves the media root. Set it (`media_root`, --media-root) to the folder that holds the file.",
+        )
     return real if os.path.exists(real) else None

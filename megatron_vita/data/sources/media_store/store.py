@@ -107,7 +107,7 @@ class _Rooted(MediaStore):
         raise reject(
             "media_missing",
             f"{path if inside else reference} does not exist under {self._rule.shown or self._given}{archives}. "
-            "Set `media_root`, or fetch it.",
+            "Set the media root (`media_root`, --media-root), or fetch it.",
         )
 
     def _on_disk(self, real: str, path: str) -> MediaFile:
