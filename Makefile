@@ -20,8 +20,9 @@ quickstart-short: $(BIN)/.installed
 needle: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) --needle $(ARGS)
 
+# Two processes; a file's tests run in one of them, in order: tests that load a model into their process come last.
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # For people who change things: what is not marked slow, in two processes.
 test-fast: $(BIN)/.installed

@@ -76,8 +76,9 @@ def rope_settings(rope: Mapping[str, Any], length: int, where: str = "rope_scali
         raise ConfigError(f"{where}.factor={factor} must be at least 1.")
     if type(original) is not int or not 1 <= original <= _LONGEST:
         raise ConfigError(f"{where}.{_ORIGINAL} must be a whole number from 1 to {_LONGEST}, got {shown(original)}.")
-    if factor * max(original, length) > _LONGEST:
-        raise ConfigError(f"{where}.factor={factor} of {max(original, length)} tokens is more than {_LONGEST}.")
+    unscaled = length if kind == "linear" else original  # the other kinds' length may be the scaled one already
+    if factor * unscaled > _LONGEST:
+        raise ConfigError(f"{where}.factor={factor} of {unscaled} tokens is more than {_LONGEST}.")
     if kind == "linear":
         return {"rotary_seq_len_interpolation_factor": factor, "max_position_embeddings": int(length * factor)}
     if kind == "llama3":

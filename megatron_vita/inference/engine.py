@@ -16,7 +16,6 @@ import torch
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ParallelConfig, StageConfig
-from megatron_vita.convert import open_model
 from megatron_vita.data.example import Example
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Sample
@@ -24,7 +23,8 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.device import empty_cache
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.inference.opening import open_for_inference
+from megatron_vita.inference.length import check_length
+from megatron_vita.inference.opening import model_name, open_for_inference
 from megatron_vita.inference.prefix_cache import Key, block_keys
 from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.prompt_media import PromptMedia
@@ -135,25 +135,12 @@ class Engine:
         example, media = PromptMedia.open(
             sample, self.spec, tokenizer=self.tokenizer, video_backend=self._video_backend
         )
-        length, held = len(example.tokens), self.worker.blocks.capacity
-        # An answer that ends for want of cache is not the answer: it would be another with more memory.
-        whole = min(length + (request.max_new_tokens or 0), self.config.max_position_embeddings)
-        if length < self.worker.longest and whole > held:
+        try:
+            held = self.worker.blocks.capacity
+            check_length(request, len(example.tokens), positions=self.config.max_position_embeddings, held=held)
+        except DataError:
             media.close()
-            raise reject(
-                "overlong",
-                f"{sample.id}: a prompt of {length} tokens with an answer of up to {request.max_new_tokens}, but the "
-                f"key/value cache holds {held}. Give it more memory (--kv-cache-memory), use more context-parallel "
-                "ranks, or ask for a shorter answer.",
-            )
-        if length >= self.worker.longest:
-            media.close()
-            where = f"the model handles {self.config.max_position_embeddings}"
-            how = "Shorten it, or show fewer pictures."
-            if held == self.worker.longest:
-                where = f"the key/value cache holds {held}"
-                how = "Give it more memory (--kv-cache-memory), use more context-parallel ranks, or shorten it."
-            raise reject("overlong", f"{sample.id}: a prompt of {length} tokens, but {where} with the answer. {how}")
+            raise
         return example, media
 
     def add(self, request: Request) -> None:
@@ -297,16 +284,3 @@ class Engine:
         """A request taken now could soon be computed: prepared prompts hold memory and open files."""
         free = self.settings.max_num_seqs - len(self.worker.scheduler.running)
         return len(self._new) + len(self.worker.scheduler.waiting) < min(16, max(1, free))
-
-
-def model_name(path: str | Path) -> str:
-    """Name of a model in tables: the stage that trained it, or the name of its folder.
-
-    Raises:
-        ConfigError: no such folder.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
-    opened = open_model(path)
-    return opened.state.stage.name if opened.state else opened.path.resolve().name

@@ -37,3 +37,16 @@ def open_for_inference(path: str | Path, settings: EngineSettings) -> OpenModel:
             raise ConfigError(f"max_frames={settings.max_frames}: {path} is a text-only model. Leave it out.")
         preprocess = replace(preprocess or PreprocessSpec.for_tower(model.vision), max_frames=settings.max_frames)
     return replace(opened, model=model, preprocess=preprocess)
+
+
+def model_name(path: str | Path) -> str:
+    """Name of a model in tables: the stage that trained it, or the name of its folder.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder. Give a checkpoint or a Hugging Face folder.")
+    opened = open_model(path)
+    return opened.state.stage.name if opened.state else opened.path.resolve().name

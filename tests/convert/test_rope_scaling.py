@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_vita import checkpoint
@@ -167,6 +167,7 @@ _SCALINGS = st.one_of(
     length=st.integers(1, 1 << 20),
     family=st.sampled_from(["Qwen2.5-7B", "Qwen3-8B", "Llama-3-8B", "Mistral-7B-v0.3", "GLM-4-9B-chat"]),
 )
+@example(scaling={"rope_type": "yarn", "factor": 56.0}, length=684785, family="Qwen2.5-7B")  # written: scaled already
 @settings(deadline=None)
 def test_any_scaling_is_read_and_written_in_both_spellings(scaling: dict[str, Any], length: int, family: str) -> None:
     """Ours after a round trip, and transformers' frequencies, attention factor and settings from what was written."""
