@@ -82,10 +82,12 @@ def steps(run: str, *, seed: int, short: bool, needle: bool = False) -> Iterator
         alone = ["--context-parallel-size", "2", "--max-num-seqs", "1", "--max-frames", str(LONGEST[-1])]
         return [*ranks(2), *evaluate(output, saved[-1:], sets, *alone, *flags)[1:]]
 
-    def longer_than_trained(frames: Sequence[int], part: str) -> list[list[str]]:
-        """As the model was trained, but that it takes any length; and with YaRN."""
-        unscaled = evaluate_long(f"long_{part}", frames, "--max-position-embeddings", str(16 * LONGEST[-1]))
-        return [unscaled, evaluate_long(f"long_{part}_yarn", frames, "--rope-scaling", json.dumps(YARN))]
+    def with_yarn(frames: Sequence[int], part: str) -> list[str]:
+        return evaluate_long(f"long_{part}_yarn", frames, "--rope-scaling", json.dumps(YARN))
+
+    def as_trained(frames: Sequence[int], part: str) -> list[str]:
+        """But that the model takes any length."""
+        return evaluate_long(f"long_{part}", frames, "--max-position-embeddings", str(16 * LONGEST[-1]))
 
     limit = ["--limit", "20"] if short else []
     saved = [f"{run}/save/{stage}" for stage in STAGES]
@@ -148,7 +150,7 @@ def steps(run: str, *, seed: int, short: bool, needle: bool = False) -> Iterator
     yield Step(
         "longer than trained",
         "Ask about videos of up to 512 frames, which no training has seen, in two context-parallel processes",
-        [longer_than_trained(LONGER[:2], "512")[1:] if short else longer_than_trained(LONGER, "512")],
+        [[with_yarn(LONGER[:2] if short else LONGER, "512")]],
     )
     yield Step(
         "report", "Draw the loss, the needle heat map and a page of answers", [[example("report.py", "--run", run)]]
@@ -164,8 +166,15 @@ def steps(run: str, *, seed: int, short: bool, needle: bool = False) -> Iterator
     if needle:
         yield Step(
             "needle",
-            "Ask about videos of 1,024 to 4,096 frames; draw the report again",
-            [[*longer_than_trained(LONGEST, "4096"), example("report.py", "--run", run)]],
+            "Ask about videos of up to 4,096 frames, without YaRN too; draw the report again",
+            [
+                [
+                    as_trained(LONGER, "512"),
+                    as_trained(LONGEST, "4096"),
+                    with_yarn(LONGEST, "4096"),
+                    example("report.py", "--run", run),
+                ]
+            ],
         )
 
 
