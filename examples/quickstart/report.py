@@ -524,7 +524,7 @@ def write_report(save: Path, results_from: Sequence[Path], data: Path, output: P
             page += ["## Longer than trained", "", "![accuracy and prefill time by frames](longer.png)", ""]
             page += [f"Training has videos of up to {TRAINED_FRAMES} frames. Two context-parallel ranks answer one"]
             page += [
-                "question at a time. YaRN scales positions, without further training; `make needle` asks without it too."
+                "question at a time. YaRN scales positions without further training; `make needle` asks without it too."
             ]
             page += [
                 "Prefill is the time from a question to the first token of its answer, decoding the video included."
