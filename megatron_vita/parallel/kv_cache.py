@@ -46,7 +46,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
-        self.token_bytes = 2 * groups * head_dim * dtype.itemsize
+        self.token_bytes = self.block_bytes(layers=1, block_size=1, groups=groups, head_dim=head_dim, dtype=dtype)
         """Keys and values of one token in one layer."""
         # torch.empty touches no memory, so on a CPU unused blocks cost address space only.
         shape = (num_blocks * block_size, groups, head_dim)
