@@ -48,6 +48,12 @@ def backend() -> str:
     return "nccl" if has_accelerator() else "gloo"
 
 
+def new_host_group() -> torch.distributed.ProcessGroup:
+    """A process group of all ranks for tensors on the CPU. All ranks call it."""
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
+    return group
+
+
 def bind_rank(local_rank: int) -> None:
     """Select the GPU of this local rank, before any process group is created; no effect without CUDA."""
     if has_accelerator():
@@ -217,12 +223,35 @@ def _redirect_rng() -> None:
 # ---- loading a distributed optimizer whose inner optimizer is torch's AdamW (no Transformer Engine, no Apex) ----
 
 
+def distributed_optimizers(optimizer: Any) -> list[Any]:
+    """The DistributedOptimizers that a (chained) optimizer consists of."""
+    chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return list(chained)
+
+
+def optimizer_step(optimizer: Any) -> float:
+    """Steps that one DistributedOptimizer has done; 0 on a rank without trainable parameters."""
+    groups = optimizer.state_dict()["optimizer"]["param_groups"]
+    return max((float(group.get("step") or 0.0) for group in groups), default=0.0)
+
+
+def set_optimizer_step(optimizer: Any, step: float) -> None:
+    """Allocate the state of a (chained) optimizer that is to be loaded, and set how many steps it has done. Its
+    settings stay."""
+    prepare_optimizer_for_load(optimizer)
+    for one in distributed_optimizers(optimizer):
+        state = one.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = int(step)
+        one.load_state_dict(state)
+    fix_optimizer_after_load(optimizer)
+
+
 def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
     """The DistributedOptimizers of a (chained) optimizer whose inner optimizer is torch's Adam or AdamW."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    for one in chained:
+    for one in distributed_optimizers(optimizer):
         if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW):
             yield one
 

@@ -21,3 +21,7 @@ class DataError(VitaError):
 
 class CheckpointError(VitaError):
     """A checkpoint or Hugging Face folder that is missing, damaged or of another shape than the model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written: another one, which verifies, may serve instead."""

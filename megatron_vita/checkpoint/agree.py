@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_vita.errors import CheckpointError, VitaError
+from megatron_vita.errors import CheckpointError, DamagedError, VitaError
 
 T = TypeVar("T")
 
@@ -33,19 +33,32 @@ def on_rank_zero(act: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def all_true(mine: bool) -> bool:
+    """Whether something holds on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_vita import device
+
+    found = torch.tensor(int(mine), device=device.torch_device())
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())
+
+
 def everywhere(act: Callable[[], T], where: str) -> T:
     """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
     import torch.distributed as dist
 
     result: Any = None
-    error = ""
+    problem: VitaError | None = None
     try:
         result = act()
-    except (VitaError, OSError) as problem:
-        error = str(problem)
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((one for one in errors if one), "")
-    if first:
-        raise CheckpointError(first if where in first else f"{where}: {first}")
+    except (VitaError, OSError) as error:
+        text = str(error) if where in str(error) else f"{where}: {error}"
+        problem = DamagedError(text) if isinstance(error, DamagedError) else CheckpointError(text)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((one for one in problems if one is not None), None)
+    if first is not None:
+        raise first
     return result

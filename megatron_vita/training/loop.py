@@ -117,7 +117,7 @@ def _save(session: Session, folder: Path) -> Path:
         session.scheduler if keep else None,
         session.state,
         session.groups,
-        tokenizer_dir=session.stage.data.tokenizer_model,
+        tokenizer=session.stage.data.tokenizer_model,
     )
     log.info("saved %s in %.1f s", saved, time.monotonic() - began)
     return saved
