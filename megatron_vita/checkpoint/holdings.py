@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from megatron_vita import device
@@ -39,6 +37,8 @@ class Ranks:
     @classmethod
     def of(cls, groups: Any = None) -> Ranks:
         """Of parallel.groups.Groups, or of megatron-core's current layout."""
+        from megatron.core import parallel_state
+
         if groups is not None:
             return cls(groups.collection.dp_cp, groups.tp_rank, groups.tp_size)
         return cls(
@@ -123,6 +123,8 @@ def holdings(chunks: Sequence[Any], ranks: Ranks, rows_of: Callable[[str], int |
 
 
 def _held(one: Any, ranks: Ranks, rows_of: Callable[[str], int | None]) -> Iterator[Holding]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
     parameter = one.data
     shards = list(_shards(one.build() if isinstance(one, ShardedTensorFactory) else one))
     local = sum(math.prod(shard.local_shape) for shard in shards)
@@ -149,12 +151,12 @@ def _held(one: Any, ranks: Ranks, rows_of: Callable[[str], int | None]) -> Itera
         )
 
 
-def _shards(built: Any) -> Iterator[ShardedTensor]:
-    if isinstance(built, ShardedTensor):
-        yield built
-    else:
+def _shards(built: Any) -> Iterator[Any]:
+    if isinstance(built, dict | list):  # what a factory has made of one parameter
         for one in built.values() if isinstance(built, dict) else built:
             yield from _shards(one)
+    else:
+        yield built
 
 
 def weights_to_write(held: Sequence[Holding], ranks: Ranks) -> list[Part]:
