@@ -41,8 +41,7 @@ CHAT_TEMPLATES = "chat_templates"
 _STEP = re.compile(r"iter_(\d{7,})")
 _STAGING = ".writing-"
 _REPLACED = ".replaced-"
-_DELETING = ".deleting-"
-_DAMAGED = ".damaged"
+DELETING = ".deleting-"
 
 
 def step_folder(root: Path, iteration: int) -> Path:
@@ -123,7 +122,7 @@ def start_staging(root: Path, iteration: int) -> Path:
         for replaced in root.glob(_REPLACED + "iter_*"):
             restore(root / replaced.name.removeprefix(_REPLACED))
         for old in root.iterdir():
-            if old.name.startswith((_STAGING, _REPLACED, _DELETING)):
+            if old.name.startswith((_STAGING, _REPLACED, DELETING)):
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
         staging = staging_folder(root, iteration)
         staging.mkdir()
@@ -194,39 +193,6 @@ def publish(root: Path, iteration: int) -> Path:
     except OSError as error:  # the step is whole, and found without it
         log.warning("%s: could not be written (%s)", root / HINT_FILE, error)
     return final
-
-
-def prune(root: Path, *, keep_last: int, keep_every: int, verified: int) -> None:
-    """Delete older checkpoints. What cannot be deleted is left, with a warning. Call on one rank.
-
-    Args:
-        keep_last: checkpoints to keep; 0: all.
-        keep_every: steps whose multiples are kept for good; 0: none.
-        verified: the newest step that is known to be whole, which is never deleted.
-    """
-    if not keep_last:
-        return
-    for step in steps(root)[keep_last:]:
-        iteration = int(step.name.removeprefix("iter_"))
-        if iteration == verified or (keep_every and iteration % keep_every == 0):
-            continue
-        try:
-            going = root / (_DELETING + step.name)
-            os.replace(step, going)  # in one step, so that no half of it is ever found
-            shutil.rmtree(going)
-        except OSError as error:
-            log.warning("%s: could not be deleted (%s)", step, error)
-
-
-def set_aside(step: Path) -> Path:
-    """Give a damaged checkpoint another name, under which nothing takes it for one. Call on one rank."""
-    target = step.with_name(step.name + _DAMAGED)
-    for number in range(2, 1000):
-        if not target.exists():
-            break
-        target = step.with_name(f"{step.name}{_DAMAGED}.{number}")
-    os.replace(step, target)
-    return target
 
 
 def replaced_folder(final: Path) -> Path:

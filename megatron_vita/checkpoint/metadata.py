@@ -7,13 +7,17 @@ claims to hold more, elsewhere, or twice is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_vita.checkpoint.boxes import Slices, fills, slices_at
 from megatron_vita.errors import CheckpointError
@@ -28,31 +32,23 @@ DTYPES = {
 }  # fmt: skip
 """Types of elements that are supported, by torch's name."""
 _MAX_DIMENSIONS = 32
-_FIELDS: dict[str, tuple[str, ...]] = {
-    "torch.distributed.checkpoint.metadata.Metadata": (
-        "state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version",
-    ),
-    "torch.distributed.checkpoint.metadata.MetadataIndex": ("fqn", "offset", "index"),
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata": ("properties", "size", "chunks"),
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": ("offsets", "sizes"),
-    "torch.distributed.checkpoint.metadata.TensorProperties": (
-        "dtype", "layout", "requires_grad", "memory_format", "pin_memory",
-    ),
-    "torch.distributed.checkpoint.filesystem._StorageInfo": (
-        "relative_path", "offset", "length", "transform_descriptors",
-    ),
-}  # fmt: skip
+_FIELDS = {
+    f"{kind.__module__}.{kind.__name__}": tuple(one.name for one in dataclasses.fields(kind))
+    for kind in (
+        torch_metadata.Metadata,
+        torch_metadata.MetadataIndex,
+        torch_metadata.TensorStorageMetadata,
+        torch_metadata.ChunkStorageMetadata,
+        torch_metadata.TensorProperties,
+        _StorageInfo,
+    )
+}
 """The classes that are looked into, with their fields in the order of their arguments and of their state."""
-_IGNORED = {
-    "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.serialization._get_layout",
-    *(f"torch.distributed.checkpoint.planner.{name}" for name in (
-        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
-    )),
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-}  # fmt: skip
+_IGNORED = re.compile(
+    r"torch\.distributed\.checkpoint\.metadata\.(StorageMeta|BytesStorageMetadata|_MEM_FORMAT_ENCODING)"
+    r"|torch\.distributed\.checkpoint\.planner\.(SavePlan|WriteItem|WriteItemType|TensorWriteData|BytesIOWriteData)"
+    r"|torch\.serialization\._get_layout|pathlib\.(_local\.)?(PosixPath|PurePosixPath)"
+)
 """What the file may name besides, and nobody looks at: megatron-core's writer adds the plans of the ranks."""
 
 
@@ -101,13 +97,11 @@ class _Record:
     """An object of any class, as the fields that it was made with."""
 
     fields: tuple[str, ...] = ()
+    values: dict[str, Any]
 
-    def __init__(self, *arguments: Any) -> None:
-        self.values = dict(zip(self.fields, arguments, strict=False))
-
-    def __new__(cls, *_: Any) -> _Record:  # pickle may make it without its arguments
+    def __new__(cls, *arguments: Any) -> _Record:  # pickle makes an object with its arguments, or without and a state
         one = super().__new__(cls)
-        one.values = {}
+        one.values = dict(zip(cls.fields, arguments, strict=False))
         return one
 
     def __setstate__(self, state: Any) -> None:
@@ -131,7 +125,7 @@ class _Inert(pickle.Unpickler):
             return DTYPES[name]
         if full in ("torch.Size", "collections.OrderedDict"):
             return tuple if name == "Size" else dict
-        if full not in _FIELDS and full not in _IGNORED:
+        if full not in _FIELDS and not _IGNORED.fullmatch(full):
             raise _SenselessError(f"it names {full[:200]}, which a checkpoint has no business with")
         # new classes for every file: a hostile one may write into them
         return self._classes.setdefault(full, type(name, (_Record,), {"fields": _FIELDS.get(full, ())}))

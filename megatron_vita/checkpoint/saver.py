@@ -21,6 +21,7 @@ from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import all_true
 from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import as_checkpoint_errors
+from megatron_vita.checkpoint.retention import prune
 from megatron_vita.checkpoint.sharded import training_parts
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.checkpoint.writer import Planner, Writer, write
@@ -164,7 +165,7 @@ class Saver:
         folders.write_files(staging, state, tokenizer, pieces)
         folders.publish(self._root, state.iteration)
         keep_last, keep_every = self._keep
-        folders.prune(self._root, keep_last=keep_last, keep_every=keep_every, verified=state.iteration)
+        prune(self._root, keep_last=keep_last, keep_every=keep_every, verified=state.iteration)
 
     def _discard(self) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:

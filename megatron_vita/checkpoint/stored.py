@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ def _elements_at(view: memoryview, size: int) -> int | None:
     NAME/data/0 holds them uncompressed. The pickled part beside it is not looked at. None if there is no such record.
     """
     try:
-        with zipfile.ZipFile(_View(view)) as archive:
+        with zipfile.ZipFile(cast(IO[bytes], _View(view))) as archive:
             record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
             name, extra = struct.unpack_from("<HH", view, record.header_offset + 26)
     except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, NotImplementedError, EOFError):
@@ -157,17 +158,11 @@ def _elements_at(view: memoryview, size: int) -> int | None:
     return start if stored and start + size <= len(view) else None
 
 
-class _View(io.RawIOBase):
-    """A file over memory, without a copy of it."""
+class _View:
+    """A file over memory, without a copy of it: what zipfile asks of one."""
 
     def __init__(self, view: memoryview) -> None:
         self._view, self._at = view, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence])
@@ -176,8 +171,6 @@ class _View(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        part = self._view[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+    def read(self, size: int = -1) -> bytes:
+        begin, self._at = self._at, len(self._view) if size < 0 else min(self._at + size, len(self._view))
+        return bytes(self._view[begin : self._at])
