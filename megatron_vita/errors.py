@@ -21,3 +21,8 @@ class DataError(VitaError):
 
 class CheckpointError(VitaError):
     """A checkpoint or Hugging Face folder that is missing, damaged or of another shape than the model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are no longer those that were written: missing, of another size, or changed. Training
+    sets it aside and goes on from an older one; whatever else is wrong with a checkpoint is no reason to."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,12 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False, par
     os.replace(partial, path)
     if durable:
         sync(path.parent)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of path.2, path.3, ... that does not exist."""
+    names = (path if number == 1 else path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 # ---- locks ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_vita.errors import CheckpointError, VitaError
+from megatron_vita.errors import CheckpointError, DamagedError, VitaError
 
 T = TypeVar("T")
 
@@ -34,18 +34,23 @@ def on_rank_zero(act: Callable[[], T]) -> T:
 
 
 def everywhere(act: Callable[[], T], where: str) -> T:
-    """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
+    """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever.
+
+    Raises:
+        DamagedError: every rank that failed found damage.
+        CheckpointError: a rank failed otherwise.
+    """
     import torch.distributed as dist
 
     result: Any = None
-    error = ""
+    error = (False, "")
     try:
         result = act()
     except (VitaError, OSError) as problem:
-        error = str(problem)
+        error = (isinstance(problem, DamagedError), str(problem))
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    first = next((one for one in errors if one), "")
+    damaged, first = min((one for one in errors if one[1]), default=error)  # damage last: a good one is not renamed
     if first:
-        raise CheckpointError(first if where in first else f"{where}: {first}")
+        raise (DamagedError if damaged else CheckpointError)(first if where in first else f"{where}: {first}")
     return result

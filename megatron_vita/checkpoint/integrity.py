@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.streams import digest_of
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, DamagedError
 from megatron_vita.files import SHA256, XXH3, new_digest
 
 INTEGRITY_FILE = "integrity.json"
@@ -55,23 +55,24 @@ class Integrity:
         """Parse integrity.json and compare every file's size with it. Contents are not read yet.
 
         Raises:
-            CheckpointError: no valid integrity.json (so no checkpoint), or a file is missing or of another size.
+            DamagedError: no valid integrity.json (so no checkpoint), or a file is missing or of another size.
+            CheckpointError: it cannot be read, or is of a format that is not known.
         """
         path = folder / INTEGRITY_FILE
         try:
             values = json.loads(_content(path))
             files, digest, version = values["files"], values["digest"], values["format_version"]
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}). {_REMEDY}") from None
+            raise DamagedError(f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}") from None
+        except OSError as error:  # of the file system: the checkpoint may be whole
+            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedError(f"{path}: damaged ({error}). {_REMEDY}") from None
         algorithm = _ALGORITHM_OF.get(version) if type(version) is int else None
         if algorithm is None:
             raise CheckpointError(f"{path}: format version {str(version)[:20]} is not known. Update megatron_vita.")
         if _canonical(files, algorithm) != digest:
-            raise CheckpointError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
+            raise DamagedError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
         if not isinstance(files, dict) or not all(_describes_a_file(entry, algorithm) for entry in files.values()):
             raise CheckpointError(f"{path}: does not describe files. Do not use this checkpoint.")
         for name, entry in files.items():
@@ -81,14 +82,15 @@ class Integrity:
             size = file.stat().st_size if file.is_file() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(f"{file}: {found}, {entry['bytes']} were written. {_REMEDY}")
+                raise DamagedError(f"{file}: {found}, {entry['bytes']} were written. {_REMEDY}")
         return cls(folder, files, algorithm)
 
     def read_file(self, name: str) -> bytes:
         """Content of a small file, verified.
 
         Raises:
-            CheckpointError: not part of the checkpoint, or its digest does not match.
+            DamagedError: its digest does not match.
+            CheckpointError: not part of the checkpoint.
         """
         path = self.folder / name
         entry = self.files.get(name)
@@ -96,7 +98,7 @@ class Integrity:
             raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
         content = _content(path)
         if _digest(content, self.algorithm) != entry[self.algorithm]:
-            raise CheckpointError(f"{path}: its content has changed since it was written. {_REMEDY}")
+            raise DamagedError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
 
     def check_piece(self, file: str, offset: int, length: int, digest: str | None, what: str) -> None:
@@ -108,17 +110,17 @@ class Integrity:
         """
         known = self._pieces.get((file, offset), (-1, ""))
         if known != (length, known[1] if digest is None else digest):
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.folder / file}: the part that holds {what} has changed since it was written. {_REMEDY}"
             )
 
     def check_all(self) -> None:
-        """Hash every byte of the folder. Raises CheckpointError naming the first file and offset that differ."""
+        """Hash every byte of the folder. Raises DamagedError naming the first file and offset that differ."""
         for name, entry in self.files.items():
             offset = 0
             for length, expected in entry.get("pieces") or [[entry["bytes"], entry[self.algorithm]]]:
                 if digest_of(self.folder / name, offset, length, self.algorithm) != expected:
-                    raise CheckpointError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
+                    raise DamagedError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
                 offset += length
 
 
