@@ -24,4 +24,5 @@ class CheckpointError(VitaError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose bytes are not those that were written: another one, which verifies, may serve instead."""
+    """A checkpoint whose files are no longer those that were written: missing, of another size, or changed. Training
+    sets it aside and goes on from an older one; whatever else is wrong with a checkpoint is no reason to."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,12 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False, par
         sync(path.parent)
 
 
+def free_name(path: Path) -> Path:
+    """`path`, or the first of path.2, path.3, ... that does not exist."""
+    names = (path if number == 1 else path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 # ---- locks ----
 
 
@@ -128,6 +135,35 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file, made if it is not there. Yields what `lock` returns; raises OSError as it does."""
     with path.open("ab") as stream:
         yield lock(stream, wait=wait)
+
+
+def lock_process(stream: IO[Any]) -> bool:
+    """Hold an open file for this process alone, until it ends, however it ends.
+
+    Unlike that of `lock`, this lock (POSIX record lock) also holds between machines on NFS, and no child process
+    inherits it, whose life would prolong it. It is lost as soon as the process closes any descriptor of the file.
+
+    Args:
+        stream: opened for writing.
+
+    Returns:
+        Whether it is held: not if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks (see `no_locks`).
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def no_locks(error: OSError) -> bool:
+    """Whether taking a lock failed because the file system has none."""
+    return error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 # ---- digests ----

@@ -46,19 +46,23 @@ def all_true(mine: bool) -> bool:
 
 
 def everywhere(act: Callable[[], T], where: str) -> T:
-    """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever."""
+    """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever.
+
+    Raises:
+        DamagedError: every rank that failed found damage.
+        CheckpointError: a rank failed otherwise.
+    """
     import torch.distributed as dist
 
     result: Any = None
-    problem: VitaError | None = None
+    error = (False, "")
     try:
         result = act()
-    except (VitaError, OSError) as error:
-        text = str(error) if where in str(error) else f"{where}: {error}"
-        problem = DamagedError(text) if isinstance(error, DamagedError) else CheckpointError(text)
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((one for one in problems if one is not None), None)
-    if first is not None:
-        raise first
+    except (VitaError, OSError) as problem:
+        error = (isinstance(problem, DamagedError), str(problem))
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    damaged, first = min((one for one in errors if one[1]), default=error)  # damage last: a good one is not renamed
+    if first:
+        raise (DamagedError if damaged else CheckpointError)(first if where in first else f"{where}: {first}")
     return result

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, PieceDigests, write_integrity
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.files import readable_size, sync, write_atomic
+from megatron_vita.files import free_name, readable_size, sync, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,18 @@ def steps(root: Path) -> list[Path]:
     """Folders named like steps, newest first."""
     named = [(int(match[1]), path) for path in _entries(root) if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
+
+
+def set_aside(step: Path) -> Path:
+    """Rename a damaged step, e.g. to iter_0000100.damaged, so that it is a step no more; nothing of it is deleted.
+
+    Returns:
+        The new name: the first that is free.
+    """
+    aside = free_name(step.with_name(step.name + ".damaged"))
+    os.replace(step, aside)
+    sync(step.parent)
+    return aside
 
 
 def _entries(root: Path) -> list[Path]:

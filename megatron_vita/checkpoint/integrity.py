@@ -69,9 +69,7 @@ class Integrity:
             values = json.loads(_content(path))
             files, digest, version = values["files"], values["digest"], values["format_version"]
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}"
-            ) from None
+            raise DamagedError(f"{folder}: no {INTEGRITY_FILE}, so it is no finished checkpoint. {_REMEDY}") from None
         except OSError as error:
             raise unreadable(path, error) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:

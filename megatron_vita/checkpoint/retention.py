@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: older ones are deleted, damaged ones get another name."""
+"""Which checkpoints of a run stay."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from megatron_vita.checkpoint.folder import DELETING, steps
 
 log = logging.getLogger(__name__)
-
-_DAMAGED = ".damaged"
 
 
 def prune(root: Path, *, keep_last: int, keep_every: int, verified: int) -> None:
@@ -34,14 +32,3 @@ def prune(root: Path, *, keep_last: int, keep_every: int, verified: int) -> None
             shutil.rmtree(going)
         except OSError as error:
             log.warning("%s: could not be deleted (%s)", step, error)
-
-
-def set_aside(step: Path) -> Path:
-    """Give a damaged checkpoint another name, under which nothing takes it for one. Call on one rank."""
-    target = step.with_name(step.name + _DAMAGED)
-    for number in range(2, 1000):
-        if not target.exists():
-            break
-        target = step.with_name(f"{step.name}{_DAMAGED}.{number}")
-    os.replace(step, target)
-    return target

@@ -96,9 +96,20 @@ class CheckpointConfig:
     a whole model; None: random initialisation."""
     keep_optimizer: bool = True
     """Save the optimizer state too; without it a stage cannot be resumed exactly."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on; otherwise training waits for each save."""
+    keep_last: int = 3
+    """Newest checkpoints of a stage that are kept; older ones are deleted. 0: all are kept."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good; 0: of none."""
+    on_damage: str = "fallback"
+    """What happens when a stage's newest checkpoint is damaged. `fallback`: it is renamed (iter_0000100.damaged), and
+    the run goes on from the newest one that is whole; `fail`: the run is refused."""
 
     def __post_init__(self) -> None:
-        at_least(0, "checkpoint", self, "save_interval")
+        at_least(0, "checkpoint", self, "save_interval", "keep_last", "keep_every")
+        if self.on_damage not in ("fallback", "fail"):
+            raise ConfigError(f"checkpoint.on_damage={self.on_damage!r}: choose fallback or fail.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,6 +48,15 @@ def test_a_damaged_newest_step_is_refused_by_name_and_passed_over_only_by_traini
         folders.resolve(tmp_path)
 
 
+def test_a_step_that_is_set_aside_is_a_step_no_more_and_takes_no_other_folders_name(tmp_path: Path) -> None:
+    old = write_step(tmp_path, 1)
+    for name in ("iter_0000002.damaged", "iter_0000002.damaged.2"):
+        new = write_step(tmp_path, 2)
+        assert folders.set_aside(new) == tmp_path / name
+        assert (tmp_path / name / "run.json").read_text() == "weights"
+    assert folders.steps(tmp_path) == [old]
+
+
 class Killed(BaseException):
     """What no handler of errors catches."""
 
