@@ -89,7 +89,7 @@ def resolve(path: str | Path) -> Path:
     except CheckpointError as error:
         older = next(filter(_intact, found[1:]), None)
         remedy = f" The newest intact one is {older}; name it to use it." if older else ""
-        raise CheckpointError(f"{error}{remedy}") from None
+        raise type(error)(f"{error}{remedy}") from None
     return found[0]
 
 

@@ -8,8 +8,8 @@
 A tensor file is a row of pieces, each a part of one tensor with a digest of its own, that together are exactly the
 file: so whoever reads one piece can verify it, and no rank has to hash what it does not read. All other files are small
 and are verified when the checkpoint is opened. Digests find damage; they are no signature, so the pickled part is read
-by a reader that runs nothing besides (metadata.py). Version 2 had plain values in a pickle, common.pt, where version 3
-has common.json; version 1 had SHA-256 in all these places. Both are still read.
+by a reader that runs nothing besides (metadata.py). Version 2, which is still read, had plain values in a pickle,
+common.pt, where version 3 has common.json.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from typing import Any
 
 from megatron_vita.checkpoint.streams import digest_of, unreadable
 from megatron_vita.errors import CheckpointError, DamagedError
-from megatron_vita.files import SHA256, XXH3, new_digest, sync
+from megatron_vita.files import XXH3, new_digest, sync
 
 INTEGRITY_FILE = "integrity.json"
 _VERSION = 3
-_ALGORITHM_OF = {1: SHA256, 2: XXH3, _VERSION: XXH3}
-"""Digests by format version."""
+_READABLE = (2, _VERSION)
 MAX_BYTES = 512 << 20
 """Of a file that is read whole: with 200,000 pieces, as 512 ranks may write, `.metadata` has 27 MB and this file 9."""
 _REMEDY = "Use an older step: without this folder a run goes on from the one before."
@@ -43,8 +42,6 @@ class Integrity:
         self.folder = folder
         self.version = version
         """Of the format."""
-        self.algorithm = _ALGORITHM_OF[version]
-        """Name of the digests, as files.new_digest takes it."""
         self.files = files
         self._pieces: dict[tuple[str, int], tuple[int, str]] = {}
         for name, entry in files.items():
@@ -74,13 +71,11 @@ class Integrity:
             raise unreadable(path, error) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(f"{path}: damaged ({error}). {_REMEDY}") from None
-        if type(version) is not int or version not in _ALGORITHM_OF:
+        if type(version) is not int or version not in _READABLE:
             raise CheckpointError(f"{path}: format version {str(version)[:20]} is not known. Update megatron_vita.")
-        if _canonical(files, _ALGORITHM_OF[version]) != digest:
+        if _canonical(files) != digest:
             raise DamagedError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
-        if not isinstance(files, dict) or not all(
-            _describes_a_file(entry, _ALGORITHM_OF[version]) for entry in files.values()
-        ):
+        if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
             raise CheckpointError(f"{path}: does not describe files. Do not use this checkpoint.")
         for name in files:
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -109,13 +104,13 @@ class Integrity:
         """
         path = self.folder / name
         entry = self.files.get(name)
-        if entry is None or self.algorithm not in entry:
+        if entry is None or XXH3 not in entry:
             raise CheckpointError(f"{path}: not listed in {INTEGRITY_FILE}. Use another checkpoint.")
         try:
             content = _content(path)
         except OSError as error:
             raise unreadable(path, error) from None
-        if _digest(content, self.algorithm) != entry[self.algorithm]:
+        if _digest(content) != entry[XXH3]:
             raise DamagedError(f"{path}: its content has changed since it was written. {_REMEDY}")
         return content
 
@@ -143,8 +138,8 @@ class Integrity:
         """
         for name, entry in self.files.items():
             offset = 0
-            for length, expected in entry.get("pieces") or [[entry["bytes"], entry.get(self.algorithm)]]:
-                if digest_of(self.folder / name, offset, length, self.algorithm) != expected:
+            for length, expected in entry.get("pieces") or [[entry["bytes"], entry.get(XXH3)]]:
+                if digest_of(self.folder / name, offset, length) != expected:
                     raise DamagedError(f"{self.folder / name}: damaged at byte {offset}. {_REMEDY}")
                 offset += length
                 advance(length)
@@ -173,7 +168,7 @@ def write_integrity(folder: Path, pieces: PieceDigests) -> None:
         else:
             files[name] = {"bytes": size, XXH3: digest_of(path, 0, size)}
             sync(path)
-    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files, XXH3)}
+    values = {"format_version": _VERSION, "files": files, "digest": _canonical(files)}
     (folder / INTEGRITY_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
     for path in (folder / INTEGRITY_FILE, *(one for one in folder.rglob("*") if one.is_dir()), folder):
         sync(path)
@@ -185,30 +180,30 @@ def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _describes_a_file(entry: Any, algorithm: str) -> bool:
+def _describes_a_file(entry: Any) -> bool:
     """Whether an entry says a size, and either one digest or those of pieces that make up the file."""
-    if not isinstance(entry, dict) or not _is_size(entry.get("bytes")):
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    if not isinstance(entry, dict) or not is_size(entry.get("bytes")):
         return False
     if "pieces" not in entry:
-        return isinstance(entry.get(algorithm), str)
+        return isinstance(entry.get(XXH3), str)
     pieces = entry["pieces"]
     if not isinstance(pieces, list) or not all(
-        isinstance(one, list) and len(one) == 2 and _is_size(one[0]) and isinstance(one[1], str) for one in pieces
+        isinstance(one, list) and len(one) == 2 and is_size(one[0]) and isinstance(one[1], str) for one in pieces
     ):
         return False
     return sum(length for length, _ in pieces) == entry["bytes"]
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _canonical(files: Any) -> str:
+    return _digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _canonical(files: Any, algorithm: str) -> str:
-    return _digest(json.dumps(files, sort_keys=True, separators=(",", ":")).encode(), algorithm)
-
-
-def _digest(content: bytes, algorithm: str) -> str:
-    digest = new_digest(algorithm)
+def _digest(content: bytes) -> str:
+    digest = new_digest()
     digest.update(content)
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_vita import device
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint.agree import everywhere
+from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
 from megatron_vita.checkpoint.holdings import (
     OPTIMIZER_PREFIX,
     Holding,
@@ -71,7 +71,7 @@ def load_weights(folder: str | Path, model_chunks: Sequence[nn.Module]) -> RunSt
             shape (named, with both shapes).
         DamagedError: the checkpoint is not what was written. Weights may have changed.
     """
-    return _load(folders.resolve(folder), model_chunks, None, None)
+    return _load(folder, model_chunks, None, None)
 
 
 def load_training(folder: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
@@ -82,7 +82,7 @@ def load_training(folder: str | Path, model_chunks: Sequence[nn.Module], optimiz
     Raises:
         CheckpointError, DamagedError: as load_weights; or the checkpoint was saved without its optimizer.
     """
-    return _load(folders.resolve(folder), model_chunks, optimizer, scheduler)
+    return _load(folder, model_chunks, optimizer, scheduler)
 
 
 def load_tensors(
@@ -126,9 +126,10 @@ def read_state(folder: str | Path) -> RunState:
     return RunState.read(folders.resolve(folder))
 
 
-def _load(folder: Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
+def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
+    folder = on_rank_zero(lambda: folders.resolve(path))  # one rank looks at all files, not each
     where = str(folder)
-    tensors = CheckpointTensors(folder, check=False)  # `resolve` has looked at the other files
+    tensors = everywhere(lambda: CheckpointTensors(folder, check=False), where)
     state = RunState.parse(tensors.integrity)
     _check_settings(where, state.stage.model, _bare(model_chunks))
     held = _held(tensors, model_chunks)

@@ -117,7 +117,7 @@ class CheckpointTensors(LazyTensors):
         path = self.folder / piece.file
         self.integrity.check_piece(piece.file, piece.position, piece.length, None, name)
         memory = torch.empty(piece.length, dtype=torch.uint8) if memory is None else memory
-        view, digest = memory[: piece.length].numpy().data, new_digest(self.integrity.algorithm)
+        view, digest = memory[: piece.length].numpy().data, new_digest()
         with reading(path) as descriptor:
             for start in range(0, piece.length, _BLOCK_BYTES):
                 block = view[start : start + _BLOCK_BYTES]

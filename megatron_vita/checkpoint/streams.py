@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 from tqdm import tqdm
 
 from megatron_vita.errors import CheckpointError, DamagedError
-from megatron_vita.files import XXH3, new_digest, usable_cores
+from megatron_vita.files import new_digest, usable_cores
 
 BLOCK_BYTES = 8 << 20
 """Bytes that are read, hashed and written at once: little enough to stay in a processor's caches between the three."""
@@ -128,13 +128,13 @@ def read_exactly(descriptor: int, view: memoryview, position: int, where: Path) 
         view, position = view[got:], position + got
 
 
-def digest_of(path: Path, position: int, length: int, algorithm: str = XXH3) -> str:
+def digest_of(path: Path, position: int, length: int) -> str:
     """Digest of a part of a file, in hexadecimal.
 
     Raises:
         CheckpointError: the file cannot be read, or ends before.
     """
-    digest, block = new_digest(algorithm), memoryview(bytearray(min(length, BLOCK_BYTES)))
+    digest, block = new_digest(), memoryview(bytearray(min(length, BLOCK_BYTES)))
     with reading(path) as descriptor:
         for start in range(0, length, BLOCK_BYTES):
             part = block[: length - start]
