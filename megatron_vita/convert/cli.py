@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from megatron_vita import log as vita_log
-from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from megatron_vita.config import ProjectorConfig
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.effort import Effort
@@ -20,6 +21,7 @@ from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.text_files import image_token
 from megatron_vita.convert.token_ids import tokens_that_differ
+from megatron_vita.convert.values import type_name
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import no_room
 
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 INTERRUPTED = 130
 """What shells report for Ctrl-C."""
 LOGIT_TOLERANCE = 1e-4
-_DTYPES = {one.name: one for one in (FLOAT32, BFLOAT16, FLOAT16)}
+_DTYPES = {type_name(one): one for one in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted. An import or export goes on where it was: give the same command again.\n")
+        sys.stderr.write("error: interrupted. Nothing was published.\n")
         return INTERRUPTED
     except BrokenPipeError:  # `verify ... | head`: who read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from megatron_vita.checkpoint.folder import replaced_folder, staging_folder, step_folder, steps
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
-from megatron_vita.checkpoint.journal import is_sealed, journal_file
 from megatron_vita.errors import ConfigError
 
 DIGESTS_FILE = "XXH128SUMS"
@@ -26,6 +25,11 @@ _NAMED = 5
 def staging_of(target: Path) -> Path:
     """Where an exported folder is written before it gets its name."""
     return target.parent / f".writing-{target.name}"
+
+
+def lock_of(target: Path) -> Path:
+    """The file that whoever writes an exported folder holds locked. A killed process leaves it behind, unlocked."""
+    return target.parent / f".writing-{target.name}.lock"
 
 
 def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
@@ -41,7 +45,7 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
     """
     target = _resolved(output)
     final = step_folder(target, 0)
-    _check_writable(output, target, [target, journal_file(staging_folder(target, 0))])
+    _check_writable(output, target, [target, staging_folder(target, 0)])
     _reject_overlap(output, target, final, sources)
     others = [step.name for step in steps(target) if step != final]
     if others:
@@ -50,8 +54,8 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
             "Choose another --output."
         )
     held = _held(final)
-    if held is None or (not overwrite and is_sealed(staging_folder(target, 0), final)):
-        return  # perhaps by this very command, which then only has to finish: its journal will tell
+    if held is None:
+        return
     if not overwrite:
         raise ConfigError(_exists(held, final))
     _reject_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
@@ -69,16 +73,15 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
             holds something without `overwrite`; with it, something that no export wrote.
     """
     target = _resolved(output)
-    staging, replaced = staging_of(target), replaced_folder(target)
-    _check_writable(output, target, [target, replaced, staging, journal_file(staging)])
+    _check_writable(output, target, [target, replaced_folder(target), staging_of(target), lock_of(target)])
     if os.path.ismount(target):
         raise ConfigError(f"{output}: is a mount point, which cannot be renamed. Choose a folder in it as --output.")
     if Path.cwd().is_relative_to(target):
         raise ConfigError(f"{output}: is the current directory, or holds it. Choose a folder in it as --output.")
     _reject_overlap(output, target, target, sources)
     held = _held(target)
-    if held is None or (not overwrite and is_sealed(staging, target)):
-        return  # perhaps by this very command, which then only has to finish: its journal will tell
+    if held is None:
+        return
     if not overwrite:
         raise ConfigError(_exists(held, target))
     _reject_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")
