@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -78,8 +79,9 @@ class Saver:
         self._group = device.new_host_group() if own and dist.is_initialized() else None
         self._copy = HostCopy()
         self._future: Future[Any] | None = None
-        self._iteration = -1
-        self._published: Path | None = None
+        self._iteration, self._began = -1, 0.0
+        self.published: Path | None = None
+        """The checkpoint that was published last, as far as `wait` or `poll` has seen."""
 
     def save(
         self,
@@ -106,7 +108,7 @@ class Saver:
                 asynchronous). What was there before is untouched, and nothing is published in part.
         """
         self.wait()
-        self._iteration = state.iteration
+        self._iteration, self._began = state.iteration, time.monotonic()
         parts, common = training_parts(model_chunks, optimizer, scheduler, state, groups)
         source = Path(tokenizer) if tokenizer else None
         writer = Writer(
@@ -122,13 +124,14 @@ class Saver:
             )
             assert isinstance(future, Future)
             self._future = future
+            log.info("step %d: copied in %.2f s, written in the background", state.iteration, self._elapsed())
             return
         try:
             write(planner, writer, content, group=self._group)
         except BaseException:
             self._discard()
             raise
-        self._published = folders.step_folder(self._root, state.iteration)
+        self._done()
 
     def poll(self) -> None:
         """Look whether a save in the background has ended. Once a step; costs one small all-reduce while one runs.
@@ -156,8 +159,15 @@ class Saver:
             except BaseException:
                 self._discard()
                 raise
-            self._published = folders.step_folder(self._root, self._iteration)
-        return self._published
+            self._done()
+        return self.published
+
+    def _done(self) -> None:
+        self.published = folders.step_folder(self._root, self._iteration)
+        log.info("saved %s in %.1f s", self.published, self._elapsed())
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
 
     def _publish(self, state: RunState, tokenizer: Path | None, pieces: PieceDigests) -> None:
         """Rank 0's last acts: what lies beside the tensors, the digests, the name; then older ones go."""

@@ -40,15 +40,24 @@ def train(session: Session, folder: Path) -> Path:
         VitaError: the loss or the gradient norm is not finite, or a file cannot be written; on every rank.
         SystemExit: a rank got SIGTERM or SIGINT; on every rank.
     """
-    with Leaving() as leaving, _Logs(session, folder, leaving) as logs:
-        return _steps(session, folder, logs, leaving)
+    settings = session.stage.checkpoint
+    with (
+        Leaving() as leaving,
+        _Logs(session, folder, leaving) as logs,
+        checkpoint.Saver(
+            folder,
+            asynchronous=settings.async_save,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+        ) as saver,
+    ):
+        return _steps(session, folder, logs, leaving, saver)
 
 
-def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving) -> Path:
+def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving, saver: checkpoint.Saver) -> Path:
     stage, rank = session.stage, dist.get_rank()
     start, last = session.state.iteration, stage.train.train_iters
     every, save_every = stage.train.eval_interval, stage.checkpoint.save_interval
-    saved = session.resumed
     where = f"logging.tensorboard_dir={stage.logging.tensorboard_dir}"
     with everywhere(lambda: Progress(stage, start=start, rank=rank), where) as progress, session.loader() as loader:
         if start == 0:
@@ -64,7 +73,7 @@ def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving) -> Pat
                 session.scheduler,
                 step,
                 iteration,
-                saved,
+                saver.published or session.resumed,
             )
             line = LedgerLine(
                 stage=stage.name,
@@ -85,8 +94,10 @@ def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving) -> Pat
             if iteration == last or (every and iteration % every == 0):
                 _validate(session, progress, logs, leaving)
             leaving.check()
+            saver.poll()
             if iteration == last or (save_every and iteration % save_every == 0):
-                saved = _save(session, folder, logs.positions())
+                _save(session, saver, logs.positions())
+        saved = saver.wait()
         leaving.check()  # and no rank may destroy the process groups while another one still validates or saves
     assert saved is not None
     return saved
@@ -149,13 +160,11 @@ def _validate(session: Session, progress: Progress, logs: _Logs, leaving: Leavin
         progress.validation(iteration, loss)
 
 
-def _save(session: Session, folder: Path, positions: dict[str, Any]) -> Path:
-    """Save a checkpoint of the current state, and of how far the logs reach; returns its folder."""
+def _save(session: Session, saver: checkpoint.Saver, positions: dict[str, Any]) -> None:
+    """Begin to save the current state, and how far the logs reach."""
     keep = session.stage.checkpoint.keep_optimizer
     session.state = dataclasses.replace(session.state, extra={**session.state.extra, **positions})
-    began = time.monotonic()
-    saved = checkpoint.save(
-        folder,
+    saver.save(
         session.models,
         session.optimizer if keep else None,
         session.scheduler if keep else None,
@@ -163,5 +172,3 @@ def _save(session: Session, folder: Path, positions: dict[str, Any]) -> Path:
         session.groups,
         tokenizer=session.stage.data.tokenizer_model,
     )
-    log.info("saved %s in %.1f s", saved, time.monotonic() - began)
-    return saved
