@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from megatron_vita import device
@@ -30,19 +29,17 @@ from megatron_vita.checkpoint.writer import Planner, Writer, write
 log = logging.getLogger(__name__)
 
 
-class HostCopy(AsyncStager):
+class HostCopy:
     """Copies what a rank writes into host memory (pinned, from a GPU), which is kept for the next save."""
-
-    _synchronize_after_execute = False
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def stage(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy that training does not change. Returns when it is complete."""
-        for label in self._memory.keys() - state_dict.keys():
+        for label in self._memory.keys() - state.keys():
             del self._memory[label]
-        for label, tensor in state_dict.items():
+        for label, tensor in state.items():
             if label not in self._memory:
                 self._memory[label] = torch.empty(
                     tensor.shape, dtype=tensor.dtype, pin_memory=device.on_accelerator(tensor)
@@ -50,13 +47,6 @@ class HostCopy(AsyncStager):
             self._memory[label].copy_(tensor.detach(), non_blocking=True)
         device.synchronize()
         return dict(self._memory)
-
-    def synchronize_staging(self) -> None:
-        """`stage` has waited."""
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self._memory.clear()
 
 
 class Saver:
@@ -115,13 +105,12 @@ class Saver:
             folders.staging_folder(self._root, state.iteration),
             start=partial(folders.start_staging, self._root, state.iteration),
             publish=partial(self._publish, state, source),
+            stage=self._copy,
         )
         planner = Planner(parts, common=common)
         content = {part.label: part.data for part in parts}
         if self._asynchronous:
-            future = async_save(
-                content, storage_writer=writer, planner=planner, process_group=self._group, async_stager=self._copy
-            )
+            future = async_save(content, storage_writer=writer, planner=planner, process_group=self._group)
             assert isinstance(future, Future)
             self._future = future
             log.info("step %d: copied in %.2f s, written in the background", state.iteration, self._elapsed())
@@ -182,11 +171,11 @@ class Saver:
             folders.discard_staging(self._root, self._iteration)
 
     def close(self) -> None:
-        """Wait for a save under way, and let go of memory and processes groups. Raises CheckpointError as `wait`."""
+        """Wait for a save under way, and let go of memory and process group. Raises CheckpointError as `wait`."""
         try:
             self.wait()
         finally:
-            self._copy.close()
+            self._copy = HostCopy()
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None

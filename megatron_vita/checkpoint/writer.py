@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -145,6 +145,7 @@ class Writer(FileSystemWriter):
         start: Callable[[], object],
         publish: Callable[[PieceDigests], object],
         *,
+        stage: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
         workers: int = 1,
         file_bytes: int = FILE_BYTES,
         durable: bool = True,
@@ -157,6 +158,7 @@ class Writer(FileSystemWriter):
             staging: the folder.
             start: makes it; called on rank 0 before any rank writes.
             publish: gives the finished folder its name; called on rank 0 when every rank's files are on the disk.
+            stage: copies the state dict of an asynchronous save.
             workers: files that are written at once.
             durable: wait until the disk has each file.
             finite: refuse values that are not.
@@ -164,7 +166,7 @@ class Writer(FileSystemWriter):
         """
         super().__init__(staging, sync_files=durable)
         self._staging = staging
-        self._start, self._publish = start, publish
+        self._start, self._publish, self._stage = start, publish, stage
         self._workers, self._file_bytes = workers, file_bytes
         self._durable, self._finite = durable, finite
         self._advance = advance
@@ -173,6 +175,13 @@ class Writer(FileSystemWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:
             self._start()
+
+    def stage(self, state_dict: Any) -> Any:
+        return self._stage(state_dict)
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return False  # `stage` has waited
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder
@@ -217,7 +226,7 @@ class Writer(FileSystemWriter):
                     sink = _Sink(file.fileno())
                     begin = file.tell()
                     torch.save(data, cast(Any, sink))
-                    place = _place(name, begin, sink.size)
+                    place = _StorageInfo(name, begin, sink.size)
                     written.append(WrittenPiece(item.index, sink.size, place, sink.digest.hexdigest()))
                     self._advance(data.nbytes)
                 if self._durable:
@@ -277,13 +286,6 @@ def _without_crc() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def _place(file: str, position: int, length: int) -> Any:
-    """What `.metadata` says of a piece's place, as torch's own reader wants it."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    return _StorageInfo(file, position, length)
 
 
 def _check_finite(key: str, data: Tensor) -> None:
