@@ -24,7 +24,7 @@ from megatron_vita.checkpoint.parts import as_checkpoint_errors
 from megatron_vita.checkpoint.retention import prune
 from megatron_vita.checkpoint.sharded import training_parts
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.checkpoint.writer import Planner, Writer, write
+from megatron_vita.checkpoint.writer import PARTS, Planner, Writer, write
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Saver:
         planner = Planner(parts, common=common)
         content = {part.label: part.data for part in parts}
         if self._asynchronous:
-            future = async_save(content, storage_writer=writer, planner=planner, process_group=self._group)
+            future = async_save({PARTS: content}, storage_writer=writer, planner=planner, process_group=self._group)
             assert isinstance(future, Future)
             self._future = future
             log.info("step %d: copied in %.2f s, written in the background", state.iteration, self._elapsed())

@@ -47,6 +47,8 @@ PIECE_BYTES = 8 << 20
 """Large boxes are cut along their rows into pieces of about this size."""
 FILE_BYTES = 4 << 30
 """A rank begins another file after so many bytes."""
+PARTS = "parts"
+"""The one entry of the state dict: torch looks at each."""
 COMMON_FILE = "common.json"
 """Plain numbers: those of the optimizer and the schedule."""
 
@@ -84,7 +86,7 @@ class Planner(SavePlanner):
         self._state: Mapping[str, Tensor] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self._state = state_dict
+        self._state = state_dict[PARTS]
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -177,7 +179,7 @@ class Writer(FileSystemWriter):
             self._start()
 
     def stage(self, state_dict: Any) -> Any:
-        return self._stage(state_dict)
+        return {PARTS: self._stage(state_dict[PARTS])}
 
     @property
     def should_synchronize_after_execute(self) -> bool:
@@ -313,4 +315,4 @@ def write(
         CheckpointError: on every rank, if any rank failed; nothing has been published then.
     """
     with as_checkpoint_errors():
-        save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+        save({PARTS: dict(state)}, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
