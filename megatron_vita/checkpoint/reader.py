@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
 
-from megatron_vita.checkpoint.boxes import extent, slices_at
+from megatron_vita import device
+from megatron_vita.checkpoint.boxes import extent, slices_at, volume
+from megatron_vita.checkpoint.metadata import StoredPiece
 from megatron_vita.checkpoint.parts import Part, as_checkpoint_errors
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.streams import Workers
@@ -57,17 +59,21 @@ class Reader(FileSystemReader):
         wanted: dict[tuple[str, int], list[ReadItem]] = {}
         for item in plan.items:
             wanted.setdefault(self.storage_data[item.storage_index], []).append(item)
-        memory = threading.local()
+        kept = threading.local()
 
         def read(one: tuple[tuple[str, int], list[ReadItem]]) -> int:
             (key, number), items = one
-            piece = self._tensors.stored[key].pieces[number]
-            if getattr(memory, "bytes", None) is None or memory.bytes.nbytes < piece.length:
-                memory.bytes = torch.empty(piece.length, dtype=torch.uint8)
-            content = self._tensors.read_piece(key, piece, memory.bytes)
-            for item in items:
-                source = slices_at(item.storage_offsets, item.lengths)
-                planner.resolve_tensor(item).copy_(slice_of(content, source))
+            piece, dtype = self._tensors.stored[key].pieces[number], self._tensors.dtype(key)
+            targets = [planner.resolve_tensor(item) for item in items]
+            if len(targets) == 1 and _takes_whole(targets[0], piece, dtype):
+                self._tensors.read_piece(key, piece, targets[0])
+                return piece.length
+            if getattr(kept, "memory", None) is None or kept.memory.nbytes < piece.length:
+                kept.memory = torch.empty(piece.length, dtype=torch.uint8)
+            size = volume(piece.box) * dtype.itemsize
+            content = self._tensors.read_piece(key, piece, kept.memory[:size].view(dtype).view(extent(piece.box)))
+            for item, target in zip(items, targets, strict=True):
+                target.copy_(slice_of(content, slices_at(item.storage_offsets, item.lengths)))
             return piece.length
 
         in_file_order = sorted(wanted.items(), key=lambda one: self._position(*one[0]))
@@ -80,6 +86,12 @@ class Reader(FileSystemReader):
     def _position(self, key: str, number: int) -> tuple[str, int]:
         piece = self._tensors.stored[key].pieces[number]
         return piece.file, piece.position
+
+
+def _takes_whole(target: Tensor, piece: StoredPiece, dtype: torch.dtype) -> bool:
+    """Whether a piece can be read right into its place."""
+    whole = tuple(target.shape) == extent(piece.box) and target.dtype == dtype
+    return whole and target.is_contiguous() and not device.on_accelerator(target)
 
 
 class PartsPlanner(LoadPlanner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import os
 import struct
 import threading
 import zipfile
@@ -101,14 +101,15 @@ class CheckpointTensors(LazyTensors):
             total -= sizes[key]
             del self._cache[key]
 
-    def read_piece(self, name: str, piece: StoredPiece, memory: Tensor | None = None) -> Tensor:
+    def read_piece(self, name: str, piece: StoredPiece, out: Tensor | None = None) -> Tensor:
         """Read one piece and verify it.
 
         Args:
-            memory: uint8 of at least `piece.length` bytes to read it into; by default new memory.
+            out: contiguous CPU tensor of the piece's shape and type to read it into; by default a new one. What it
+                holds after an error is undefined.
 
         Returns:
-            Its elements, a view of that memory.
+            Its elements.
 
         Raises:
             DamagedError: it is not what was written.
@@ -116,25 +117,28 @@ class CheckpointTensors(LazyTensors):
         """
         path = self.folder / piece.file
         self.integrity.check_piece(piece.file, piece.position, piece.length, None, name)
-        memory = torch.empty(piece.length, dtype=torch.uint8) if memory is None else memory
-        view, digest = memory[: piece.length].numpy().data, new_digest()
+        out = torch.empty(extent(piece.box), dtype=self.dtype(name)) if out is None else out
+        elements, digest = out.detach().reshape(-1).view(torch.uint8).numpy().data, new_digest()
         with reading(path) as descriptor:
-            for start in range(0, piece.length, _BLOCK_BYTES):
-                block = view[start : start + _BLOCK_BYTES]
-                read_exactly(descriptor, block, piece.position + start, path)
-                digest.update(block)
+            start = _elements_at(_Part(descriptor, piece), out.nbytes)
+            position = piece.position
+            parts: tuple[bytearray | memoryview, ...]
+            if start is None:
+                parts = (bytearray(piece.length),)  # of which only the digest is wanted: is it damaged?
+            else:
+                parts = (bytearray(start), elements, bytearray(piece.length - start - out.nbytes))
+            for part in parts:
+                for begin in range(0, len(part), _BLOCK_BYTES):
+                    block = memoryview(part)[begin : begin + _BLOCK_BYTES]
+                    read_exactly(descriptor, block, position, path)
+                    digest.update(block)
+                    position += len(block)
         self.integrity.check_piece(piece.file, piece.position, piece.length, digest.hexdigest(), name)
-        shape, dtype = extent(piece.box), self.dtype(name)
-        size = math.prod(shape) * dtype.itemsize
-        at = _elements_at(view, size)
-        if at is None:
+        if start is None:
             raise CheckpointError(
                 f"{path}: the part for {name} has another shape or type than promised. Do not use this checkpoint."
             )
-        elements = memory[at : at + size]
-        if at % dtype.itemsize:  # torch.save aligns to 64 bytes, other writers need not
-            elements = elements.clone()
-        return elements.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+        return out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -143,34 +147,38 @@ class CheckpointTensors(LazyTensors):
         return len(self.stored)
 
 
-def _elements_at(view: memoryview, size: int) -> int | None:
+def _elements_at(part: _Part, size: int) -> int | None:
     """Where `size` bytes of elements lie in what torch.save wrote of one tensor: a zip archive, in which the record
     NAME/data/0 holds them uncompressed. The pickled part beside it is not looked at. None if there is no such record.
     """
     try:
-        with zipfile.ZipFile(cast(IO[bytes], _View(view))) as archive:
+        with zipfile.ZipFile(cast(IO[bytes], part)) as archive:
             record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
-            name, extra = struct.unpack_from("<HH", view, record.header_offset + 26)
+            part.seek(record.header_offset + 26)
+            name, extra = struct.unpack("<HH", part.read(4))
     except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, NotImplementedError, EOFError):
-        return 0 if size == 0 else None  # torch.save writes no record for a tensor without elements
-    start = record.header_offset + 30 + name + extra
+        return 0 if size == 0 else None  # a tensor without elements needs no record
+    start = record.header_offset + 30 + int(name) + int(extra)
     stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == size
-    return start if stored and start + size <= len(view) else None
+    return start if stored and start + size <= part.length else None
 
 
-class _View:
-    """A file over memory, without a copy of it: what zipfile asks of one."""
+class _Part:
+    """A piece as a file of its own: what zipfile asks of one."""
 
-    def __init__(self, view: memoryview) -> None:
-        self._view, self._at = view, 0
+    def __init__(self, descriptor: int, piece: StoredPiece) -> None:
+        self._descriptor, self._begin, self._at = descriptor, piece.position, 0
+        self.length = piece.length
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence])
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence])
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        begin, self._at = self._at, len(self._view) if size < 0 else min(self._at + size, len(self._view))
-        return bytes(self._view[begin : self._at])
+        size = max(0, self.length - self._at) if size < 0 else min(size, self.length - self._at)
+        content = os.pread(self._descriptor, size, self._begin + self._at)
+        self._at += len(content)
+        return content

@@ -47,6 +47,8 @@ PIECE_BYTES = 8 << 20
 """Large boxes are cut along their rows into pieces of about this size."""
 FILE_BYTES = 4 << 30
 """A rank begins another file after so many bytes."""
+_LITTLE_BYTES = 64 << 10
+"""What torch.save writes besides the elements comes in many parts of some bytes."""
 PARTS = "parts"
 """The one entry of the state dict: torch looks at each."""
 COMMON_FILE = "common.json"
@@ -216,20 +218,18 @@ class Writer(FileSystemWriter):
 
     def _write_file(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         written: list[WriteResult] = []
-        path = self._staging / name
+        path, position = self._staging / name, 0
         try:
             with path.open("wb", buffering=0) as file:
                 for item in items:
                     data = cast(Tensor, planner.resolve_data(item)).detach().cpu().contiguous()
                     if self._finite:
                         _check_finite(item.index.fqn, data)
-                    if data.untyped_storage().nbytes() != data.nbytes:
-                        data = data.clone()  # torch.save writes a view's whole storage
                     sink = _Sink(file.fileno())
-                    begin = file.tell()
-                    torch.save(data, cast(Any, sink))
-                    place = _StorageInfo(name, begin, sink.size)
+                    sink.save(_without_neighbours(data))
+                    place = _StorageInfo(name, position, sink.size)
                     written.append(WrittenPiece(item.index, sink.size, place, sink.digest.hexdigest()))
+                    position += sink.size
                     self._advance(data.nbytes)
                 if self._durable:
                     os.fsync(file.fileno())
@@ -258,25 +258,48 @@ class Writer(FileSystemWriter):
 
 
 class _Sink:
-    """A file to torch.save, which hashes what it is given."""
+    """A file to torch.save, which hashes what it is given and writes it in few calls."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._held = bytearray()
+        self._error: OSError | None = None
         self.size = 0
         self.digest = new_digest()
 
+    def save(self, data: Tensor) -> None:
+        """Write what torch.save makes of a tensor. Raises OSError."""
+        try:
+            torch.save(data, cast(Any, self))
+            self._write(b"")
+        except Exception:
+            if self._error is not None:  # torch may have made another error of it
+                raise self._error from None
+            raise
+
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of it."""
-        left = memoryview(data).cast("B")
-        size = len(left)
-        self.digest.update(left)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
-        self.size += size
-        return size
+        """Take all of it: the elements as they lie in memory, what is little with what follows."""
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        if len(view) < _LITTLE_BYTES:
+            self._held += view
+        else:
+            self._write(view)
+        return len(view)
+
+    def _write(self, view: bytes | memoryview) -> None:
+        for one in (memoryview(self._held), memoryview(view)):
+            while one:
+                try:
+                    one = one[os.write(self._descriptor, one) :]
+                except OSError as error:
+                    self._error = self._error or error
+                    raise
+        self._held = bytearray()
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """`save` does."""
 
 
 @contextlib.contextmanager
@@ -288,6 +311,12 @@ def _without_crc() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+def _without_neighbours(data: Tensor) -> Tensor:
+    """The same elements, not copied, as all of a storage: of a view torch.save would write the whole storage."""
+    elements = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
+    return elements.view(data.dtype).view(data.shape)
 
 
 def _check_finite(key: str, data: Tensor) -> None:
