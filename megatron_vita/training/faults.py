@@ -89,6 +89,6 @@ def check_finite(
         again = f"goes on from {saved}" if saved else "starts the stage again, which has no checkpoint yet"
         raise VitaError(
             f"stage {stage!r}, step {iteration}: the {name} is {value}. The step's samples are {shown}. Look at "
-            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr or optimizer.clip_grad. "
+            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. "
             f"The same command then {again}."
         )

@@ -102,7 +102,10 @@ class Ledger:
 
     def position(self) -> dict[str, Any]:
         """What a checkpoint holds of the file, which is on the disk then: bytes and digest. Raises OSError."""
-        sync_data(self._file.fileno())
+        try:
+            sync_data(self._file.fileno())
+        except OSError as error:  # which does not name a file that is open
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         return {"bytes": self._bytes, XXH3: self._digest.hexdigest()}
 
     def close(self) -> None:
