@@ -227,7 +227,10 @@ class Writer(FileSystemWriter):
                         data = data.clone()  # torch.save writes a view's whole storage
                     sink = _Sink(file.fileno())
                     begin = file.tell()
-                    torch.save(data, cast(Any, sink))
+                    try:
+                        torch.save(data, cast(Any, sink))
+                    except RuntimeError as error:  # its archive says only that it could not be finished
+                        raise sink.failure or error from None
                     place = _StorageInfo(name, begin, sink.size)
                     written.append(WrittenPiece(item.index, sink.size, place, sink.digest.hexdigest()))
                     self._advance(data.nbytes)
@@ -262,6 +265,7 @@ class _Sink:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.failure: OSError | None = None
         self.size = 0
         self.digest = new_digest()
 
@@ -270,8 +274,12 @@ class _Sink:
         left = memoryview(data).cast("B")
         size = len(left)
         self.digest.update(left)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError as error:
+            self.failure = error
+            raise
         self.size += size
         return size
 
