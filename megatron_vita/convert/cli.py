@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from megatron_vita import log as vita_log
 from megatron_vita.config import ProjectorConfig
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.effort import Effort
+from megatron_vita.convert.intact import check_bytes
 from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
@@ -128,6 +130,10 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
+    if arguments.b is None:
+        if arguments.logits or arguments.tolerance:
+            raise ConfigError("verify: --logits and --tolerance compare two models. Name a second one.")
+        return 0, check_bytes(Path(arguments.a), progress=True)
     a, b = open_any(arguments.a), open_any(arguments.b)
     if arguments.logits:
         _check_comparable(a, b)
@@ -229,9 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(command)
     command.set_defaults(act=_export)
 
-    command = commands.add_parser("verify", help="compare two models", allow_abbrev=False)
+    command = commands.add_parser("verify", help="compare two models, or one with its digests", allow_abbrev=False)
     command.add_argument("a", type=_place, metavar="A", help="checkpoint or Hugging Face folder")
-    command.add_argument("b", type=_place, metavar="B", help="checkpoint or Hugging Face folder")
+    command.add_argument("b", type=_place, nargs="?", metavar="B", help="none: read every byte of A against its digests")
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")

@@ -159,10 +159,7 @@ def _open_tower(path: Path, config: Mapping[str, Any]) -> tuple[VisionConfig, La
 
 
 def _open_checkpoint(folder: Path) -> OpenModel:
-    tensors = read_tensors(folder)
-    for name, entry in tensors.integrity.files.items():  # what is read of them next is what was written
-        if "pieces" not in entry:
-            tensors.integrity.read_file(name)
+    tensors = read_tensors(folder)  # verifies all other files, too: what is read of them next is what was written
     state = RunState.read(folder)
     return OpenModel(
         path=folder,

@@ -84,7 +84,7 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
         return
     if not overwrite:
         raise ConfigError(_exists(held, target))
-    _reject_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")
+    _reject_foreign(held, set(listed_by_digests(held)), DIGESTS_FILE, "export")
 
 
 def _resolved(output: Path) -> Path:
@@ -143,7 +143,7 @@ def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) ->
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."
         )
     there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in written)
+    foreign = sorted({path.relative_to(folder).as_posix() for path in there} - written - {mark})
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise ConfigError(
@@ -155,15 +155,17 @@ def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) ->
 def _listed_by_integrity(folder: Path) -> set[str]:
     """Files of a checkpoint, damaged ones too; nothing if it is none."""
     try:
-        return {INTEGRITY_FILE, *json.loads((folder / INTEGRITY_FILE).read_text(encoding="utf-8"))["files"]}
+        return set(json.loads((folder / INTEGRITY_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 
 
-def _listed_by_digests(folder: Path) -> set[str]:
-    """Files of an exported folder; nothing if it is none."""
+def listed_by_digests(folder: Path) -> dict[str, str]:
+    """Digests of the files of an exported folder, by name; empty if it is none, or the list is damaged."""
     try:
         lines = (folder / DIGESTS_FILE).read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
-        return set()
-    return {DIGESTS_FILE, *(line.split("  ", 1)[-1] for line in lines)}
+        return {}
+    outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in listed)
+    return {} if outside else listed
