@@ -6,15 +6,18 @@ holds the gradient norms of the three steps that followed, and a digest of every
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_vita import checkpoint
+from megatron_vita.checkpoint import sharded
 from megatron_vita.checkpoint.offline import tensor_sha256
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.errors import CheckpointError, DamagedError
@@ -93,3 +96,27 @@ def test_a_flip_in_a_piece_is_refused_on_every_rank(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     (folder / "__0_0.distcp").write_bytes(content)
     run_ranks(2, _refused, str(folder), r"__0_0\.distcp: the part that holds .* has changed")
+
+
+class _Evil:
+    """What a pickle may do if one lets it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("content", ["evil", "other"])
+def test_malice_in_common_pt_is_refused_and_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder, _ = unpack("float32", tmp_path)
+    tensors, trap, stream = CheckpointTensors(folder), tmp_path / "sprung", io.BytesIO()
+    torch.save({"optimizer": _Evil(trap) if content == "evil" else 3}, stream)
+    monkeypatch.setattr(tensors.integrity, "read_file", lambda name: stream.getvalue())  # anybody can forge a digest
+    with pytest.raises(CheckpointError, match=r"common\.pt: refused"):
+        sharded._common(tensors)
+    assert not trap.exists()
