@@ -117,7 +117,8 @@ class Planner(SavePlanner):
             kinds = {(tuple(one.size), one.properties.dtype) for one in pieces}
             if len(kinds) > 1:
                 raise CheckpointError(f"{key}: ranks disagree about its shape or type: {sorted(map(str, kinds))}.")
-            if not fills([slices_at(one.chunk.offsets, one.chunk.sizes) for one in pieces], pieces[0].size):
+            boxes = [slices_at(one.chunk.offsets, one.chunk.sizes) for one in pieces]
+            if len({one.chunk.offsets for one in pieces}) < len(pieces) or not fills(boxes, pieces[0].size):
                 raise CheckpointError(f"{key}: its parts do not hold each element of {tuple(pieces[0].size)} once.")
         described: dict[str, Any] = {
             key: TensorStorageMetadata(pieces[0].properties, pieces[0].size, [one.chunk for one in pieces])
@@ -238,6 +239,9 @@ class Writer(FileSystemWriter):
                 f"{path}: could not be written ({error.strerror or error}). Make room, or choose another folder."
             ) from None
         return written
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch's has a path of this machine and a random number in it
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         digests: dict[str, list[tuple[int, str]]] = {}
