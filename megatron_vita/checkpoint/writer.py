@@ -240,9 +240,6 @@ class Writer(FileSystemWriter):
             ) from None
         return written
 
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # torch's has a path of this machine and a random number in it
-
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         digests: dict[str, list[tuple[int, str]]] = {}
         for one in itertools.chain.from_iterable(results):
