@@ -27,6 +27,7 @@ from megatron_vita.checkpoint.boxes import (
     volume,
     whole,
 )
+from tests.checkpoint.written import cut_at_random
 
 
 @given(st.lists(st.integers(1, 5), min_size=0, max_size=5), st.data())
@@ -63,17 +64,6 @@ def counted(shards: list[Slices], shape: tuple[int, ...]) -> bool:
     for one in shards:
         times[(*one, ...)] += 1
     return bool((times == 1).all())
-
-
-def cut_at_random(slices: Slices, chance: random.Random) -> list[Slices]:
-    """A slice in shards, each cut again along any dimension: staggered, so that no one dimension orders them."""
-    axes = [axis for axis, size in enumerate(extent(slices)) if size > 1]
-    if not axes or chance.random() < 0.2:
-        return [slices]
-    axis = chance.choice(axes)
-    at = chance.randrange(slices[axis].start + 1, slices[axis].stop)
-    halves = (slice(slices[axis].start, at), slice(at, slices[axis].stop))
-    return [one for half in halves for one in cut_at_random((*slices[:axis], half, *slices[axis + 1 :]), chance)]
 
 
 @settings(max_examples=200, deadline=None)

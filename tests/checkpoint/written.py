@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vita.checkpoint.boxes import whole
+from megatron_vita.checkpoint.boxes import Slices, extent, whole
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.parts import Part
 from megatron_vita.checkpoint.stored import CheckpointTensors
@@ -37,3 +38,14 @@ def write_parts(folder: Path, ranks: Sequence[Sequence[Part]], *, finite: bool =
         results.append(writer.write_data(plan, planner).wait())
     writer.finish(metadata, results)
     return CheckpointTensors(folder)
+
+
+def cut_at_random(slices: Slices, chance: random.Random) -> list[Slices]:
+    """A slice in shards, each cut again along any dimension: staggered, so that no one dimension orders them."""
+    axes = [axis for axis, size in enumerate(extent(slices)) if size > 1]
+    if not axes or chance.random() < 0.2:
+        return [slices]
+    axis = chance.choice(axes)
+    at = chance.randrange(slices[axis].start + 1, slices[axis].stop)
+    halves = (slice(slices[axis].start, at), slice(at, slices[axis].stop))
+    return [one for half in halves for one in cut_at_random((*slices[:axis], half, *slices[axis + 1 :]), chance)]
