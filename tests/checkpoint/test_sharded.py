@@ -29,28 +29,33 @@ CP2 = ParallelConfig(context_parallel_size=2)
 DP2 = ParallelConfig()
 
 
-def _save_then_load_elsewhere(root: str) -> None:
-    settings = stage(TP2, seed=5)
-    groups = build_groups(TP2)
-    checkpoint.save(f"{root}/0", build_model(settings, groups), None, None, state(settings), groups)
-    assert not psutil.Process().children(), "a save must leave no helper process"
-    destroy_groups()
-    for number, parallel in enumerate((PP2, CP2, DP2, TP2), 1):
-        settings = stage(parallel, seed=number)  # other fresh weights, all of which must be overwritten
-        groups = build_groups(parallel)
-        models = build_model(settings, groups)
-        checkpoint.load_weights(f"{root}/{number - 1}", models)
-        checkpoint.save(f"{root}/{number}", models, None, None, state(settings), groups)
+def _save_then_load_elsewhere(root: str, bf16: bool) -> None:
+    for number, parallel in enumerate((TP2, PP2, CP2, DP2, TP2)):
+        trainer = Trainer(stage(parallel, seed=number, bf16=bf16))  # other fresh weights, all of which are overwritten
+        models, optimizer, scheduler = trainer.models, trainer.optimizer, trainer.scheduler
+        if number:
+            checkpoint.load_training(f"{root}/{number - 1}", models, optimizer, scheduler)
+        else:
+            trainer.step()
+        run = state(trainer.stage)
+        checkpoint.save(f"{root}/{number}", trainer.wrapped, optimizer, scheduler, run, trainer.groups)
+        assert not psutil.Process().children(), "a save must leave no helper process"
         destroy_groups()
 
 
 @pytest.mark.slow
-def test_weights_move_between_layouts(tmp_path: Path) -> None:
-    run_ranks(2, _save_then_load_elsewhere, str(tmp_path))
-    first = checkpoint.tensor_digests(tmp_path / "0")
-    assert checkpoint.read_tensors(tmp_path / "0").shape("language_model.output_layer.weight") == (37, 24)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_and_optimizer_move_between_layouts_to_the_bit(tmp_path: Path, bf16: bool) -> None:
+    run_ranks(2, _save_then_load_elsewhere, str(tmp_path), bf16)
+    first = checkpoint.read_tensors(tmp_path / "0")
+    assert first.shape("language_model.output_layer.weight") == (37, 24)
+    assert len(first) == (4 if bf16 else 3) * len(checkpoint.tensor_digests(tmp_path / "0"))
     for number in range(1, 5):
-        assert checkpoint.tensor_digests(tmp_path / str(number)) == first
+        moved = checkpoint.read_tensors(tmp_path / str(number))
+        assert set(moved) == set(first)
+        for key in first:
+            assert torch.equal(moved[key], first[key]), key
+        assert (moved.folder / "common.json").read_text() == (first.folder / "common.json").read_text()
 
 
 def _resume(root: str) -> None:
