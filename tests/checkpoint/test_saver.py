@@ -108,9 +108,7 @@ def test_a_full_disk_of_one_rank_is_raised_on_all(tmp_path: Path, how: str, rank
     run_ranks(2, _one_disk_is_full, str(tmp_path), how, rank)
 
 
-def _save_and_leave(
-    root: str, trainer: Trainer, iteration: int, error: BaseException | None = None, **how: Any
-) -> None:
+def _save_and_leave(root: str, trainer: Trainer, step: int, error: BaseException | None = None, **how: Any) -> None:
     with Saver(root, **how) as saver:
         save(saver, trainer, step)
         if error is not None:

@@ -12,7 +12,7 @@ from megatron_vita.checkpoint.boxes import Slices, extent, whole
 from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.parts import Part
 from megatron_vita.checkpoint.stored import CheckpointTensors
-from megatron_vita.checkpoint.writer import Planner, Writer
+from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
 
 
 def all_of(key: str, data: Tensor) -> Part:
@@ -34,7 +34,7 @@ def write_parts(folder: Path, ranks: Sequence[Sequence[Part]], *, finite: bool =
     writer.set_up_storage_writer(True)
     results = []
     for plan, planner, parts in zip(plans, planners, ranks, strict=True):
-        planner.set_up_planner({part.label: part.data for part in parts})
+        planner.set_up_planner({PARTS: {part.label: part.data for part in parts}})
         results.append(writer.write_data(plan, planner).wait())
     writer.finish(metadata, results)
     return CheckpointTensors(folder)
