@@ -160,18 +160,21 @@ def _shards(built: Any) -> Iterator[Any]:
 
 
 def weights_to_write(held: Sequence[Holding], ranks: Ranks) -> list[Part]:
-    """This rank's share of the weights: a run of all that its data-parallel group holds, end to end."""
-    index, count = ranks.data.rank(), ranks.data.size()
+    """This rank's share of the weights: a run of all that its data-parallel group has to write, laid end to end. Where
+    tensor-parallel ranks hold the same, that is a share of it."""
     own = [one for one in held if not one.duplicate]
-    first, last = share(0, sum(one.view.nbytes for one in own), index, count)
+    runs = [
+        share(0, one.view.numel(), *((ranks.tensor_rank, ranks.tensor_size) if one.replicated else (0, 1)))
+        for one in own
+    ]
+    total = sum((end - begin) * one.view.element_size() for one, (begin, end) in zip(own, runs, strict=True))
+    edges = share(0, total, ranks.data.rank(), ranks.data.size())
     parts: list[Part] = []
     at = 0
-    for one in own:
+    for one, (begin, end) in zip(own, runs, strict=True):
         size = one.view.element_size()
-        start, stop = (min(max(-(-(edge - at) // size), 0), one.view.numel()) for edge in (first, last))
-        at += one.view.nbytes
-        if one.replicated:
-            start, stop = share(start, stop, ranks.tensor_rank, ranks.tensor_size)
+        start, stop = (begin + min(max(-(-(edge - at) // size), 0), end - begin) for edge in edges)
+        at += (end - begin) * size
         parts += one.parts(start, stop, one.view.reshape(-1)[start:stop])
     return parts
 

@@ -109,7 +109,7 @@ class _Record:
             state = dict(zip(self.fields, state, strict=False))
         if type(state) is not dict:
             raise _SenselessError("the state of an object is no list of fields")
-        self.values.update(state)
+        self.values.update((name, state[name]) for name in self.fields if name in state)
 
 
 class _Inert(pickle.Unpickler):

@@ -99,6 +99,7 @@ class PartsPlanner(LoadPlanner):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = {(part.key, tuple(one.start for one in part.box)): part for part in parts}
+        assert len(self._parts) == len(parts), "two parts of this rank begin at one element"
         self._metadata: Metadata | None = None
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:

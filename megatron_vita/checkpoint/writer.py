@@ -119,7 +119,8 @@ class Planner(SavePlanner):
             kinds = {(tuple(one.size), one.properties.dtype) for one in pieces}
             if len(kinds) > 1:
                 raise CheckpointError(f"{key}: ranks disagree about its shape or type: {sorted(map(str, kinds))}.")
-            if not fills([slices_at(one.chunk.offsets, one.chunk.sizes) for one in pieces], pieces[0].size):
+            boxes = [slices_at(one.chunk.offsets, one.chunk.sizes) for one in pieces]
+            if len({one.chunk.offsets for one in pieces}) < len(pieces) or not fills(boxes, pieces[0].size):
                 raise CheckpointError(f"{key}: its parts do not hold each element of {tuple(pieces[0].size)} once.")
         described: dict[str, Any] = {
             key: TensorStorageMetadata(pieces[0].properties, pieces[0].size, [one.chunk for one in pieces])
