@@ -6,10 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +14,6 @@ from megatron_vita import checkpoint
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.config import ParallelConfig
-from megatron_vita.parallel.groups import destroy_groups
 from tests.checkpoint.tiny import Trainer, stage, state
 from tests.ranks import run_ranks
 
@@ -25,12 +21,12 @@ FIRST, SECOND = 1, 2
 Contents = dict[str, str]
 
 
-def contents(folder: Path) -> Contents:
-    """Digest of every tensor and of the plain values of a checkpoint, whatever layout wrote them."""
+def contents(folder: Path, *, plain: bool = True) -> Contents:
+    """Digest of every tensor of a checkpoint, whatever layout wrote it, and of its plain values."""
     tensors = checkpoint.read_tensors(folder)
     digests = {name: _digest(tensors[name]) for name in sorted(tensors)}
     common = folder / "common.json"
-    if common.exists():
+    if plain and common.exists():
         digests["common.json"] = hashlib.sha256(common.read_bytes()).hexdigest()
     return digests
 
@@ -142,13 +138,3 @@ class World:
         found = self.problems(root, published=True)
         rubbish = set(os.listdir(root)) - {"iter_0000001", "iter_0000002", folders.HINT_FILE}
         return [*found, *(f"left behind: {name}" for name in sorted(rubbish))]
-
-
-@contextmanager
-def trained(world: World, make: Callable[[World], Trainer]) -> Iterator[Any]:
-    """A trainer whose process groups end with the block."""
-    trainer = make(world)
-    try:
-        yield trainer
-    finally:
-        destroy_groups()
