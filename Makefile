@@ -8,7 +8,7 @@ ARGS ?=
 # pip finds it where the package index at hand carries it; uv knows PyTorch's own index of CPU builds.
 TORCH_CPU := 2.13.0
 
-.PHONY: quickstart quickstart-short needle test test-fast lint format check clean
+.PHONY: quickstart quickstart-short needle test test-fast faults lint format check clean
 
 quickstart: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) $(ARGS)
@@ -27,6 +27,10 @@ test: $(BIN)/.installed
 # For people who change things: what is not marked slow, in two processes.
 test-fast: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+
+# What a checkpoint must outlive, every case: killed processes, full and broken disks, damaged files, layouts. Half an hour.
+faults: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

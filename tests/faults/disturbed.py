@@ -155,11 +155,32 @@ def chosen(calls: Sequence[str], count: int | None) -> list[int]:
     return sorted({firsts[round(step * (len(firsts) - 1) / max(1, count - 1))] for step in range(count)})
 
 
+def order(world: World, *, asynchronous: bool) -> Outcome:
+    """Whether all of a step is on the disk when it gets its name."""
+    target = world.folder / "late.txt"
+    target.unlink(missing_ok=True)
+    run_ranks(world.size, _order, world, target, asynchronous)
+    case = f"order of calls, {world.size} ranks{', asynchronous' if asynchronous else ''}"
+    return Outcome(case, tuple(target.read_text().splitlines()))
+
+
+def _order(world: World, target: Path, asynchronous: bool) -> None:
+    root = world.folder / f"order_{asynchronous}"
+    trainer = world.at_second()
+    with watching(root) as calls:
+        world.save(trainer, root, SECOND, asynchronous=asynchronous)
+    every: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, calls.made)
+    if dist.get_rank() == 0:  # the others have done their part before rank 0 is told of it, and gives the step its name
+        made = [call for one in every[1:] for call in one] + every[0]
+        target.write_text("".join(f"{path} has its name before it is on the disk\n" for path in unsynced(made, str(root))))
+
+
 def unsynced(calls: Sequence[tuple[str, str]], root: str) -> list[str]:
     """Files and folders of a step that gets its name before they are on the disk, so that a power cut could empty them.
 
     Args:
-        calls: all that were made, in order.
+        calls: all that were made, those of rank 0 last.
         root: folder of the steps.
     """
     final = f"{root}/iter_{SECOND:07d}"

@@ -115,6 +115,7 @@ def _resume_all(
     for target in targets:
         trainer = tiny.Trainer(settings(target, bf16=bf16, seed=9))
         for source in sources:
+            trainer.scheduler.num_steps = 0  # megatron-core's adds what it loads
             checkpoint.load_training(
                 _step(root, source, STEPS), trainer.models, trainer.optimizer, trainer.scheduler
             )

@@ -84,10 +84,10 @@ class World:
         """Save everything, and wait until it is there."""
         what = (trainer.wrapped, trainer.optimizer, trainer.scheduler, state(trainer.stage, iteration), trainer.groups)
         if asynchronous:
-            with checkpoint.Saver() as saver:
-                saver.save(root, *what, tokenizer=self.tokenizer)
+            with checkpoint.Saver(root) as saver:
+                saver.save(*what, tokenizer=self.tokenizer)
         else:
-            checkpoint.save(root, *what, tokenizer_dir=self.tokenizer)
+            checkpoint.save(root, *what, tokenizer=self.tokenizer)
 
     def at_second(self) -> Trainer:
         """A trainer that went on from the first step's checkpoint by one step."""

@@ -1,0 +1,219 @@
+"""A run that is stopped at any step, or at any call that changes its folder, and given again: it equals the uninterrupted
+run to the bit. And a second run on a folder that is in use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megatron_vita import checkpoint
+from megatron_vita.errors import VitaError
+from megatron_vita.training import metrics
+from megatron_vita.training.ledger import LedgerLine
+from megatron_vita.training.stages import run_stages
+from tests.faults.calls import KILL, Fault, watching
+from tests.faults.disturbed import HANG_S, Outcome
+from tests.faults.steps import contents, files
+from tests.ranks import run_ranks
+from tests.training.runs import ledger, recipe
+
+STAGE = "only"
+WAYS = ("interrupt", "kill")
+LAST = 4
+"""Steps of a run."""
+
+
+def stopped(
+    folder: Path, name: str, parallel: dict[str, Any], size: int, *, stops: Iterable[int], way: str
+) -> list[Outcome]:
+    """Stop a run at each of `stops` and give it again.
+
+    Args:
+        folder: where tests.training.runs.make_shards has been.
+        way: `interrupt` raises KeyboardInterrupt on every rank, `kill` kills all of them; both when the step's line has
+            been written and its checkpoint has not.
+    """
+    whole = f"{name} whole"
+    run_ranks(size, _train, folder, whole, parallel)
+    found = []
+    for stop in stops:
+        save = f"{name} {way} {stop}"
+        try:
+            run_ranks(size, _train, folder, save, parallel, _Stop(stop, way))
+        except AssertionError as error:
+            if way != "kill" or " hung " in str(error):
+                raise
+        found.append(_given_again(folder, whole, save, parallel, size))
+    return found
+
+
+def struck(
+    folder: Path, name: str, parallel: dict[str, Any], size: int, *, count: int | None, error: int = KILL
+) -> list[Outcome]:
+    """Strike rank 0 of a run at calls that change its folder: kill it, or let it find the disk full from then on.
+
+    Args:
+        count: calls, evenly over the whole run; none: every one.
+    """
+    whole = f"{name} whole"
+    counted = folder / "counted.txt"
+    run_ranks(size, _train_watched, folder, whole, parallel, None, counted)
+    total = int(counted.read_text())
+    places = range(1, total + 1) if count is None else [1 + step * (total - 1) // max(1, count - 1) for step in range(count)]
+    found = []
+    for at in places:
+        save = f"{name} {'killed' if error == KILL else os.strerror(error)} at call {at}"
+        unsafe = []
+        try:
+            run_ranks(size, _train_watched, folder, save, parallel, Fault(at, error, error != KILL), timeout_s=2 * HANG_S)
+        except AssertionError as problem:
+            if error != KILL or " hung " in str(problem):
+                unsafe.append(str(problem))
+        again = _given_again(folder, whole, save, parallel, size)
+        found.append(Outcome(save, (*unsafe, *again.unsafe)))
+        shutil.rmtree(folder / save)
+    return found
+
+
+def _train_watched(
+    folder: Path, save: str, parallel: dict[str, Any], fault: Fault | None, counted: Path | None = None
+) -> None:
+    first = os.environ["RANK"] == "0"
+    with watching(folder / save, fault if first else None) as calls:
+        try:
+            _train(folder, save, parallel)
+        except VitaError as error:
+            assert fault is not None
+            # Another rank's message may name what that rank was about.
+            assert str(folder / save) in str(error), error
+            assert os.strerror(fault.error) in str(error), error
+    if counted is not None and first:
+        counted.write_text(str(len(calls.made)))
+
+
+def _given_again(folder: Path, whole: str, save: str, parallel: dict[str, Any], size: int) -> Outcome:
+    try:
+        run_ranks(size, _train, folder, save, parallel)
+        return Outcome(save, tuple(differences(folder, whole, save)))
+    except AssertionError as error:
+        return Outcome(save, (f"given again: {error}",))
+
+
+def differences(folder: Path, whole: str, save: str) -> list[str]:
+    """In what two runs differ."""
+    found = []
+    one, other = ledger(folder, whole, STAGE), ledger(folder, save, STAGE)
+    if [line["iteration"] for line in other] != list(range(1, len(one) + 1)):
+        found.append(f"steps in the ledger: {[line['iteration'] for line in other]}")
+    for a, b in zip(one, other, strict=False):
+        found += [
+            f"step {a['iteration']}: {key} is {b.get(key)}, not {a[key]}"
+            for key in a
+            if key != "seconds" and a[key] != b.get(key)
+        ]
+    ends = [contents(checkpoint.resolve(folder / one / STAGE)) for one in (whole, save)]
+    if ends[0] != ends[1]:
+        found.append("the last checkpoint holds other values")
+    left = sorted(name for name in os.listdir(folder / save / STAGE) if name.startswith(".") and "lock" not in name)
+    return found + [f"left behind: {name}" for name in left]
+
+
+def _train(
+    folder: Path,
+    save: str,
+    parallel: dict[str, Any],
+    hook: Callable[[LedgerLine], None] | None = None,
+    **optimizer: Any,
+) -> None:
+    """Train to the end, with a checkpoint of every step.
+
+    Args:
+        hook: called on every rank behind each step.
+    """
+    step = metrics.Progress.step
+
+    def hooked(self: metrics.Progress, line: LedgerLine) -> None:
+        step(self, line)
+        if hook is not None:
+            hook(line)
+
+    stage = {"name": STAGE, "parallel": parallel, "data": {"reset_per_document": True}}
+    sections: dict[str, Any] = {
+        "train": {"train_iters": LAST, "global_batch_size": 4},
+        "checkpoint": {"save_interval": 1},
+        # rates of their own for layers: several parameter groups
+        "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9, **optimizer},
+    }
+    with mock.patch.object(metrics.Progress, "step", hooked):
+        try:
+            run_stages(recipe(folder, save, (stage,), **sections))
+        except KeyboardInterrupt:
+            assert hook is not None
+
+
+class _Stop:
+    """Stops a run behind a step."""
+
+    def __init__(self, at: int, way: str) -> None:
+        self.at, self.way = at, way
+
+    def __call__(self, line: LedgerLine) -> None:
+        if line.iteration == self.at:
+            if self.way == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+
+
+def second_runs(folder: Path, seconds: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> list[Outcome]:
+    """Start other runs on the folder of one that is between two steps: each is refused and writes nothing.
+
+    Args:
+        seconds: name, ranks, layout and settings of the optimizer of each.
+    """
+    run_ranks(1, _train, folder, "whole", {})
+    context = multiprocessing.get_context("fork")
+    reached, go = context.Event(), context.Event()
+
+    def hold(line: LedgerLine) -> None:
+        if line.iteration == 2:
+            reached.set()
+            assert go.wait(HANG_S * (1 + len(seconds)))
+
+    def first() -> None:
+        run_ranks(1, _train, folder, "used", {}, hold, timeout_s=HANG_S * (2 + len(seconds)))
+
+    holder = context.Process(target=first)
+    holder.start()
+    found = []
+    try:
+        assert reached.wait(HANG_S), "the first run takes no step"
+        for name, size, parallel, optimizer in seconds:
+            before = files(folder / "used")
+            unsafe = []
+            try:
+                run_ranks(size, _refused, folder, "used", parallel, optimizer, timeout_s=HANG_S)
+            except AssertionError as error:
+                unsafe.append(str(error))
+            changed = [name for name, digest in files(folder / "used").items() if before.get(name) != digest]
+            unsafe += [f"has written {name}" for name in changed]
+            found.append(Outcome(f"a second run, {name}", tuple(unsafe)))
+    finally:
+        go.set()
+        holder.join()
+    unsafe = [] if holder.exitcode == 0 else ["the first run has failed"]
+    return [*found, Outcome("the first run", (*unsafe, *differences(folder, "whole", "used")))]
+
+
+def _refused(folder: Path, save: str, parallel: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    try:
+        _train(folder, save, parallel, **optimizer)
+    except VitaError as error:
+        assert str(folder / save) in str(error), error
+        return
+    raise AssertionError("both runs train")
