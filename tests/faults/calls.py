@@ -75,9 +75,7 @@ class Calls:
         with self._lock:
             self.made.append((name, path))
             number, fault = len(self.made), self.fault
-            hit = fault is not None and (
-                number == fault.at or (fault.lasting and number > fault.at and name in _GROWS)
-            )
+            hit = fault is not None and (number == fault.at or (fault.lasting and number > fault.at and name in _GROWS))
             if hit and self.struck is None:
                 self.struck = f"{name} {path}"
         if hit:
@@ -214,6 +212,9 @@ def watching(root: Path, fault: Fault | None = None) -> Iterator[Calls]:
     """Watch what this process, all its threads, does below a folder, and strike it with a fault."""
     calls = Calls(os.path.abspath(root), fault)
     opened = _opening(calls)
-    with mock.patch.object(builtins, "open", opened), mock.patch.object(io, "open", opened):
-        with mock.patch.multiple(os, **dict(_hooks(calls))):
-            yield calls
+    with (
+        mock.patch.object(builtins, "open", opened),
+        mock.patch.object(io, "open", opened),
+        mock.patch.multiple(os, **dict(_hooks(calls))),
+    ):
+        yield calls

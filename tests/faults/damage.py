@@ -88,7 +88,9 @@ def damages(folder: Path, flips: int, *, seed: int = 0) -> Iterator[Damage]:
             yield Damage(name, "zeros", middle)
 
 
-def outcomes(folder: Path, readers: Mapping[str, Reader], must: Mapping[str, Sequence[str]], flips: int) -> list[Outcome]:
+def outcomes(
+    folder: Path, readers: Mapping[str, Reader], must: Mapping[str, Sequence[str]], flips: int
+) -> list[Outcome]:
     """Damage after damage, read by each reader: it names the file, or what it reads is what was written.
 
     Args:
@@ -106,7 +108,7 @@ def outcomes(folder: Path, readers: Mapping[str, Reader], must: Mapping[str, Seq
                     named = folder.name if damage.kind == "missing" and damage.file == INTEGRITY_FILE else damage.file
                     if named not in str(error):
                         unsafe = (f"does not name the file: {error}",)
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
                     unsafe = (f"bare {error!r}",)
                 else:
                     if result != right[name]:

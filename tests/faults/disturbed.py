@@ -85,9 +85,7 @@ def _save_again(world: World, root: Path) -> None:
     world.save(trainer, root, SECOND)
 
 
-def failing(
-    world: World, faults: Sequence[Fault], *, victim: int = 0, asynchronous: bool = False
-) -> list[Outcome]:
+def failing(world: World, faults: Sequence[Fault], *, victim: int = 0, asynchronous: bool = False) -> list[Outcome]:
     """Make calls of one rank's save fail, one save after the other in the same processes."""
     target = world.folder / "outcomes.txt"
     target.unlink(missing_ok=True)
@@ -113,7 +111,7 @@ def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, asyn
                 world.save(trainer, root, SECOND, asynchronous=asynchronous)
             except CheckpointError as error:
                 ended = str(error) or "an empty message"
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 ended = f"bare {error!r}"
         every: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
         dist.all_gather_object(every, (ended, calls.struck))
@@ -128,9 +126,7 @@ def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, asyn
                 file.write("\t".join(one.replace("\n", " ").replace("\t", " ") for one in (case, *unsafe)) + "\n")
 
 
-def _judge(
-    world: World, root: Path, fault: Fault, every: Sequence[tuple[str, str | None]], victim: int
-) -> list[str]:
+def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, str | None]], victim: int) -> list[str]:
     messages, struck = [ended for ended, _ in every], every[victim][1]
     unsafe = world.problems(root, published=None if any(messages) else True)
     if struck is None:
@@ -173,7 +169,9 @@ def _order(world: World, target: Path, asynchronous: bool) -> None:
     dist.all_gather_object(every, calls.made)
     if dist.get_rank() == 0:  # the others have done their part before rank 0 is told of it, and gives the step its name
         made = [call for one in every[1:] for call in one] + every[0]
-        target.write_text("".join(f"{path} has its name before it is on the disk\n" for path in unsynced(made, str(root))))
+        target.write_text(
+            "".join(f"{path} has its name before it is on the disk\n" for path in unsynced(made, str(root)))
+        )
 
 
 def unsynced(calls: Sequence[tuple[str, str]], root: str) -> list[str]:

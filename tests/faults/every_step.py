@@ -65,13 +65,17 @@ def struck(
     counted = folder / "counted.txt"
     run_ranks(size, _train_watched, folder, whole, parallel, None, counted)
     total = int(counted.read_text())
-    places = range(1, total + 1) if count is None else [1 + step * (total - 1) // max(1, count - 1) for step in range(count)]
+    places = (
+        range(1, total + 1) if count is None else [1 + step * (total - 1) // max(1, count - 1) for step in range(count)]
+    )
     found = []
     for at in places:
         save = f"{name} {'killed' if error == KILL else os.strerror(error)} at call {at}"
         unsafe = []
         try:
-            run_ranks(size, _train_watched, folder, save, parallel, Fault(at, error, error != KILL), timeout_s=2 * HANG_S)
+            run_ranks(
+                size, _train_watched, folder, save, parallel, Fault(at, error, error != KILL), timeout_s=2 * HANG_S
+            )
         except AssertionError as problem:
             if error != KILL or " hung " in str(problem):
                 unsafe.append(str(problem))

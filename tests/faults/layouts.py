@@ -116,9 +116,7 @@ def _resume_all(
         trainer = tiny.Trainer(settings(target, bf16=bf16, seed=9))
         for source in sources:
             trainer.scheduler.num_steps = 0  # megatron-core's adds what it loads
-            checkpoint.load_training(
-                _step(root, source, STEPS), trainer.models, trainer.optimizer, trainer.scheduler
-            )
+            checkpoint.load_training(_step(root, source, STEPS), trainer.models, trainer.optimizer, trainer.scheduler)
             _save(trainer, root / "resumed", STEPS)
             trainer.step()
             _save(trainer, root / "resumed", STEPS + 1)

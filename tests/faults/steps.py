@@ -129,7 +129,7 @@ class World:
                 return [f"{folder.name} holds other values"]
             if set(files(folder)) != self.names:
                 return [f"{folder.name} holds other files"]
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return [f"{folder.name}: {error!r}"]
         return []
 
