@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +12,9 @@ import torch
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity
-from megatron_vita.convert import cli
-from megatron_vita.convert.exporter import export
-from megatron_vita.convert.importer import import_model
 from megatron_vita.errors import VitaError
 from tests.checkpoint.tiny import Trainer
-from tests.convert import publishers
-from tests.faults.disturbed import Outcome
+from tests.faults.disturbed import Outcome, read_outcomes, write_outcomes
 from tests.faults.steps import FIRST, World, files
 from tests.ranks import run_ranks
 
@@ -168,40 +161,3 @@ def _forget(trainer: Trainer) -> None:
     with torch.no_grad():
         for one in trainer.models[0].parameters():
             one.fill_(7)
-
-
-def of_import(root: Path, flips: int) -> list[Outcome]:
-    """A checkpoint as an import writes it, exported and loaded."""
-    publishers.write_internvl(root / "hf")
-    folder = import_model(root / "hf", root / "ckpt")
-    target = root / "damaged.txt"
-    target.unlink(missing_ok=True)
-
-    def exported(path: Path) -> object:
-        shutil.rmtree(root / "out", ignore_errors=True)
-        with contextlib.redirect_stderr(io.StringIO()):
-            export(path, root / "out", "internvl")
-        return files(root / "out")
-
-    readers = {"export": exported, "verify": verified}
-    return outcomes(folder, readers, {"export": (*TENSORS, "conversion.json", "tokenizer/"), "verify": ("",)}, flips)
-
-
-def by_command(folder: Path) -> int:
-    """Exit status of `convert_ckpt.py verify CKPT`."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return cli.main(["verify", str(folder)])
-
-
-def write_outcomes(target: Path, found: Sequence[Outcome]) -> None:
-    """Hand outcomes over from a rank."""
-    with target.open("a", encoding="utf-8") as file:
-        for one in found:
-            line = "\t".join(text.replace("\n", " ").replace("\t", " ") for text in (one.case, *one.unsafe))
-            file.write(line + "\n")
-
-
-def read_outcomes(target: Path) -> list[Outcome]:
-    """What `write_outcomes` wrote."""
-    lines = (line.split("\t") for line in target.read_text(encoding="utf-8").splitlines())
-    return [Outcome(case, tuple(unsafe)) for case, *unsafe in lines]

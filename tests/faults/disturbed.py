@@ -90,10 +90,7 @@ def failing(world: World, faults: Sequence[Fault], *, victim: int = 0, asynchron
     target = world.folder / "outcomes.txt"
     target.unlink(missing_ok=True)
     run_ranks(world.size, _fail, world, list(faults), target, victim, asynchronous, timeout_s=HANG_S + 2 * len(faults))
-    outcomes = []
-    for line in target.read_text().splitlines():
-        case, *unsafe = line.split("\t")
-        outcomes.append(Outcome(case, tuple(unsafe)))
+    outcomes = read_outcomes(target)
     assert len(outcomes) == len(faults)
     return outcomes
 
@@ -122,8 +119,7 @@ def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, asyn
             unsafe += [f"after saving again, {one}" for one in world.tidy(root)]
             case = f"{os.strerror(fault.error)}{', lasting' if fault.lasting else ''} on rank {victim} at {fault.at}: "
             case += f"{every[victim][1]}: {every[0][0]}"
-            with target.open("a") as file:
-                file.write("\t".join(one.replace("\n", " ").replace("\t", " ") for one in (case, *unsafe)) + "\n")
+            write_outcomes(target, [Outcome(case, tuple(unsafe))])
 
 
 def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, str | None]], victim: int) -> list[str]:
@@ -197,3 +193,17 @@ def unsynced(calls: Sequence[tuple[str, str]], root: str) -> list[str]:
     if synced.get(root, -1) < named:
         late.append(root)
     return late
+
+
+def write_outcomes(target: Path, found: Sequence[Outcome]) -> None:
+    """Hand outcomes over from a rank."""
+    with target.open("a", encoding="utf-8") as file:
+        for one in found:
+            line = "\t".join(text.replace("\n", " ").replace("\t", " ") for text in (one.case, *one.unsafe))
+            file.write(line + "\n")
+
+
+def read_outcomes(target: Path) -> list[Outcome]:
+    """What `write_outcomes` wrote."""
+    lines = (line.split("\t") for line in target.read_text(encoding="utf-8").splitlines())
+    return [Outcome(case, tuple(unsafe)) for case, *unsafe in lines]

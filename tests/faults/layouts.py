@@ -1,7 +1,7 @@
 """Every layout of up to four ranks, saved in one and resumed in the other: weights and moments are equal to the bit.
 
-Each weight has a gradient of its own that layouts do not change (tests/checkpoint/tiny.py), and nothing is clipped, so a
-step after resuming gives the same bits in every layout too.
+Each weight has a gradient of its own that layouts do not change (tests/checkpoint/tiny.py), and nothing is clipped, so
+a step after resuming gives the same bits in every layout too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig
 from megatron_vita.parallel.groups import destroy_groups
 from tests.checkpoint import tiny
-from tests.faults.damage import read_outcomes, write_outcomes
-from tests.faults.disturbed import Outcome
+from tests.faults.disturbed import Outcome, read_outcomes, write_outcomes
 from tests.faults.steps import contents
 from tests.ranks import run_ranks
 

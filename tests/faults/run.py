@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vita.config import ParallelConfig
-from tests.faults import damage, every_step, layouts
+from tests.faults import damage, every_step, imported, layouts
 from tests.faults.calls import Fault
 from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, order
 from tests.faults.steps import World
@@ -51,7 +51,7 @@ def _damaged_training(folder: Path, short: bool) -> list[Outcome]:
 
 
 def _damaged_import(folder: Path, short: bool) -> list[Outcome]:
-    return damage.of_import(folder, 3 if short else 100)
+    return imported.of_import(folder, 3 if short else 100)
 
 
 def _layouts(folder: Path, short: bool, *, bf16: bool) -> list[Outcome]:
