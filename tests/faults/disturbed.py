@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,14 +138,24 @@ def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, st
     return unsafe
 
 
-def chosen(calls: Sequence[str], count: int | None) -> list[int]:
-    """Numbers of `count` calls, evenly among the first of each function and file; none: all calls."""
-    if count is None:
-        return list(range(1, len(calls) + 1))
-    firsts = [number for number, call in enumerate(calls, 1) if calls.index(call) == number - 1]
-    if count >= len(firsts):
-        return firsts
-    return sorted({firsts[round(step * (len(firsts) - 1) / max(1, count - 1))] for step in range(count)})
+MOST = 600
+"""Calls that the long form tries of one save; a save that makes more, nearly all writes of one file, is tried at random."""
+
+
+def chosen(calls: Sequence[str], few: int | None) -> list[int]:
+    """Numbers of calls to strike: the first of each function and file, and further ones at random.
+
+    Args:
+        few: how many of either; none: all, or all of the first and MOST of the further ones.
+    """
+    seen: set[str] = set()
+    firsts, further = [], []
+    for number, call in enumerate(calls, 1):
+        (further if call in seen else firsts).append(number)
+        seen.add(call)
+    if few is not None:
+        firsts = [firsts[step * (len(firsts) - 1) // max(1, few - 1)] for step in range(min(few, len(firsts)))]
+    return sorted({*firsts, *random.Random(len(calls)).sample(further, min(few or MOST, len(further)))})
 
 
 def order(world: World, *, asynchronous: bool) -> Outcome:

@@ -88,11 +88,11 @@ def _second_runs(folder: Path, short: bool) -> list[Outcome]:
 
 KINDS: dict[str, Kind] = {
     "order": _order,
-    "kill one rank": partial(_killed, size=1, victim=0, asynchronous=False, few=4),
-    "kill one rank, asynchronous": partial(_killed, size=1, victim=0, asynchronous=True, few=4),
+    "kill one rank": partial(_killed, size=1, victim=0, asynchronous=False, few=3),
+    "kill one rank, asynchronous": partial(_killed, size=1, victim=0, asynchronous=True, few=3),
     "kill rank 0 of two": partial(_killed, size=2, victim=0, asynchronous=True, few=1),
     "kill rank 1 of two": partial(_killed, size=2, victim=1, asynchronous=True, few=1),
-    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=8),
+    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=7),
     "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=3),
     "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=5),
     "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=3),
