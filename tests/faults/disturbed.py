@@ -139,7 +139,7 @@ def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, st
 
 
 MOST = 600
-"""Calls that the long form tries of one save; a save that makes more, nearly all writes of one file, is tried at random."""
+"""Further writes of a file that the long form tries of one save, at random if there are more."""
 
 
 def chosen(calls: Sequence[str], few: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -51,11 +52,11 @@ def in_runs(shape: Sequence[int], pieces: int, chance: random.Random) -> list[Sl
     """A tensor cut into runs of its elements, as ranges of a distributed optimizer are."""
     size = volume(whole(shape))
     edges = sorted({0, size, *(chance.randrange(size + 1) for _ in range(pieces - 1))})
-    return [box for start, stop in zip(edges, edges[1:], strict=False) for box in boxes_of_run(shape, start, stop)]
+    return [box for start, stop in itertools.pairwise(edges) for box in boxes_of_run(shape, start, stop)]
 
 
 def write_by_ranks(folder: Path, dealt: Sequence[Sequence[Part]]) -> Path:
-    """What torch.distributed.checkpoint does over several ranks, in this process: plan, plan together, write, finish."""
+    """What torch.distributed.checkpoint does over several ranks, in this process."""
     staging = folders.staging_folder(folder, 1)
 
     def publish(pieces: writing.PieceDigests) -> None:
