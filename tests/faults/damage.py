@@ -36,12 +36,10 @@ class Damage:
     def __str__(self) -> str:
         return f"{self.file}: {self.kind} at {self.position}"
 
-    @contextmanager
-    def done(self, folder: Path) -> Iterator[None]:
-        """Damage the file, for the time of the block."""
+    def do(self, folder: Path) -> None:
+        """Damage the file."""
         path = folder / self.file
-        content = path.read_bytes()
-        changed = bytearray(content)
+        changed = bytearray(path.read_bytes())
         if self.kind == "flip":
             changed[self.position] ^= 1 << self.bit
         elif self.kind == "zeros":
@@ -53,10 +51,16 @@ class Damage:
         path.unlink()
         if self.kind != "missing":
             path.write_bytes(changed)
+
+    @contextmanager
+    def done(self, folder: Path) -> Iterator[None]:
+        """Damage the file for the time of the block."""
+        content = (folder / self.file).read_bytes()
+        self.do(folder)
         try:
             yield
         finally:
-            path.write_bytes(content)
+            (folder / self.file).write_bytes(content)
 
 
 def damages(folder: Path, flips: int, *, seed: int = 0) -> Iterator[Damage]:

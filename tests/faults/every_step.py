@@ -1,16 +1,17 @@
 """A run that is stopped at any step, or at any call that changes its folder, and given again, equals the uninterrupted
-one to the bit. And a second run on a folder that is in use."""
+one to the bit."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch.distributed as dist
 
 from megatron_vita import checkpoint
 from megatron_vita.errors import VitaError
@@ -19,12 +20,12 @@ from megatron_vita.training.ledger import LedgerLine
 from megatron_vita.training.stages import run_stages
 from tests.faults.calls import KILL, Fault, watching
 from tests.faults.disturbed import HANG_S, Outcome
-from tests.faults.steps import contents, files
+from tests.faults.steps import contents
 from tests.ranks import run_ranks
 from tests.training.runs import ledger, recipe
 
 STAGE = "only"
-WAYS = ("interrupt", "kill")
+WAYS = ("interrupt", "terminate", "kill")
 LAST = 4
 """Steps of a run."""
 
@@ -36,20 +37,20 @@ def stopped(
 
     Args:
         folder: where tests.training.runs.make_shards has been.
-        way: `interrupt` raises KeyboardInterrupt on every rank, `kill` kills all of them; both when the step's line has
-            been written and its checkpoint has not.
+        way: `interrupt` raises KeyboardInterrupt on every rank, `terminate` sends SIGTERM to the last one, `kill` kills
+            all of them; each when the step's line has been written and its checkpoint has not.
     """
     whole = f"{name} whole"
-    run_ranks(size, _train, folder, whole, parallel)
+    run_ranks(size, train, folder, whole, parallel)
     found = []
     for stop in stops:
         save = f"{name} {way} {stop}"
         try:
-            run_ranks(size, _train, folder, save, parallel, _Stop(stop, way))
+            run_ranks(size, train, folder, save, parallel, Stop(stop, way))
         except AssertionError as error:
             if way != "kill" or " hung " in str(error):
                 raise
-        found.append(_given_again(folder, whole, save, parallel, size))
+        found.append(given_again(folder, whole, save, parallel, size))
     return found
 
 
@@ -63,7 +64,7 @@ def struck(
     """
     whole = f"{name} whole"
     counted = folder / "counted.txt"
-    run_ranks(size, _train_watched, folder, whole, parallel, None, counted)
+    run_ranks(size, train_watched, folder, whole, parallel, None, counted)
     total = int(counted.read_text())
     count = min(count or total, total)
     places = [1 + step * (total - 1) // max(1, count - 1) for step in range(count)]
@@ -73,23 +74,23 @@ def struck(
         unsafe = []
         try:
             fault = Fault(at, error, lasting=error != KILL)
-            run_ranks(size, _train_watched, folder, save, parallel, fault, timeout_s=2 * HANG_S)
+            run_ranks(size, train_watched, folder, save, parallel, fault, timeout_s=2 * HANG_S)
         except AssertionError as problem:
             if error != KILL or " hung " in str(problem):
                 unsafe.append(str(problem))
-        again = _given_again(folder, whole, save, parallel, size)
+        again = given_again(folder, whole, save, parallel, size)
         found.append(Outcome(save, (*unsafe, *again.unsafe)))
         shutil.rmtree(folder / save)
     return found
 
 
-def _train_watched(
+def train_watched(
     folder: Path, save: str, parallel: dict[str, Any], fault: Fault | None, counted: Path | None = None
 ) -> None:
     first = os.environ["RANK"] == "0"
     with watching(folder / save, fault if first else None) as calls:
         try:
-            _train(folder, save, parallel)
+            train(folder, save, parallel)
         except VitaError as error:
             if fault is None or str(folder / save) not in str(error) or os.strerror(fault.error) not in str(error):
                 raise AssertionError("neither path nor reason") from error
@@ -97,9 +98,10 @@ def _train_watched(
         counted.write_text(str(len(calls.made)))
 
 
-def _given_again(folder: Path, whole: str, save: str, parallel: dict[str, Any], size: int) -> Outcome:
+def given_again(folder: Path, whole: str, save: str, parallel: dict[str, Any], size: int) -> Outcome:
+    """Give a run's command again, and compare it with the uninterrupted one."""
     try:
-        run_ranks(size, _train, folder, save, parallel)
+        run_ranks(size, train, folder, save, parallel)
         return Outcome(save, tuple(differences(folder, whole, save)))
     except AssertionError as error:
         return Outcome(save, (f"given again: {error}",))
@@ -124,7 +126,7 @@ def differences(folder: Path, whole: str, save: str) -> list[str]:
     return found + [f"left behind: {name}" for name in left]
 
 
-def _train(
+def train(
     folder: Path,
     save: str,
     parallel: dict[str, Any],
@@ -153,11 +155,12 @@ def _train(
     with mock.patch.object(metrics.Progress, "step", hooked):
         try:
             run_stages(recipe(folder, save, (stage,), **sections))
-        except KeyboardInterrupt:
-            assert hook is not None
+        except (KeyboardInterrupt, SystemExit):
+            if hook is None:
+                raise
 
 
-class _Stop:
+class Stop:
     """Stops a run behind a step."""
 
     def __init__(self, at: int, way: str) -> None:
@@ -165,56 +168,7 @@ class _Stop:
 
     def __call__(self, line: LedgerLine) -> None:
         if line.iteration == self.at:
-            if self.way == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
-
-
-def second_runs(folder: Path, seconds: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> list[Outcome]:
-    """Start other runs on the folder of one that is between two steps: each is refused and writes nothing.
-
-    Args:
-        seconds: name, ranks, layout and settings of the optimizer of each.
-    """
-    run_ranks(1, _train, folder, "whole", {})
-    context = multiprocessing.get_context("fork")
-    reached, go = context.Event(), context.Event()
-
-    def hold(line: LedgerLine) -> None:
-        if line.iteration == 2:
-            reached.set()
-            assert go.wait(HANG_S * (1 + len(seconds)))
-
-    def first() -> None:
-        run_ranks(1, _train, folder, "used", {}, hold, timeout_s=HANG_S * (2 + len(seconds)))
-
-    holder = context.Process(target=first)
-    holder.start()
-    found = []
-    try:
-        assert reached.wait(HANG_S), "the first run takes no step"
-        for name, size, parallel, optimizer in seconds:
-            before = files(folder / "used")
-            unsafe = []
-            try:
-                run_ranks(size, _refused, folder, "used", parallel, optimizer, timeout_s=HANG_S)
-            except AssertionError as error:
-                unsafe.append(str(error))
-            changed = [name for name, digest in files(folder / "used").items() if before.get(name) != digest]
-            unsafe += [f"has written {name}" for name in changed]
-            found.append(Outcome(f"a second run, {name}", tuple(unsafe)))
-    finally:
-        go.set()
-        holder.join()
-    unsafe = [] if holder.exitcode == 0 else ["the first run has failed"]
-    return [*found, Outcome("the first run", (*unsafe, *differences(folder, "whole", "used")))]
-
-
-def _refused(folder: Path, save: str, parallel: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    try:
-        _train(folder, save, parallel, **optimizer)
-    except VitaError as error:
-        if str(folder / save) in str(error):
-            return
-        raise
-    raise AssertionError("both runs train")
+            if self.way == "interrupt":
+                raise KeyboardInterrupt
+            if self.way == "kill" or dist.get_rank() == dist.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGKILL if self.way == "kill" else signal.SIGTERM)

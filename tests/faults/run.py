@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vita.config import ParallelConfig
-from tests.faults import damage, every_step, imported, layouts
+from tests.faults import damage, every_step, imported, layouts, run_folder
 from tests.faults.calls import Fault
-from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, order
+from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, not_finite, order
 from tests.faults.steps import World
 from tests.training.runs import make_shards
 
@@ -83,7 +83,25 @@ def _second_runs(folder: Path, short: bool) -> list[Outcome]:
     make_shards(folder)
     seconds = [("the same", 1, {}, {}), ("another rate", 1, {}, {"lr": 2e-3})]
     seconds += [] if short else [("two ranks", 2, {}, {}), ("another layout", 2, {"tensor_model_parallel_size": 2}, {})]
-    return every_step.second_runs(folder, seconds)
+    return run_folder.second_runs(folder, seconds)
+
+
+def _damaged_steps(folder: Path, short: bool) -> list[Outcome]:
+    make_shards(folder)
+    if short:
+        return run_folder.damaged_steps(folder, ["flip"], ["__0_0", "run.json"])
+    return run_folder.damaged_steps(folder, ["flip", "cut", "missing"])
+
+
+def _damaged_ledgers(folder: Path, short: bool) -> list[Outcome]:
+    make_shards(folder)
+    names = list(run_folder.LEDGERS)
+    return run_folder.damaged_ledgers(folder, names[3:5] if short else names)
+
+
+def _not_finite(folder: Path, short: bool) -> list[Outcome]:
+    found = not_finite(World(folder / "plain", 2), asynchronous=False)
+    return found + ([] if short else not_finite(World(folder / "background", 2), asynchronous=True))
 
 
 KINDS: dict[str, Kind] = {
@@ -100,11 +118,15 @@ KINDS: dict[str, Kind] = {
     "damage to an import": _damaged_import,
     "pairs of layouts": partial(_layouts, bf16=False),
     "pairs of layouts, bf16": partial(_layouts, bf16=True),
+    "values that are not finite": _not_finite,
     "a run interrupted at a step": partial(_every_step, way="interrupt"),
+    "a run terminated at a step": partial(_every_step, way="terminate"),
     "a run killed at a step": partial(_every_step, way="kill"),
     "a run killed at a call": partial(_struck, error=-1),
     "a run on a full disk": partial(_struck, error=errno.ENOSPC),
     "two runs on one folder": _second_runs,
+    "a damaged newest step": _damaged_steps,
+    "a damaged ledger": _damaged_ledgers,
 }
 
 
