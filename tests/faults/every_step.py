@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,12 +131,13 @@ def train(
     save: str,
     parallel: dict[str, Any],
     hook: Callable[[LedgerLine], None] | None = None,
-    **optimizer: Any,
+    changes: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Train to the end, with a checkpoint of every step.
 
     Args:
         hook: called on every rank behind each step.
+        changes: further settings, by section.
     """
     step = metrics.Progress.step
 
@@ -150,8 +151,10 @@ def train(
         "train": {"train_iters": LAST, "global_batch_size": 4},
         "checkpoint": {"save_interval": 1},
         # rates of their own for layers: several parameter groups
-        "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9, **optimizer},
+        "optimizer": {"weight_decay": 0.1, "vision_model_lr_mult": 0.1, "vision_model_lr_decay_rate": 0.9},
     }
+    for section, values in (changes or {}).items():
+        sections[section].update(values)
     with mock.patch.object(metrics.Progress, "step", hooked):
         try:
             run_stages(recipe(folder, save, (stage,), **sections))

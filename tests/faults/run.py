@@ -81,7 +81,7 @@ def _struck(folder: Path, short: bool, *, error: int) -> list[Outcome]:
 
 def _second_runs(folder: Path, short: bool) -> list[Outcome]:
     make_shards(folder)
-    seconds = [("the same", 1, {}, {}), ("another rate", 1, {}, {"lr": 2e-3})]
+    seconds = [("the same", 1, {}, {}), ("another rate", 1, {}, {"optimizer": {"lr": 2e-3}})]
     seconds += [] if short else [("two ranks", 2, {}, {}), ("another layout", 2, {"tensor_model_parallel_size": 2}, {})]
     return run_folder.second_runs(folder, seconds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def second_runs(folder: Path, seconds: Sequence[tuple[str, int, dict[str, Any], 
     """Start other runs on the folder of one that is between two steps: each is refused and writes nothing.
 
     Args:
-        seconds: name, ranks, layout and settings of the optimizer of each.
+        seconds: name, ranks, layout and changed settings of each.
     """
     run_ranks(1, train, folder, "whole", {})
     context = multiprocessing.get_context("fork")
@@ -34,18 +34,19 @@ def second_runs(folder: Path, seconds: Sequence[tuple[str, int, dict[str, Any], 
             assert go.wait(HANG_S * (1 + len(seconds)))
 
     def first() -> None:
-        run_ranks(1, train, folder, "used", {}, hold, timeout_s=HANG_S * (2 + len(seconds)))
+        changes = {"checkpoint": {"async_save": False}}  # so that it writes nothing while it is held
+        run_ranks(1, train, folder, "used", {}, hold, changes, timeout_s=HANG_S * (2 + len(seconds)))
 
     holder = context.Process(target=first)
     holder.start()
     found = []
     try:
         assert reached.wait(HANG_S), "the first run takes no step"
-        for name, size, parallel, optimizer in seconds:
+        for name, size, parallel, changes in seconds:
             before = files(folder / "used")
             unsafe = []
             try:
-                run_ranks(size, _refused, folder, "used", parallel, optimizer, timeout_s=HANG_S)
+                run_ranks(size, _refused, folder, "used", parallel, changes, timeout_s=HANG_S)
             except AssertionError as error:
                 unsafe.append(str(error))
             changed = [name for name, digest in files(folder / "used").items() if before.get(name) != digest]
@@ -58,9 +59,9 @@ def second_runs(folder: Path, seconds: Sequence[tuple[str, int, dict[str, Any], 
     return [*found, Outcome("the first run", (*unsafe, *differences(folder, "whole", "used")))]
 
 
-def _refused(folder: Path, save: str, parallel: dict[str, Any], optimizer: dict[str, Any]) -> None:
+def _refused(folder: Path, save: str, parallel: dict[str, Any], changes: Mapping[str, dict[str, Any]]) -> None:
     try:
-        train(folder, save, parallel, **optimizer)
+        train(folder, save, parallel, changes=changes)
     except VitaError as error:
         if str(folder / save) in str(error):
             return
