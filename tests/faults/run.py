@@ -75,7 +75,7 @@ def _every_step(folder: Path, short: bool, *, way: str) -> list[Outcome]:
 
 def _struck(folder: Path, short: bool, *, error: int) -> list[Outcome]:
     make_shards(folder)
-    found = every_step.struck(folder, "one", {}, 1, count=2 if short else None, error=error)
+    found = every_step.struck(folder, "one", {}, 1, count=2 if short else 150, error=error)
     return found if short else found + every_step.struck(folder, "dp2", {}, 2, count=40, error=error)
 
 
@@ -110,10 +110,10 @@ KINDS: dict[str, Kind] = {
     "kill one rank, asynchronous": partial(_killed, size=1, victim=0, asynchronous=True, few=3),
     "kill rank 0 of two": partial(_killed, size=2, victim=0, asynchronous=True, few=1),
     "kill rank 1 of two": partial(_killed, size=2, victim=1, asynchronous=True, few=1),
-    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=7),
-    "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=3),
-    "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=5),
-    "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=3),
+    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=4),
+    "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=2),
+    "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=3),
+    "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=1),
     "damage to a checkpoint of training": _damaged_training,
     "damage to an import": _damaged_import,
     "pairs of layouts": partial(_layouts, bf16=False),

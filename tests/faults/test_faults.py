@@ -28,7 +28,7 @@ def _every_byte_is_seen(world: World) -> None:
     folder = root / f"iter_{SECOND:07d}"
     lie = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert calls.written >= lie
-    opened = {os.path.basename(path) for name, path in calls.made if name == "open"}
+    opened = {os.path.basename(path) for name, path in calls.made if name in ("open", "rename", "replace")}
     assert {path.name for path in folder.rglob("*") if path.is_file()} <= opened
 
 
