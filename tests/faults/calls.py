@@ -1,4 +1,4 @@
-"""Calls that change a folder, counted: at a chosen one the process is killed, or the call fails.
+"""Calls that change (or read) a folder, counted: at a chosen one the process is killed, or the call fails.
 
 All ways by which Python changes a disk are watched: functions of `os`, and files opened for writing by `open`, whose
 writes reach the disk when their buffer does. `Calls.written` is compared with the sizes of files in a test, so that
@@ -26,9 +26,10 @@ _BY_PATH = ("mkdir", "rmdir", "unlink", "remove", "truncate")
 _BY_TWO_PATHS = ("rename", "replace", "link", "symlink")
 _BY_DESCRIPTOR = ("fsync", "fdatasync", "ftruncate", "posix_fallocate")
 _WRITES = ("write", "pwrite", "writev", "pwritev", "sendfile", "copy_file_range")
+_READS = ("read", "pread", "readv", "preadv")
 _REAL = {
     name: getattr(os, name)
-    for name in ("open", *_BY_PATH, *_BY_TWO_PATHS, *_BY_DESCRIPTOR, *_WRITES)
+    for name in ("open", *_BY_PATH, *_BY_TWO_PATHS, *_BY_DESCRIPTOR, *_WRITES, *_READS)
     if hasattr(os, name)
 }
 _REAL_OPEN = open
@@ -54,6 +55,8 @@ class Calls:
 
     root: str
     fault: Fault | None = None
+    reads: bool = False
+    """Whether calls that read are counted, instead of those that write."""
     made: list[tuple[str, str]] = field(default_factory=list)
     """(function, path)."""
     written: int = 0
@@ -62,9 +65,9 @@ class Calls:
     """The first call that the fault has hit."""
     _lock: Any = field(default_factory=threading.Lock)
 
-    def below(self, path: str) -> bool:
-        """Whether a path is the watched folder or lies in it."""
-        return path == self.root or path.startswith(self.root + "/")
+    def counts(self, path: str, *, reads: bool = False) -> bool:
+        """Whether a call is counted: its path is the watched folder or lies in it, and it does what is watched."""
+        return reads == self.reads and (path == self.root or path.startswith(self.root + "/"))
 
     def call(self, name: str, path: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         """Count a call and do it, unless it is to fail.
@@ -109,13 +112,32 @@ class _Raw(io.FileIO):
 
     calls: Calls
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        real = super().read
+        return self._reading(lambda: real(size))
+
+    def readall(self) -> bytes:
+        return self._reading(super().readall)
+
+    def readinto(self, buffer: Any, /) -> int:
+        real = super().readinto
+        return self._reading(lambda: real(buffer))
+
+    def _reading(self, act: Callable[[], Any]) -> Any:
+        path = _path(self.fileno())
+        return self.calls.call("read", path, act) if self.calls.counts(path, reads=True) else act()
+
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
         real = super().write
+        if self.calls.reads:
+            return real(view)
         return self.calls.call("write", _path(self.fileno()), lambda: real(view), lambda: real(view[: len(view) // 2]))
 
     def truncate(self, size: int | None = None, /) -> int:
         real = super().truncate
+        if self.calls.reads:
+            return real(size)
         return self.calls.call("ftruncate", _path(self.fileno()), lambda: real(size))
 
 
@@ -137,7 +159,7 @@ def _hooks(calls: Calls) -> Iterator[tuple[str, Callable[..., Any]]]:
         def hooked(path: Any, *args: Any, **kwargs: Any) -> Any:
             where = _path(path, kwargs.get("dir_fd"))
             act = lambda: _REAL[name](path, *args, **kwargs)  # noqa: E731
-            return calls.call(name, where, act) if calls.below(where) else act()
+            return calls.call(name, where, act) if calls.counts(where) else act()
 
         return hooked
 
@@ -145,7 +167,7 @@ def _hooks(calls: Calls) -> Iterator[tuple[str, Callable[..., Any]]]:
         def hooked(source: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
             where = _path(target, kwargs.get("dst_dir_fd"))
             act = lambda: _REAL[name](source, target, *args, **kwargs)  # noqa: E731
-            return calls.call(name, where, act) if calls.below(where) else act()
+            return calls.call(name, where, act) if calls.counts(where) else act()
 
         return hooked
 
@@ -153,7 +175,15 @@ def _hooks(calls: Calls) -> Iterator[tuple[str, Callable[..., Any]]]:
         def hooked(file: Any, *args: Any) -> Any:
             where = _path(file if isinstance(file, int) else file.fileno())
             act = lambda: _REAL[name](file, *args)  # noqa: E731
-            return calls.call(name, where, act) if calls.below(where) else act()
+            return calls.call(name, where, act) if calls.counts(where) else act()
+
+        return hooked
+
+    def reads(name: str) -> Callable[..., Any]:
+        def hooked(file: int, *args: Any) -> Any:
+            where = _path(file)
+            act = lambda: _REAL[name](file, *args)  # noqa: E731
+            return calls.call(name, where, act) if calls.counts(where, reads=True) else act()
 
         return hooked
 
@@ -162,7 +192,7 @@ def _hooks(calls: Calls) -> Iterator[tuple[str, Callable[..., Any]]]:
             args = (*args, *kwargs.values())
             where = _path(args[1] if name == "copy_file_range" else args[0])
             act = lambda: _REAL[name](*args)  # noqa: E731
-            if not calls.below(where):
+            if not calls.counts(where):
                 return act()
             return calls.call(name, where, act, lambda: _REAL[name](*_halves(name, args)))
 
@@ -171,10 +201,11 @@ def _hooks(calls: Calls) -> Iterator[tuple[str, Callable[..., Any]]]:
     def opens(path: Any, flags: int, *args: Any, **kwargs: Any) -> Any:
         where = _path(path, kwargs.get("dir_fd"))
         act = lambda: _REAL["open"](path, flags, *args, **kwargs)  # noqa: E731
-        writing = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        return calls.call("open", where, act) if writing and calls.below(where) else act()
+        writing = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return calls.call("open", where, act) if calls.counts(where, reads=not writing) else act()
 
-    kinds = ((_BY_PATH, by_path), (_BY_TWO_PATHS, by_two_paths), (_BY_DESCRIPTOR, by_descriptor), (_WRITES, writes))
+    kinds = [(_BY_PATH, by_path), (_BY_TWO_PATHS, by_two_paths), (_BY_DESCRIPTOR, by_descriptor)]
+    kinds += [(_WRITES, writes), (_READS, reads)]
     for names, hook in kinds:
         yield from ((name, hook(name)) for name in names if name in _REAL)
     yield "open", opens
@@ -192,13 +223,14 @@ def _opening(calls: Calls) -> Callable[..., Any]:
         opener: Any = None,
     ) -> Any:
         where = _path(file)
-        if not set(mode) & set("wax+") or not calls.below(where):
+        writing = bool(set(mode) & set("wax+"))
+        if not calls.counts(where, reads=not writing):
             return _REAL_OPEN(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = calls.call("open", where, lambda: _Raw(file, mode.replace("b", "").replace("t", ""), closefd, opener))
         raw.calls = calls
         if buffering == 0:
             return raw
-        kind = io.BufferedRandom if "+" in mode else io.BufferedWriter
+        kind = io.BufferedRandom if "+" in mode else io.BufferedWriter if writing else io.BufferedReader
         buffered = kind(raw, buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE)
         if "b" in mode:
             return buffered
@@ -208,9 +240,9 @@ def _opening(calls: Calls) -> Callable[..., Any]:
 
 
 @contextmanager
-def watching(root: Path, fault: Fault | None = None) -> Iterator[Calls]:
-    """Watch what this process, all its threads, does below a folder, and strike it with a fault."""
-    calls = Calls(os.path.abspath(root), fault)
+def watching(root: Path, fault: Fault | None = None, *, reads: bool = False) -> Iterator[Calls]:
+    """Watch what this process, all its threads, writes (or reads) below a folder, and strike it with a fault."""
+    calls = Calls(os.path.abspath(root), fault, reads)
     opened = _opening(calls)
     with (
         mock.patch.object(builtins, "open", opened),

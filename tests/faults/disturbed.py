@@ -158,54 +158,6 @@ def chosen(calls: Sequence[str], few: int | None) -> list[int]:
     return sorted({*firsts, *random.Random(len(calls)).sample(further, min(few or MOST, len(further)))})
 
 
-def not_finite(world: World, *, asynchronous: bool) -> list[Outcome]:
-    """A value of one rank that is not finite: the save of it is refused on all ranks, and names the tensor."""
-    target = world.folder / "not_finite.txt"
-    target.unlink(missing_ok=True)
-    run_ranks(world.size, _not_finite, world, target, asynchronous, timeout_s=10 * HANG_S)
-    return read_outcomes(target)
-
-
-def _not_finite(world: World, target: Path, asynchronous: bool) -> None:
-    trainer, rank = world.at_second(), dist.get_rank()
-    (adam,) = (one.optimizer for one in trainer.optimizer.chained_optimizers)
-    moments = next(state for state in adam.state.values() if state["exp_avg"].numel())
-    places = {
-        "a weight": next(trainer.models[0].parameters()).data,
-        "exp_avg": moments["exp_avg"],
-        "exp_avg_sq": moments["exp_avg_sq"],
-    }
-    root = world.folder / f"not_finite_{asynchronous}"
-    for where, tensor in places.items():
-        for value in (float("nan"), float("inf"), float("-inf")):
-            if rank == 0:
-                world.fresh_root(root.name)
-            dist.barrier()
-            before = tensor.reshape(-1)[-1].item()
-            if rank == world.size - 1 or where == "a weight":  # replicas of a weight are equal
-                tensor.reshape(-1)[-1] = value
-            ended = ""
-            try:
-                world.save(trainer, root, SECOND, asynchronous=asynchronous)
-            except CheckpointError as error:
-                ended = str(error)
-            tensor.reshape(-1)[-1] = before
-            every: list[str] = [""] * world.size
-            dist.all_gather_object(every, ended)
-            if rank == 0:
-                unsafe = world.problems(root, published=False)
-                unsafe += [
-                    f"names no tensor: {one}" for one in every if "not finite" not in one or "_model." not in one
-                ]
-                if where != "a weight":
-                    unsafe += [f"names another tensor: {one}" for one in every if where not in one]
-                write_outcomes(target, [Outcome(f"{value} in {where}", tuple(unsafe))])
-            dist.barrier()
-    world.save(trainer, root, SECOND)
-    if rank == 0:
-        write_outcomes(target, [Outcome("saved again", tuple(world.tidy(root)))])
-
-
 def order(world: World, *, asynchronous: bool) -> Outcome:
     """Whether all of a step is on the disk when it gets its name."""
     target = world.folder / "late.txt"

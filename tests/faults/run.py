@@ -17,7 +17,8 @@ from pathlib import Path
 from megatron_vita.config import ParallelConfig
 from tests.faults import damage, every_step, imported, layouts, run_folder
 from tests.faults.calls import Fault
-from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, not_finite, order
+from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, order
+from tests.faults.refused import failing_reads, not_finite
 from tests.faults.steps import World
 from tests.training.runs import make_shards
 
@@ -40,6 +41,11 @@ def _failing(folder: Path, short: bool, *, victim: int, asynchronous: bool, few:
     kinds = [(errno.EIO, False), (errno.ENOSPC, True)] + ([] if short else [(errno.ENOSPC, False), (errno.EIO, True)])
     faults = [Fault(at, error, lasting) for error, lasting in kinds for at in chosen(calls, few if short else None)]
     return failing(world, faults, victim=victim, asynchronous=asynchronous)
+
+
+def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
+    world = World(folder, 2, TP2)
+    return [one for victim in (0, 1) for one in failing_reads(world, 3 if short else None, victim=victim)]
 
 
 def _order(folder: Path, short: bool) -> list[Outcome]:
@@ -114,6 +120,7 @@ KINDS: dict[str, Kind] = {
     "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=2),
     "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=3),
     "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=1),
+    "errors while a checkpoint is read": _failing_reads,
     "damage to a checkpoint of training": _damaged_training,
     "damage to an import": _damaged_import,
     "pairs of layouts": partial(_layouts, bf16=False),
