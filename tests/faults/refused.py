@@ -18,8 +18,8 @@ from tests.ranks import run_ranks
 
 
 def failing_reads(world: World, few: int | None, *, victim: int) -> list[Outcome]:
-    """Make calls fail by which one rank reads a checkpoint: an error that names the path on all ranks, and that is no
-    damage, for which a run would set the checkpoint aside.
+    """Make calls fail by which one rank reads a checkpoint: an error that names the path on all ranks. A disk's error is
+    damage; a lack of descriptors is none, and no run may set the checkpoint aside for it.
 
     Args:
         few: as `chosen` takes it.
@@ -55,11 +55,14 @@ def _fail_reads(world: World, target: Path, few: int | None, victim: int) -> Non
 
     calls = exchanged(load(None)[1])[victim]
     for at in chosen(calls, few):
-        messages = exchanged(load(Fault(at, errno.EIO))[0])
-        unsafe = [one for one in messages if str(root) not in one or os.strerror(errno.EIO) not in one]
-        unsafe += [one for one in messages if one.startswith(("bare ", "damaged: "))]
-        if rank == 0:
-            write_outcomes(target, [Outcome(f"{calls[at - 1]} fails on rank {victim}: {messages[0]}", tuple(unsafe))])
+        for error in (errno.EIO, errno.EMFILE):
+            messages = exchanged(load(Fault(at, error))[0])
+            unsafe = [one for one in messages if str(root) not in one or os.strerror(error) not in one]
+            words = ("bare ", "damaged: ") if error == errno.EMFILE else "bare "
+            unsafe += [one for one in messages if one.startswith(words)]
+            if rank == 0:
+                case = f"{calls[at - 1]} fails on rank {victim}: {messages[0]}"
+                write_outcomes(target, [Outcome(case, tuple(unsafe))])
     # and what was loaded in part is whole again
     assert load(None)[0] == ""
     world.save(trainer, world.folder / f"reads_{victim}", FIRST)
