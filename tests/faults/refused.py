@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 
 def failing_reads(world: World, few: int | None, *, victim: int) -> list[Outcome]:
-    """Make calls fail by which one rank reads a checkpoint: an error that names the path on all ranks. A disk's error is
+    """Make calls fail by which one rank reads a checkpoint: an error names the path on all ranks. A disk's error is
     damage; a lack of descriptors is none, and no run may set the checkpoint aside for it.
 
     Args:
