@@ -11,7 +11,7 @@ PYTHON312 ?= python3.12
 NEWEST ?= .venv-newest
 NEWEST_TESTS := tests/test_device.py tests/models tests/parallel tests/training tests/checkpoint
 
-.PHONY: quickstart quickstart-short needle test test-fast test-newest lint format check clean
+.PHONY: quickstart quickstart-short needle test test-fast test-newest faults lint format check clean
 
 quickstart: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) $(ARGS)
@@ -42,6 +42,10 @@ $(NEWEST)/.installed: setup.py
 	$(NEWEST)/bin/pip install "torch==$(TORCH_CPU)" megatron-core==0.19.2
 	$(NEWEST)/bin/pip install -e ".[quickstart]" pytest pytest-xdist hypothesis
 	touch $@
+
+# What a checkpoint must outlive, every case: killed processes, full and broken disks, damaged files, layouts. Half an hour.
+faults: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(ARGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

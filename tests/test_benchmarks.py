@@ -1,4 +1,4 @@
-"""The benchmarks of inference run; what they say about time is not judged here."""
+"""The benchmarks of inference and of checkpoints run; what they say about time is not judged here."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def test_figures_of_inference() -> None:
     counted = [line for line in lines if line.startswith("TP ")]
     assert len(counted) == 5
     assert all(line.endswith(": kept") for line in counted), counted
+
+
+def test_figures_of_checkpoints(tmp_path: Path) -> None:
+    lines = run("checkpoint.py", "--quick", "--scratch", str(tmp_path))
+    sections = [line.removeprefix("-- ") for line in lines if line.startswith("-- ")]
+    assert sections == ["spread", "memory", "blocked", "throughput"]
+    judged = [line for line in lines if line.endswith((": kept", ": MISSED"))]
+    assert len(judged) == 8, "what does not depend on the size"
+    assert all(line.endswith(": kept") for line in judged), judged
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_masked_head_takes_a_longer_prompt_than_the_full_one(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""All faults in their long form: `make faults` (python -m tests.faults.run [--short] [KIND ...]).
+
+Prints what was tried, how often, and how often something unsafe came of it; exit status 1 if anything did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megatron_vita.config import ParallelConfig
+from tests.faults import damage, every_step, imported, layouts, run_folder
+from tests.faults.calls import Fault
+from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, order
+from tests.faults.refused import failing_reads, not_finite
+from tests.faults.steps import World
+from tests.training.runs import make_shards
+
+Kind = Callable[[Path, bool], list[Outcome]]
+"""Tries one kind of fault in a folder; in its short form if so told."""
+
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def _killed(folder: Path, short: bool, *, size: int, victim: int, asynchronous: bool, few: int) -> list[Outcome]:
+    world = World(folder, size)
+    calls = count_calls(world, victim=victim, asynchronous=asynchronous)
+    places = chosen(calls, few if short else None)
+    return [killed(world, at, victim=victim, asynchronous=asynchronous) for at in places]
+
+
+def _failing(folder: Path, short: bool, *, victim: int, asynchronous: bool, few: int) -> list[Outcome]:
+    world = World(folder, 2, TP2)
+    calls = count_calls(world, victim=victim, asynchronous=asynchronous)
+    kinds = [(errno.EIO, False), (errno.ENOSPC, True)] + ([] if short else [(errno.ENOSPC, False), (errno.EIO, True)])
+    faults = [Fault(at, error, lasting) for error, lasting in kinds for at in chosen(calls, few if short else None)]
+    return failing(world, faults, victim=victim, asynchronous=asynchronous)
+
+
+def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
+    world = World(folder, 2, TP2)
+    return [one for victim in (0, 1) for one in failing_reads(world, 3 if short else None, victim=victim)]
+
+
+def _order(folder: Path, short: bool) -> list[Outcome]:
+    return [order(World(folder / str(size), size), asynchronous=way) for size in (1, 2) for way in (False, True)]
+
+
+def _damaged_training(folder: Path, short: bool) -> list[Outcome]:
+    return damage.of_training(World(folder, 1), 3 if short else 60)
+
+
+def _damaged_import(folder: Path, short: bool) -> list[Outcome]:
+    return imported.of_import(folder, 3 if short else 100)
+
+
+def _layouts(folder: Path, short: bool, *, bf16: bool) -> list[Outcome]:
+    every = list(layouts.LAYOUTS)
+    if short:
+        every = ["dp4", "tp2 sp pp2"] if bf16 else ["one", "pp2 vpp2 dp2", "tp2 cp2"]
+    return layouts.pairs(folder, every, every, bf16=bf16)
+
+
+def _every_step(folder: Path, short: bool, *, way: str) -> list[Outcome]:
+    make_shards(folder)
+    cases = [("one", {}, 1), ("tp2", {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2)]
+    cases += [("pp2", {"pipeline_model_parallel_size": 2}, 2), ("cp2", {"context_parallel_size": 2}, 2), ("dp2", {}, 2)]
+    stops = [2] if short else range(1, every_step.LAST)
+    return [
+        outcome
+        for name, parallel, size in (cases[:1] if short else cases)
+        for outcome in every_step.stopped(folder, name, parallel, size, stops=stops, way=way)
+    ]
+
+
+def _struck(folder: Path, short: bool, *, error: int) -> list[Outcome]:
+    make_shards(folder)
+    found = every_step.struck(folder, "one", {}, 1, count=2 if short else 150, error=error)
+    return found if short else found + every_step.struck(folder, "dp2", {}, 2, count=40, error=error)
+
+
+def _second_runs(folder: Path, short: bool) -> list[Outcome]:
+    make_shards(folder)
+    seconds = [("the same", 1, {}, {}), ("another rate", 1, {}, {"optimizer": {"lr": 2e-3}})]
+    seconds += [] if short else [("two ranks", 2, {}, {}), ("another layout", 2, {"tensor_model_parallel_size": 2}, {})]
+    return run_folder.second_runs(folder, seconds)
+
+
+def _damaged_steps(folder: Path, short: bool) -> list[Outcome]:
+    make_shards(folder)
+    if short:
+        return run_folder.damaged_steps(folder, ["flip"], ["__0_0", "run.json"])
+    return run_folder.damaged_steps(folder, ["flip", "cut", "missing"])
+
+
+def _damaged_ledgers(folder: Path, short: bool) -> list[Outcome]:
+    make_shards(folder)
+    names = list(run_folder.LEDGERS)
+    return run_folder.damaged_ledgers(folder, names[3:5] if short else names)
+
+
+def _not_finite(folder: Path, short: bool) -> list[Outcome]:
+    found = not_finite(World(folder / "plain", 2), asynchronous=False)
+    return found + ([] if short else not_finite(World(folder / "background", 2), asynchronous=True))
+
+
+KINDS: dict[str, Kind] = {
+    "order": _order,
+    "kill one rank": partial(_killed, size=1, victim=0, asynchronous=False, few=3),
+    "kill one rank, asynchronous": partial(_killed, size=1, victim=0, asynchronous=True, few=3),
+    "kill rank 0 of two": partial(_killed, size=2, victim=0, asynchronous=True, few=1),
+    "kill rank 1 of two": partial(_killed, size=2, victim=1, asynchronous=True, few=1),
+    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=4),
+    "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=2),
+    "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=3),
+    "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=1),
+    "errors while a checkpoint is read": _failing_reads,
+    "damage to a checkpoint of training": _damaged_training,
+    "damage to an import": _damaged_import,
+    "pairs of layouts": partial(_layouts, bf16=False),
+    "pairs of layouts, bf16": partial(_layouts, bf16=True),
+    "values that are not finite": _not_finite,
+    "a run interrupted at a step": partial(_every_step, way="interrupt"),
+    "a run terminated at a step": partial(_every_step, way="terminate"),
+    "a run killed at a step": partial(_every_step, way="kill"),
+    "a run killed at a call": partial(_struck, error=-1),
+    "a run on a full disk": partial(_struck, error=errno.ENOSPC),
+    "two runs on one folder": _second_runs,
+    "a damaged newest step": _damaged_steps,
+    "a damaged ledger": _damaged_ledgers,
+}
+
+
+def main() -> int:
+    """Try the kinds that were named, or all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of: {', '.join(KINDS)}")
+    parser.add_argument("--short", action="store_true", help="few cases of each, as the tests try")
+    parser.add_argument("--scratch", type=Path, help="folder for a hundred megabytes")
+    parser.add_argument("--cases", action="store_true", help="print every case")
+    arguments = parser.parse_args()
+    if unknown := [kind for kind in arguments.kinds if kind not in KINDS]:
+        parser.error(f"no such kind: {', '.join(unknown)}")
+    print(f"{'kind':40s} {'cases':>6s} {'unsafe':>6s} {'seconds':>8s}", flush=True)
+    total = 0
+    for kind in arguments.kinds or KINDS:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+            found = KINDS[kind](Path(folder), arguments.short)
+        unsafe = [one for one in found if one.unsafe]
+        total += len(unsafe)
+        print(f"{kind:40s} {len(found):6d} {len(unsafe):6d} {time.monotonic() - began:8.1f}", flush=True)
+        for one in found if arguments.cases else unsafe:
+            print(f"    {one.case}", *(f"\n        {text}" for text in one.unsafe), flush=True)
+    return 1 if total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
