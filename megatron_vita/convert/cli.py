@@ -237,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="compare two models, or one with its digests", allow_abbrev=False)
     command.add_argument("a", type=_place, metavar="A", help="checkpoint or Hugging Face folder")
-    command.add_argument("b", type=_place, nargs="?", metavar="B", help="none: read every byte of A against its digests")
+    command.add_argument(
+        "b", type=_place, nargs="?", metavar="B", help="none: read every byte of A against its digests"
+    )
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")

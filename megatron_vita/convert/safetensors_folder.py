@@ -87,7 +87,9 @@ def _map(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in codes}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         said = shown(str(error).removeprefix("Error while deserializing header: "))
-        raise CheckpointError(f"{path}: damaged, truncated or no safetensors file ({said}). Download it again.") from None
+        raise CheckpointError(
+            f"{path}: damaged, truncated or no safetensors file ({said}). Download it again."
+        ) from None
 
 
 def _no_weights(folder: Path) -> str:
