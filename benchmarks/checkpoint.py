@@ -101,7 +101,7 @@ class Run:
     def held(self) -> list[torch.Tensor]:
         """Tensors of this rank that a checkpoint has: weights, and both moments of its share of them."""
         weights = [one.detach() for model in self.setup.models for one in model.parameters()]
-        adams = (one.optimizer for one in device.distributed_optimizers(self.setup.optimizer))
+        adams = (one.optimizer for one in core_optimizer.distributed_optimizers(self.setup.optimizer))
         moments = [
             value
             for adam in adams

@@ -21,10 +21,12 @@ from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import all_true
 from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import as_checkpoint_errors
+from megatron_vita.checkpoint.planner import PARTS, Planner
 from megatron_vita.checkpoint.retention import prune
 from megatron_vita.checkpoint.sharded import training_parts
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.checkpoint.writer import PARTS, Planner, Writer, write
+from megatron_vita.checkpoint.writer import Writer, write
+from megatron_vita.errors import VitaError
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ class Saver:
     ) -> None:
         try:
             self.close()
-        except Exception as problem:
+        except VitaError as problem:
             if error is None:
                 raise
             log.error("the save under way failed, too: %s", problem)

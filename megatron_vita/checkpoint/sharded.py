@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vita import device
+from megatron_vita import core_optimizer, device
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
 from megatron_vita.checkpoint.holdings import (
@@ -26,7 +26,6 @@ from megatron_vita.checkpoint.holdings import (
     clear_padding,
     holdings,
     optimizer_parts,
-    optimizer_states,
     weights_to_read,
     weights_to_write,
 )
@@ -55,9 +54,9 @@ def training_parts(
     parts = weights_to_write(held, ranks)
     common: dict[str, float] = {}
     if optimizer is not None:
-        device.prepare_optimizer_for_load(optimizer)  # one that never stepped has no state to describe yet
-        parts += optimizer_parts(list(optimizer_states(optimizer)), held, ranks)
-        common[_STEP] = max(device.optimizer_step(one) for one in device.distributed_optimizers(optimizer))
+        core_optimizer.allocate(optimizer)  # one that never stepped has no state to describe yet
+        parts += optimizer_parts(core_optimizer.states(optimizer), held, ranks)
+        common[_STEP] = core_optimizer.steps_done(optimizer)
     if scheduler is not None:
         common[_SCHEDULE] = scheduler.num_steps
     return parts, common
@@ -142,16 +141,16 @@ def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, s
                 "it. Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
             )
         common = _common(tensors)
-        device.set_optimizer_step(optimizer, common[_STEP])
-        states = list(optimizer_states(optimizer))
+        core_optimizer.set_steps_done(optimizer, common[_STEP])
+        states = list(core_optimizer.states(optimizer))
         parts += optimizer_parts(states, held)
         if scheduler is not None:
             scheduler.num_steps = int(common[_SCHEDULE])
             scheduler.step(0)
     _check(tensors, parts, held, where)
     everywhere(lambda: read(parts, tensors), where)
-    for one in states:
-        one.restore()
+    for inner, parameter, _, loaded in states:
+        core_optimizer.restore(inner, parameter, loaded)
     clear_padding(held)
     return state
 
