@@ -188,6 +188,8 @@ class Saver:
     ) -> None:
         try:
             self.close()
+        except MemoryError:
+            raise
         except Exception as problem:
             if error is None:
                 raise

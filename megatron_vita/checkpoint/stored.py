@@ -156,11 +156,11 @@ def _elements_at(part: _Part, size: int) -> int | None:
             record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
             part.seek(record.header_offset + 26)
             name, extra = struct.unpack("<HH", part.read(4))
-    except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, NotImplementedError, EOFError):
+    except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, NotImplementedError, EOFError, OSError):
         return 0 if size == 0 else None  # a tensor without elements needs no record
     start = record.header_offset + 30 + int(name) + int(extra)
     stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == size
-    return start if stored and start + size <= part.length else None
+    return start if stored and 0 <= start <= part.length - size else None
 
 
 class _Part:
