@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint import folder as folders
+from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import CheckpointError
 from megatron_vita.models.build import build_model
@@ -159,6 +160,18 @@ def _refusals(root: str) -> None:
         destroy_groups()
     groups = build_groups(TP2)
     other = build_model(settings, groups)
+    read_file = Integrity.read_file
+    for name in (".metadata", "run.json"):  # whichever of them one rank cannot read, no other waits for it
+
+        def broken(integrity: Integrity, asked: str, name: str = name) -> bytes:
+            if asked == name and dist.get_rank() == 1:
+                raise CheckpointError(f"a disk that fails at {name}")
+            return read_file(integrity, asked)
+
+        Integrity.read_file = broken  # type: ignore[method-assign]
+        with pytest.raises(CheckpointError, match=f"a disk that fails at {name}"):
+            checkpoint.load_weights(folder, other)
+    Integrity.read_file = read_file  # type: ignore[method-assign]
     if dist.get_rank() == 0:
         path = folder / "run.json"
         path.write_text(path.read_text().replace('"iteration": 1', '"iteration": 2'))
