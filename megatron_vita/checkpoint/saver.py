@@ -26,7 +26,6 @@ from megatron_vita.checkpoint.retention import prune
 from megatron_vita.checkpoint.sharded import training_parts
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.checkpoint.writer import Writer, write
-from megatron_vita.errors import VitaError
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +189,9 @@ class Saver:
     ) -> None:
         try:
             self.close()
-        except VitaError as problem:
+        except MemoryError:
+            raise
+        except Exception as problem:
             if error is None:
                 raise
             log.error("the save under way failed, too: %s", problem)

@@ -129,7 +129,7 @@ def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, s
     folder = on_rank_zero(lambda: folders.resolve(path))  # one rank looks at all files, not each
     where = str(folder)
     tensors = everywhere(lambda: CheckpointTensors(folder, check=False), where)
-    state = RunState.parse(tensors.integrity)
+    state = everywhere(lambda: RunState.parse(tensors.integrity), where)
     _check_settings(where, state.stage.model, _bare(model_chunks))
     held = _held(tensors, model_chunks)
     parts = weights_to_read(held)
@@ -140,7 +140,7 @@ def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, s
                 f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from "
                 "it. Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
             )
-        common = _common(tensors)
+        common = everywhere(lambda: _common(tensors), where)
         core_optimizer.set_steps_done(optimizer, common[_STEP])
         states = list(core_optimizer.states(optimizer))
         parts += optimizer_parts(states, held)

@@ -159,7 +159,7 @@ def _elements_at(part: _Part, size: int) -> int | None:
         return 0 if size == 0 else None  # a tensor without elements needs no record
     start = record.header_offset + 30 + int(name) + int(extra)
     stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == size
-    return start if stored and start + size <= part.length else None
+    return start if stored and 0 <= start <= part.length - size else None
 
 
 class _Part:
