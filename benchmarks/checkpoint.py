@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from inference_kit import Figure, PeakMemory, on_ranks
 
-from megatron_vita import checkpoint
+from megatron_vita import checkpoint, core_optimizer
 from megatron_vita.checkpoint.boxes import volume, whole
 from megatron_vita.checkpoint.folder import step_folder
 from megatron_vita.checks.batches import step_batches

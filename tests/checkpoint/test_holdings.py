@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from megatron_vita.checkpoint.boxes import slices_at
 from megatron_vita.checkpoint.holdings import (
     Holding,
-    OptimizerState,
     Ranks,
     clear_padding,
     optimizer_parts,
@@ -24,6 +23,7 @@ from megatron_vita.checkpoint.holdings import (
     weights_to_write,
 )
 from megatron_vita.checkpoint.parts import Part
+from megatron_vita.core_optimizer import State
 
 CUTS = ("rows", "columns", "gated", "replicated")
 
@@ -153,7 +153,7 @@ def test_optimizer_states_are_written_once_and_read_wherever_they_are(
             for part in optimizer_parts(states, held):
                 assert torch.equal(part.data, full[part.key][part.box])
                 part.data.fill_(-1)  # the optimizer's own memory, all of it
-            assert all((one.tensors["exp_avg"] == -1).all() for one in states)
+            assert all((one[3]["exp_avg"] == -1).all() for one in states)
     check_cover(written, full)
 
 
@@ -180,7 +180,7 @@ def test_rows_that_pad_a_vocabulary_are_neither_written_nor_read_and_end_as_zero
     assert parameter.tolist() == [[1, 2, 3]] + 3 * [[0, 0, 0]]
 
 
-def states_of(held: list[Holding], index: int, count: int) -> Iterable[OptimizerState]:
+def states_of(held: list[Holding], index: int, count: int) -> Iterable[State]:
     """What data-parallel rank `index` holds: its range of all parameters, laid end to end."""
     parameters = list({id(one.parameter): one.parameter for one in held}.values())
     first, last = share(0, sum(one.numel() for one in parameters), index, count)
@@ -191,4 +191,4 @@ def states_of(held: list[Holding], index: int, count: int) -> Iterable[Optimizer
         if start < stop:
             flat = one.reshape(-1)
             tensors = {"exp_avg": flat[start:stop].float().clone(), "param": flat[start:stop]}  # its own master
-            yield OptimizerState(None, one, start, tensors)
+            yield (None, one, start, tensors)

@@ -14,7 +14,7 @@ import torch
 from xxhash import xxh3_128
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import integrity, offline, writer
+from megatron_vita.checkpoint import integrity, offline, planner
 from megatron_vita.checkpoint.boxes import Slices
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
 from megatron_vita.checkpoint.tensors import TensorsInMemory
@@ -34,7 +34,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(writer, "PIECE_BYTES", 40)  # several pieces a tensor
+    monkeypatch.setattr(planner, "PIECE_BYTES", 40)  # several pieces a tensor
     run = state(stage(), 4, preprocess=PreprocessSpec(image_size=16, patch_size=4), consumed_packs=3)
     return checkpoint.write_tensors(tmp_path / "run", 4, TENSORS, run)
 
@@ -191,7 +191,7 @@ def test_what_is_there_is_replaced_only_where_that_is_meant(folder: Path) -> Non
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "PIECE_BYTES", 40)
+    monkeypatch.setattr(planner, "PIECE_BYTES", 40)
     monkeypatch.setattr(offline, "_FILE_BYTES", 100)  # many files, which threads write side by side
     first, second = (
         checkpoint.write_tensors(tmp_path / str(count), 4, TENSORS, state(stage(), 4), workers=count)

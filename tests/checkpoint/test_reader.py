@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.checkpoint import writer
+from megatron_vita.checkpoint import planner
 from megatron_vita.checkpoint.boxes import Slices, boxes_of_run, extent, overlap, whole
 from megatron_vita.checkpoint.holdings import share
 from megatron_vita.checkpoint.parts import Part
@@ -54,7 +54,7 @@ def test_any_layout_is_read_by_any_other(
     chance = random.Random(seed)
     torch.manual_seed(seed)
     tensors = {f"t{at}": torch.randn(shape).mul(9).to(chance.choice(DTYPES)) for at, shape in enumerate(shapes)}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(writer, "PIECE_BYTES", piece_bytes):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(planner, "PIECE_BYTES", piece_bytes):
         stored = write_parts(Path(folder) / "x", dealt(tensors, ranks[0], chance))
         for rank in dealt(tensors, ranks[1], chance):
             parts = [empty(part.key, tensors[part.key], part.box) for part in rank if chance.random() < 0.7]

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_vita import checkpoint
+from megatron_vita import checkpoint, core_optimizer
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint.holdings import optimizer_states
 from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.checkpoint.writer import Writer
 from megatron_vita.errors import CheckpointError
@@ -121,7 +120,7 @@ def _not_finite(root: str, asynchronous: bool) -> None:
     trainer.step()
     _save_and_leave(root, trainer, 1, asynchronous=asynchronous)
     if dist.get_rank() == 1:
-        next(optimizer_states(trainer.optimizer)).tensors["exp_avg_sq"][-1] = float("nan")
+        next(core_optimizer.states(trainer.optimizer))[3]["exp_avg_sq"][-1] = float("nan")
     with pytest.raises(CheckpointError, match=r"optimizer\.state\.exp_avg_sq\..* holds values that are not finite"):
         _save_and_leave(root, trainer, 2, asynchronous=asynchronous)
     dist.barrier()

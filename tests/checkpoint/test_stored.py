@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import stored, writer
+from megatron_vita.checkpoint import planner, stored
 from megatron_vita.checkpoint.boxes import Slices, whole
 from megatron_vita.checkpoint.metadata import StoredPiece, StoredTensor
 from megatron_vita.checkpoint.stored import CheckpointTensors
@@ -37,7 +37,7 @@ TENSORS = {
 @pytest.fixture
 def tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointTensors]:
     """A checkpoint of many pieces, of which few find room; threads take turns as often as can be."""
-    monkeypatch.setattr(writer, "PIECE_BYTES", 130)
+    monkeypatch.setattr(planner, "PIECE_BYTES", 130)
     monkeypatch.setattr(stored, "_BLOCK_BYTES", 512)
     monkeypatch.setattr(stored, "_CACHE_BYTES", 500)
     interval = sys.getswitchinterval()

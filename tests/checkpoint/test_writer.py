@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_vita.checkpoint import writer
+from megatron_vita.checkpoint import planner
 from megatron_vita.checkpoint.boxes import slices_at
 from megatron_vita.checkpoint.offline import tensor_sha256
 from megatron_vita.checkpoint.parts import Part
-from megatron_vita.checkpoint.writer import Planner, Writer, write
+from megatron_vita.checkpoint.planner import Planner
+from megatron_vita.checkpoint.writer import Writer, write
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.written import all_of, write_parts
 
@@ -39,7 +40,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("piece_bytes", [24, 1 << 20])
 def test_any_tensor_comes_back_bit_for_bit(tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(planner, "PIECE_BYTES", piece_bytes)
     tensors = write_parts(tmp_path / "x", [[all_of(key, one) for key, one in TENSORS.items()]])
     tensors.integrity.check_all()
     pieces = [piece for one in tensors.stored.values() for piece in one.pieces]

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint import writer as writing
+from megatron_vita.checkpoint import planner as writing
 from megatron_vita.checkpoint.boxes import Slices, boxes_of_run, extent, volume, whole
+from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import Part
+from megatron_vita.checkpoint.planner import PARTS, Planner
 from megatron_vita.checkpoint.reader import read
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.tensors import slice_of
-from megatron_vita.checkpoint.writer import Planner, Writer
+from megatron_vita.checkpoint.writer import Writer
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.tiny import stage, state
 
@@ -59,7 +61,7 @@ def write_by_ranks(folder: Path, dealt: Sequence[Sequence[Part]]) -> Path:
     """What torch.distributed.checkpoint does over several ranks, in this process."""
     staging = folders.staging_folder(folder, 1)
 
-    def publish(pieces: writing.PieceDigests) -> None:
+    def publish(pieces: PieceDigests) -> None:
         folders.write_files(staging, state(stage()), None, pieces)
         folders.publish(folder, 1)
 
@@ -69,7 +71,7 @@ def write_by_ranks(folder: Path, dealt: Sequence[Sequence[Part]]) -> Path:
     ]
     plans = []
     for rank, (planner, writer) in enumerate(zip(planners, writers, strict=True)):
-        planner.set_up_planner({part.label: part.data for part in dealt[rank]}, None, rank == 0)
+        planner.set_up_planner({PARTS: {part.label: part.data for part in dealt[rank]}}, None, rank == 0)
         writer.set_up_storage_writer(rank == 0)
         plans.append(writer.prepare_local_plan(planner.create_local_plan()))
     together, metadata = planners[0].create_global_plan(plans)
