@@ -29,7 +29,7 @@ def staging_of(target: Path) -> Path:
 
 def lock_of(target: Path) -> Path:
     """The file that whoever writes an exported folder holds locked. A killed process leaves it behind, unlocked."""
-    return target.parent / f".writing-{target.name}.lock"
+    return target.parent / f".lock-{target.name}"
 
 
 def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
