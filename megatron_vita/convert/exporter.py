@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
+from megatron_vita.checkpoint.streams import byte_bar, default_workers, digest_of
 from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.convert.card import Subject, public_name, write_card
 from megatron_vita.convert.combined import MoreRows, Subset
@@ -109,8 +109,8 @@ def export(
         (folder / "README.md").write_text(write_card(subject), encoding="utf-8")
         (folder / REPORT_FILE).write_text(coverage.to_json(), encoding="utf-8")
         total = sum(one.data_bytes for one in files)
-        with Workers(effort.workers or default_workers()) as pool, byte_bar(total, show=effort.progress) as bar:
-            digests = write_safetensors(folder, tensors, files, pool, bar.update)
+        with byte_bar(total, show=effort.progress) as bar:
+            digests = write_safetensors(folder, tensors, files, effort.workers or default_workers(), bar.update)
         write_digests(folder, digests)
     log.info("coverage: %s", coverage.summary())
     return output

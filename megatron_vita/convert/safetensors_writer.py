@@ -28,6 +28,8 @@ MAX_SHARD_BYTES = 2 * 10**9
 """Files are loaded side by side: several small ones are better than one large one."""
 _BLOCK_BYTES = 8 << 20
 """Bytes that are read, hashed and written at once."""
+_MOST_READERS = 4
+"""Threads that read: one writes, and more of them would only hold memory."""
 _CODES = {dtype: code for code, dtype in CODES.items()}
 
 
@@ -74,7 +76,7 @@ def write_safetensors(
     folder: Path,
     tensors: LazyTensors,
     files: Sequence[PlannedFile],
-    workers: Workers,
+    workers: int,
     advance: Callable[[int], object],
 ) -> dict[str, str]:
     """Write the planned files, and their index if they are several. Threads read ahead; this one hashes and writes.
@@ -100,19 +102,20 @@ def write_safetensors(
                     yield name, slices
 
     digests: dict[str, str] = {}
-    parts = workers.map(read, blocks())
-    for planned in files:
-        digest, left = new_digest(), planned.data_bytes
-        with (folder / planned.name).open("wb") as file:
-            file.write(planned.header)
-            digest.update(planned.header)
-            while left:
-                part = next(parts)
-                file.write(part)
-                digest.update(part)
-                advance(part.nbytes)
-                left -= part.nbytes
-        digests[planned.name] = digest.hexdigest()
+    with Workers(min(workers, _MOST_READERS)) as pool:
+        parts = pool.map(read, blocks())
+        for planned in files:
+            digest, left = new_digest(), planned.data_bytes
+            with (folder / planned.name).open("wb") as file:
+                file.write(planned.header)
+                digest.update(planned.header)
+                while left:
+                    part = next(parts)
+                    file.write(part)
+                    digest.update(part)
+                    advance(part.nbytes)
+                    left -= part.nbytes
+            digests[planned.name] = digest.hexdigest()
     if files[0].name != SINGLE_FILE:
         weight_map = {name: one.name for one in files for name in one.tensors}
         index = {"metadata": {"total_size": sum(one.data_bytes for one in files)}, "weight_map": weight_map}

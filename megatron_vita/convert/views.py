@@ -170,6 +170,8 @@ class HfView(_RuledView):
             return
         values = self._source.read(name, slices)
         out.copy_(values)
+        if out.numel() == 0 or torch.stack(torch.aminmax(out)).isfinite().all():
+            return
         lost = out.isinf().logical_and_(values.isfinite())
         if lost.any():
             raise CheckpointError(
