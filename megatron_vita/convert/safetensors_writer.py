@@ -50,11 +50,8 @@ class PlannedFile:
 
 def plan_shards(tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[PlannedFile]:
     """One file, or as many as it takes for none to hold more tensor data than `max_shard_bytes`, in the tensors' order.
-    A tensor that is larger has a file of its own.
-
-    Raises:
-        CheckpointError: a tensor has a type that safetensors cannot hold.
-    """
+    A tensor that is larger has a file of its own. Raises CheckpointError: a tensor has a type that safetensors cannot
+    hold."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in tensors:
@@ -80,16 +77,13 @@ def write_safetensors(
     advance: Callable[[int], object],
 ) -> dict[str, str]:
     """Write the planned files, and their index if they are several. Threads read ahead; this one hashes and writes.
+    Raises OSError: no space; CheckpointError: the tensors cannot be read.
 
     Args:
         advance: called with the number of bytes written.
 
     Returns:
         Digest of each file of weights.
-
-    Raises:
-        OSError: no space.
-        CheckpointError: the tensors cannot be read.
     """
 
     def read(block: tuple[str, Slices]) -> memoryview:
