@@ -159,12 +159,12 @@ def _print(results: dict[str, Result], size: int) -> None:
         return key(results[against]) / max(key(results[name]) - without, 1e-9)
 
     for name, against, bar in (
-        ("import", "cp (HF folder)", 0.7),
-        ("import --fsync", "cp + sync", 0.7),
-        ("export", "cp (checkpoint)", 0.7),
+        ("import", "cp (HF folder)", 0.35),
+        ("import --fsync", "cp + sync", 0.35),
+        ("export", "cp (checkpoint)", 0.35),
         ("verify", "cmp", None),
-        ("import", "load-split-save", 4.0),
-        ("export", "load-split-save", 4.0),
+        ("import", "load-split-save", 3.0),
+        ("export", "load-split-save", 3.0),
     ):
         wall, cpu = (lambda one: one.wall), (lambda one: one.cpu)
         line = f"{name} / {against}: {speed(name, against, wall, 0):.2f} of its speed{f' (bar {bar})' if bar else ''}"

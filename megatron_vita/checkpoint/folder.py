@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, PieceDigests, write_integrity
 from megatron_vita.checkpoint.state import RUN_FILE, RunState
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.files import free_name, readable_size, sync, write_atomic
+from megatron_vita.files import free_name, no_room, readable_size, sync, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def made(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; if the block fails, those that nobody has put anything into go again.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or what is done there ends in an OSError; CheckpointError for want of room.
     """
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
@@ -159,7 +159,8 @@ def made(folder: Path) -> Iterator[None]:
             for one in new:
                 one.rmdir()
         if isinstance(error, OSError):
-            raise ConfigError(f"{folder}: cannot be written here ({error}). Choose another --output.") from None
+            kind = CheckpointError if no_room(error) else ConfigError
+            raise kind(f"{folder}: cannot be written here ({error}). Make room, or choose another --output.") from None
         raise
 
 

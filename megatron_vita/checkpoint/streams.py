@@ -55,9 +55,9 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for one in pending:
-                one.cancel()
-            wait(pending)  # what still runs may use what the caller is about to close
+            # What still runs may use what the caller is about to close. A cancelled future never ends if the pool has
+            # been shut down before.
+            wait([one for one in pending if not one.cancel()])
 
     def __enter__(self) -> Workers:
         return self

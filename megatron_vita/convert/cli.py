@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ import torch
 from megatron_vita import log as vita_log
 from megatron_vita.config import ProjectorConfig
 from megatron_vita.convert import exporter, importer, verify
-from megatron_vita.convert.effort import Effort
 from megatron_vita.convert.intact import check_bytes
 from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
+from megatron_vita.convert.publish import Effort
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.text_files import image_token
@@ -203,12 +203,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN.yaml",
         help="recipe to train with: its projector is made, its model section must fit",
     )
-    command.add_argument("--projector-ffn-hidden-size", type=_count, metavar="N", help="default: the decoder's width")
+    command.add_argument(
+        "--projector-ffn-hidden-size", type=_whole_number(1), metavar="N", help="default: the decoder's width"
+    )
     command.add_argument("--projector-bias", choices=("true", "false"), help="default: true; both lie over --config")
     command.add_argument(
-        "--vocab-size", type=_count, metavar="N", help="rows that are no padding, where a Megatron layout has no config"
+        "--vocab-size",
+        type=_whole_number(1),
+        metavar="N",
+        help="rows that are no padding, where a Megatron layout has no config",
     )
-    command.add_argument("--seed", type=_seed, default=1234, help="of the projector's initial weights")
+    command.add_argument("--seed", type=_whole_number(0), default=1234, help="of the projector's initial weights")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
     _add_writing(command)
     command.set_defaults(act=_import)
@@ -226,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of one file")
     command.add_argument(
         "--make-vocab-size-divisible-by",
-        type=_count,
+        type=_whole_number(1),
         default=1,
         metavar="N",
         help="pad the vocabulary with rows of zeros (default: no row is padding)",
@@ -242,15 +247,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
-    command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")
-    command.add_argument("--workers", type=_count, help="threads (default: one more than cores)")
+    command.add_argument("--show", type=_whole_number(0), default=20, help="different tensors to list")
+    command.add_argument("--workers", type=_whole_number(1), help="threads (default: one more than cores)")
     command.set_defaults(act=_verify)
     return parser
 
 
 def _add_writing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workers", type=_count, help="threads (default: one more than cores); the bytes do not depend on it"
+        "--workers", type=_whole_number(1), help="threads (default: one more than cores); the bytes do not depend on it"
     )
     command.add_argument("--fsync", action="store_true", help="wait until the disk has everything, which cp does not")
 
@@ -262,25 +267,16 @@ def _place(text: str) -> str:
     return text
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {(1 << 63) - 1}")
-    return int(text)
+def _whole_number(least: int, most: int = (1 << 63) - 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
 
-
-def _number_of(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
-    return int(text)
+    return parse
 
 
 def _tolerance(text: str) -> float:
     if not float(text) >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return float(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

@@ -70,12 +70,8 @@ class Coverage:
 
 
 def account(target: LazyTensors) -> Coverage:
-    """Trace every element of the result to its stored tensor.
-
-    Raises:
-        CheckpointError: a stored tensor is used twice, or some of it by nothing and for no reason; or a tensor of the
-            result is not filled. Named.
-    """
+    """Trace every element of the result to its stored tensor. Raises CheckpointError: a stored tensor is used twice, or
+    some of it by nothing and for no reason; or a tensor of the result is not filled. Named."""
     used: dict[tuple[int, str], list[Slices]] = {}
     leaves: dict[int, LazyTensors] = {}
     parts: dict[str, list[str]] = {}

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
+from megatron_vita.checkpoint.streams import byte_bar, default_workers, digest_of
 from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.convert.card import Subject, public_name, write_card
 from megatron_vita.convert.combined import MoreRows, Subset
 from megatron_vita.convert.coverage import REPORT_FILE, account
-from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.families import EXPORTS
 from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.opening import open_model
 from megatron_vita.convert.outputs import DIGESTS_FILE, check_export
 from megatron_vita.convert.processor_files import processor_files
-from megatron_vita.convert.publish import new_folder
+from megatron_vita.convert.publish import USUAL, Effort, new_folder
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.text_files import out_of_checkpoint, tokens_for_export
 from megatron_vita.convert.values import type_name
@@ -45,7 +44,9 @@ def export(
     overwrite: bool = False,
     effort: Effort = USUAL,
 ) -> Path:
-    """Write the weights of a checkpoint (or of any model that open_model opens) as a Hugging Face folder.
+    """Write the weights of a checkpoint (or of any model that open_model opens) as a Hugging Face folder. Raises
+    CheckpointError, ConfigError: the model does not fit the format, or the checkpoint is damaged. Nothing is published
+    then.
 
     Args:
         format_name: `internvl` (stock transformers loads it), `long_vita` (the published names) or `llm` (the decoder).
@@ -57,10 +58,6 @@ def export(
 
     Returns:
         `output`.
-
-    Raises:
-        CheckpointError, ConfigError: the model does not fit the format, or the checkpoint is damaged. Nothing is
-            published then.
     """
     output = Path(output)
     check_export(output, (), overwrite=overwrite)
@@ -109,8 +106,8 @@ def export(
         (folder / "README.md").write_text(write_card(subject), encoding="utf-8")
         (folder / REPORT_FILE).write_text(coverage.to_json(), encoding="utf-8")
         total = sum(one.data_bytes for one in files)
-        with Workers(effort.workers or default_workers()) as pool, byte_bar(total, show=effort.progress) as bar:
-            digests = write_safetensors(folder, tensors, files, pool, bar.update)
+        with byte_bar(total, show=effort.progress) as bar:
+            digests = write_safetensors(folder, tensors, files, effort.workers or default_workers(), bar.update)
         write_digests(folder, digests)
     log.info("coverage: %s", coverage.summary())
     return output

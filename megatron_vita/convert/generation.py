@@ -68,11 +68,8 @@ class GenerationSettings:
 
 
 def read(folder: Path) -> GenerationSettings:
-    """Read the generation settings of a Hugging Face folder or of a checkpoint's tokenizer folder.
-
-    Raises:
-        CheckpointError: a file is not JSON, or an id is not an integer.
-    """
+    """Read the generation settings of a Hugging Face folder or of a checkpoint's tokenizer folder. Raises
+    CheckpointError: a file is not JSON, or an id is not an integer."""
     ids: dict[str, Any] = {}
     if (folder / TOKEN_IDS_FILE).is_file():
         ids = _ids(read_json(folder / TOKEN_IDS_FILE), folder / TOKEN_IDS_FILE)

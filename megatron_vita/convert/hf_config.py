@@ -23,11 +23,8 @@ _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 2, 100, 40,
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON, rejecting duplicate keys: of two values, another reader may take the other one.
-
-    Raises:
-        ValueError: the text is not JSON, has a duplicate key, or is nested too deeply.
-    """
+    """Parse JSON, rejecting duplicate keys: of two values, another reader may take the other one. Raises ValueError:
+    the text is not JSON, has a duplicate key, or is nested too deeply."""
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)
     except RecursionError:
@@ -35,11 +32,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: no such file, or no JSON object.
-    """
+    """Read a JSON object from a file. Raises CheckpointError: no such file, or no JSON object."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which is no settings file.")
@@ -162,11 +155,8 @@ def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_layers(layers: int, tensors: int, where: str, *, key: str = "num_hidden_layers") -> None:
-    """Reject more layers than a folder has tensors, before a table of them all is made.
-
-    Raises:
-        CheckpointError: no such folder can be complete.
-    """
+    """Reject more layers than a folder has tensors, before a table of them all is made. Raises CheckpointError: no such
+    folder can be complete."""
     if layers > tensors:
         raise CheckpointError(
             f"{where}: {key}={layers}, but the folder holds {tensors} tensors. Its config and its weights "

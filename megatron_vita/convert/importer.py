@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from megatron_vita.config import ModelConfig, ProjectorConfig, StageConfig, Trai
 from megatron_vita.convert.card import public_name
 from megatron_vita.convert.combined import Joined, MoreRows
 from megatron_vita.convert.coverage import REPORT_FILE, account
-from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.opening import DECODER, OpenModel, open_model, open_tower
 from megatron_vita.convert.outputs import check_import
+from megatron_vita.convert.publish import USUAL, Effort
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.text_files import into_checkpoint
 from megatron_vita.convert.values import FreshTensors
@@ -52,6 +52,7 @@ def import_parts(
     The tokenizer gets the special tokens of pictures and videos that it lacks, after its last id and in the published
     order. Where the embedding has rows for them already (Qwen2.5 has 387 spare ones) those rows are kept as they are;
     where it has not, rows are appended that hold the mean of all others, so that a new token starts as an average one.
+    Raises CheckpointError, ConfigError: a folder is not what it should be; nothing has been written then.
 
     Args:
         llm: Hugging Face folder of a decoder.
@@ -65,9 +66,6 @@ def import_parts(
 
     Returns:
         The checkpoint.
-
-    Raises:
-        CheckpointError, ConfigError: a folder is not what it should be; nothing has been written then.
     """
     output = Path(output)
     check_import(output, (llm, vision, tokenizer), overwrite=overwrite)
@@ -81,8 +79,8 @@ def import_parts(
         rows = into_checkpoint(decoder, Path(tokenizer) if tokenizer else None, folder, joined=vision is not None)
         if vision is None:
             model = recipe.fit(decoder.model) if recipe else decoder.model
-            content = _Content(model, decoder.tensors, None, folder, {"llm": llm}, seed, decoder.decoder)
-            return _write(output, content, overwrite, effort)
+            content = replace(decoder, model=model)
+            return _write(output, content, folder, {"llm": llm}, seed=seed, overwrite=overwrite, effort=effort)
         tower, tower_tensors = open_tower(vision)
         model = replace(
             decoder.model,
@@ -99,9 +97,9 @@ def import_parts(
             language = MoreRows(language, _GROWING, rows, mean=True)
         dtype = language.dtype(_MATRIX)
         parts = Joined([language, tower_tensors, FreshTensors(fresh_projector(model, seed, dtype))])
-        spec = PreprocessSpec.for_tower(tower)
-        content = _Content(model, parts, spec, folder, {"llm": llm, "vision": vision}, seed, decoder.decoder)
-        return _write(output, content, overwrite, effort)
+        content = replace(decoder, model=model, tensors=parts, preprocess=PreprocessSpec.for_tower(tower))
+        origin = {"llm": llm, "vision": vision}
+        return _write(output, content, folder, origin, seed=seed, overwrite=overwrite, effort=effort)
 
 
 def import_model(
@@ -115,6 +113,7 @@ def import_model(
     effort: Effort = USUAL,
 ) -> Path:
     """Import a whole model (native InternVL, Long-VITA in any of its formats, or a decoder); the format is detected.
+    Raises CheckpointError, ConfigError: the folder is not what it should be; nothing has been written then.
 
     Args:
         folder: where it lies.
@@ -126,9 +125,6 @@ def import_model(
 
     Returns:
         The checkpoint, iteration 0 below `output`.
-
-    Raises:
-        CheckpointError, ConfigError: the folder is not what it should be; nothing has been written then.
     """
     output = Path(output)
     check_import(output, (folder, tokenizer), overwrite=overwrite)
@@ -143,9 +139,8 @@ def import_model(
                 f"{tokenizer or opened.tokenizer_dir}: needs {rows} rows with its special tokens, the model has "
                 f"{opened.model.vocab_size}. Give the tokenizer that it was trained with (Qwen2.5's)."
             )
-        model = recipe.fit(opened.model) if recipe else opened.model
-        content = _Content(model, opened.tensors, opened.preprocess, files, {"model": folder}, 0, opened.decoder)
-        return _write(output, content, overwrite, effort)
+        content = replace(opened, model=recipe.fit(opened.model)) if recipe else opened
+        return _write(output, content, files, {"model": folder}, overwrite=overwrite, effort=effort)
 
 
 def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -170,28 +165,22 @@ def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[s
     return tensors
 
 
-@dataclass(frozen=True)
-class _Content:
-    """Contents of an imported checkpoint."""
-
-    model: ModelConfig
-    tensors: LazyTensors
-    preprocess: PreprocessSpec | None
-    tokenizer: Path
-    """Its folder."""
-    origin: Mapping[str, str | Path]
-    """Folders that were read, by part."""
-    seed: int
-    decoder: str | None
-    """model_type of the decoder's family."""
-
-
-def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> Path:
+def _write(
+    output: Path,
+    content: OpenModel,
+    tokenizer: Path,
+    origin: Mapping[str, str | Path],
+    *,
+    seed: int = 0,
+    overwrite: bool,
+    effort: Effort,
+) -> Path:
+    """Args: content: what is written; origin: the folders that were read, by part."""
     state = RunState(
-        stage=StageConfig(name="import", model=content.model, train=TrainConfig(seed=content.seed)),
+        stage=StageConfig(name="import", model=content.model, train=TrainConfig(seed=seed)),
         iteration=0,
         preprocess=content.preprocess,
-        base_models={part: public_name(folder) for part, folder in content.origin.items()},
+        base_models={part: public_name(folder) for part, folder in origin.items()},
         extra={DECODER: content.decoder} if content.decoder else {},
     )
     coverage = account(content.tensors)
@@ -200,7 +189,7 @@ def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> 
         0,
         content.tensors,
         state,
-        content.tokenizer,
+        tokenizer,
         notes={REPORT_FILE: coverage.to_json()},
         replace=overwrite,
         workers=effort.workers,

@@ -14,16 +14,13 @@ from megatron_vita.files import readable_size
 
 def check_bytes(path: Path, *, progress: bool = False) -> str:
     """Read every byte of a checkpoint (of the newest one in a folder of them), or of an exported Hugging Face folder.
+    Raises CheckpointError: a file is missing or damaged; named; ConfigError: there are no digests.
 
     Args:
         progress: show a bar on standard error.
 
     Returns:
         One line: what was verified, files and bytes.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; named.
-        ConfigError: there are no digests.
     """
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder. Give a checkpoint or an exported Hugging Face folder.")

@@ -90,11 +90,8 @@ def our_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
 
 
 def stock_logits(opened: OpenModel, prompt: ProbePrompt) -> Tensor:
-    """Float32 logits [s, vocab_size] of stock transformers on the folder; no remote code.
-
-    Raises:
-        CheckpointError: transformers is not installed, or reports missing or unexpected weights.
-    """
+    """Float32 logits [s, vocab_size] of stock transformers on the folder; no remote code. Raises CheckpointError:
+    transformers is not installed, or reports missing or unexpected weights."""
     try:
         import transformers
     except ImportError:

@@ -64,10 +64,8 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
 
     The shape of the model is that of a config.json of Long-VITA's Hugging Face format, or of a decoder's for a run
     without a tower, beside the ranks or one folder above, if there is one; else that of the run's own settings, in
-    which all rows of the embedding are kept.
-
-    Raises:
-        CheckpointError: a rank is missing, a tensor is missing, left over or misshapen, or the model is not supported.
+    which all rows of the embedding are kept. Raises CheckpointError: a rank is missing, a tensor is missing, left over
+    or misshapen, or the model is not supported.
     """
     files = grid(folder)
     ranks = 1 + max(tensor for _, tensor in files)

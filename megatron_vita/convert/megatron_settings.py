@@ -30,6 +30,8 @@ def read_model(
     vocab_size: int | None,
 ) -> ModelConfig:
     """The model of a checkpoint: as the config.json beside it says, else as the run's settings and its tensors do.
+    Raises ConfigError: nothing says the vocabulary, or two say it differently; CheckpointError: no settings, or such as
+    are not supported.
 
     Args:
         folder: the step's.
@@ -38,10 +40,6 @@ def read_model(
         stored: the stored tensors.
         ranks: tensor-parallel ranks.
         vocab_size: rows of the embedding that are no padding, as the user says.
-
-    Raises:
-        ConfigError: nothing says the vocabulary, or two say it differently.
-        CheckpointError: no settings, or such as are not supported.
     """
     for path in (folder / "config.json", folder.parent / "config.json"):
         if path.is_file():

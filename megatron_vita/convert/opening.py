@@ -69,14 +69,11 @@ class OpenTower:
 
 def open_model(path: str | Path, *, vocab_size: int | None = None) -> OpenModel:
     """Open a checkpoint, a folder of checkpoints, a Hugging Face folder, or one of Long-VITA's Megatron layouts. No
-    tensor is read yet.
+    tensor is read yet. Raises ConfigError: no such folder, nothing of the kind there, or a vision tower alone;
+    CheckpointError: it is damaged, incomplete or not supported.
 
     Args:
         vocab_size: rows of the embedding that are no padding, for a Megatron layout that does not say.
-
-    Raises:
-        ConfigError: no such folder, nothing of the kind there, or a vision tower alone.
-        CheckpointError: it is damaged, incomplete or not supported.
     """
     opened = open_any(path, vocab_size=vocab_size)
     if isinstance(opened, OpenTower):
@@ -85,12 +82,9 @@ def open_model(path: str | Path, *, vocab_size: int | None = None) -> OpenModel:
 
 
 def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | OpenTower:
-    """Open what open_model opens, or the Hugging Face folder of a tower: whatever has weights to compare.
-
-    Raises:
-        ConfigError: no such folder, or nothing of the kind there.
-        CheckpointError: it is damaged, incomplete or not supported.
-    """
+    """Open what open_model opens, or the Hugging Face folder of a tower: whatever has weights to compare. Raises
+    ConfigError: no such folder, or nothing of the kind there; CheckpointError: it is damaged, incomplete or not
+    supported."""
     path = Path(path)
     if _is_checkpoint(path):
         return _open_checkpoint(resolve(path))
@@ -107,12 +101,8 @@ def open_any(path: str | Path, *, vocab_size: int | None = None) -> OpenModel | 
 
 def open_tower(path: str | Path) -> tuple[VisionConfig, LazyTensors]:
     """The Hugging Face folder of a tower (or of a SigLIP or CLIP with its text half): its shape, its weights by
-    checkpoint key. Pixels are normalised as its processor settings say, if it has any.
-
-    Raises:
-        ConfigError: a whole model or a decoder.
-        CheckpointError: not a tower that is supported, or incomplete.
-    """
+    checkpoint key. Pixels are normalised as its processor settings say, if it has any. Raises ConfigError: a whole
+    model or a decoder; CheckpointError: not a tower that is supported, or incomplete."""
     path = Path(path)
     if _is_checkpoint(path):
         raise ConfigError(f"{path}: is a checkpoint. Give the Hugging Face folder of a vision tower.")

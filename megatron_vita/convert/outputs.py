@@ -29,19 +29,16 @@ def staging_of(target: Path) -> Path:
 
 def lock_of(target: Path) -> Path:
     """The file that whoever writes an exported folder holds locked. A killed process leaves it behind, unlocked."""
-    return target.parent / f".writing-{target.name}.lock"
+    return target.parent / f".lock-{target.name}"
 
 
 def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
-    """Reject an output that an import may not write.
+    """Reject an output that an import may not write. Raises ConfigError: nothing can be written there; it is or lies in
+    a source; it holds other steps, or iteration 0 without `overwrite`; with it, something that no import wrote.
 
     Args:
         output: folder of checkpoints.
         sources: folders that are read; none are skipped.
-
-    Raises:
-        ConfigError: nothing can be written there; it is or lies in a source; it holds other steps, or iteration 0
-            without `overwrite`; with it, something that no import wrote.
     """
     target = _resolved(output)
     final = step_folder(target, 0)
@@ -62,15 +59,13 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
 
 
 def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
-    """Reject an output that an export may not write.
+    """Reject an output that an export may not write. Raises ConfigError: nothing can be written there, or it cannot be
+    renamed; it contains, is or lies in a source; it holds something without `overwrite`; with it, something that no
+    export wrote.
 
     Args:
         output: the Hugging Face folder.
         sources: folders that are read; none are skipped.
-
-    Raises:
-        ConfigError: nothing can be written there, or it cannot be renamed; it contains, is or lies in a source; it
-            holds something without `overwrite`; with it, something that no export wrote.
     """
     target = _resolved(output)
     _check_writable(output, target, [target, replaced_folder(target), staging_of(target), lock_of(target)])

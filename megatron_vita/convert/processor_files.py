@@ -46,11 +46,8 @@ _RELATIVE = 1e-6
 
 
 def read_side_file(folder: Path, vision: VisionConfig) -> PreprocessSpec | None:
-    """Preprocessing in the side file of an export; none in a folder of another publisher.
-
-    Raises:
-        CheckpointError: it is damaged, or does not fit the tower.
-    """
+    """Preprocessing in the side file of an export; none in a folder of another publisher. Raises CheckpointError: it is
+    damaged, or does not fit the tower."""
     where = folder / SIDECAR
     if not where.is_file():
         return None
@@ -65,11 +62,8 @@ def read_side_file(folder: Path, vision: VisionConfig) -> PreprocessSpec | None:
 
 
 def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
-    """A tower with the mean and deviation of pixels in its folder's settings, if any.
-
-    Raises:
-        CheckpointError: settings that say two things, or nothing that we can do.
-    """
+    """A tower with the mean and deviation of pixels in its folder's settings, if any. Raises CheckpointError: settings
+    that say two things, or nothing that we can do."""
     values, where = image_settings(folder)
     # What enters the tower is the crop if there is one, else what is resized to.
     key = "crop_size" if values.get("do_center_crop") and values.get("crop_size") is not None else "size"
@@ -82,11 +76,8 @@ def with_norm(folder: Path, vision: VisionConfig) -> VisionConfig:
 
 
 def with_own_projector(folder: Path, model: ModelConfig) -> ModelConfig:
-    """A model with the projector width that SIDECAR records from before it was padded with zeros.
-
-    Raises:
-        CheckpointError: the file is damaged, or no stock projector can hold such a one.
-    """
+    """A model with the projector width that SIDECAR records from before it was padded with zeros. Raises
+    CheckpointError: the file is damaged, or no stock projector can hold such a one."""
     path = folder / SIDECAR
     values = section(read_json(path), "projector", str(path)) if path.is_file() else None
     if values is None:
@@ -146,11 +137,8 @@ def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[
 
 
 def side_of(size: Any, key: str, where: str) -> int:
-    """Side of a square size: one number, two equal ones, or an object of equal ones.
-
-    Raises:
-        CheckpointError: it is none.
-    """
+    """Side of a square size: one number, two equal ones, or an object of equal ones. Raises CheckpointError: it is
+    none."""
     sides = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list) else [size]
     if not sides or any(type(one) is not int or one != sides[0] for one in sides):
         raise CheckpointError(f"{where}: {key}={size!r} is no side of a square.")
@@ -158,11 +146,7 @@ def side_of(size: Any, key: str, where: str) -> int:
 
 
 def check_side(side: int, vision: VisionConfig, where: str) -> None:
-    """Reject a picture size other than the tower's.
-
-    Raises:
-        CheckpointError: saying both sizes.
-    """
+    """Reject a picture size other than the tower's. Raises CheckpointError: saying both sizes."""
     if side != vision.image_size:
         raise CheckpointError(
             f"{where}: makes pictures of {side} pixels a side, but the tower in config.json has "
@@ -171,13 +155,11 @@ def check_side(side: int, vision: VisionConfig, where: str) -> None:
 
 
 def norm_name(values: Mapping[str, Any], where: str) -> str:
-    """Name of the mean and deviation by which an image processor normalises pixels.
+    """Name of the mean and deviation by which an image processor normalises pixels. Raises CheckpointError: the pixel
+    values are not those of a supported normalisation.
 
     Args:
         values: its settings; image_mean and image_std must be there.
-
-    Raises:
-        CheckpointError: the pixel values are not those of a supported normalisation.
     """
     scale = 255.0  # of the largest pixel; mean and deviation are known for pixels of 0..1
     if switch(values, "do_rescale", where, default=True):
@@ -214,11 +196,8 @@ def _channels(values: Mapping[str, Any], key: str, where: str) -> list[float]:
 
 def image_settings(folder: Path) -> tuple[dict[str, Any], str]:
     """Settings of a folder's image processor and the file that holds them, as transformers 5 reads them: what
-    processor_config.json has inside, else preprocessor_config.json. Empty where there are none.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
+    processor_config.json has inside, else preprocessor_config.json. Empty where there are none. Raises CheckpointError:
+    a file is damaged."""
     old, new = folder / PREPROCESSOR_FILE, folder / PROCESSOR_FILE
     values = read_json(old) if old.is_file() else {}
     nested = nested_settings(new, "image_processor")

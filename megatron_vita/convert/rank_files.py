@@ -82,11 +82,8 @@ class RankFiles(TensorsInMemory):
 
 
 def find(path: Path) -> Path | None:
-    """The folder with the ranks' folders: `path` itself, or the newest step below it; none if there is none.
-
-    Raises:
-        CheckpointError: latest_checkpointed_iteration.txt names a step that is not there.
-    """
+    """The folder with the ranks' folders: `path` itself, or the newest step below it; none if there is none. Raises
+    CheckpointError: latest_checkpointed_iteration.txt names a step that is not there."""
     if _ranks(path):
         return path
     if (path / LATEST).is_file():
@@ -115,11 +112,8 @@ class RankWeights:
 
 
 def read_rank(rank: Path) -> RankWeights:
-    """Open a rank's file, `rank` being its folder.
-
-    Raises:
-        CheckpointError: it is no file of Megatron's, damaged, or holds what is not allowed.
-    """
+    """Open a rank's file, `rank` being its folder. Raises CheckpointError: it is no file of Megatron's, damaged, or
+    holds what is not allowed."""
     path = rank / MODEL_FILE
     content = _load(path)
     if isinstance(content, dict) and "model0" in content:
@@ -147,11 +141,8 @@ def read_rank(rank: Path) -> RankWeights:
 
 
 def _load(path: Path) -> Any:
-    """The content of a file of torch.save; its tensors are mapped.
-
-    Raises:
-        CheckpointError: no such file, damaged, or it names what is not allowed.
-    """
+    """The content of a file of torch.save; its tensors are mapped. Raises CheckpointError: no such file, damaged, or it
+    names what is not allowed."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [one.filename for one in archive.infolist() if one.compress_type or one.flag_bits & 1]
@@ -189,11 +180,8 @@ def _plain(value: Any) -> Any:
 
 
 def grid(folder: Path) -> dict[tuple[int, int], Path]:
-    """(pipeline rank, tensor rank) -> folder.
-
-    Raises:
-        CheckpointError: not all are there, or folders of another layout, too.
-    """
+    """(pipeline rank, tensor rank) -> folder. Raises CheckpointError: not all are there, or folders of another layout,
+    too."""
     files: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _RANK.fullmatch(path.name)

@@ -38,11 +38,8 @@ class Recipe:
         return cls(load_model(path, flags), str(path))
 
     def fit(self, parts: ModelConfig) -> ModelConfig:
-        """The recipe's model, once it is the one that the folders of the parts hold.
-
-        Raises:
-            ConfigError: naming every setting that differs.
-        """
+        """The recipe's model, once it is the one that the folders of the parts hold. Raises ConfigError: naming every
+        setting that differs."""
         if (self.model.vision is None) != (parts.vision is None):
             names = ("recipe", "folders")
             has, lacks = names if self.model.vision is not None else names[::-1]

@@ -97,10 +97,8 @@ def prove(rules: Iterable[Rule]) -> None:
     """Prove a table: no tensor named twice on either side, each megatron-core element filled once, each Hugging Face
     element used once.
 
-    Hugging Face elements that no copy takes are zeros by rule and are checked when read.
-
-    Raises:
-        CheckpointError: naming the first tensor that is not covered exactly. It is a defect of the table.
+    Hugging Face elements that no copy takes are zeros by rule and are checked when read. Raises CheckpointError: naming
+    the first tensor that is not covered exactly. It is a defect of the table.
     """
     seen: set[tuple[str, str]] = set()
     for rule in rules:
@@ -129,15 +127,7 @@ def rename(mcore: str, hf: str, shape: Sequence[int], *, hf_shape: Sequence[int]
 
 def stacked(mcore: str, hf: Sequence[str], rows: Sequence[int], columns: int | None) -> Rule:
     """The megatron-core tensor is the Hugging Face tensors one below the other (gate above up)."""
-    copies, start = [], 0
-    for index, size in enumerate(rows):
-        copies.append(_rows(index, 0, start, size, columns))
-        start += size
-    return Rule(
-        Named(mcore, _shape(start, columns)),
-        tuple(Named(name, _shape(size, columns)) for name, size in zip(hf, rows, strict=True)),
-        tuple(copies),
-    )
+    return _gathered(mcore, hf, [(index, 0, size) for index, size in enumerate(rows)], columns)
 
 
 def grouped_qkv(mcore: str, hf: Sequence[str], *, heads: int, groups: int, head_dim: int, columns: int | None) -> Rule:
@@ -147,30 +137,15 @@ def grouped_qkv(mcore: str, hf: Sequence[str], *, heads: int, groups: int, head_
         hf: names of q, k, v.
         columns: width of the weight, or none for a bias.
     """
-    queries = heads // groups * head_dim
-    copies, start = [], 0
-    for group in range(groups):
-        for index, size in enumerate((queries, head_dim, head_dim)):
-            copies.append(_rows(index, group * size, start, size, columns))
-            start += size
-    sizes = (heads * head_dim, groups * head_dim, groups * head_dim)
-    return Rule(
-        Named(mcore, _shape(start, columns)),
-        tuple(Named(name, _shape(size, columns)) for name, size in zip(hf, sizes, strict=True)),
-        tuple(copies),
-    )
+    sizes = (heads // groups * head_dim, head_dim, head_dim)
+    parts = [(index, group * size, size) for group in range(groups) for index, size in enumerate(sizes)]
+    return _gathered(mcore, hf, parts, columns)
 
 
 def joint_qkv(mcore: str, hf: str, *, heads: int, head_dim: int, columns: int | None) -> Rule:
     """One tensor [all Q; all K; all V] against megatron-core's order: q, k, v of each head."""
-    width = heads * head_dim
-    copies = [
-        _rows(0, part * width + head * head_dim, (3 * head + part) * head_dim, head_dim, columns)
-        for head in range(heads)
-        for part in range(3)
-    ]
-    shape = _shape(3 * width, columns)
-    return Rule(Named(mcore, shape), (Named(hf, shape),), tuple(copies))
+    parts = [(0, (part * heads + head) * head_dim, head_dim) for head in range(heads) for part in range(3)]
+    return _gathered(mcore, [hf], parts, columns)
 
 
 def split_over_ranks(mcore: str, hf: Sequence[str], shape: Sequence[int], axis: int, *, halves: bool = False) -> Rule:
@@ -209,13 +184,15 @@ def all_zero(hf: str, shape: Sequence[int]) -> Rule:
     return Rule(None, (Named(hf, tuple(shape)),), ())
 
 
-def _shape(rows: int, columns: int | None) -> tuple[int, ...]:
-    return (rows,) if columns is None else (rows, columns)
-
-
-def _rows(index: int, hf_start: int, mcore_start: int, size: int, columns: int | None) -> Copy:
-    rest = () if columns is None else (slice(0, columns),)
-    return Copy(index, (slice(hf_start, hf_start + size), *rest), (slice(mcore_start, mcore_start + size), *rest))
+def _gathered(mcore: str, hf: Sequence[str], parts: Iterable[tuple[int, int, int]], columns: int | None) -> Rule:
+    """The megatron-core tensor is `parts` one below the other: (index among `hf`, first row there, rows)."""
+    rest, copies, start, rows = () if columns is None else (columns,), [], 0, [0] * len(hf)
+    for index, first, size in parts:
+        there, here = slice(first, first + size), slice(start, start + size)
+        copies.append(Copy(index, (there, *whole(rest)), (here, *whole(rest))))
+        start, rows[index] = start + size, rows[index] + size
+    named = tuple(Named(name, (count, *rest)) for name, count in zip(hf, rows, strict=True))
+    return Rule(Named(mcore, (start, *rest)), named, tuple(copies))
 
 
 def disjoint(slices: Sequence[Slices]) -> bool:

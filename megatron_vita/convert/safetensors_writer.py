@@ -28,6 +28,8 @@ MAX_SHARD_BYTES = 2 * 10**9
 """Files are loaded side by side: several small ones are better than one large one."""
 _BLOCK_BYTES = 8 << 20
 """Bytes that are read, hashed and written at once."""
+_MOST_READERS = 4
+"""Threads that read: one writes, and more of them would only hold memory."""
 _CODES = {dtype: code for code, dtype in CODES.items()}
 
 
@@ -48,11 +50,8 @@ class PlannedFile:
 
 def plan_shards(tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[PlannedFile]:
     """One file, or as many as it takes for none to hold more tensor data than `max_shard_bytes`, in the tensors' order.
-    A tensor that is larger has a file of its own.
-
-    Raises:
-        CheckpointError: a tensor has a type that safetensors cannot hold.
-    """
+    A tensor that is larger has a file of its own. Raises CheckpointError: a tensor has a type that safetensors cannot
+    hold."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in tensors:
@@ -74,20 +73,17 @@ def write_safetensors(
     folder: Path,
     tensors: LazyTensors,
     files: Sequence[PlannedFile],
-    workers: Workers,
+    workers: int,
     advance: Callable[[int], object],
 ) -> dict[str, str]:
     """Write the planned files, and their index if they are several. Threads read ahead; this one hashes and writes.
+    Raises OSError: no space; CheckpointError: the tensors cannot be read.
 
     Args:
         advance: called with the number of bytes written.
 
     Returns:
         Digest of each file of weights.
-
-    Raises:
-        OSError: no space.
-        CheckpointError: the tensors cannot be read.
     """
 
     def read(block: tuple[str, Slices]) -> memoryview:
@@ -100,19 +96,20 @@ def write_safetensors(
                     yield name, slices
 
     digests: dict[str, str] = {}
-    parts = workers.map(read, blocks())
-    for planned in files:
-        digest, left = new_digest(), planned.data_bytes
-        with (folder / planned.name).open("wb") as file:
-            file.write(planned.header)
-            digest.update(planned.header)
-            while left:
-                part = next(parts)
-                file.write(part)
-                digest.update(part)
-                advance(part.nbytes)
-                left -= part.nbytes
-        digests[planned.name] = digest.hexdigest()
+    with Workers(min(workers, _MOST_READERS)) as pool:
+        parts = pool.map(read, blocks())
+        for planned in files:
+            digest, left = new_digest(), planned.data_bytes
+            with (folder / planned.name).open("wb") as file:
+                file.write(planned.header)
+                digest.update(planned.header)
+                while left:
+                    part = next(parts)
+                    file.write(part)
+                    digest.update(part)
+                    advance(part.nbytes)
+                    left -= part.nbytes
+            digests[planned.name] = digest.hexdigest()
     if files[0].name != SINGLE_FILE:
         weight_map = {name: one.name for one in files for name in one.tensors}
         index = {"metadata": {"total_size": sum(one.data_bytes for one in files)}, "weight_map": weight_map}

@@ -28,7 +28,8 @@ from megatron_vita.errors import CheckpointError
 
 
 def into_checkpoint(opened: OpenModel, tokenizer: Path | None, target: Path, *, joined: bool = False) -> int:
-    """Gather a checkpoint's tokenizer folder for a model that is being imported.
+    """Gather a checkpoint's tokenizer folder for a model that is being imported. Raises CheckpointError: no tokenizer,
+    a damaged one, or one that is not the model's.
 
     Args:
         opened: the model.
@@ -38,9 +39,6 @@ def into_checkpoint(opened: OpenModel, tokenizer: Path | None, target: Path, *, 
 
     Returns:
         Rows an embedding needs to hold every id. More than the model has only where tokens were added.
-
-    Raises:
-        CheckpointError: no tokenizer, a damaged one, or one that is not the model's.
     """
     tokens = read_tokens(tokenizer or opened.tokenizer_dir)
     if joined:
@@ -62,15 +60,13 @@ def into_checkpoint(opened: OpenModel, tokenizer: Path | None, target: Path, *, 
 
 
 def tokens_for_export(opened: OpenModel, tokenizer: Path | None, *, vision: bool) -> Tokens:
-    """The tokenizer that goes into an exported folder.
+    """The tokenizer that goes into an exported folder. Raises CheckpointError: no tokenizer, a damaged one, one that is
+    not the model's, or one without tokens of pictures.
 
     Args:
         opened: the model.
         tokenizer: the folder that was named, or none for the model's own.
         vision: whether the folder's model sees.
-
-    Raises:
-        CheckpointError: no tokenizer, a damaged one, one that is not the model's, or one without tokens of pictures.
     """
     tokens = read_tokens(tokenizer or opened.tokenizer_dir)
     check_exportable(tokens, vision=vision)
@@ -83,7 +79,8 @@ def tokens_for_export(opened: OpenModel, tokenizer: Path | None, *, vision: bool
 
 
 def out_of_checkpoint(opened: OpenModel, tokens: Tokens, target: Path, *, vision: bool) -> dict[str, Any]:
-    """Write tokenizer and generation_config.json into a Hugging Face folder.
+    """Write tokenizer and generation_config.json into a Hugging Face folder. Raises CheckpointError: nothing says what
+    ends a text, or a file is damaged.
 
     Args:
         opened: the model.
@@ -94,9 +91,6 @@ def out_of_checkpoint(opened: OpenModel, tokens: Tokens, target: Path, *, vision
     Returns:
         Its ids by config.json's names: `bos_token_id`, `eos_token_id`, `pad_token_id` and, if it knows pictures,
         `image_token_id`.
-
-    Raises:
-        CheckpointError: nothing says what ends a text, or a file is damaged.
     """
     said = generation.read(opened.tokenizer_dir).or_else(generation.read(tokens.folder))
     trained = opened.state is not None and opened.state.iteration > 0  # on turns of the package's template
@@ -114,10 +108,7 @@ def out_of_checkpoint(opened: OpenModel, tokens: Tokens, target: Path, *, vision
 
 def image_token(*models: OpenModel) -> int:
     """Id of what stands for a picture in models of one vocabulary: as a config says it, else as a tokenizer does.
-
-    Raises:
-        CheckpointError: none says it.
-    """
+    Raises CheckpointError: none says it."""
     for opened in models:
         if opened.image_token_id is not None:
             return opened.image_token_id

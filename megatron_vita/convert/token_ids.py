@@ -43,11 +43,7 @@ class Tokens:
 
 
 def read_tokens(folder: Path) -> Tokens:
-    """The ids of a tokenizer folder.
-
-    Raises:
-        CheckpointError: no tokenizer.json there, or one that holds no vocabulary.
-    """
+    """The ids of a tokenizer folder. Raises CheckpointError: no tokenizer.json there, or one without a vocabulary."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds no tokenizer.json. Name a tokenizer folder with --tokenizer.")
@@ -80,14 +76,12 @@ def tokens_that_differ(first: Path, second: Path, limit: int = 3) -> list[str]:
 
 
 def check_same_ids(tokens: Tokens, own: Path) -> None:
-    """Reject a tokenizer that was named instead of a model's own, and gives a token that both know another id.
+    """Reject a tokenizer that was named instead of a model's own, and gives a token that both know another id. Raises
+    CheckpointError: naming a token.
 
     Args:
         tokens: of the one that was named.
         own: folder of the model's own; nothing is checked if it holds none.
-
-    Raises:
-        CheckpointError: naming a token.
     """
     if own == tokens.folder or not (own / TOKENIZER_FILE).is_file():
         return
@@ -102,11 +96,8 @@ def check_same_ids(tokens: Tokens, own: Path) -> None:
 
 
 def check_rows(tokens: Tokens, rows: int) -> None:
-    """Reject a tokenizer with ids for which a model's embedding has no row.
-
-    Raises:
-        CheckpointError: saying the highest id.
-    """
+    """Reject a tokenizer with ids for which a model's embedding has no row. Raises CheckpointError: saying the highest
+    id."""
     if tokens.rows > rows:
         raise CheckpointError(
             f"{tokens.folder / TOKENIZER_FILE}: its highest id is {tokens.rows - 1}, but the model's vocabulary has "
@@ -115,15 +106,13 @@ def check_rows(tokens: Tokens, rows: int) -> None:
 
 
 def check_image_token(tokens: Tokens, image_token_id: int | None, where: Path) -> None:
-    """Reject a tokenizer whose token of pictures is not the one that a model's config.json names.
+    """Reject a tokenizer whose token of pictures is not the one that a model's config.json names. Raises
+    CheckpointError: with both ids.
 
     Args:
         tokens: of the tokenizer.
         image_token_id: what the config says; none where it cannot say it.
         where: the config.
-
-    Raises:
-        CheckpointError: with both ids.
     """
     found = tokens.special.get(IMG_CONTEXT)
     if image_token_id is not None and found != image_token_id:
@@ -135,14 +124,12 @@ def check_image_token(tokens: Tokens, image_token_id: int | None, where: Path) -
 
 
 def check_same_as_trained(tokens: Tokens, trained: str) -> None:
-    """Reject a folder for what was trained with a SentencePiece model, unless conversations become the same ids.
+    """Reject a folder for what was trained with a SentencePiece model, unless conversations become the same ids. Raises
+    CheckpointError: they differ, or the file is gone.
 
     Args:
         tokens: of the folder that is to be exported.
         trained: the run's data.tokenizer_model; anything else than a `.model` file lies in the checkpoint already.
-
-    Raises:
-        CheckpointError: they differ, or the file is gone.
     """
     if not trained.endswith(".model"):
         return
@@ -158,11 +145,7 @@ def check_same_as_trained(tokens: Tokens, trained: str) -> None:
 
 
 def check_exportable(tokens: Tokens, *, vision: bool) -> None:
-    """Reject a tokenizer without the tokens of pictures.
-
-    Raises:
-        CheckpointError: naming what is missing.
-    """
+    """Reject a tokenizer without the tokens of pictures. Raises CheckpointError: naming what is missing."""
     missing = [token for token in NAMED_TOKENS.values() if token not in tokens.special]
     if vision and missing:
         raise CheckpointError(

@@ -37,14 +37,12 @@ _KEPT = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "tr
 
 def with_vision_tokens(source: Path, target: Path) -> int:
     """Copy a tokenizer folder and add the special tokens of pictures and videos that it has not, at the end, in the
-    published order; name them for stock processors and give it the package's chat template if it knows no pictures.
-    A tokenizer without ChatML's tokens (Llama's), in which that template is written, gets these first.
+    published order; name them for stock processors and give it the package's chat template if it knows no pictures. A
+    tokenizer without ChatML's tokens (Llama's), in which that template is written, gets these first. Raises
+    CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
 
     Returns:
         Rows an embedding needs to hold every id.
-
-    Raises:
-        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
     copy_tokenizer_files(source, target, generation=False)
     _write_for_stock(source, target, (*CHAT_TOKENS, *VITA_TOKENS))
@@ -52,15 +50,13 @@ def with_vision_tokens(source: Path, target: Path) -> int:
 
 
 def as_published(source: Path, target: Path, *, vision: bool) -> None:
-    """Copy a tokenizer whose ids stay as they are.
+    """Copy a tokenizer whose ids stay as they are. Raises CheckpointError: a file of the tokenizer is damaged, or a
+    conversation would not become stock code's ids.
 
     Args:
         source: its folder.
         target: where to.
         vision: the model sees: a chat template that knows pictures goes where training and export look for it.
-
-    Raises:
-        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
     _templates(source)  # damaged ones are rejected now, not at export
     copy_tokenizer_files(source, target, generation=False)
@@ -69,15 +65,13 @@ def as_published(source: Path, target: Path, *, vision: bool) -> None:
 
 
 def copy_for_export(tokens: Tokens, target: Path, *, vision: bool) -> None:
-    """Copy a tokenizer into a Hugging Face folder. A decoder keeps the chat template that its publisher gave it.
+    """Copy a tokenizer into a Hugging Face folder. A decoder keeps the chat template that its publisher gave it. Raises
+    CheckpointError: a file of the tokenizer is damaged.
 
     Args:
         tokens: of the tokenizer; check_exportable has let it pass.
         target: the folder.
         vision: name the tokens of pictures for stock processors, with a chat template that knows pictures.
-
-    Raises:
-        CheckpointError: a file of the tokenizer is damaged.
     """
     source = tokens.folder
     copy_tokenizer_files(source, target, generation=False)
@@ -96,16 +90,14 @@ def copy_for_export(tokens: Tokens, target: Path, *, vision: bool) -> None:
 def _write_for_stock(source: Path, target: Path, appended: Sequence[str] = (), processor_class: str = "") -> None:
     """Write the files that decide over ids so that stock code makes those of training, in any class and version: all
     that decides stands in tokenizer.json, and the class named is the one that obeys it. (Others build the publisher's
-    usual pipeline anew, and add what they find in further files and settings.)
+    usual pipeline anew, and add what they find in further files and settings.) Raises CheckpointError: a file of the
+    tokenizer is damaged, or a conversation would not become stock code's ids.
 
     Args:
         source: a folder of which everything was copied.
         target: where to.
         appended: tokens that are appended where they are missing.
         processor_class: of the whole model, in an exported folder.
-
-    Raises:
-        CheckpointError: a file of the tokenizer is damaged, or a conversation would not become stock code's ids.
     """
     present, publisher = read_tokens(source).special, tokenizer_config(source)
     names, content, beginning = _completed(source, appended)

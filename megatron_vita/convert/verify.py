@@ -68,13 +68,11 @@ def compare_tensors(
     first: LazyTensors, second: LazyTensors, *, workers: int | None = None, progress: bool = False
 ) -> Iterator[Difference]:
     """Compare every tensor of two models, by checkpoint key, in the first one's order; then those only in the second.
+    Raises CheckpointError: one of the models is damaged.
 
     Args:
         workers: threads, by default one more than there are cores.
         progress: show a bar on standard error.
-
-    Raises:
-        CheckpointError: one of the models is damaged.
     """
     common = [name for name in first if name in second and first.shape(name) == second.shape(name)]
 

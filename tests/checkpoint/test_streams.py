@@ -45,6 +45,17 @@ def test_nothing_runs_any_more_when_a_failure_is_seen(kind: type[BaseException])
         assert 1 in ended
 
 
+def test_results_that_are_let_go_after_the_pool_do_not_wait_for_ever() -> None:
+    """As when an error leaves the pool's block, and whoever holds the error holds the results."""
+    release = threading.Event()
+    with Workers(2) as pool:
+        results = pool.map(lambda item: item == 0 or release.wait(), range(9))
+        next(results)
+        pool._pool.shutdown(wait=False, cancel_futures=True)  # what had not begun is cancelled
+        release.set()
+    results.close()  # type: ignore[attr-defined]
+
+
 def test_nothing_runs_any_more_when_the_one_who_asked_stops() -> None:
     started, go, ended = threading.Event(), threading.Event(), []
 

@@ -139,7 +139,7 @@ def test_what_another_command_has_left_beside_is_let_alone(source: Path, checkpo
     assert cli.main(arguments("export", source, checkpoint, tmp_path / "b" / "second")) == 0
     assert left.items() <= tree(tmp_path / "b").items()
     assert cli.main(arguments("export", source, checkpoint, tmp_path / "b" / "first")) == 0
-    assert not list((tmp_path / "b").glob(".writing-*"))
+    assert not list((tmp_path / "b").glob(".*"))
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
@@ -158,9 +158,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert len([name for name in trees[0] if name.endswith((".distcp", ".safetensors"))]) > 3
 
 
-@pytest.mark.parametrize(
-    ("command", "name"), [("import", "out/.writing-iter_0000000.lock"), ("export", ".writing-out.lock")]
-)
+@pytest.mark.parametrize(("command", "name"), [("import", "out/.lock-iter_0000000"), ("export", ".lock-out")])
 def test_two_processes_do_not_write_one_folder(
     command: str, name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +169,7 @@ def test_two_processes_do_not_write_one_folder(
         assert cli.main(flags) == 2
     assert "another process is writing it" in capsys.readouterr().err
     assert cli.main(flags) == 0  # the lock of a process that was killed is nobody's
-    assert not list(tmp_path.rglob("*.lock"))
+    assert not list(tmp_path.rglob(".lock-*"))
 
 
 def test_the_report_names_what_became_of_every_tensor(source: Path, checkpoint: Path, tmp_path: Path) -> None:

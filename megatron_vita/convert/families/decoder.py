@@ -31,11 +31,8 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """A decoder's config.json (or text_config) as a ModelConfig.
-
-    Raises:
-        CheckpointError: a setting is missing or not supported.
-    """
+    """A decoder's config.json (or text_config) as a ModelConfig. Raises CheckpointError: a setting is missing or not
+    supported."""
     check_features(config, where)  # a reason says more than a name
     family = DECODERS[choice(config, "model_type", DECODERS, "qwen2", where)]
     for key, wanted in family.required.items():
@@ -92,11 +89,8 @@ def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def check_features(config: Mapping[str, Any], where: str) -> None:
-    """Reject what the decoder here has not: windows, experts, quantised weights, further biases.
-
-    Raises:
-        CheckpointError: naming the setting.
-    """
+    """Reject what the decoder here has not: windows, experts, quantised weights, further biases. Raises
+    CheckpointError: naming the setting."""
     window = "full attention only; set it to false if the weights allow it"
     if flag(config, "use_sliding_window", False, where):
         raise unsupported(where, "use_sliding_window", True, window)
@@ -148,11 +142,7 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Reject a decoder that no class of transformers holds.
-
-    Raises:
-        CheckpointError: naming the feature that they lack.
-    """
+    """Reject a decoder that no class of transformers holds. Raises CheckpointError: naming what they lack."""
     family_of(model)
 
 

@@ -102,14 +102,11 @@ DECODERS = {
 
 
 def family_of(model: ModelConfig, wanted: str | None = None) -> DecoderFamily:
-    """The family that a decoder is exported as.
+    """The family that a decoder is exported as. Raises CheckpointError: none holds it; says what each lacks.
 
     Args:
         model: the decoder.
         wanted: model_type of the one it came from, which is taken if it still holds it.
-
-    Raises:
-        CheckpointError: none holds it; says what each lacks.
     """
     reasons = {kind: row.lacks(model) for kind, row in DECODERS.items()}
     holding = [kind for kind, reason in reasons.items() if reason is None]

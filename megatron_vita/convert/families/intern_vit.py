@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,13 @@ class Names:
     patch: str
     layer: str
     """Prefix of layer {n}."""
-    joint: str | None
-    """One tensor [Q; K; V], or none where the three are apart."""
-    separate: tuple[str, str, str]
-    query_norm: str
-    key_norm: str
+    qkv: str | tuple[str, str, str]
+    """One tensor [Q; K; V], or three."""
     proj: str
-    norm1: str
-    norm2: str
-    scale1: str
-    scale2: str
+    norms: tuple[str, str]
+    """Before attention and before the MLP."""
+    scales: tuple[str, str] = ("", "")
+    qk_norms: tuple[str, str] = ("", "")
 
 
 REMOTE = Names(
@@ -45,15 +42,11 @@ REMOTE = Names(
     position="embeddings.position_embedding",
     patch="embeddings.patch_embedding",
     layer="encoder.layers.{n}.",
-    joint="attn.qkv",
-    separate=("", "", ""),
-    query_norm="attn.q_norm",
-    key_norm="attn.k_norm",
+    qkv="attn.qkv",
     proj="attn.proj",
-    norm1="norm1",
-    norm2="norm2",
-    scale1="ls1",
-    scale2="ls2",
+    norms=("norm1", "norm2"),
+    scales=("ls1", "ls2"),
+    qk_norms=("attn.q_norm", "attn.k_norm"),
 )
 """OpenGVLab's remote code, `model_type` intern_vit_6b; Long-VITA uses the same."""
 
@@ -62,15 +55,11 @@ NATIVE = Names(
     position="embeddings.position_embeddings",
     patch="embeddings.patch_embeddings.projection",
     layer="encoder.layer.{n}.",
-    joint=None,
-    separate=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    query_norm="attention.q_norm",
-    key_norm="attention.k_norm",
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     proj="attention.projection_layer",
-    norm1="layernorm_before",
-    norm2="layernorm_after",
-    scale1="lambda_1",
-    scale2="lambda_2",
+    norms=("layernorm_before", "layernorm_after"),
+    scales=("lambda_1", "lambda_2"),
+    qk_norms=("attention.q_norm", "attention.k_norm"),
 )
 """transformers' own InternVL classes, `model_type` internvl_vision."""
 
@@ -88,10 +77,7 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
 
 def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Names]:
     """A tower's config.json (or vision_config, or Long-VITA's `visual`) as a VisionConfig, and its tensors' names.
-
-    Raises:
-        CheckpointError: an unknown kind, or a feature that the tower cannot do.
-    """
+    Raises CheckpointError: an unknown kind, or a feature that the tower cannot do."""
     names = MODEL_TYPES[choice(config, "model_type", MODEL_TYPES, kind_of(config), where)]
     check_not_quantised(config, where)
     norm = choice(config, "norm_type", _NORMS, "layer_norm" if names is NATIVE else "rms_norm", where)
@@ -127,11 +113,8 @@ def read_tower(
 
 
 def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, Any]:
-    """The tower as a config.json of either publisher.
-
-    Raises:
-        CheckpointError: the publisher's classes cannot hold the tower; says why.
-    """
+    """The tower as a config.json of either publisher. Raises CheckpointError: the publisher's classes cannot hold the
+    tower; says why."""
     check_exportable(vision, names)
     norm = next(hf for hf, mcore in _NORMS.items() if mcore == vision.normalization)
     common = {
@@ -180,11 +163,8 @@ def write_config(vision: VisionConfig, names: Names, dtype: str) -> dict[str, An
 
 
 def check_exportable(vision: VisionConfig, names: Names) -> None:
-    """Reject a tower that a publisher's classes cannot hold.
-
-    Raises:
-        CheckpointError: another family; states of a block before the last; or norms of another epsilon than its.
-    """
+    """Reject a tower that a publisher's classes cannot hold. Raises CheckpointError: another family; states of a block
+    before the last; or norms of another epsilon than its."""
     if vision.model_type != "intern_vit":
         raise CheckpointError(
             f"model.vision.model_type={vision.model_type}: this format's tower is an InternViT, and no class of "
@@ -205,51 +185,43 @@ def check_exportable(vision: VisionConfig, names: Names) -> None:
 
 def rules(vision: VisionConfig, names: Names, prefix: str = "") -> list[Rule]:
     """Every tensor of the tower; `prefix` begins its Hugging Face names."""
-    width, inner, side = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
-    heads, positions = vision.num_attention_heads, vision.num_patches + 1
-    top = "vision_model."
+    width, side, positions = vision.hidden_size, vision.patch_size, vision.num_patches + 1
+    top, place = "vision_model.", prefix + names.position
     table = [
         rename(top + "class_token", prefix + names.class_token, (1, 1, width)),
-        rename(
-            top + "position_embeddings.weight",
-            prefix + names.position,
-            (positions, width),
-            hf_shape=(1, positions, width),
-        ),
+        rename(top + "position_embeddings.weight", place, (positions, width), hf_shape=(1, positions, width)),
         rename(top + "conv1.weight", f"{prefix}{names.patch}.weight", (width, 3, side, side)),
         rename(top + "conv1.bias", f"{prefix}{names.patch}.bias", (width,)),
     ]
     for layer in range(vision.num_layers):
         mcore, hf = f"{top}decoder.layers.{layer}.", prefix + names.layer.format(n=layer)
-        for kind, columns in (("weight", width), ("bias", None)):
-            target = f"{mcore}self_attention.linear_qkv.{kind}"
-            if kind == "bias" and not vision.add_qkv_bias:
-                pass
-            elif names.joint:
-                source = f"{hf}{names.joint}.{kind}"
-                table.append(joint_qkv(target, source, heads=heads, head_dim=width // heads, columns=columns))
-            else:
-                parts = [f"{hf}{part}.{kind}" for part in names.separate]
-                table.append(
-                    grouped_qkv(target, parts, heads=heads, groups=heads, head_dim=width // heads, columns=columns)
-                )
-            for one, two, rows, inputs in (
-                ("self_attention.linear_proj", names.proj, width, width),
-                ("mlp.linear_fc1", "mlp.fc1", inner, width),
-                ("mlp.linear_fc2", "mlp.fc2", width, inner),
-            ):
-                shape = (rows, inputs) if kind == "weight" else (rows,)
-                table.append(rename(f"{mcore}{one}.{kind}", f"{hf}{two}.{kind}", shape))
-            for one, two in (
-                ("self_attention.linear_qkv.layer_norm", names.norm1),
-                ("mlp.linear_fc1.layer_norm", names.norm2),
-            ):
-                if kind == "weight" or vision.normalization == "LayerNorm":
-                    table.append(rename(f"{mcore}{one}_{kind}", f"{hf}{two}.{kind}", (width,)))
+        table += layer_rules(vision, names, mcore, hf)
         if vision.qk_layernorm:
-            for part, hf_norm in (("q", names.query_norm), ("k", names.key_norm)):
-                one, two = f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}{hf_norm}.weight"
-                table.append(rename(one, two, (width,)))
-        table.append(rename(mcore + "ls1", hf + names.scale1, (width,)))
-        table.append(rename(mcore + "ls2", hf + names.scale2, (width,)))
+            for part, norm in zip("qk", names.qk_norms, strict=True):
+                table.append(rename(f"{mcore}self_attention.{part}_layernorm.weight", f"{hf}{norm}.weight", (width,)))
+        for part, scale in zip(("ls1", "ls2"), names.scales, strict=True):
+            table.append(rename(mcore + part, hf + scale, (width,)))
     return table
+
+
+def layer_rules(vision: VisionConfig, names: Names, mcore: str, hf: str) -> Iterator[Rule]:
+    """The tensors that a layer of every tower has: linears and the norms before them."""
+    width, inner, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
+    sizes = {"heads": heads, "head_dim": width // heads}
+    for kind, columns in (("weight", width), ("bias", None)):
+        target = f"{mcore}self_attention.linear_qkv.{kind}"
+        if kind == "weight" or vision.add_qkv_bias:
+            if isinstance(names.qkv, str):
+                yield joint_qkv(target, f"{hf}{names.qkv}.{kind}", **sizes, columns=columns)
+            else:
+                parts = [f"{hf}{part}.{kind}" for part in names.qkv]
+                yield grouped_qkv(target, parts, **sizes, groups=heads, columns=columns)
+        for one, two, rows, inputs in (
+            ("self_attention.linear_proj", names.proj, width, width),
+            ("mlp.linear_fc1", "mlp.fc1", inner, width),
+            ("mlp.linear_fc2", "mlp.fc2", width, inner),
+        ):
+            yield rename(f"{mcore}{one}.{kind}", f"{hf}{two}.{kind}", (rows, inputs) if columns else (rows,))
+        for one, norm in zip(("self_attention.linear_qkv", "mlp.linear_fc1"), names.norms, strict=True):
+            if kind == "weight" or vision.normalization == "LayerNorm":
+                yield rename(f"{mcore}{one}.layer_norm_{kind}", f"{hf}{norm}.{kind}", (width,))

@@ -28,11 +28,8 @@ _PROJECTOR_EPSILON = 1e-5
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """A config.json of model_type internvl as a ModelConfig.
-
-    Raises:
-        CheckpointError: a part is of an unknown kind, or asks for what is not supported.
-    """
+    """A config.json of model_type internvl as a ModelConfig. Raises CheckpointError: a part is of an unknown kind, or
+    asks for what is not supported."""
     text, vision = section(config, "text_config", where), section(config, "vision_config", where)
     if text is None or vision is None:
         raise CheckpointError(f"{where}: has no text_config or no vision_config. Is it an InternVL of transformers?")
@@ -52,11 +49,8 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def image_token_id(config: Mapping[str, Any], where: str) -> int:
-    """Id of the token that stands for a picture; transformers' default where the config does not say it.
-
-    Raises:
-        CheckpointError: it is no id.
-    """
+    """Id of the token that stands for a picture; transformers' default where the config does not say it. Raises
+    CheckpointError: it is no id."""
     value = config.get("image_token_id", 151667)
     if type(value) is not int or value < 0:
         raise CheckpointError(f"{where}: image_token_id={value!r} is no id of a token. Download it again.")
@@ -95,11 +89,8 @@ def with_head_of(model: ModelConfig, config: Mapping[str, Any], names: Collectio
 def write_config(
     model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
 ) -> dict[str, Any]:
-    """The model as a config.json of model_type internvl.
-
-    Raises:
-        CheckpointError: transformers' classes cannot represent the model; says why.
-    """
+    """The model as a config.json of model_type internvl. Raises CheckpointError: transformers' classes cannot represent
+    the model; says why."""
     check_exportable(model)
     assert model.vision is not None
     tied = not model.untie_embeddings_and_output_weights
@@ -123,12 +114,8 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Reject a model that transformers' InternVL cannot hold.
-
-    Raises:
-        CheckpointError: no tower, a decoder or tower that no class holds, or a projector wider than the
-            decoder or with another epsilon in its LayerNorm.
-    """
+    """Reject a model that transformers' InternVL cannot hold. Raises CheckpointError: no tower, a decoder or tower that
+    no class holds, or a projector wider than the decoder or with another epsilon in its LayerNorm."""
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
     decoders.check_exportable(model)

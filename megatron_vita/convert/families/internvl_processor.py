@@ -65,11 +65,8 @@ _OVERRIDDEN = {*PIXEL_SETTINGS, "crop_to_patches", "do_sample_frames", "num_fram
 
 def read_spec(folder: Path, vision: VisionConfig) -> PreprocessSpec:
     """How stock code prepares pictures for a native InternVL. What it cannot say (layout, most frames) comes from the
-    side file of an export, else it is the default; a folder without any settings is what its tower asks for.
-
-    Raises:
-        CheckpointError: settings that stock code obeys and we cannot, or that it cannot load either; named.
-    """
+    side file of an export, else it is the default; a folder without any settings is what its tower asks for. Raises
+    CheckpointError: settings that stock code obeys and we cannot, or that it cannot load either; named."""
     try:
         spec = read_side_file(folder, vision) or PreprocessSpec.for_tower(vision)
         given, where = image_settings(folder)

@@ -51,11 +51,8 @@ def image_token_id(config: Mapping[str, Any], where: str) -> int | None:
 def write_config(
     model: ModelConfig, dtype: str, token_ids: Mapping[str, Any], decoder: str | None = None
 ) -> dict[str, Any]:
-    """The model as a config.json of Long-VITA.
-
-    Raises:
-        CheckpointError: Long-VITA's classes cannot represent the model; says why.
-    """
+    """The model as a config.json of Long-VITA. Raises CheckpointError: Long-VITA's classes cannot represent the model;
+    says why."""
     check_exportable(model)
     assert model.vision is not None
     return {
@@ -67,11 +64,8 @@ def write_config(
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Reject a model that is not a Qwen2 with Long-VITA's projector: no biases, as wide as the tower.
-
-    Raises:
-        CheckpointError: saying what differs.
-    """
+    """Reject a model that is not a Qwen2 with Long-VITA's projector: no biases, as wide as the tower. Raises
+    CheckpointError: saying what differs."""
     if model.vision is None:
         raise CheckpointError("the checkpoint has no vision tower. Export it with --format llm.")
     kind = family_of(model, _DECODER).model_type

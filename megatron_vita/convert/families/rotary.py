@@ -29,14 +29,12 @@ class Rotary:
 
 
 def read_rotary(config: Mapping[str, Any], where: str, partial: float | None, length: int) -> Rotary:
-    """The rotary embedding of a config.json, from the one spelling or the other.
+    """The rotary embedding of a config.json, from the one spelling or the other. Raises CheckpointError: nothing says
+    its base, two places disagree, or it is scaled in a way that we cannot.
 
     Args:
         partial: share of each head that the class turns where nothing is said; none: it always turns whole heads.
         length: the config's max_position_embeddings.
-
-    Raises:
-        CheckpointError: nothing says its base, two places disagree, or it is scaled in a way that we cannot.
     """
     bases = {} if config.get("rope_theta") is None else {"rope_theta": number(config, "rope_theta", where)}
     scalings: dict[str, Mapping[str, Any]] = {}

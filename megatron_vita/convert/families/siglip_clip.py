@@ -14,6 +14,7 @@ from typing import Any
 from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.combined import Subset
+from megatron_vita.convert.families.intern_vit import Names, layer_rules
 from megatron_vita.convert.hf_config import (
     check_not_quantised,
     choice,
@@ -21,7 +22,7 @@ from megatron_vita.convert.hf_config import (
     section,
     tower_sizes,
 )
-from megatron_vita.convert.rules import Rule, grouped_qkv, rename
+from megatron_vita.convert.rules import Rule, rename
 from megatron_vita.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,15 @@ MODEL_TYPES = {
     "clip_vision_model": "clip",
 }
 """model_type of a whole model or of its tower -> model.vision.model_type."""
+_NAMES = Names(
+    class_token="embeddings.class_embedding",
+    position="embeddings.position_embedding.weight",
+    patch="embeddings.patch_embedding",
+    layer="encoder.layers.{n}.",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    proj="self_attn.out_proj",
+    norms=("layer_norm1", "layer_norm2"),
+)
 _NESTED = "vision_model."
 """Prefix of the tower's tensors inside a model of pictures and texts, and in towers that older releases saved."""
 _OTHER_HALF = re.compile(
@@ -55,11 +65,8 @@ _OTHER_HALF = re.compile(
 
 
 def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
-    """A tower's config.json, or that of a model of pictures and texts, as a VisionConfig.
-
-    Raises:
-        CheckpointError: an unknown kind, or an unsupported feature.
-    """
+    """A tower's config.json, or that of a model of pictures and texts, as a VisionConfig. Raises CheckpointError: an
+    unknown kind, or an unsupported feature."""
     family = MODEL_TYPES[choice(config, "model_type", MODEL_TYPES, None, where)]
     # CLIP's oldest files say it twice; transformers believes the second and fills it up with its own defaults.
     inner = section(config, "vision_config_dict", where) if family == "clip" else None
@@ -125,46 +132,19 @@ def without_unused(vision: VisionConfig, source: LazyTensors) -> LazyTensors:
 
 def rules(vision: VisionConfig, prefix: str = "") -> list[Rule]:
     """Every tensor of the tower that runs; `prefix` begins its Hugging Face names."""
-    width, inner, side = vision.hidden_size, vision.ffn_hidden_size, vision.patch_size
-    heads, family = vision.num_attention_heads, vision.family
-    top = "vision_model."
-    patch = "embeddings.patch_embedding"
+    width, side, family = vision.hidden_size, vision.patch_size, vision.family
+    top, patch = "vision_model.", prefix + _NAMES.patch
     table = [
-        rename(
-            top + "position_embeddings.weight",
-            prefix + "embeddings.position_embedding.weight",
-            (vision.num_positions, width),
-        ),
-        rename(top + "conv1.weight", f"{prefix}{patch}.weight", (width, 3, side, side)),
+        rename(top + "position_embeddings.weight", prefix + _NAMES.position, (vision.num_positions, width)),
+        rename(top + "conv1.weight", patch + ".weight", (width, 3, side, side)),
     ]
     if family.patch_bias:
-        table.append(rename(top + "conv1.bias", f"{prefix}{patch}.bias", (width,)))
+        table.append(rename(top + "conv1.bias", patch + ".bias", (width,)))
     if family.class_token:
-        name = prefix + "embeddings.class_embedding"
-        table.append(rename(top + "class_token", name, (1, 1, width), hf_shape=(width,)))
+        table.append(rename(top + "class_token", prefix + _NAMES.class_token, (1, 1, width), hf_shape=(width,)))
     outer = [("ln_pre", "pre_layrnorm")] * family.pre_norm + [("ln_post", "post_layernorm")] * vision.post_norm
     for kind in ("weight", "bias"):
         table += [rename(f"{top}{one}.{kind}", f"{prefix}{two}.{kind}", (width,)) for one, two in outer]
     for layer in range(vision.built_layers):
-        mcore, hf = f"{top}decoder.layers.{layer}.", f"{prefix}encoder.layers.{layer}."
-        for kind, columns in (("weight", width), ("bias", None)):
-            table.append(
-                grouped_qkv(
-                    f"{mcore}self_attention.linear_qkv.{kind}",
-                    [f"{hf}self_attn.{part}_proj.{kind}" for part in "qkv"],
-                    heads=heads,
-                    groups=heads,
-                    head_dim=width // heads,
-                    columns=columns,
-                )
-            )
-            for one, two, rows, inputs in (
-                ("self_attention.linear_proj", "self_attn.out_proj", width, width),
-                ("mlp.linear_fc1", "mlp.fc1", inner, width),
-                ("mlp.linear_fc2", "mlp.fc2", width, inner),
-            ):
-                shape = (rows, inputs) if kind == "weight" else (rows,)
-                table.append(rename(f"{mcore}{one}.{kind}", f"{hf}{two}.{kind}", shape))
-            for one, two in (("self_attention.linear_qkv", "layer_norm1"), ("mlp.linear_fc1", "layer_norm2")):
-                table.append(rename(f"{mcore}{one}.layer_norm_{kind}", f"{hf}{two}.{kind}", (width,)))
+        table += layer_rules(vision, _NAMES, f"{top}decoder.layers.{layer}.", prefix + _NAMES.layer.format(n=layer))
     return table
