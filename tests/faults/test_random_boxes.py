@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron_vita.checkpoint.parts import Part
 from megatron_vita.checkpoint.reader import read
-from megatron_vita.checkpoint.writer import Planner, Writer
+from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
@@ -69,7 +69,7 @@ def write_by_ranks(folder: Path, dealt: Sequence[Sequence[Part]]) -> Path:
     ]
     plans = []
     for rank, (planner, writer) in enumerate(zip(planners, writers, strict=True)):
-        planner.set_up_planner({part.label: part.data for part in dealt[rank]}, None, rank == 0)
+        planner.set_up_planner({PARTS: {part.label: part.data for part in dealt[rank]}}, None, rank == 0)
         writer.set_up_storage_writer(rank == 0)
         plans.append(writer.prepare_local_plan(planner.create_local_plan()))
     together, metadata = planners[0].create_global_plan(plans)
