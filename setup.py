@@ -22,7 +22,7 @@ setup(
     package_data={"megatron_vita": ["**/*.yaml", "**/*.jinja", "py.typed"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",  # tried: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (3.12)
         "numpy>=1.26",
         "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
         "pyyaml",

@@ -1,4 +1,4 @@
-"""Device selection (CUDA or CPU), and the patches that megatron-core 0.16.1 needs to run without CUDA.
+"""Device selection (CUDA or CPU), and the patches that megatron-core (0.16.1 to 0.19) needs to run without CUDA.
 
 megatron-core calls torch.cuda directly in about forty places. Without CUDA, `install` replaces these calls by CPU
 equivalents; with CUDA it does nothing. Each patch names the callers that need it. No other file of the package names a
@@ -24,8 +24,8 @@ _installed = False
 
 
 def has_accelerator() -> bool:
-    """True if CUDA is usable."""
-    return torch.cuda.is_available()
+    """True if a GPU is visible. Does not initialise CUDA (torch.cuda.is_available may), so the process may fork."""
+    return num_accelerators() > 0
 
 
 def num_accelerators() -> int:
@@ -46,6 +46,12 @@ def on_accelerator(what: torch.Tensor | torch.device) -> bool:
 def backend() -> str:
     """The communication backend for tensors on `torch_device()`."""
     return "nccl" if has_accelerator() else "gloo"
+
+
+def new_host_group() -> torch.distributed.ProcessGroup:
+    """A process group of all ranks for tensors on the CPU. All ranks call it."""
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
+    return group
 
 
 def bind_rank(local_rank: int) -> None:
@@ -174,8 +180,10 @@ def _redirect_device_queries() -> None:
     # Device of new buffers: distributed/param_and_grad_buffer.py, tensor_parallel/{layers,mappings}.py,
     # p2p_communication.py, distrib_optimizer.py, dist_checkpointing/strategies.
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    # p2p_communication.py after batched p2p, dist_checkpointing's writers: gloo operations are complete after wait().
+    # p2p_communication.py after batched p2p: gloo operations are complete after wait().
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    # param_and_grad_buffer.py (0.19) before each reduction of gradients: it waits for events of CUDA graphs.
+    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment]
     # distrib_optimizer.py and exchange_utils.py when saving or loading, language_module.py with tied embeddings.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
@@ -190,6 +198,14 @@ def _redirect_device_queries() -> None:
         return out
 
     torch.Tensor.type = type_as_megatron_expects  # type: ignore[method-assign,assignment]
+
+
+class _NoStream:
+    """The current CUDA stream on the CPU: whatever was called is done, so there is nothing to wait for."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    synchronize = wait_event = record_event = wait_stream
 
 
 class _ExpectedRngNoise(logging.Filter):
@@ -217,25 +233,48 @@ def _redirect_rng() -> None:
 # ---- loading a distributed optimizer whose inner optimizer is torch's AdamW (no Transformer Engine, no Apex) ----
 
 
+def distributed_optimizers(optimizer: Any) -> list[Any]:
+    """The DistributedOptimizers that a (chained) optimizer consists of."""
+    chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return list(chained)
+
+
+def optimizer_step(optimizer: Any) -> float:
+    """Steps that one DistributedOptimizer has done; 0 on a rank without trainable parameters."""
+    groups = optimizer.state_dict()["optimizer"]["param_groups"]
+    return max((float(group.get("step") or 0.0) for group in groups), default=0.0)
+
+
+def set_optimizer_step(optimizer: Any, step: float) -> None:
+    """Allocate the state of a (chained) optimizer that is to be loaded, and set how many steps it has done. Its
+    settings stay."""
+    prepare_optimizer_for_load(optimizer)
+    for one in distributed_optimizers(optimizer):
+        state = one.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = int(step)
+        one.load_state_dict(state)
+    fix_optimizer_after_load(optimizer)
+
+
 def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
     """The DistributedOptimizers of a (chained) optimizer whose inner optimizer is torch's Adam or AdamW."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    for one in chained:
+    for one in distributed_optimizers(optimizer):
         if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW):
             yield one
 
 
 def prepare_optimizer_for_load(optimizer: Any) -> None:
-    """Work around two defects of megatron-core 0.16.1's distributed optimizer with torch's AdamW.
+    """Work around two defects of megatron-core's distributed optimizer (0.16.1 to 0.19.2) with torch's AdamW.
 
     Call it before the optimizer's (sharded) state dict is requested, for loading or saving.
 
-    * `state_dict` asserts that the optimizer has state (distrib_optimizer.py:642). It has none before the first step,
-      or on a rank without trainable parameters (a pipeline stage whose layers are all frozen).
+    * `state_dict` asserts that the optimizer has state. It has none before the first step, or on a rank without
+      trainable parameters (a pipeline stage whose layers are all frozen).
     * On loading, every entry of a parameter's state is copied, including `step`, which checkpoints do not store per
-      parameter, and the copy is not under no_grad (distrib_optimizer.py:938-940).
+      parameter, and the copy is not under no_grad (_set_main_param_and_optimizer_states).
     """
     for one in _plain_distributed_optimizers(optimizer):
         if not one.optimizer.state:
@@ -265,8 +304,8 @@ def _state_dict_of_nothing(optimizer: Any) -> dict[str, Any]:
 def fix_optimizer_after_load(optimizer: Any) -> None:
     """Give every parameter a `step` tensor of its own. Call it right after `load_state_dict`.
 
-    megatron-core 0.16.1 loads one shared `step` tensor for all parameters (distrib_optimizer.py:818-824), which AdamW
-    then increments once per parameter: wrong bias correction, without any error.
+    megatron-core (0.16.1 to 0.19.2) loads one shared `step` tensor for all parameters, which AdamW then increments once
+    per parameter: wrong bias correction, without any error.
     """
     for one in _plain_distributed_optimizers(optimizer):
         for state in one.optimizer.state.values():

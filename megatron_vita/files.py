@@ -137,6 +137,35 @@ def lock_file(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield lock(stream, wait=wait)
 
 
+def lock_process(stream: IO[Any]) -> bool:
+    """Hold an open file for this process alone, until it ends, however it ends.
+
+    Unlike that of `lock`, this lock (POSIX record lock) also holds between machines on NFS, and no child process
+    inherits it, whose life would prolong it. It is lost as soon as the process closes any descriptor of the file.
+
+    Args:
+        stream: opened for writing.
+
+    Returns:
+        Whether it is held: not if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks (see `no_locks`).
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def no_locks(error: OSError) -> bool:
+    """Whether taking a lock failed because the file system has none."""
+    return error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
 # ---- digests ----
 
 

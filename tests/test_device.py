@@ -28,9 +28,20 @@ def test_device_queries_return_cpu() -> None:
     assert torch.tensor([1], device=torch.cuda.current_device(), pin_memory=True).device.type == "cpu"
     assert torch.ones(2).cuda().device.type == "cpu"
     torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(torch.cuda.current_stream())  # megatron-core 0.19 before each reduction
+    torch.cuda.current_stream(0).wait_event(None)  # type: ignore[arg-type]
+    torch.cuda.current_stream().synchronize()
     assert device.torch_device() == torch.device("cpu")
     assert device.backend() == "gloo"
     assert device.peak_memory_bytes() > 1 << 20
+
+
+def test_asking_for_a_gpu_does_not_initialise_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.is_available may, and then ranks can no longer be forked; device_count asks the driver's library."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("initialises CUDA"))
+    for count in (0, 8):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert device.has_accelerator() == (count > 0)
 
 
 _META = """

@@ -57,6 +57,8 @@ def test_command_names_what_exists(command: str) -> None:
             assert (ROOT / word).exists(), f"{word} does not exist"
 
 
-@pytest.mark.parametrize("target", ["quickstart", "quickstart-short", "needle", "test", "test-fast", "lint", "format"])
+@pytest.mark.parametrize(
+    "target", ["quickstart", "quickstart-short", "needle", "test", "test-fast", "test-newest", "lint", "format"]
+)
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

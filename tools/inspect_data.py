@@ -1,13 +1,14 @@
 """Show what is in packed shards.
 
     python tools/inspect_data.py DIR/PREFIX [--html OUT.html] [--sample K | --pack K] [--pictures OUT.png] [--stats]
-        [--plot OUT.png] [--verify]
+        [--plot OUT.png] [--verify] [--ledger STAGE_FOLDER --step N]
 
 By itself: the set's statistics. --html writes them as a page that stands alone, with charts, what was rejected, and
 samples (that of --sample, those of --pack, or six spread over the set) with their pictures; what carries loss is
 marked. --sample prints the text with what carries loss in ⟦brackets⟧, and the table of its tiles; --pack, what lies
 in a pack. --pictures writes a sheet of their tiles (by itself: one tile of each of up to 64 samples). --plot draws the
-statistics. --verify reads everything and compares the digests.
+statistics. --verify reads everything and compares the digests. --ledger with --step prints which packs and samples
+step N of a run took, and whose labels were masked; STAGE_FOLDER is checkpoint.save/<stage>.
 Exit status 2 for a usage error, 1 for damaged shards.
 """
 
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stats", action="store_true", help="print the statistics beside --sample or --pack, too")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the statistics")
     parser.add_argument("--verify", action="store_true", help="compare every file with its digest")
+    parser.add_argument("--ledger", type=Path, metavar="STAGE_FOLDER", help="of a run on these shards, for --step")
+    parser.add_argument("--step", type=int, metavar="N", help="print what step N of --ledger took")
     args = parser.parse_args(argv)
+    if (args.ledger is None) != (args.step is None):
+        parser.error("--ledger and --step belong together")
     log.configure()
     try:
         from megatron_vita.data.inspect import page as inspect_page
@@ -58,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify:
             shards.verify(full=True)
             print("every file is the one that was written")
+        if args.ledger:
+            from megatron_vita.training.replay import data_of_step
+
+            taken = data_of_step(shards, args.ledger, args.step)
+            for name, ids in vars(taken).items():
+                print(f"step {args.step}, {name}: {', '.join(map(str, ids)) or 'none'}")
+            return 0
         samples = None
         if args.sample is not None:
             samples = [inspect.check_index("--sample", args.sample, shards.num_samples)]

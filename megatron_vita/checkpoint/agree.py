@@ -33,6 +33,18 @@ def on_rank_zero(act: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def all_true(mine: bool) -> bool:
+    """Whether something holds on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_vita import device
+
+    found = torch.tensor(int(mine), device=device.torch_device())
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())
+
+
 def everywhere(act: Callable[[], T], where: str) -> T:
     """Do something on every rank; if it fails on one, raise the same error on all, so that nobody waits for ever.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity
-from megatron_vita.errors import CheckpointError
-from megatron_vita.files import free_name, sync, write_atomic
+from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, PieceDigests, write_integrity
+from megatron_vita.checkpoint.state import RUN_FILE, RunState
+from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.files import free_name, readable_size, sync, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ CHAT_TEMPLATES = "chat_templates"
 _STEP = re.compile(r"iter_(\d{7,})")
 _STAGING = ".writing-"
 _REPLACED = ".replaced-"
+DELETING = ".deleting-"
 
 
 def step_folder(root: Path, iteration: int) -> Path:
@@ -85,7 +89,7 @@ def resolve(path: str | Path) -> Path:
     except CheckpointError as error:
         older = next(filter(_intact, found[1:]), None)
         remedy = f" The newest intact one is {older}; name it to use it." if older else ""
-        raise CheckpointError(f"{error}{remedy}") from None
+        raise type(error)(f"{error}{remedy}") from None
     return found[0]
 
 
@@ -120,19 +124,70 @@ def _intact(step: Path) -> bool:
 
 
 def start_staging(root: Path, iteration: int) -> Path:
-    """An empty folder to write a checkpoint in. What a killed save left behind is deleted first. Call on one rank."""
+    """An empty folder to write a checkpoint in. What a killed process left behind is deleted first. Call on one rank.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         for replaced in root.glob(_REPLACED + "iter_*"):
             restore(root / replaced.name.removeprefix(_REPLACED))
         for old in root.iterdir():
-            if old.name.startswith((_STAGING, _REPLACED)):
+            if old.name.startswith((_STAGING, _REPLACED, DELETING)):
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
         staging = staging_folder(root, iteration)
         staging.mkdir()
     except OSError as error:
         raise CheckpointError(f"{root}: cannot write a checkpoint here ({error}). Choose another folder.") from None
     return staging
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; if the block fails, those that nobody has put anything into go again.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            for one in new:
+                one.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{folder}: cannot be written here ({error}). Choose another --output.") from None
+        raise
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: where it is to be written, or where that folder will be made.
+        needed: bytes in all.
+
+    Raises:
+        CheckpointError: with how much is missing.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: has {readable_size(free)} free, {readable_size(needed)} are needed. Nothing was written. Make "
+            "room, or choose another folder."
+        )
+
+
+def write_files(staging: Path, state: RunState, tokenizer: Path | None, pieces: PieceDigests) -> None:
+    """What lies beside the tensors of a checkpoint, and, last of all, its integrity.json."""
+    (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
+    copy_tokenizer(tokenizer, staging)
+    write_integrity(staging, pieces)
 
 
 def staging_folder(root: Path, iteration: int) -> Path:
@@ -143,17 +198,12 @@ def staging_folder(root: Path, iteration: int) -> Path:
 def publish(root: Path, iteration: int) -> Path:
     """Give a completely written staging folder its name, and point the hint at it. Call on one rank."""
     staging, final = staging_folder(root, iteration), step_folder(root, iteration)
-    sync(staging)
     take_place(staging, final)
-    return finish_publishing(root, iteration)
-
-
-def finish_publishing(root: Path, iteration: int) -> Path:
-    """What is left to do once a step has its name: point the hint at it, and tidy."""
-    final = step_folder(root, iteration)
-    forget_replaced(final)
-    write_atomic(root / HINT_FILE, f"{iteration}\n")
     sync(root)
+    try:
+        write_atomic(root / HINT_FILE, f"{iteration}\n")
+    except OSError as error:  # the step is whole, and found without it
+        log.warning("%s: could not be written (%s)", root / HINT_FILE, error)
     return final
 
 
@@ -202,10 +252,18 @@ def discard_staging(root: Path, iteration: int) -> None:
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files into a checkpoint, so that it can be used without the folder it was trained with."""
-    if source is None or not source.is_dir():
-        return
-    copy_tokenizer_files(source, folder / TOKENIZER_FOLDER)
+    """Copy the tokenizer's files into a checkpoint, so that it can be used without those that it was trained with.
+
+    Args:
+        source: a folder, or a single file.
+        folder: the checkpoint.
+    """
+    if source is not None and source.is_dir():
+        copy_tokenizer_files(source, folder / TOKENIZER_FOLDER)
+    elif source is not None and source.is_file():
+        (folder / TOKENIZER_FOLDER).mkdir()
+        name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(source, folder / TOKENIZER_FOLDER / name)
 
 
 def copy_tokenizer_files(source: Path, target: Path, *, generation: bool = True) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -39,23 +39,8 @@ class DataSummary:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSummary:
         """The inverse of dataclasses.asdict. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
-            name=str(values["name"]),
-            seq_length=int(values["seq_length"]),
-            layout=str(values["layout"]),
-            sources=tuple(
-                SourceSummary(
-                    name=str(one["name"]),
-                    read=int(one["read"]),
-                    used=int(one["used"]),
-                    rejected=int(one["rejected"]),
-                    truncated=int(one["truncated"]),
-                    tokens=int(one["tokens"]),
-                    tiles=int(one["tiles"]),
-                )
-                for one in values["sources"]
-            ),
-        )
+        sources = tuple(SourceSummary(**_plain(SourceSummary, one)) for one in values["sources"])
+        return cls(**_plain(cls, values), sources=sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +64,14 @@ class StageRecord:
         """The inverse of dataclasses.asdict. Raises KeyError, TypeError or ValueError for anything else."""
         digest, data = values["manifest_digest"], values["data"]
         return cls(
+            **_plain(cls, values),
             recipe=dict(values["recipe"]),
-            iteration=int(values["iteration"]),
-            consumed_packs=int(values["consumed_packs"]),
             manifest_digest=None if digest is None else str(digest),
             data=None if data is None else DataSummary.from_dict(data),
         )
+
+
+def _plain(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The text and the whole numbers among the fields of a dataclass."""
+    as_type = {"str": str, "int": int}
+    return {one.name: as_type[str(one.type)](values[one.name]) for one in fields(kind) if one.type in as_type}

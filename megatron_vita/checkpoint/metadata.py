@@ -1,77 +1,63 @@
-"""`.metadata` of torch.distributed.checkpoint, read and written without torch: which part of which tensor lies where.
+"""`.metadata` of torch.distributed.checkpoint, read without running it: which part of which tensor lies where.
 
-The file is a pickle of torch.distributed.checkpoint.metadata.Metadata. It is written as calls of torch's classes with
-the arguments that all versions since 2.6 know, so that each gives fields of its own their defaults (the version of
-Metadata, which 2.6 does not have, is given as state, which any class takes). It is read by the names of fields, as
-Python's pickler writes them, and by their order, as we do. Compared: the classes of torch 2.13 in the tests, and those
-of 2.5 and before by their sources, in which _StorageInfo has no transform_descriptors and Metadata no version.
+The file is a pickle of torch.distributed.checkpoint.metadata.Metadata, and torch's own reader would import and call
+whatever it names. Here every class becomes an inert record of its fields, and what comes out is checked: a file that
+claims to hold more, elsewhere, or twice is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import io
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_vita.checkpoint.archive import MAX_DIMENSIONS
-from megatron_vita.checkpoint.dtypes import DType, by_name
-from megatron_vita.checkpoint.lazy import fills, slices_at
-from megatron_vita.checkpoint.pickle_writer import dumps
-from megatron_vita.checkpoint.pickles import Name, Record, run
+import torch
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from megatron_vita.checkpoint.boxes import Slices, fills, slices_at
 from megatron_vita.errors import CheckpointError
 
-MAX_STEPS = 20_000_000
-"""Instructions of one file: a piece takes about 60, a 72B model has 9,000 pieces, with its optimizer on 512 ranks
-200,000."""
-VERSION = "1.0.0"
-"""Of Metadata."""
-
-_MODULE = "torch.distributed.checkpoint.metadata"
-_METADATA = Name(_MODULE, "Metadata")
-_INDEX = Name(_MODULE, "MetadataIndex")
-_STORAGE_META = Name(_MODULE, "StorageMeta")
-_TENSOR = Name(_MODULE, "TensorStorageMetadata")
-_BYTES = Name(_MODULE, "BytesStorageMetadata")
-_CHUNK = Name(_MODULE, "ChunkStorageMetadata")
-_PROPERTIES = Name(_MODULE, "TensorProperties")
-_PLACE = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-_SIZE = Name("torch", "Size")
+METADATA_FILE = ".metadata"
+DTYPES = {
+    str(one).removeprefix("torch."): one
+    for one in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""Types of elements that are supported, by torch's name."""
+_MAX_DIMENSIONS = 32
 _FIELDS = {
-    _METADATA: ("state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"),
-    _INDEX: ("fqn", "offset", "index"),
-    _TENSOR: ("properties", "size", "chunks"),
-    _CHUNK: ("offsets", "sizes"),
-    _PROPERTIES: ("dtype", "layout", "requires_grad", "memory_format", "pin_memory"),
-    _PLACE: ("relative_path", "offset", "length", "transform_descriptors"),
+    f"{kind.__module__}.{kind.__name__}": tuple(one.name for one in dataclasses.fields(kind))
+    for kind in (
+        torch_metadata.Metadata,
+        torch_metadata.MetadataIndex,
+        torch_metadata.TensorStorageMetadata,
+        torch_metadata.ChunkStorageMetadata,
+        torch_metadata.TensorProperties,
+        _StorageInfo,
+    )
 }
-"""Fields in the order of the classes' arguments."""
-_KNOWN = {
-    *_FIELDS,
-    _STORAGE_META,
-    _BYTES,
-    _SIZE,
-    Name(_MODULE, "_MEM_FORMAT_ENCODING"),
-    Name("torch.serialization", "_get_layout"),
-    Name("collections", "OrderedDict"),
-    *(
-        Name("torch.distributed.checkpoint.planner", name)
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-    ),
-    *(Name(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-}
-"""What the file may name: the classes that describe tensors, those of the ranks' plans, which megatron-core's writer
-adds to Metadata, and those of the path in StorageMeta."""
+"""The classes that are looked into, with their fields in the order of their arguments and of their state."""
+_IGNORED = re.compile(
+    r"torch\.distributed\.checkpoint\.metadata\.(StorageMeta|BytesStorageMetadata|_MEM_FORMAT_ENCODING)"
+    r"|torch\.distributed\.checkpoint\.planner\.(SavePlan|WriteItem|WriteItemType|TensorWriteData|BytesIOWriteData)"
+    r"|torch\.serialization\._get_layout|pathlib\.(_local\.)?(PosixPath|PurePosixPath)"
+)
+"""What the file may name besides, and nobody looks at: megatron-core's writer adds the plans of the ranks."""
 
 
 @dataclass(frozen=True)
 class StoredPiece:
     """One part of one tensor, and where it lies."""
 
-    offsets: tuple[int, ...]
-    """Its first element in the tensor."""
-    sizes: tuple[int, ...]
-    """Its shape."""
+    box: Slices
+    """The part."""
     file: str
     """Below the checkpoint's folder."""
     position: int
@@ -85,66 +71,70 @@ class StoredTensor:
     """One tensor of a checkpoint."""
 
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: torch.dtype
     pieces: tuple[StoredPiece, ...]
 
 
-def metadata_bytes(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """The content of `.metadata`, as torch and megatron-core read it. Tensors and pieces keep their order."""
-    described, places = {}, {}
-    for key, tensor in tensors.items():
-        chunks = []
-        for index, piece in enumerate(tensor.pieces):
-            offsets = _size(piece.offsets)
-            chunks.append(Record(_CHUNK, (offsets, _size(piece.sizes))))
-            places[Record(_INDEX, (key, piece.offsets, index))] = Record(
-                _PLACE, (piece.file, piece.position, piece.length)
-            )
-        properties = Record(_PROPERTIES, (Name("torch", tensor.dtype.name),))
-        described[key] = Record(_TENSOR, (properties, _size(tensor.shape), chunks))
-    arguments = (described, None, places, Record(_STORAGE_META, ()))
-    return dumps(Record(_METADATA, arguments, {"version": VERSION}))
-
-
-def _size(numbers: tuple[int, ...]) -> Record:
-    return Record(_SIZE, (numbers,))
-
-
 def parse_metadata(content: bytes, where: Path) -> dict[str, StoredTensor]:
-    """The tensors that `.metadata` describes, in its order; entries that are no tensors are left out.
-
-    Args:
-        content: of the file; nothing of it is run.
-        where: the file, for messages.
+    """The tensors that a `.metadata` file describes, by key.
 
     Raises:
-        CheckpointError: it names anything but the classes that describe tensors, is damaged, or describes what cannot
-            be: parts outside their tensor, twice or missing, places that are no places.
+        CheckpointError: it names what a checkpoint has no business with, or what it says cannot be so.
     """
-
-    def checked(name: Name) -> None:
-        if name not in _KNOWN and not (name.module == "torch" and by_name(name.name)):
-            raise _refused(where, f"it names {str(name)[:200]}, which a checkpoint has no business with")
-
     try:
-        metadata = run(content, where, calls=_called, names=checked, max_steps=MAX_STEPS)
-        return _tensors(metadata)
+        return _tensors(_Inert(io.BytesIO(content)).load())
     except _SenselessError as error:
-        raise _refused(where, str(error)) from None
-
-
-def _refused(where: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{where}: refused, {what}. Do not use this checkpoint.")
+        raise CheckpointError(f"{where}: refused, {error}. Do not use this checkpoint.") from None
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        raise CheckpointError(f"{where}: refused, it is damaged ({error}). Do not use this checkpoint.") from error
 
 
 class _SenselessError(CheckpointError):
     """What the file says cannot be so."""
 
 
-def _called(name: Name, arguments: Any) -> Any:
-    if name == _SIZE and type(arguments) is tuple and len(arguments) == 1:
-        return _numbers(arguments[0])
-    return NotImplemented
+class _Record:
+    """An object of any class, as the fields that it was made with."""
+
+    fields: tuple[str, ...] = ()
+    values: dict[str, Any]
+
+    def __new__(cls, *arguments: Any) -> _Record:  # pickle makes an object with its arguments, or without and a state
+        one = super().__new__(cls)
+        one.values = dict(zip(cls.fields, arguments, strict=False))
+        return one
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is tuple:  # TensorProperties' __getstate__ makes it one
+            state = dict(zip(self.fields, state, strict=False))
+        if type(state) is not dict:
+            raise _SenselessError("the state of an object is no list of fields")
+        self.values.update((name, state[name]) for name in self.fields if name in state)
+
+
+class _Inert(pickle.Unpickler):
+    """Makes records of the classes of a checkpoint, and refuses every other name."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._classes: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if full in ("torch.Size", "collections.OrderedDict"):
+            return tuple if name == "Size" else dict
+        if full not in _FIELDS and not _IGNORED.fullmatch(full):
+            raise _SenselessError(f"it names {full[:200]}, which a checkpoint has no business with")
+        # new classes for every file: a hostile one may write into them
+        return self._classes.setdefault(full, type(name, (_Record,), {"fields": _FIELDS.get(full, ())}))
+
+
+def _fields(record: Any, name: str) -> dict[str, Any]:
+    if not isinstance(record, _Record) or type(record).__name__ != name:
+        raise _SenselessError(f"it has something else in the place of {name}")
+    return record.values
 
 
 def _number(value: Any) -> int:
@@ -154,38 +144,23 @@ def _number(value: Any) -> int:
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
-    if type(values) not in (tuple, list) or len(values) > MAX_DIMENSIONS:
+    if type(values) not in (tuple, list) or len(values) > _MAX_DIMENSIONS:
         raise _SenselessError("a size is no list of numbers")
     return tuple(map(_number, values))
 
 
-def _fields(record: Any, call: Name) -> dict[str, Any]:
-    """The fields of an object of one class, from the arguments and the state it was made with."""
-    if type(record) is not Record or record.call != call or type(record.arguments) is not tuple:
-        raise _SenselessError(f"it has something else in the place of {call.name}")
-    names = _FIELDS[call]
-    state = record.state
-    if call == _PROPERTIES and type(state) is tuple:  # its __getstate__ makes it one
-        state = dict(zip(names, state, strict=False))
-    elif state is None:
-        state = {}
-    elif type(state) is not dict or len(state) > 2 * len(names):
-        raise _SenselessError(f"the fields of {call.name} are not its own")
-    return {**dict(zip(names, record.arguments, strict=False)), **state}
-
-
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:
-    fields = _fields(metadata, _METADATA)
-    described, places = fields.get("state_dict_metadata"), fields.get("storage_data")
-    if type(described) is not dict or type(places) is not dict:
+    fields = _fields(metadata, "Metadata")
+    described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if type(described) is not dict or type(stored) is not dict:
         raise _SenselessError("it does not describe a checkpoint")
-    left = _places(places)
+    left = _places(stored)
     tensors = {}
     for key, one in described.items():
         if type(key) is not str:
             raise _SenselessError("a tensor's name is no text")
-        if not (type(one) is Record and one.call == _BYTES):
-            tensors[key] = _tensor(key, _fields(one, _TENSOR), left)
+        if type(one).__name__ != "BytesStorageMetadata":
+            tensors[key] = _tensor(key, _fields(one, "TensorStorageMetadata"), left)
     return tensors
 
 
@@ -197,7 +172,7 @@ def _places(stored: dict[Any, Any]) -> _Places:
     places: _Places = {}
     files: set[str] = set()
     for key, one in stored.items():
-        index, place = _fields(key, _INDEX), _fields(one, _PLACE)
+        index, place = _fields(key, "MetadataIndex"), _fields(one, "_StorageInfo")
         name, offsets, file = index.get("fqn"), index.get("offset"), place.get("relative_path")
         if type(name) is not str or type(file) is not str:
             raise _SenselessError("a part has no name or no file")
@@ -220,9 +195,8 @@ def _places(stored: dict[Any, Any]) -> _Places:
 
 def _tensor(key: str, fields: dict[str, Any], left: _Places) -> StoredTensor:
     """One tensor. Its places are taken away, so that work is bounded by their number and none is used twice."""
-    dtype = _fields(fields.get("properties"), _PROPERTIES).get("dtype")
-    found = by_name(dtype.name) if type(dtype) is Name and dtype.module == "torch" else None
-    if found is None:
+    dtype = _fields(fields.get("properties"), "TensorProperties").get("dtype")
+    if not isinstance(dtype, torch.dtype):
         raise _SenselessError(f"{key[:200]} has no type")
     shape = _numbers(fields.get("size"))
     chunks = fields.get("chunks")
@@ -230,7 +204,7 @@ def _tensor(key: str, fields: dict[str, Any], left: _Places) -> StoredTensor:
         raise _SenselessError(f"{key[:200]} has no parts")
     pieces = []
     for chunk in chunks:
-        part = _fields(chunk, _CHUNK)
+        part = _fields(chunk, "ChunkStorageMetadata")
         offsets, sizes = _numbers(part.get("offsets")), _numbers(part.get("sizes"))
         if not len(offsets) == len(sizes) == len(shape) or any(
             start + extent > whole for start, extent, whole in zip(offsets, sizes, shape, strict=True)
@@ -239,7 +213,7 @@ def _tensor(key: str, fields: dict[str, Any], left: _Places) -> StoredTensor:
         place = left.pop((key, offsets), None)
         if place is None:
             raise _SenselessError(f"a part of {key[:200]} lies nowhere, or stands there twice")
-        pieces.append(StoredPiece(offsets, sizes, *place))
-    if not fills([slices_at(one.offsets, one.sizes) for one in pieces], shape):
+        pieces.append(StoredPiece(slices_at(offsets, sizes), *place))
+    if not fills([one.box for one in pieces], shape):
         raise _SenselessError(f"the parts of {key[:200]} do not hold each of its elements once")
-    return StoredTensor(shape, found, tuple(pieces))
+    return StoredTensor(shape, dtype, tuple(pieces))

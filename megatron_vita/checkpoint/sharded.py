@@ -1,131 +1,93 @@
-"""Save and load under any parallel layout, through megatron-core's distributed checkpoints.
+"""Load under any parallel layout, and say what a save writes. All functions are called by every rank of the world.
 
-megatron-core says which rank holds which part of which tensor (`sharded_state_dict`); our two strategies, plugged in
-where it lets one plug them in, write and read the bytes (storage.py, stored.py). Reading needs no plan and no
-exchange: a rank reads the parts that overlap what it holds. All functions here are called by every rank of the world.
-
-megatron-core and torch are imported where they are used: conversion does without them and their seconds of imports.
+A rank reads the stored pieces that overlap what it holds, in place: no plan of all ranks, no exchange, and no more
+memory than a piece.
 """
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_vita import device
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint.agree import on_rank_zero
-from megatron_vita.checkpoint.integrity import Integrity, write_integrity
+from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
+from megatron_vita.checkpoint.holdings import (
+    OPTIMIZER_PREFIX,
+    Holding,
+    Ranks,
+    clear_padding,
+    holdings,
+    optimizer_parts,
+    optimizer_states,
+    weights_to_read,
+    weights_to_write,
+)
 from megatron_vita.checkpoint.offline import model_keys
-from megatron_vita.checkpoint.state import RUN_FILE, RunState
-from megatron_vita.checkpoint.storage import WrittenPiece
+from megatron_vita.checkpoint.parts import Part
+from megatron_vita.checkpoint.reader import read
+from megatron_vita.checkpoint.state import RunState
 from megatron_vita.checkpoint.stored import CheckpointTensors
+from megatron_vita.checkpoint.tensors import LazyTensors, as_lazy
+from megatron_vita.checkpoint.writer import COMMON_FILE
 from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-CONTENT: dict[str, Any] = {
-    # The one optimizer format of 0.16.1 that every layout can read (the default one is dead code).
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-    # A key for each layer, so that pipeline stages of any size, and converters, can pick layers out.
-    "non_homogeneous_layers": True,
-}
-_EXTRA_STATE = "_extra_state"
-"""Transformer Engine's pickled fp8 state: neither written nor asked for, so CPU and GPU checkpoints are one format."""
+_STEP, _SCHEDULE = "optimizer_step", "scheduler_num_steps"
+"""Keys of common.json: optimizer steps done, and steps that the schedule has counted."""
+_COMMON_VERSION_2 = "common.pt"
 
 
-def save(
-    root: str | Path,
-    model_chunks: Sequence[torch.nn.Module],
-    optimizer: Any | None,
-    scheduler: Any | None,
-    state: RunState,
-    groups: Any = None,
-    *,
-    tokenizer_dir: str | Path | None = None,
-) -> Path:
-    """Write root/iter_<state.iteration>: everything or, if anything fails or is killed, nothing.
-
-    Args:
-        root: folder of checkpoints, on a file system that all ranks see.
-        model_chunks: this rank's part of the model, wrapped or bare.
-        optimizer: megatron-core's optimizer; none writes weights only.
-        scheduler: anything with `state_dict()`, for instance OptimizerParamScheduler.
-        state: what goes to run.json; the same on every rank.
-        groups: the layout (parallel.groups.Groups); by default megatron-core's current one.
-        tokenizer_dir: Hugging Face tokenizer folder to copy along.
-
-    Returns:
-        The published folder, on every rank.
-
-    Raises:
-        CheckpointError: on every rank, if any rank could not write its part.
-    """
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-
-    from megatron_vita.checkpoint.strategies import WritePieces
-
-    root = Path(root)
-    staging = on_rank_zero(lambda: folders.start_staging(root, state.iteration))
-    try:
-        content = _content(model_chunks, optimizer, scheduler, groups, loading=False)
-        strategy = WritePieces(state.stage.model.vocab_size)
-        # megatron-core's own check that each part is written once would send every rank's list to every rank;
-        # write_metadata proves the same on rank 0.
-        dist_checkpointing.save(
-            content, str(staging), strategy, validate_access_integrity=False, content_metadata=dict(CONTENT)
-        )
-        return on_rank_zero(lambda: _finish(root, staging, state, tokenizer_dir, strategy.written))
-    except BaseException:
-        if dist.get_rank() == 0:
-            folders.discard_staging(root, state.iteration)
-        raise
+def training_parts(
+    model_chunks: Sequence[nn.Module], optimizer: Any | None, scheduler: Any | None, state: RunState, groups: Any
+) -> tuple[list[Part], dict[str, float]]:
+    """(what this rank writes of weights and optimizer, the numbers that go with it)."""
+    ranks = Ranks.of(groups)
+    vocabulary = state.stage.model.vocab_size or None
+    held = holdings(_bare(model_chunks), ranks, lambda key: vocabulary)
+    parts = weights_to_write(held, ranks)
+    common: dict[str, float] = {}
+    if optimizer is not None:
+        device.prepare_optimizer_for_load(optimizer)  # one that never stepped has no state to describe yet
+        parts += optimizer_parts(list(optimizer_states(optimizer)), held, ranks)
+        common[_STEP] = max(device.optimizer_step(one) for one in device.distributed_optimizers(optimizer))
+    if scheduler is not None:
+        common[_SCHEDULE] = scheduler.num_steps
+    return parts, common
 
 
-def load_weights(folder: str | Path, model_chunks: Sequence[torch.nn.Module]) -> RunState:
+def load_weights(folder: str | Path, model_chunks: Sequence[nn.Module]) -> RunState:
     """Load a checkpoint's weights, and nothing else, into models laid out in any way.
 
     Raises:
-        CheckpointError: on every rank and before any weight has changed, if the folder is damaged, or a tensor is
-            missing, left over or of another shape (named, with both shapes).
+        CheckpointError: on every rank; before any weight has changed if a tensor is missing, left over or of another
+            shape (named, with both shapes).
+        DamagedError: the checkpoint is not what was written. Weights may have changed.
     """
-    folder = folders.resolve(folder)
-    state = RunState.read(folder)
-    _load(folder, _content(model_chunks, None, None, None, loading=True), model_chunks, state)
-    return state
+    return _load(folder, model_chunks, None, None)
 
 
-def load_training(
-    folder: str | Path, model_chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any
-) -> RunState:
+def load_training(folder: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
     """Load weights, optimizer and schedule, so that the next step is what it would have been.
 
-    Raises:
-        CheckpointError: as load_weights; or the checkpoint was saved without its optimizer.
-    """
-    from megatron_vita import device
+    Settings of optimizer and schedule stay those that they were built with.
 
-    folder = folders.resolve(folder)
-    state = RunState.read(folder)
-    device.prepare_optimizer_for_load(optimizer)
-    content = _content(model_chunks, optimizer, None, None, loading=True)
-    loaded = _load(folder, content, model_chunks, state)
-    optimizer.load_state_dict(loaded["optimizer"])
-    device.fix_optimizer_after_load(optimizer)
-    if scheduler is not None:
-        scheduler.load_state_dict(loaded["scheduler"])
-    return state
+    Raises:
+        CheckpointError, DamagedError: as load_weights; or the checkpoint was saved without its optimizer.
+    """
+    return _load(folder, model_chunks, optimizer, scheduler)
 
 
 def load_tensors(
     tensors: Mapping[str, Tensor],
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[nn.Module],
     where: str,
     *,
     saved: ModelConfig | None = None,
@@ -140,89 +102,117 @@ def load_tensors(
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape, or belongs to another model.
     """
-    from megatron_vita.checkpoint.strategies import fill
-
     if saved is not None:
         _check_settings(where, saved, _bare(model_chunks))
-    content = _content(model_chunks, None, None, None, loading=True)
-    _into_models(fill(content, tensors, where), model_chunks)
+    source = as_lazy(tensors)
+    held = _held(source, model_chunks)
+    parts = weights_to_read(held)
+    _check(source, parts, held, where)
+
+    def fill() -> None:
+        with torch.no_grad():
+            for part in parts:
+                if part.data.dtype == source.dtype(part.key) and not device.on_accelerator(part.data):
+                    source.read_into(part.key, part.box, part.data)
+                else:
+                    part.data.copy_(source.read(part.key, part.box))
+
+    everywhere(fill, where)
+    clear_padding(held)
 
 
 def read_state(folder: str | Path) -> RunState:
     """run.json of a checkpoint (or of the newest one in a folder of checkpoints), verified."""
-    folder = folders.resolve(folder)
-    Integrity.read(folder).read_file(RUN_FILE)
-    return RunState.read(folder)
+    return RunState.read(folders.resolve(folder))
 
 
-def _content(
-    model_chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, groups: Any, *, loading: bool
-) -> dict[str, Any]:
-    """megatron-core's sharded state dict of all that is saved or loaded."""
-    from megatron.core import parallel_state
-
-    from megatron_vita import device
-
-    if groups is not None:
-        data_ranks = groups.collection.dp_cp
-    else:
-        data_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**CONTENT, "dp_cp_group": data_ranks}
-    content: dict[str, Any] = {}
-    for number, chunk in enumerate(_bare(model_chunks)):
-        full = chunk.sharded_state_dict(metadata=metadata)
-        content[f"model{number}"] = {name: one for name, one in full.items() if not name.endswith(_EXTRA_STATE)}
+def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
+    folder = on_rank_zero(lambda: folders.resolve(path))  # one rank looks at all files, not each
+    where = str(folder)
+    tensors = everywhere(lambda: CheckpointTensors(folder, check=False), where)
+    state = RunState.parse(tensors.integrity)
+    _check_settings(where, state.stage.model, _bare(model_chunks))
+    held = _held(tensors, model_chunks)
+    parts = weights_to_read(held)
+    states = []
     if optimizer is not None:
-        if not loading:
-            device.prepare_optimizer_for_load(optimizer)  # one that never stepped has no state to describe yet
-        content["optimizer"] = optimizer.sharded_state_dict(dict(content), is_loading=loading, metadata=metadata)
-    if scheduler is not None:
-        content["scheduler"] = scheduler.state_dict()
-    return content
+        if not any(key.startswith(OPTIMIZER_PREFIX) for key in tensors):
+            raise CheckpointError(
+                f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from "
+                "it. Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
+            )
+        common = _common(tensors)
+        device.set_optimizer_step(optimizer, common[_STEP])
+        states = list(optimizer_states(optimizer))
+        parts += optimizer_parts(states, held)
+        if scheduler is not None:
+            scheduler.num_steps = int(common[_SCHEDULE])
+            scheduler.step(0)
+    _check(tensors, parts, held, where)
+    everywhere(lambda: read(parts, tensors), where)
+    for one in states:
+        one.restore()
+    clear_padding(held)
+    return state
 
 
-def _finish(
-    root: Path, staging: Path, state: RunState, tokenizer_dir: str | Path | None, written: list[WrittenPiece]
-) -> Path:
-    """Rank 0's last acts: what lies beside the tensors, the digests, the name."""
-    (staging / RUN_FILE).write_text(state.to_json(), encoding="utf-8")
-    folders.copy_tokenizer(Path(tokenizer_dir) if tokenizer_dir else None, staging)
-    pieces: dict[str, list[tuple[int, str]]] = {}
-    for one in written:
-        pieces.setdefault(one.file, []).append((one.length, one.digest))
-    write_integrity(staging, pieces)
-    return folders.publish(root, state.iteration)
-
-
-def _load(folder: Path, content: dict[str, Any], model_chunks: Sequence[torch.nn.Module], state: RunState) -> Any:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    from megatron_vita.checkpoint.strategies import ReadCommon, ReadParts
-
-    _check_settings(str(folder), state.stage.model, _bare(model_chunks))
-    tensors = CheckpointTensors(folder)
-    tensors.integrity.read_file(RUN_FILE)  # `state` is what was written, too
-    if "optimizer" in content and len(model_keys(tensors)) == len(tensors):
-        raise CheckpointError(
-            f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from it. "
-            "Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
-        )
+def _common(tensors: CheckpointTensors) -> dict[str, float]:
+    """Numbers of the optimizer and the schedule."""
+    path = tensors.folder / COMMON_FILE
     try:
-        loaded = dist_checkpointing.load(
-            content,
-            str(folder),
-            ReadParts(tensors, str(folder), vocab_size=state.stage.model.vocab_size),
-            ReadCommon(tensors.integrity),
-            validate_access_integrity=False,
+        if tensors.integrity.version >= 3:
+            values = json.loads(tensors.integrity.read_file(COMMON_FILE))
+            return {key: float(values[key]) for key in (_STEP, _SCHEDULE)}
+        path = tensors.folder / _COMMON_VERSION_2
+        content = io.BytesIO(tensors.integrity.read_file(_COMMON_VERSION_2))
+        old = torch.load(content, map_location="cpu", weights_only=True)
+        step = max(float(group["step"]) for group in old["optimizer"]["optimizer"]["param_groups"])
+        return {_STEP: step, _SCHEDULE: float(old["scheduler"]["num_steps"])}
+    except CheckpointError:
+        raise
+    except Exception as error:  # weights_only refuses with errors of many classes
+        raise CheckpointError(f"{path}: refused ({error!r}). Do not use this checkpoint.") from error
+
+
+def _held(tensors: LazyTensors, model_chunks: Sequence[nn.Module]) -> list[Holding]:
+    def rows(key: str) -> int | None:
+        return tensors.shape(key)[0] if key in tensors else None
+
+    return holdings(_bare(model_chunks), Ranks.of(), rows)
+
+
+def _check(tensors: LazyTensors, parts: Sequence[Part], held: Sequence[Holding], where: str) -> None:
+    """Compare names and shapes on all ranks before anything is read; raise the same error on all of them."""
+    needed = {part.key: part.shape for part in parts} | {one.key: one.shape for one in held}
+    problems = [problem for key, shape in needed.items() if (problem := _mismatch(tensors, key, shape))]
+    for one in held:
+        if one.key in tensors and one.padded_rows is not None and one.padded_rows < tensors.shape(one.key)[0]:
+            problems.append(
+                f"{one.key} has {tensors.shape(one.key)[0]} rows in the checkpoint and {one.padded_rows} in the model"
+            )
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (problems, list(needed)))
+    problems = sorted({problem for found, _ in everyone for problem in found})
+    asked = {key for _, keys in everyone for key in keys}
+    problems += [f"{key} {tensors.shape(key)} is not in the model" for key in model_keys(tensors) if key not in asked]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{where}: does not fit the model: {problems[0]}{more}. "
+            "Make the recipe's model section that of the checkpoint (run.json, stage.model), or use another one."
         )
-    except CheckpointingException as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    _into_models(loaded, model_chunks)
-    return loaded
 
 
-def _check_settings(where: str, saved: ModelConfig, chunks: Sequence[torch.nn.Module]) -> None:
+def _mismatch(tensors: LazyTensors, key: str, needed: tuple[int, ...]) -> str:
+    if key not in tensors:
+        if key.startswith(OPTIMIZER_PREFIX):
+            return f"{key} is missing (was the checkpoint saved with its optimizer, and the same parts trained?)"
+        return f"{key} {needed} is missing"
+    saved = tensors.shape(key)
+    return "" if saved == needed else f"{key} has shape {saved} in the checkpoint and {needed} in the model"
+
+
+def _check_settings(where: str, saved: ModelConfig, chunks: Sequence[nn.Module]) -> None:
     """Compare what shapes do not show: how rows split into heads, and how many rows of a vocabulary are padding."""
     for chunk in chunks:
         needed = getattr(chunk, "model", None)
@@ -243,15 +233,7 @@ def _check_settings(where: str, saved: ModelConfig, chunks: Sequence[torch.nn.Mo
                 )
 
 
-def _into_models(loaded: Mapping[str, Any], model_chunks: Sequence[torch.nn.Module]) -> None:
-    for number, chunk in enumerate(_bare(model_chunks)):
-        result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith(_EXTRA_STATE)]
-        assert not missing, missing
-        assert not result.unexpected_keys, result.unexpected_keys
-
-
-def _bare(model_chunks: Sequence[torch.nn.Module]) -> list[Any]:
+def _bare(model_chunks: Sequence[nn.Module]) -> list[Any]:
     """The chunks without data parallelism and bf16 around them."""
     from megatron.core.utils import unwrap_model
 

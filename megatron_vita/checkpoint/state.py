@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint.history import DataSummary, StageRecord
+from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.config import StageConfig, to_dict
 from megatron_vita.config.load import stage_from_dict
 from megatron_vita.data.spec import PreprocessSpec
@@ -76,16 +77,22 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """Read run.json of a checkpoint folder.
+        """Read run.json of a checkpoint folder, verified. Raises CheckpointError as `parse`."""
+        return cls.parse(Integrity.read(folder, check=False))
+
+    @classmethod
+    def parse(cls, integrity: Integrity) -> RunState:
+        """Read run.json of an opened checkpoint, verified.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of a newer format.
+            DamagedError: the file is not what was written.
+            CheckpointError: it is missing, of a newer format, or does not hold what it should.
         """
-        path = folder / RUN_FILE
+        path = integrity.folder / RUN_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(integrity.read_file(RUN_FILE))
             version = values["format_version"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a readable run.json ({error}). Use another checkpoint.") from None
         if version != FORMAT_VERSION:
             raise CheckpointError(

@@ -1,32 +1,26 @@
-"""Threads, buffers and whole reads and writes: what streaming through bounded memory is made of.
+"""Threads and whole reads: what streaming through bounded memory is made of.
 
 Reading, hashing and writing free Python's lock, so threads share the work and need no copies between processes.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
-import math
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_vita.checkpoint.dtypes import Bits, DType
-from megatron_vita.errors import CheckpointError
-from megatron_vita.files import XXH3, new_digest, usable_cores
+from megatron_vita.errors import CheckpointError, DamagedError
+from megatron_vita.files import new_digest, usable_cores
 
-Bytes = NDArray[np.uint8]
-"""One-dimensional memory."""
 BLOCK_BYTES = 8 << 20
 """Bytes that are read, hashed and written at once: little enough to stay in a processor's caches between the three."""
 MAX_WORKERS = 8
@@ -93,43 +87,16 @@ def in_turn(sources: Iterable[Iterable[_Item]], count: int = FILES_AT_ONCE) -> I
             active.extend(iter(one) for one in itertools.islice(waiting, 1))
 
 
-class Buffers:
-    """Memory that is used again: what is fresh from the system costs a page fault every 4 KiB."""
-
-    def __init__(self, most: int) -> None:
-        """Args: most: bytes that are kept at most; what is given back beyond them is let go."""
-        self._most = most
-        self._lock = threading.Lock()
-        self._free: list[Bytes] = []
-
-    def take(self, size: int) -> Bytes:
-        """At least `size` bytes, to be given back."""
-        with self._lock:
-            for index in reversed(range(len(self._free))):  # the last one given may still be in a cache
-                if len(self._free[index]) >= size:
-                    return self._free.pop(index)
-        return np.empty(max(size, BLOCK_BYTES), np.uint8)
-
-    def give(self, buffer: Bytes) -> None:
-        """Return what was taken, once nobody looks into it any more."""
-        with self._lock:
-            if sum(map(len, self._free)) + len(buffer) <= self._most:
-                self._free.append(buffer)
-
-
 def byte_bar(total: int, *, show: bool) -> tqdm[NoReturn]:
     """A bar on standard error with rate and time left, to be told the bytes that are done."""
     return tqdm(total=total, unit="B", unit_scale=True, disable=not show, mininterval=0.5)
 
 
-def shaped(buffer: Bytes, shape: Sequence[int], dtype: DType) -> Bits:
-    """The first bytes of a buffer as the bits of a tensor."""
-    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype.bits).reshape(tuple(shape))
-
-
-def raw(bits: Bits) -> memoryview:
-    """The bytes of a contiguous array, not copied."""
-    return bits.reshape(-1).view(np.uint8).data
+def unreadable(path: Path, error: OSError, at: str = "") -> CheckpointError:
+    """The error of a file that is gone or that the disk cannot give: damage. Not so where the system refuses, for lack
+    of a permission, of descriptors or of memory: then the file may be whole."""
+    damaged = error.errno in (errno.ENOENT, errno.EIO, errno.EUCLEAN)
+    return (DamagedError if damaged else CheckpointError)(f"{path}: cannot be read{at} ({error.strerror}).")
 
 
 @contextmanager
@@ -138,7 +105,7 @@ def reading(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise unreadable(path, error) from None
     try:
         yield descriptor
     finally:
@@ -155,64 +122,19 @@ def read_exactly(descriptor: int, view: memoryview, position: int, where: Path) 
         try:
             got = os.preadv(descriptor, [view], position)
         except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read at byte {position} ({error.strerror}).") from None
+            raise unreadable(where, error, f" at byte {position}") from None
         if not got:
-            raise CheckpointError(f"{where}: ends at byte {position}, before what was promised. Copy it again.")
+            raise DamagedError(f"{where}: ends at byte {position}, before what was promised. Copy it again.")
         view, position = view[got:], position + got
 
 
-class OutputFile:
-    """A new file that several threads write, each at its place.
-
-    The system lets one thread at a time write into a file, and those who wait keep their cores busy with asking. Here
-    they sleep, and the other threads read and hash meanwhile.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Raises OSError."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._turn = threading.Lock()
-
-    def write(self, parts: Sequence[bytes | memoryview], position: int) -> None:
-        """Write parts one after the other. Raises OSError (no space) if not all could be written."""
-        left = [memoryview(part).cast("B") for part in parts if len(part)]
-        with self._turn:
-            while left:
-                # -1 once it is closed: the number may be another file's by then
-                done = os.pwritev(self._descriptor, left, position)
-                position += done
-                while left and done >= len(left[0]):
-                    done -= len(left.pop(0))
-                if left and done:
-                    left[0] = left[0][done:]
-
-    def sync(self) -> None:
-        """Wait until the content is on the disk."""
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Let go of the file; it takes nothing afterwards. Closing it once more does nothing."""
-        with self._turn:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> OutputFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def digest_of(path: Path, position: int, length: int, algorithm: str = XXH3) -> str:
+def digest_of(path: Path, position: int, length: int) -> str:
     """Digest of a part of a file, in hexadecimal.
 
     Raises:
         CheckpointError: the file cannot be read, or ends before.
     """
-    digest, block = new_digest(algorithm), memoryview(bytearray(min(length, BLOCK_BYTES)))
+    digest, block = new_digest(), memoryview(bytearray(min(length, BLOCK_BYTES)))
     with reading(path) as descriptor:
         for start in range(0, length, BLOCK_BYTES):
             part = block[: length - start]

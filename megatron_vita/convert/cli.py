@@ -9,17 +9,21 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from megatron_vita import log as vita_log
-from megatron_vita.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from megatron_vita.config import ProjectorConfig
 from megatron_vita.convert import exporter, importer, verify
 from megatron_vita.convert.effort import Effort
+from megatron_vita.convert.intact import check_bytes
 from megatron_vita.convert.opening import OpenModel, OpenTower, open_any
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES
 from megatron_vita.convert.text_files import image_token
 from megatron_vita.convert.token_ids import tokens_that_differ
+from megatron_vita.convert.values import type_name
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import no_room
 
@@ -28,7 +32,7 @@ log = logging.getLogger(__name__)
 INTERRUPTED = 130
 """What shells report for Ctrl-C."""
 LOGIT_TOLERANCE = 1e-4
-_DTYPES = {one.name: one for one in (FLOAT32, BFLOAT16, FLOAT16)}
+_DTYPES = {type_name(one): one for one in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted. An import or export goes on where it was: give the same command again.\n")
+        sys.stderr.write("error: interrupted. Nothing was published.\n")
         return INTERRUPTED
     except BrokenPipeError:  # `verify ... | head`: who read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,6 +130,10 @@ def _export(arguments: argparse.Namespace) -> tuple[int, str]:
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, str]:
+    if arguments.b is None:
+        if arguments.logits or arguments.tolerance:
+            raise ConfigError("verify: --logits and --tolerance compare two models. Name a second one.")
+        return 0, check_bytes(Path(arguments.a), progress=True)
     a, b = open_any(arguments.a), open_any(arguments.b)
     if arguments.logits:
         _check_comparable(a, b)
@@ -227,9 +235,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(command)
     command.set_defaults(act=_export)
 
-    command = commands.add_parser("verify", help="compare two models", allow_abbrev=False)
+    command = commands.add_parser("verify", help="compare two models, or one with its digests", allow_abbrev=False)
     command.add_argument("a", type=_place, metavar="A", help="checkpoint or Hugging Face folder")
-    command.add_argument("b", type=_place, metavar="B", help="checkpoint or Hugging Face folder")
+    command.add_argument(
+        "b", type=_place, nargs="?", metavar="B", help="none: read every byte of A against its digests"
+    )
     command.add_argument("--logits", action="store_true", help="run both as well (stock transformers where it can)")
     command.add_argument("--tolerance", type=_tolerance, default=0.0, help="largest difference that counts as equal")
     command.add_argument("--show", type=_number_of, default=20, help="different tensors to list")

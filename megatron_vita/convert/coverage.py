@@ -12,8 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.checkpoint.lazy import LazyTensors, Slices, TensorsInMemory, volume, whole
+from megatron_vita.checkpoint.boxes import Slices, volume, whole
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.convert.rules import disjoint
+from megatron_vita.convert.values import FreshTensors
 from megatron_vita.errors import CheckpointError
 
 REPORT_FILE = "conversion.json"
@@ -83,7 +85,7 @@ def account(target: LazyTensors) -> Coverage:
         filled, mine = 0, dict[str, None]()
         for origin in target.origins(name, whole(shape)):
             filled += origin.elements
-            if origin.leaf is None or isinstance(origin.leaf, TensorsInMemory):
+            if origin.leaf is None or isinstance(origin.leaf, FreshTensors):
                 initialised_keys[name] = (
                     f"{origin.elements} elements: {origin.name if origin.leaf is None else INITIALISED}"
                 )
@@ -116,7 +118,7 @@ def account(target: LazyTensors) -> Coverage:
             unused_keys[name] = f"{total - taken} of {total} elements: {reasons[name]}"
     return Coverage(
         source_tensors=sum(len(leaf) for leaf in leaves.values()),
-        source_bytes=sum(_bytes(leaf) for leaf in leaves.values()),
+        source_bytes=sum(map(_bytes, leaves.values())),
         used_bytes=used_bytes,
         target_bytes=_bytes(target),
         parts=parts,
@@ -126,4 +128,4 @@ def account(target: LazyTensors) -> Coverage:
 
 
 def _bytes(tensors: LazyTensors) -> int:
-    return sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors)
+    return sum(map(tensors.nbytes, tensors))

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vita.checkpoint.dtypes import FLOAT32, DType
-from megatron_vita.checkpoint.lazy import LazyTensors
+import torch
+
 from megatron_vita.checkpoint.streams import Workers, byte_bar, default_workers, digest_of
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.convert.card import Subject, public_name, write_card
 from megatron_vita.convert.combined import MoreRows, Subset
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
 from megatron_vita.convert.families import EXPORTS
 from megatron_vita.convert.hf_config import write_json
-from megatron_vita.convert.identity import identity_of
 from megatron_vita.convert.opening import open_model
 from megatron_vita.convert.outputs import DIGESTS_FILE, check_export
 from megatron_vita.convert.processor_files import processor_files
 from megatron_vita.convert.publish import new_folder
 from megatron_vita.convert.safetensors_writer import MAX_SHARD_BYTES, plan_shards, write_safetensors
 from megatron_vita.convert.text_files import out_of_checkpoint, tokens_for_export
+from megatron_vita.convert.values import type_name
 from megatron_vita.convert.views import HfView
 from megatron_vita.data.spec import PreprocessSpec
 
@@ -39,7 +39,7 @@ def export(
     format_name: str,
     *,
     tokenizer: str | Path | None = None,
-    dtype: DType | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     vocabulary_multiple: int = 1,
     overwrite: bool = False,
@@ -80,19 +80,11 @@ def export(
     files = plan_shards(tensors, max_shard_bytes)
     vision = None if format_name == "llm" else model.vision
     tokens = tokens_for_export(opened, Path(tokenizer) if tokenizer else None, vision=vision is not None)
-    identity = {
-        "sources": [identity_of(folder) for folder in sources if folder],
-        "format": format_name,
-        "files": hashlib.sha256(b"".join(one.header for one in files)).hexdigest(),
-    }
     size = sum(one.size for one in files)
-    with new_folder(output, sources, overwrite=overwrite, identity=identity, size=size) as journal:
-        if journal.published:
-            return output
-        folder = journal.staging
+    with new_folder(output, sources, overwrite=overwrite, size=size, durable=effort.durable) as folder:
         ids = out_of_checkpoint(opened, tokens, folder, vision=vision is not None)
         kinds = {tensors.dtype(name) for name in tensors}
-        stored = holds_all(kinds).name
+        stored = type_name(holds_all(kinds))
         write_json(folder / "config.json", family.write_config(model, stored, ids, opened.decoder))
         spec = (opened.preprocess or PreprocessSpec.for_tower(vision)) if vision is not None else None
         if vision is not None and spec is not None:
@@ -104,7 +96,7 @@ def export(
             format_name=format_name,
             model=model,
             layout=spec.layout if spec else None,
-            types={one.name for one in kinds},
+            types={type_name(one) for one in kinds},
             config_type=stored,
             weight_bytes=coverage.target_bytes,
             base_models=state.base_models if state else {"model": public_name(opened.path)},
@@ -118,13 +110,13 @@ def export(
         (folder / REPORT_FILE).write_text(coverage.to_json(), encoding="utf-8")
         total = sum(one.data_bytes for one in files)
         with Workers(effort.workers or default_workers()) as pool, byte_bar(total, show=effort.progress) as bar:
-            digests = write_safetensors(journal, tensors, files, pool, bar.update, durable=effort.durable)
+            digests = write_safetensors(folder, tensors, files, pool, bar.update)
         write_digests(folder, digests)
     log.info("coverage: %s", coverage.summary())
     return output
 
 
-def holds_all(kinds: Collection[DType]) -> DType:
+def holds_all(kinds: Collection[torch.dtype]) -> torch.dtype:
     """The dtype in config.json, to which stock code casts all weights: one that holds them without loss.
 
     Returns:
@@ -132,7 +124,7 @@ def holds_all(kinds: Collection[DType]) -> DType:
     """
     wide = max(kinds, key=lambda one: one.itemsize)
     same_size = {one for one in kinds if one.itemsize == wide.itemsize}
-    return wide if len(same_size) == 1 else FLOAT32  # bfloat16 and float16 hold neither each other's values
+    return wide if len(same_size) == 1 else torch.float32  # bfloat16 and float16 hold neither each other's values
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:

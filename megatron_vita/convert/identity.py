@@ -1,38 +1,23 @@
-"""Fingerprint of a folder's weights, by which a killed conversion decides whether it may resume."""
+"""Fingerprint of a model's folder, by its content: a run knows its start again after the folder has moved."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from megatron_vita.checkpoint import integrity
-from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
-from megatron_vita.checkpoint.streams import digest_of
 
-_SMALL = 64 * 1024**2
-"""Bytes: no file of a tokenizer is larger, and hardly a file of weights smaller."""
-
-
-def identity_of(folder: str | Path) -> list[list[str | int]]:
-    """A checkpoint's fingerprint; of any other folder name, size and time of change of every file.
-
-    Reading a downloaded folder whole only to know that it is the same would cost as much as converting it.
-    """
-    folder = Path(folder).resolve()
-    if integrity.is_checkpoint(folder):
-        return [[INTEGRITY_FILE, integrity.fingerprint(folder)]]
-    return [
-        [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+_SAMPLES = 16
+_SAMPLE_BYTES = 64 << 10
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A digest that changes when a model's files change, without reading its weights; hexadecimal.
+    """A digest of what a model's folder holds; hexadecimal. Its path and times do not count.
 
-    A checkpoint's integrity file holds the digests of all its tensors; of a Hugging Face folder, the names, sizes and
-    times of the weights stand for them.
+    A checkpoint's integrity file holds the digests of all its files. Of any other folder, all JSON files count whole,
+    and of each file of weights its name, size, header, and 16 blocks of 64 KiB, evenly spaced from its first to its
+    last byte: other weights almost surely differ there, and 30 GB need not be read. A few changed values may not.
 
     Args:
         folder: the checkpoint itself (OpenModel.path), or the Hugging Face folder.
@@ -42,19 +27,15 @@ def fingerprint(folder: str | Path) -> str:
         return integrity.fingerprint(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.json")):
-        digest.update(file.name.encode() + file.read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("mp_rank_*/*.pt")]):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                digest.update(stream.read(min(int.from_bytes(stream.read(8), "little"), size)))
+            last = max(0, size - _SAMPLE_BYTES)
+            for index in range(_SAMPLES):
+                digest.update(os.pread(stream.fileno(), _SAMPLE_BYTES, last * index // (_SAMPLES - 1)))
     return digest.hexdigest()
-
-
-def identity_of_tokenizer(folder: str | Path) -> list[list[str]]:
-    """Name and digest of a tokenizer's files, without their times: it may have been created just now. Files of
-    weights beside it are excluded by their size."""
-    folder = Path(folder).resolve()
-    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    return [
-        [path.relative_to(folder).as_posix(), digest_of(path, 0, size)]
-        for path, size in sizes.items()
-        if size <= _SMALL
-    ]

@@ -7,27 +7,25 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_vita.checkpoint.dtypes import DType, torch_dtype
-from megatron_vita.checkpoint.lazy import LazyTensors, TensorsInMemory
+import torch
+from torch import Tensor
+
 from megatron_vita.checkpoint.offline import write_tensors
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.config import ModelConfig, ProjectorConfig, StageConfig, TrainConfig, VisionConfig, to_dict
+from megatron_vita.checkpoint.tensors import LazyTensors
+from megatron_vita.config import ModelConfig, ProjectorConfig, StageConfig, TrainConfig, VisionConfig
 from megatron_vita.convert.card import public_name
 from megatron_vita.convert.combined import Joined, MoreRows
 from megatron_vita.convert.coverage import REPORT_FILE, account
 from megatron_vita.convert.effort import USUAL, Effort
-from megatron_vita.convert.identity import identity_of, identity_of_tokenizer
 from megatron_vita.convert.opening import DECODER, OpenModel, open_model, open_tower
 from megatron_vita.convert.outputs import check_import
 from megatron_vita.convert.recipe import Recipe
 from megatron_vita.convert.text_files import into_checkpoint
+from megatron_vita.convert.values import FreshTensors
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ def import_parts(
             )
             language = MoreRows(language, _GROWING, rows, mean=True)
         dtype = language.dtype(_MATRIX)
-        parts = Joined([language, tower_tensors, TensorsInMemory(fresh_projector(model, seed, dtype))])
+        parts = Joined([language, tower_tensors, FreshTensors(fresh_projector(model, seed, dtype))])
         spec = PreprocessSpec.for_tower(tower)
         content = _Content(model, parts, spec, folder, {"llm": llm, "vision": vision}, seed, decoder.decoder)
         return _write(output, content, overwrite, effort)
@@ -150,28 +148,25 @@ def import_model(
         return _write(output, content, overwrite, effort)
 
 
-def fresh_projector(model: ModelConfig, seed: int, dtype: DType) -> dict[str, Tensor]:
+def fresh_projector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Initial weights of a projector: normal linears with the decoder's spread, zero biases, the identity norm."""
-    import torch
-
     assert isinstance(model.vision, VisionConfig)
-    kind = torch_dtype(dtype)
     shuffled, inner, width = 4 * model.vision.hidden_size, model.projector_width, model.hidden_size
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * model.init_method_std).to(kind)
+        return (torch.randn(rows, columns, generator=generator) * model.init_method_std).to(dtype)
 
     prefix = "vision_projection."
     tensors = {
-        prefix + "pre_proj_layernorm.weight": torch.ones(shuffled, dtype=kind),
-        prefix + "pre_proj_layernorm.bias": torch.zeros(shuffled, dtype=kind),
+        prefix + "pre_proj_layernorm.weight": torch.ones(shuffled, dtype=dtype),
+        prefix + "pre_proj_layernorm.bias": torch.zeros(shuffled, dtype=dtype),
         prefix + "encoder.linear_fc1.weight": normal(inner, shuffled),
         prefix + "encoder.linear_fc2.weight": normal(width, inner),
     }
     if model.projector.bias:
-        tensors[prefix + "encoder.linear_fc1.bias"] = torch.zeros(inner, dtype=kind)
-        tensors[prefix + "encoder.linear_fc2.bias"] = torch.zeros(width, dtype=kind)
+        tensors[prefix + "encoder.linear_fc1.bias"] = torch.zeros(inner, dtype=dtype)
+        tensors[prefix + "encoder.linear_fc2.bias"] = torch.zeros(width, dtype=dtype)
     return tensors
 
 
@@ -207,12 +202,6 @@ def _write(output: Path, content: _Content, overwrite: bool, effort: Effort) -> 
         state,
         content.tokenizer,
         notes={REPORT_FILE: coverage.to_json()},
-        source={
-            "seed": content.seed,
-            "settings": to_dict(content.model),
-            "tokenizer": identity_of_tokenizer(content.tokenizer),
-            **{part: identity_of(folder) for part, folder in content.origin.items()},
-        },
         replace=overwrite,
         workers=effort.workers,
         durable=effort.durable,

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import LazyTensors
-from megatron_vita.checkpoint.placed import TensorPlace
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import ModelConfig
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.families import decoder, long_vita
@@ -25,6 +24,7 @@ from megatron_vita.convert.hf_config import check_layers
 from megatron_vita.convert.megatron_settings import EMBEDDING, read_model
 from megatron_vita.convert.rank_files import NOT_WEIGHTS, RankFiles, grid, read_rank
 from megatron_vita.convert.rules import Named, Rule, rename, split_over_ranks, stacked
+from megatron_vita.convert.values import same_tensors
 from megatron_vita.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
     files = grid(folder)
     ranks = 1 + max(tensor for _, tensor in files)
     stages = 1 + max(stage for stage, _ in files)
-    places: dict[str, TensorPlace] = {}
+    stored: dict[str, Tensor] = {}
     found: dict[str, list[str]] = {}  # checkpoint key -> names of its shards, by tensor rank
     unused_keys: dict[str, str] = {}
     first_layer = 0
@@ -83,8 +83,8 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
             rank = files[stage, tensor]
             content = read_rank(rank)
             settings = settings or content.settings
-            for name, place in content.tensors.items():
-                places[f"{rank.name}:{name}"] = place
+            for name, one in content.tensors.items():
+                stored[f"{rank.name}:{name}"] = one
                 if NOT_WEIGHTS.fullmatch(name):
                     unused_keys[f"{rank.name}:{name}"] = "no weight of the model"
                     continue
@@ -93,13 +93,13 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
                 found.setdefault(mcore, []).append(f"{rank.name}:{name}")
         first_layer += layers
     for rows in (row for name in (EMBEDDING, _HEAD) for row in found.get(name, ())):
-        if len(places[rows].shape) != 2:
-            raise CheckpointError(f"{folder}: {rows} has shape {places[rows].shape}, no rows of a vocabulary.")
-    model = read_model(folder, settings, found, places, ranks, vocab_size)
+        if len(stored[rows].shape) != 2:
+            raise CheckpointError(f"{folder}: {rows} has shape {tuple(stored[rows].shape)}, no rows of a vocabulary.")
+    model = read_model(folder, settings, found, stored, ranks, vocab_size)
     for part in (model, model.vision):
         if part is not None:
-            check_layers(part.num_layers, len(places), str(folder), key="num_layers")
-    source = RankFiles(places, unused_keys)
+            check_layers(part.num_layers, len(stored), str(folder), key="num_layers")
+    source = RankFiles(stored, unused_keys)
     if not model.untie_embeddings_and_output_weights and _HEAD in found:
         copies, firsts = found.pop(_HEAD), found.get(EMBEDDING, [])
         if len(copies) != len(firsts):
@@ -111,13 +111,13 @@ def open_layout(folder: Path, vocab_size: int | None = None) -> MegatronModel:
             _leave_copy(source, copy, first, unused_keys)
     for name in (EMBEDDING, _HEAD):
         if name in found:
-            found[name] = _cut_vocabulary(found[name], model.vocab_size, places, unused_keys, folder)
-    source = RankFiles(places, unused_keys)
+            found[name] = _cut_vocabulary(found[name], model.vocab_size, stored, unused_keys, folder)
+    source = RankFiles(stored, unused_keys)
     rules = [_rule(mcore, found, source, unused_keys, folder, ranks) for mcore in _expected(model)]
     extra = sorted(set(found) - {rule.mcore.name for rule in rules if rule.mcore})
     if extra:
         raise CheckpointError(f"{folder}: holds {found[extra[0]][0]} (of {len(extra)}), which the model has not.")
-    return MegatronModel(model, RankFiles(places, unused_keys), rules)
+    return MegatronModel(model, RankFiles(stored, unused_keys), rules)
 
 
 def _mcore_name(name: str, first_layer: int) -> tuple[str, int]:
@@ -182,7 +182,7 @@ def _leave_copy(source: RankFiles, copy: str, first: str, unused_keys: dict[str,
     if source.shape(copy) != source.shape(first) or source.dtype(copy) != source.dtype(first):
         raise CheckpointError(f"{copy} and {first} should be copies, but differ in shape or type.")
     unused_keys[copy] = f"a copy of {first}"
-    if np.array_equal(source.bits(copy), source.bits(first)):
+    if same_tensors(source, copy, first):
         return
     a, b = source[copy], source[first]
     gap, scale = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
@@ -193,24 +193,22 @@ def _leave_copy(source: RankFiles, copy: str, first: str, unused_keys: dict[str,
 
 
 def _cut_vocabulary(
-    parts: list[str], rows: int, places: dict[str, TensorPlace], unused_keys: dict[str, str], folder: Path
+    parts: list[str], rows: int, stored: dict[str, Tensor], unused_keys: dict[str, str], folder: Path
 ) -> list[str]:
     """The shards of the embedding, cut to the vocabulary; further rows are Megatron's padding."""
     kept, left = [], rows
     for part in parts:
-        have = min(left, places[part].shape[0])
+        have = min(left, stored[part].shape[0])
         left -= have
-        if have == places[part].shape[0]:
+        if have == stored[part].shape[0]:
             kept.append(part)
             continue
         if not have:
             unused_keys[part] = "pads the vocabulary"
             continue
         kept.append(part)
-        whole, rest = places[part], f"{part}[{have}:]"
-        skipped = have * math.prod(whole.shape[1:]) * whole.dtype.itemsize
-        places[part] = replace(whole, shape=(have, *whole.shape[1:]))
-        places[rest] = replace(whole, shape=(whole.shape[0] - have, *whole.shape[1:]), start=whole.start + skipped)
+        whole, rest = stored[part], f"{part}[{have}:]"
+        stored[part], stored[rest] = whole[:have], whole[have:]
         unused_keys[rest] = "pads the vocabulary"
     if left:
         raise CheckpointError(f"{folder}: the embedding has {rows - left} rows, config.json's vocab_size is {rows}.")

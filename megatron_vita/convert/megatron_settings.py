@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.placed import TensorPlace
+from torch import Tensor
+
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert.families import DECODERS, decoder, long_vita
 from megatron_vita.convert.hf_config import integer, number, read_json, require
@@ -24,7 +25,7 @@ def read_model(
     folder: Path,
     settings: Mapping[str, Any],
     found: Mapping[str, list[str]],
-    places: Mapping[str, TensorPlace],
+    stored: Mapping[str, Tensor],
     ranks: int,
     vocab_size: int | None,
 ) -> ModelConfig:
@@ -34,7 +35,7 @@ def read_model(
         folder: the step's.
         settings: the run's args.
         found: checkpoint key of each tensor -> its stored tensors, by rank.
-        places: where each stored tensor lies.
+        stored: the stored tensors.
         ranks: tensor-parallel ranks.
         vocab_size: rows of the embedding that are no padding, as the user says.
 
@@ -73,7 +74,7 @@ def read_model(
         require(settings, key, wanted, wanted, where)
 
     def rows(name: str) -> int:
-        return sum(sum(places[part].shape[:1]) for part in found.get(name, ()))
+        return sum(sum(stored[part].shape[:1]) for part in found.get(name, ()))
 
     heads = integer(settings, "num_attention_heads", where)
     grouped = settings.get("group_query_attention", True)
@@ -96,7 +97,7 @@ def read_model(
         )
         if "vision_model.conv1.weight" not in found:
             return model
-        tower = _tower(settings, found, places, ranks, epsilon, where)
+        tower = _tower(settings, found, stored, ranks, epsilon, where)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
     width = rows("vision_projection.encoder.linear_fc1.weight")
@@ -122,7 +123,7 @@ def _vocabulary(rows: int, argument: Any, asked: int | None, folder: Path) -> in
 def _tower(
     settings: Mapping[str, Any],
     found: Mapping[str, list[str]],
-    places: Mapping[str, TensorPlace],
+    stored: Mapping[str, Tensor],
     ranks: int,
     epsilon: float,
     where: str,
@@ -139,7 +140,7 @@ def _tower(
         parts = found.get("vision_model." + name)
         if not parts:
             raise CheckpointError(f"{where}: the tower's {name} is missing. The download is incomplete.")
-        sizes = places[parts[0]].shape
+        sizes = tuple(stored[parts[0]].shape)
         if len(sizes) != dimensions or 0 in sizes:
             raise CheckpointError(f"{where}: the tower's {name} has shape {sizes}, as no tower's has.")
         return sizes

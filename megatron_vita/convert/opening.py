@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_vita.checkpoint.folder import TOKENIZER_FOLDER, finished, resolve
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
-from megatron_vita.checkpoint.lazy import LazyTensors
 from megatron_vita.checkpoint.offline import model_keys, read_tensors
-from megatron_vita.checkpoint.state import RUN_FILE, RunState
+from megatron_vita.checkpoint.state import RunState
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import ModelConfig, VisionConfig
 from megatron_vita.convert import megatron_layouts, processor_files, rank_files
 from megatron_vita.convert.combined import Subset
@@ -159,8 +159,7 @@ def _open_tower(path: Path, config: Mapping[str, Any]) -> tuple[VisionConfig, La
 
 
 def _open_checkpoint(folder: Path) -> OpenModel:
-    tensors = read_tensors(folder)
-    tensors.integrity.read_file(RUN_FILE)  # what is read next is what was written
+    tensors = read_tensors(folder)  # verifies all other files, too: what is read of them next is what was written
     state = RunState.read(folder)
     return OpenModel(
         path=folder,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from megatron_vita.checkpoint.folder import replaced_folder, staging_folder, step_folder, steps
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE
-from megatron_vita.checkpoint.journal import is_sealed, journal_file
 from megatron_vita.errors import ConfigError
 
 DIGESTS_FILE = "XXH128SUMS"
@@ -26,6 +25,11 @@ _NAMED = 5
 def staging_of(target: Path) -> Path:
     """Where an exported folder is written before it gets its name."""
     return target.parent / f".writing-{target.name}"
+
+
+def lock_of(target: Path) -> Path:
+    """The file that whoever writes an exported folder holds locked. A killed process leaves it behind, unlocked."""
+    return target.parent / f".writing-{target.name}.lock"
 
 
 def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
@@ -41,7 +45,7 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
     """
     target = _resolved(output)
     final = step_folder(target, 0)
-    _check_writable(output, target, [target, journal_file(staging_folder(target, 0))])
+    _check_writable(output, target, [target, staging_folder(target, 0)])
     _reject_overlap(output, target, final, sources)
     others = [step.name for step in steps(target) if step != final]
     if others:
@@ -50,8 +54,8 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
             "Choose another --output."
         )
     held = _held(final)
-    if held is None or (not overwrite and is_sealed(staging_folder(target, 0), final)):
-        return  # perhaps by this very command, which then only has to finish: its journal will tell
+    if held is None:
+        return
     if not overwrite:
         raise ConfigError(_exists(held, final))
     _reject_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
@@ -69,19 +73,18 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
             holds something without `overwrite`; with it, something that no export wrote.
     """
     target = _resolved(output)
-    staging, replaced = staging_of(target), replaced_folder(target)
-    _check_writable(output, target, [target, replaced, staging, journal_file(staging)])
+    _check_writable(output, target, [target, replaced_folder(target), staging_of(target), lock_of(target)])
     if os.path.ismount(target):
         raise ConfigError(f"{output}: is a mount point, which cannot be renamed. Choose a folder in it as --output.")
     if Path.cwd().is_relative_to(target):
         raise ConfigError(f"{output}: is the current directory, or holds it. Choose a folder in it as --output.")
     _reject_overlap(output, target, target, sources)
     held = _held(target)
-    if held is None or (not overwrite and is_sealed(staging, target)):
-        return  # perhaps by this very command, which then only has to finish: its journal will tell
+    if held is None:
+        return
     if not overwrite:
         raise ConfigError(_exists(held, target))
-    _reject_foreign(held, _listed_by_digests(held), DIGESTS_FILE, "export")
+    _reject_foreign(held, set(listed_by_digests(held)), DIGESTS_FILE, "export")
 
 
 def _resolved(output: Path) -> Path:
@@ -140,7 +143,7 @@ def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) ->
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."
         )
     there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    foreign = sorted(name for path in there if (name := path.relative_to(folder).as_posix()) not in written)
+    foreign = sorted({path.relative_to(folder).as_posix() for path in there} - written - {mark})
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise ConfigError(
@@ -152,15 +155,17 @@ def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) ->
 def _listed_by_integrity(folder: Path) -> set[str]:
     """Files of a checkpoint, damaged ones too; nothing if it is none."""
     try:
-        return {INTEGRITY_FILE, *json.loads((folder / INTEGRITY_FILE).read_text(encoding="utf-8"))["files"]}
+        return set(json.loads((folder / INTEGRITY_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 
 
-def _listed_by_digests(folder: Path) -> set[str]:
-    """Files of an exported folder; nothing if it is none."""
+def listed_by_digests(folder: Path) -> dict[str, str]:
+    """Digests of the files of an exported folder, by name; empty if it is none, or the list is damaged."""
     try:
         lines = (folder / DIGESTS_FILE).read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
-        return set()
-    return {DIGESTS_FILE, *(line.split("  ", 1)[-1] for line in lines)}
+        return {}
+    outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in listed)
+    return {} if outside else listed

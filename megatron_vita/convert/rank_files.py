@@ -1,21 +1,29 @@
-"""Checkpoint files of Megatron's ranks: find them, read their directories, and present their tensors as one source.
+"""Checkpoint files of Megatron's ranks: find them, and present their tensors as one source.
 
 DIR/latest_checkpointed_iteration.txt, DIR/iter_0000500/mp_rank_TT[_PPP]/model_optim_rng.pt: one file for each tensor
-and pipeline rank, with the weights under `model` and the settings of the run under `args`, read by
-checkpoint/archive.py.
+and pipeline rank, with the weights under `model` and the settings of the run under `args`.
+
+The files are pickles of strangers. torch reads them with weights_only: tensors, plain values, and the names of ALLOWED
+alone, which become inert objects. Whatever else a file names is refused, and nothing of it runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.archive import TorchFile
-from megatron_vita.checkpoint.pickles import Record
-from megatron_vita.checkpoint.placed import PlacedTensors, TensorPlace
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from megatron_vita.checkpoint.tensors import TensorsInMemory
+from megatron_vita.convert.hf_config import shown
+from megatron_vita.convert.values import CODES
 from megatron_vita.errors import CheckpointError
 
 MODEL_FILE = "model_optim_rng.pt"
@@ -26,12 +34,47 @@ NOT_WEIGHTS = re.compile(r"(.*\._extra_state|unused|.*rotary_pos_emb\.inv_freq)"
 """Transformer Engine's fp8 state, a dummy that Long-VITA's model carries, and a table that is computed."""
 
 
-class RankFiles(PlacedTensors):
-    """The weights in the files of all ranks, as `mp_rank_03:decoder.final_layernorm.weight`."""
+class Inert:
+    """Takes the place of an object of the file, and keeps nothing of it."""
 
-    def __init__(self, places: Mapping[str, TensorPlace], unused_keys: Mapping[str, str]) -> None:
-        """`unused_keys`: names of `places` that are deliberately unused, and why."""
-        super().__init__(places)
+    def __new__(cls, *_: object, **__: object) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _npu_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    """A tensor as Ascend's torch_npu saves it: torch's arguments, and one more of the device's own."""
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
+
+
+_OBJECTS = (
+    *("megatron.core.enums.ModelType", "megatron.core.enums.Fp8Recipe"),
+    *(
+        f"{module}.enums.{name}"
+        for module in ("megatron.core.transformer", "megatron.model", "megatron.legacy.model")
+        for name in ("AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType", "ModelType")
+    ),
+    *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunMode", "RerunState", "RerunDiagnostic")),
+    *("_io.BytesIO", "signal.Signals", "pathlib.PosixPath"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
+)
+"""Enumerations among Megatron's arguments, Transformer Engine's fp8 state, states of random generators."""
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((_npu_tensor, f"torch_npu.utils.{module}._rebuild_npu_tensor") for module in ("storage", "_module")),
+    *((Inert, name) for name in _OBJECTS),
+]
+"""What a rank's file may name beside torch's own types, and what is taken for it."""
+
+
+class RankFiles(TensorsInMemory):
+    """The weights in the files of all ranks, mapped into memory, as `mp_rank_03:decoder.final_layernorm.weight`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], unused_keys: Mapping[str, str]) -> None:
+        """`unused_keys`: names of `tensors` that are deliberately unused, and why."""
+        super().__init__(dict(tensors))
         self._unused_keys = dict(unused_keys)
 
     def unused_keys(self) -> Mapping[str, str]:
@@ -65,20 +108,20 @@ def _ranks(folder: Path) -> list[Path]:
 class RankWeights:
     """Tensors and settings of one rank's file."""
 
-    tensors: dict[str, TensorPlace]
-    """By the file's own names."""
+    tensors: dict[str, Tensor]
+    """By the file's own names; mapped, nothing of them is read yet."""
     settings: Mapping[str, Any]
     """Of the run: plain values by name."""
 
 
 def read_rank(rank: Path) -> RankWeights:
-    """Read the directory of a rank's file, `rank` being its folder.
+    """Open a rank's file, `rank` being its folder.
 
     Raises:
-        CheckpointError: it is no file of Megatron's, or damaged.
+        CheckpointError: it is no file of Megatron's, damaged, or holds what is not allowed.
     """
     path = rank / MODEL_FILE
-    content = TorchFile(path).content
+    content = _load(path)
     if isinstance(content, dict) and "model0" in content:
         raise CheckpointError(
             f"{path}: holds virtual pipeline stages (model0), which is not supported. Save it anew without them."
@@ -89,15 +132,54 @@ def read_rank(rank: Path) -> RankWeights:
     tensors = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            shown = repr(name[:80]) if isinstance(name, str) else "what is no text"
-            raise CheckpointError(f"{path}: {shown} under `model` is no tensor's name. Refused.")
-        if isinstance(value, TensorPlace):
-            tensors[name] = value
+            raise CheckpointError(f"{path}: {shown(name)} under `model` is no tensor's name. Refused.")
+        if isinstance(value, Tensor):
+            if value.is_meta or value.layout != torch.strided or value.dtype not in CODES.values():
+                raise CheckpointError(f"{path}: {name} is no tensor of plain numbers ({value.dtype}). Refused.")
+            if not value.is_contiguous():
+                raise CheckpointError(f"{path}: {name} has gaps or is turned around, as no weight is. Refused.")
+            tensors[name] = value.detach()
         elif not NOT_WEIGHTS.fullmatch(name):
             raise CheckpointError(f"{path}: {name} under `model` is no tensor. Refused.")
     arguments = content.get("args")
-    state = arguments.state if isinstance(arguments, Record) else None
-    return RankWeights(tensors, {k: _plain(v) for k, v in state.items()} if isinstance(state, dict) else {})
+    state = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return RankWeights(tensors, {str(key): _plain(value) for key, value in state.items()})
+
+
+def _load(path: Path) -> Any:
+    """The content of a file of torch.save; its tensors are mapped.
+
+    Raises:
+        CheckpointError: no such file, damaged, or it names what is not allowed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [one.filename for one in archive.infolist() if one.compress_type or one.flag_bits & 1]
+        if packed:
+            raise CheckpointError(f"{path}: {shown(packed[0])} is compressed or encrypted. Refused.")
+        with safe_globals(ALLOWED):
+            others = sorted(get_unsafe_globals_in_checkpoint(path))
+            if others:
+                raise CheckpointError(
+                    f"{path}: refused, it names {shown(others[0])}, which no weights need. Nothing of it was run; if "
+                    "you trust it, load it in a sandbox and save `model` and `args` anew as plain values."
+                )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. The download is incomplete.") from None
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path}: not a zip as torch.save writes since torch 1.6 ({error}). Download it again; a file of an older "
+            "torch must be saved anew in a sandbox."
+        ) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a stranger's pickle may bring torch to is no list
+        said = shown(str(error).partition("\n")[0])
+        raise CheckpointError(
+            f"{path}: refused, it cannot be read ({type(error).__name__}: {said}). Nothing of it was run; download it "
+            "again."
+        ) from error
 
 
 def _plain(value: Any) -> Any:

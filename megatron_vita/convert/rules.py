@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.checkpoint.lazy import Slices, move, overlap, shift, volume, whole
+from megatron_vita.checkpoint.boxes import Slices, move, overlap, shift, volume, whole
 from megatron_vita.errors import CheckpointError
 
 

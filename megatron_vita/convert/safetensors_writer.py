@@ -1,32 +1,34 @@
-"""Write folders of safetensors block by block in several threads; the bytes do not depend on their number.
+"""Write folders of safetensors block by block; the bytes do not depend on the number of threads.
 
-Files are the unit that a killed conversion keeps: each is noted in the journal, with its digest, once it is complete.
+The safetensors library writes a file from whole tensors in memory, so files are written here: 8 bytes length (little
+endian), that many bytes of JSON {name: {dtype, shape, data_offsets}}, data.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.checkpoint.journal import Entry, Journal
-from megatron_vita.checkpoint.lazy import BorrowedView, LazyTensors, Slices, runs, volume, whole
-from megatron_vita.checkpoint.streams import BLOCK_BYTES, OutputFile, Workers, digest_of, in_turn, raw
-from megatron_vita.convert.safetensors_folder import CODES, INDEX_FILE, SINGLE_FILE
-from megatron_vita.errors import CheckpointError
-from megatron_vita.files import XXH3, new_digest, sync
+import torch
 
-log = logging.getLogger(__name__)
+from megatron_vita.checkpoint.boxes import Slices, runs, whole
+from megatron_vita.checkpoint.streams import Workers
+from megatron_vita.checkpoint.tensors import LazyTensors
+from megatron_vita.convert.hf_config import write_json
+from megatron_vita.convert.safetensors_folder import INDEX_FILE, SINGLE_FILE
+from megatron_vita.convert.values import CODES, type_name
+from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
 
 MAX_SHARD_BYTES = 2 * 10**9
-"""Files are written, kept after a kill, and loaded side by side: several small ones are better than one large one."""
-_RUN_BYTES = 16 << 20
-"""Bytes that a thread reads and writes before another hashes them: one shard of a checkpoint, which is read whole."""
+"""Files are loaded side by side: several small ones are better than one large one."""
+_BLOCK_BYTES = 8 << 20
+"""Bytes that are read, hashed and written at once."""
+_CODES = {dtype: code for code, dtype in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def plan_shards(tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) ->
     shards: list[list[str]] = [[]]
     filled = 0
     for name in tensors:
-        size = _bytes(tensors, name)
+        size = tensors.nbytes(name)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -69,15 +71,13 @@ def plan_shards(tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) ->
 
 
 def write_safetensors(
-    journal: Journal,
+    folder: Path,
     tensors: LazyTensors,
     files: Sequence[PlannedFile],
     workers: Workers,
     advance: Callable[[int], object],
-    *,
-    durable: bool = False,
 ) -> dict[str, str]:
-    """Write the planned files that are not finished yet into the journal's folder, and their index if they are several.
+    """Write the planned files, and their index if they are several. Threads read ahead; this one hashes and writes.
 
     Args:
         advance: called with the number of bytes written.
@@ -89,111 +89,50 @@ def write_safetensors(
         OSError: no space.
         CheckpointError: the tensors cannot be read.
     """
+
+    def read(block: tuple[str, Slices]) -> memoryview:
+        return tensors.read(*block).reshape(-1).view(torch.uint8).numpy().data
+
+    def blocks() -> Iterator[tuple[str, Slices]]:
+        for name in itertools.chain.from_iterable(one.tensors for one in files):
+            if tensors.nbytes(name):
+                for slices in runs(whole(tensors.shape(name)), tensors.dtype(name).itemsize, _BLOCK_BYTES):
+                    yield name, slices
+
     digests: dict[str, str] = {}
-
-    def finished(name: str, digest: str) -> None:
-        digests[name] = digest
-        if durable:
-            sync(journal.staging / name)
-        journal.add(name, {XXH3: digest})
-
-    for one in files:
-
-        def intact(path: Path, entry: Entry, size: int = one.size) -> bool:
-            return path.stat().st_size == size and entry.get(XXH3) == digest_of(path, 0, size)
-
-        kept = journal.kept(one.name, intact)
-        if kept is not None:
-            log.info("%s was finished by an earlier run and is kept", one.name)
-            digests[one.name] = str(kept[XXH3])
-            advance(one.data_bytes)
-    left = [one for one in files if one.name not in digests]
-    _write_files(journal.staging, left, tensors, workers, advance, finished)
+    parts = workers.map(read, blocks())
+    for planned in files:
+        digest, left = new_digest(), planned.data_bytes
+        with (folder / planned.name).open("wb") as file:
+            file.write(planned.header)
+            digest.update(planned.header)
+            while left:
+                part = next(parts)
+                file.write(part)
+                digest.update(part)
+                advance(part.nbytes)
+                left -= part.nbytes
+        digests[planned.name] = digest.hexdigest()
     if files[0].name != SINGLE_FILE:
-        index = {
-            "metadata": {"total_size": sum(one.data_bytes for one in files)},
-            "weight_map": {name: one.name for one in files for name in one.tensors},
-        }
-        (journal.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        weight_map = {name: one.name for one in files for name in one.tensors}
+        index = {"metadata": {"total_size": sum(one.data_bytes for one in files)}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index)
     return digests
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A slice of one tensor and its position in a file."""
-
-    file: str
-    name: str
-    slices: Slices
-    position: int
-    last: bool
-    """Whether it is the last of its file."""
-
-
-def _write_files(
-    folder: Path,
-    files: Sequence[PlannedFile],
-    tensors: LazyTensors,
-    workers: Workers,
-    advance: Callable[[int], object],
-    finished: Callable[[str, str], object],
-) -> None:
-    """Worker threads read and write; this thread hashes what they have written, in the order of each file."""
-    outputs: dict[str, OutputFile] = {}
-    digests = {one.name: new_digest() for one in files}
-    with contextlib.ExitStack() as stack:
-
-        def runs_of(planned: PlannedFile) -> Iterator[_Run]:
-            outputs[planned.name] = stack.enter_context(OutputFile(folder / planned.name))
-            outputs[planned.name].write([planned.header], 0)
-            digests[planned.name].update(planned.header)
-            yield from _runs(tensors, planned)
-
-        def write(run: _Run) -> tuple[_Run, list[BorrowedView]]:
-            borrowed, position = [], run.position
-            for slices in runs(run.slices, tensors.dtype(run.name).itemsize, BLOCK_BYTES):
-                borrowed.append(tensors.borrow(run.name, slices))
-                outputs[run.file].write([raw(borrowed[-1].bits)], position)
-                position += borrowed[-1].bits.nbytes
-            return run, borrowed
-
-        for run, borrowed in workers.map(write, in_turn(runs_of(one) for one in files)):
-            for view in borrowed:
-                digests[run.file].update(raw(view.bits))
-                advance(view.bits.nbytes)
-                view.release()
-            if run.last:
-                outputs[run.file].close()
-                finished(run.file, digests[run.file].hexdigest())
-
-
-def _runs(tensors: LazyTensors, planned: PlannedFile) -> Iterator[_Run]:
-    position = len(planned.header)
-    for name in planned.tensors:
-        item = tensors.dtype(name).itemsize
-        for slices in runs(whole(tensors.shape(name)), item, _RUN_BYTES):
-            size = volume(slices) * item
-            last = name == planned.tensors[-1] and all(
-                one.stop == size_of for one, size_of in zip(slices, tensors.shape(name), strict=True)
-            )
-            yield _Run(planned.name, name, slices, position, last)
-            position += size
 
 
 def _plan(file: str, tensors: LazyTensors, names: Sequence[str]) -> PlannedFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        size = _bytes(tensors, name)
-        code = tensors.dtype(name).code
-        if code not in CODES:
-            raise CheckpointError(f"{name}: {tensors.dtype(name)} cannot be exported. Convert it first.")
-        header[name] = {"dtype": code, "shape": list(tensors.shape(name)), "data_offsets": [offset, offset + size]}
+        size, dtype = tensors.nbytes(name), tensors.dtype(name)
+        if dtype not in _CODES:
+            raise CheckpointError(f"{name}: {type_name(dtype)} cannot be exported. Convert it first.")
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(tensors.shape(name)),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of eight, as other writers have it
     return PlannedFile(file, tuple(names), len(text).to_bytes(8, "little") + text, offset)
-
-
-def _bytes(tensors: LazyTensors, name: str) -> int:
-    return math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize

@@ -5,24 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from megatron_vita.checkpoint.dtypes import FLOAT32, Bits, DType, all_zero, as_tensor
-from megatron_vita.checkpoint.lazy import (
-    ZEROS,
-    BorrowedView,
-    LazyTensors,
-    Origin,
-    Slices,
-    extent,
-    overlap,
-    runs,
-    shift,
-    slice_of,
-    volume,
-    whole,
-)
+from megatron_vita.checkpoint.boxes import Slices, overlap, runs, shift, volume, whole
+from megatron_vita.checkpoint.tensors import ZEROS, LazyTensors, Origin, slice_of
 from megatron_vita.convert.rules import Named, Rule, SourceSlice, prove
+from megatron_vita.convert.values import same_tensors, type_name
 from megatron_vita.errors import CheckpointError
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias")
@@ -40,29 +29,15 @@ class _RuledView(LazyTensors):
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
         """(dimensions of the slices, the slices that make up a slice)."""
 
-    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
+    def read_into(self, name: str, slices: Slices, out: Tensor) -> None:
         rank, parts = self._source_slices(name, slices)
         if sum(volume(one.target) for one in parts) < volume(slices):
-            out[...] = 0
-        if not parts:
-            return
-        inner = np.squeeze(out, tuple(range(out.ndim - rank)))
+            out.zero_()
         for one in parts:
-            lead = tuple(range(len(one.slices) - rank))
-            self._fill(one.name, one.slices, np.expand_dims(slice_of(inner, one.target), lead))
+            inner = slice_of(out[(0,) * (out.dim() - rank)], one.target)
+            self._fill(one.name, one.slices, inner[(None,) * (len(one.slices) - rank)])
 
-    def borrow(self, name: str, slices: Slices) -> BorrowedView:
-        _, parts = self._source_slices(name, slices)
-        if (
-            len(parts) != 1
-            or volume(parts[0].slices) != volume(slices)
-            or self.dtype(name) != self._source.dtype(parts[0].name)
-        ):
-            return super().borrow(name, slices)
-        view = self._source.borrow(parts[0].name, parts[0].slices)
-        return BorrowedView(view.bits.reshape(extent(slices)), view.release)
-
-    def _fill(self, name: str, slices: Slices, out: Bits) -> None:
+    def _fill(self, name: str, slices: Slices, out: Tensor) -> None:
         self._source.read_into(name, slices, out)
 
     def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
@@ -103,27 +78,26 @@ class McoreView(_RuledView):
 
     def _check_types(self, rule: Rule) -> None:
         for one in rule.hf:
-            if not self._source.dtype(one.name).floating:
+            if not self._source.dtype(one.name).is_floating_point:
                 raise CheckpointError(
-                    f"{self._where}: {one.name} has type {self._source.dtype(one.name)}, but weights are of floating "
-                    "types. Quantised ones must be dequantised first."
+                    f"{self._where}: {one.name} has type {type_name(self._source.dtype(one.name))}, but weights are of "
+                    "floating types. Quantised ones must be dequantised first."
                 )
-        kinds = {self._source.dtype(one.name) for one in rule.hf}
+        kinds = {type_name(self._source.dtype(one.name)) for one in rule.hf}
         if len(kinds) > 1:
-            parts = ", ".join(one.name for one in rule.hf)
-            names = ", ".join(sorted(str(one) for one in kinds))
+            parts, names = ", ".join(one.name for one in rule.hf), ", ".join(sorted(kinds))
             raise CheckpointError(f"{self._where}: {parts} become one tensor but have different types ({names}).")
 
     def _check_zeros(self, rule: Rule, index: int, named: Named) -> None:
         covered = [copy.hf_slice for copy in rule.copies if copy.hf == index]
         lead = len(named.shape) - (len(covered[0]) if covered else 0)
         for slices in runs(whole(named.shape), self._source.dtype(named.name).itemsize, _BLOCK_BYTES):
-            rest = self._source.bits(named.name, slices)
+            rest = self._source.read(named.name, slices)
             for one in covered:
                 shared = overlap((*(slice(0, 1) for _ in range(lead)), *one), slices)
                 if shared is not None:
-                    slice_of(rest, shift(shared, slices))[...] = 0
-            if not all_zero(rest, self._source.dtype(named.name)):
+                    slice_of(rest, shift(shared, slices)).zero_()
+            if rest.any():  # a negative zero is one, too
                 raise CheckpointError(
                     f"{self._where}: {named.name} holds values where this model has none and they must be zero."
                 )
@@ -133,7 +107,7 @@ class McoreView(_RuledView):
         assert named is not None
         return named.shape
 
-    def dtype(self, name: str) -> DType:
+    def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._rules[name].hf[0].name)
 
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
@@ -153,7 +127,9 @@ class McoreView(_RuledView):
 class HfView(_RuledView):
     """megatron-core tensors under Hugging Face names."""
 
-    def __init__(self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: DType | None = None) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], source: LazyTensors, where: str, dtype: torch.dtype | None = None
+    ) -> None:
         """Check that the source holds exactly the tensors of the table.
 
         Args:
@@ -174,32 +150,32 @@ class HfView(_RuledView):
         rule, index = self._places[name]
         return rule.hf[index].shape
 
-    def dtype(self, name: str) -> DType:
+    def dtype(self, name: str) -> torch.dtype:
         return self._dtype or self._own_dtype(name)
 
-    def _own_dtype(self, name: str) -> DType:
+    def _own_dtype(self, name: str) -> torch.dtype:
         rule = self._places[name][0]
         if rule.mcore is None:  # zeros that only Hugging Face has take the type of their neighbours
             kinds = [self._source.dtype(one) for one in self._source if one.startswith("vision_projection.")]
-            return kinds[0] if kinds else FLOAT32
+            return kinds[0] if kinds else torch.float32
         return self._source.dtype(rule.mcore.name)
 
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
         rule, index = self._places[name]
         return rule.rank, rule.slices_of_hf(index, slices)
 
-    def _fill(self, name: str, slices: Slices, out: Bits) -> None:
-        if self._dtype in (None, self._source.dtype(name)):
+    def _fill(self, name: str, slices: Slices, out: Tensor) -> None:
+        if out.dtype == self._source.dtype(name):
             self._source.read_into(name, slices, out)
-        else:
-            values, converted = self._source.read(name, slices), as_tensor(out, self._dtype)
-            converted.copy_(values)
-            lost = converted.isinf()
-            if lost.any() and lost.logical_and_(values.isfinite()).any():
-                raise CheckpointError(
-                    f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {self._dtype} and would "
-                    "become infinite. Choose another --dtype, or keep the type."
-                )
+            return
+        values = self._source.read(name, slices)
+        out.copy_(values)
+        lost = out.isinf().logical_and_(values.isfinite())
+        if lost.any():
+            raise CheckpointError(
+                f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {type_name(out.dtype)} and would "
+                "become infinite. Choose another --dtype, or keep the type."
+            )
 
     def unused_keys(self) -> Mapping[str, str]:
         return self._source.unused_keys()
@@ -229,7 +205,7 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
     }
     extra = [name for name in source if name not in names and name not in unused_keys]
     if tied is not None and tied[0] in extra:
-        if not _equal(source, *tied):
+        if not same_tensors(source, *tied):
             raise CheckpointError(
                 f"{where}: says tie_word_embeddings, but {tied[0]} differs from {tied[1]}. Correct its config.json."
             )
@@ -246,15 +222,6 @@ def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tup
                 f"{where}: {one.name} has shape {source.shape(one.name)}, the config asks for {one.shape}."
             )
     return unused_keys
-
-
-def _equal(source: LazyTensors, first: str, second: str) -> bool:
-    """Whether two tensors are equal bit for bit."""
-    shape = source.shape(first)
-    return (shape, source.dtype(first)) == (source.shape(second), source.dtype(second)) and all(
-        np.array_equal(source.bits(first, slices), source.bits(second, slices))
-        for slices in runs(whole(shape), source.dtype(first).itemsize, _BLOCK_BYTES)
-    )
 
 
 def _more(items: Sequence[object]) -> str:

@@ -68,8 +68,7 @@ def decoder_spec(implementation: str, layers: int, *, qk_layernorm: bool = False
     else:
         layer = _local_layer(TransformerLayer, RMSNorm, VitaCoreAttention, AttnMaskType.causal, SwiGLU)
     if qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
+        _add_qk_norm(layer.submodules.self_attention, HeadRMSNorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
 
 
@@ -89,12 +88,32 @@ def tower_spec(implementation: str, vision: VisionConfig) -> TransformerBlockSub
     else:
         norm = RMSNorm if vision.normalization == "RMSNorm" else LayerNorm
         layer = _local_layer(layer_class, norm, TowerCoreAttention, AttnMaskType.no_mask)
-    attention = layer.submodules.self_attention.submodules
+    attention = layer.submodules.self_attention
     if not vision.add_qkv_bias:
-        attention.linear_qkv = _without_bias(attention.linear_qkv)
+        attention.submodules.linear_qkv = _without_bias(attention.submodules.linear_qkv)
     if vision.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = WidthRMSNorm
+        _add_qk_norm(attention, WidthRMSNorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * vision.built_layers, layer_norm=None)
+
+
+class QKNormAttention(SelfAttention):
+    """megatron-core's SelfAttention with a norm on its queries and one on its keys, of class `qk_norm`.
+
+    They replace what the constructor has built, and are not named in its submodules: megatron-core 0.19 refuses them
+    there unless TransformerConfig.qk_layernorm is set. With that set, every release sums the gradients of parameters
+    named q_layernorm or k_layernorm over the tensor ranks, the tower's too, which are complete.
+    """
+
+    def __init__(self, *args: Any, qk_norm: type, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("q_layernorm", "k_layernorm"):
+            norm = qk_norm(self.config, self.hidden_size_per_attention_head, self.config.layernorm_epsilon)
+            setattr(self, name, norm)
+
+
+def _add_qk_norm(attention: ModuleSpec, norm: type) -> None:
+    attention.module = QKNormAttention
+    attention.params = {**attention.params, "qk_norm": norm}
 
 
 @functools.cache

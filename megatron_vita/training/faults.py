@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,9 @@ class FailedSamples:
         return mask_samples(step, ids), ids
 
 
-def check_finite(name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...]) -> None:
+def check_finite(
+    name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...], saved: Path | None = None
+) -> None:
     """Raise if a loss or gradient norm is NaN or infinite.
 
     Args:
@@ -76,14 +79,16 @@ def check_finite(name: str, value: float, *, stage: str, iteration: int, sample_
         stage: name of the training stage, for the message.
         iteration: of the step, for the message.
         sample_ids: samples of the global batch, for the message.
+        saved: the stage's last checkpoint, for the message, if there is one.
 
     Raises:
         VitaError: the value is not finite; checkpoints are unaffected.
     """
     if not math.isfinite(value):
         shown = ", ".join(map(str, sample_ids[:20]))
+        again = f"goes on from {saved}" if saved else "starts the stage again, which has no checkpoint yet"
         raise VitaError(
             f"stage {stage!r}, step {iteration}: the {name} is {value}. The step's samples are {shown}. Look at "
-            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. The last checkpoint is "
-            "whole."
+            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. "
+            f"The same command then {again}."
         )

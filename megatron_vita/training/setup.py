@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from megatron_vita.convert.opening import DECODER
 from megatron_vita.data.loading.loader import PackLoader, RankCoords
 from megatron_vita.data.shards.manifest import Manifest
 from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.errors import DamagedError
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training import weights as start
-from megatron_vita.training.optimizer import build_optimizer
+from megatron_vita.training.optimizer import build_optimizer, rates_of_the_recipe
 
 STARTED_FROM = "started_from"
 """Key of RunState.extra: digest of the weights that a stage started from."""
@@ -52,6 +54,8 @@ class Session(ModelAndOptimizer):
     stage: StageConfig
     state: checkpoint.RunState
     """Training progress: iteration 0 at the start of the stage, or that of the resumed checkpoint."""
+    resumed: Path | None = None
+    """The checkpoint that the stage goes on from."""
 
     def loader(self, *, valid: bool = False) -> PackLoader:
         """Loader of this rank's batches, from state.consumed_packs on, or from the start of the validation shards."""
@@ -91,15 +95,21 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
 
     Raises:
         ConfigError: settings that do not fit the world size or the installation.
-        CheckpointError: a folder that is damaged or does not fit the model.
+        DamagedError: a checkpoint is damaged; on every rank.
+        CheckpointError: a folder that does not fit the model.
     """
     try:
         setup = build_model_and_optimizer(stage, weights=None if resume else weights, resume=resume is not None)
         if resume:
-            state = checkpoint.load_training(resume, setup.models, setup.optimizer, setup.scheduler)
+            with rates_of_the_recipe(setup.optimizer, setup.scheduler):
+                state = checkpoint.load_training(resume, setup.models, setup.optimizer, setup.scheduler)
+            state = dataclasses.replace(state, stage=stage)  # paths, layout and rates may be others than when it began
         else:
             state = _fresh_state(stage, weights)
-        return Session(**vars(setup), stage=stage, state=state)
+        return Session(**vars(setup), stage=stage, state=state, resumed=resume)
+    except DamagedError:
+        destroy_groups()  # every rank is here, and the stage is opened again
+        raise
     except BaseException:
         forget_groups()
         raise

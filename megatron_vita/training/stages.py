@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import RunConfig, StageConfig, to_dict
-from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.loading.compatible import check_compatible
-from megatron_vita.data.shards.manifest import load_manifest
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.data.text.tokenizer import VitaTokenizer
-from megatron_vita.errors import CheckpointError, ConfigError, DataError
+from megatron_vita.errors import CheckpointError, ConfigError, DamagedError, DataError
+from megatron_vita.files import no_room, write_atomic
 from megatron_vita.parallel.groups import forget_groups, init_distributed
 from megatron_vita.training import weights as start
+from megatron_vita.training.lock import RunLock
 from megatron_vita.training.loop import train
-from megatron_vita.training.setup import STARTED_FROM, open_session
+from megatron_vita.training.resume import open_newest
 
 log = logging.getLogger(__name__)
-
-_MAY_CHANGE = {
-    "parallel",
-    "logging",
-    "checkpoint",
-    "data.num_workers",
-    "data.max_failed_samples",
-    "data.valid_data_path",
-    "train.micro_batch_size",
-    "train.eval_interval",
-    "train.eval_iters",
-}
-"""Settings and sections that may change when a stage is resumed: they do not affect what is learned."""
 
 
 def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
@@ -56,42 +42,54 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
 
     Raises:
         ConfigError: before the first step: missing or incompatible shards, tokenizer, checkpoints or settings, or the
-            folder checkpoint.save belongs to a run with other settings.
+            folder checkpoint.save belongs to a run with other settings, or to one that is training now.
         CheckpointError: the stage before `only` is not complete.
         DataError: too many samples with undecodable images.
-        VitaError: a loss or gradient norm is not finite.
+        VitaError: a loss or gradient norm is not finite, or a file cannot be written.
+        SystemExit: a rank got SIGTERM or SIGINT; on every rank.
     """
     if only is not None and not 1 <= only <= len(run.stages):
         raise ConfigError(f"--stage {only}: the recipe has stages 1 to {len(run.stages)}.")
     init_distributed()
     first = run.stages[0].checkpoint.pretrained_checkpoint
     with _as_config_errors():
-        for stage in run.stages if only is None else run.stages[only - 1 : only]:
-            preflight(stage)
+        on_rank_zero(lambda: _preflight_all(run.stages if only is None else run.stages[only - 1 : only]))
         weights = on_rank_zero(lambda: start.find(first)) if first and only in (None, 1) else None
-    finished = []
-    for number, stage in enumerate(run.stages[:only], 1):
-        folder = Path(stage.checkpoint.save) / stage.name
-        found = on_rank_zero(partial(checkpoint.latest, folder))
-        state = checkpoint.read_state(found) if found else None
-        done = state is not None and state.iteration >= stage.train.train_iters
-        if only is not None and number < only:
-            if number == only - 1 and not done:
-                raise CheckpointError(
-                    f"stage {only} starts from stage {number}, but {folder} holds no finished checkpoint. "
-                    f"Train it first: --stage {number}."
-                )
-        else:
-            if state is not None:
-                _check_same_run(stage, state, found, weights)
-            if done:
-                log.info("%s is complete: %s", stage.name, found)
-            else:
-                found = _run_stage(stage, folder, weights=weights, resume=found)
-        weights = found
-        if weights is not None:
-            finished.append(weights)
-    return finished
+    finished: dict[int, Path] = {}
+    for number, stage in enumerate(run.stages[: (only or 1) - 1], 1):
+        if found := on_rank_zero(partial(_complete, stage, required=number + 1 == only)):
+            finished[number] = found
+    folders = {stage.checkpoint.save: stage.name for stage in run.stages[(only or 1) - 1 : only]}
+    with RunLock() as lock:
+        on_rank_zero(partial(lock.take, folders))
+        damaged: dict[Path, str] = {}
+        number = only or 1
+        while number <= (only or len(run.stages)):
+            try:
+                finished[number] = _run_stage(run.stages[number - 1], finished.get(number - 1, weights), damaged)
+                damaged, number = {}, number + 1
+            except DamagedError as error:  # its initial weights are: the stage before makes them again
+                if number == (only or 1):
+                    raise ConfigError(str(error)) from error
+                number -= 1
+                damaged = {finished[number]: str(error)}
+    return [finished[number] for number in sorted(finished)]
+
+
+def _complete(stage: StageConfig, *, required: bool) -> Path | None:
+    """The newest checkpoint of a stage that is not run, if it has one. On rank 0.
+
+    Raises:
+        CheckpointError: the next stage starts from it, and it is not of the last step.
+    """
+    folder = Path(stage.checkpoint.save) / stage.name
+    found = checkpoint.latest(folder)
+    if required and (found is None or checkpoint.read_state(found).iteration < stage.train.train_iters):
+        raise CheckpointError(
+            f"the stage to run starts from stage {stage.name!r}, but {folder} holds no finished checkpoint. Train that "
+            "first."
+        )
+    return found
 
 
 def preflight(stage: StageConfig) -> None:
@@ -111,11 +109,22 @@ def preflight(stage: StageConfig) -> None:
         check_compatible(ShardSet(prefix).manifest, stage, tokenizer)
 
 
-def _run_stage(stage: StageConfig, folder: Path, *, weights: Path | None, resume: Path | None) -> Path:
-    settings = yaml.safe_dump(to_dict(stage), sort_keys=False)
-    log.info("%s starts %s with\n%s", stage.name, f"again from {resume}" if resume else f"from {weights}", settings)
+def _preflight_all(stages: Sequence[StageConfig]) -> None:
+    for stage in stages:
+        preflight(stage)
+
+
+def _run_stage(stage: StageConfig, weights: Path | None, damaged: dict[Path, str]) -> Path:
+    folder = Path(stage.checkpoint.save) / stage.name
     with _as_config_errors():
-        session = open_session(stage, weights=weights, resume=resume)
+        found, session = open_newest(stage, folder, weights, damaged)
+    if session is None:
+        assert found is not None
+        log.info("%s is complete: %s", stage.name, found.path)
+        return found.path
+    settings = yaml.safe_dump(to_dict(stage), sort_keys=False)
+    origin = f"again from {found.path}" if found else f"from {weights}"
+    log.info("%s starts %s with\n%s", stage.name, origin, settings)
     try:
         on_rank_zero(partial(_create_folder, stage, folder, settings))
         saved = train(session, folder)
@@ -131,61 +140,25 @@ def _create_folder(stage: StageConfig, folder: Path, settings: str) -> None:
 
     Raises:
         ConfigError: the folder cannot be written.
+        CheckpointError: there is no room.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+        write_atomic(folder / "config.yaml", settings)
     except OSError as error:
         where = f"stage {stage.name!r}: checkpoint.save={stage.checkpoint.save}"
+        if no_room(error):
+            raise CheckpointError(f"{where}: cannot be written ({error}). Make room, then start again.") from None
         raise ConfigError(f"{where}: cannot be written ({error}). Choose another.") from None
 
 
 @contextmanager
 def _as_config_errors() -> Iterator[None]:
-    """Re-raise CheckpointError and DataError as ConfigError (exit status 2): errors before the first step."""
+    """Re-raise CheckpointError and DataError as ConfigError (exit status 2): errors before the first step. Damage of
+    initial weights stays what it is."""
     try:
         yield
+    except DamagedError:
+        raise
     except (CheckpointError, DataError) as error:
         raise ConfigError(str(error)) from error
-
-
-def _check_same_run(stage: StageConfig, state: checkpoint.RunState, found: Path | None, weights: Path | None) -> None:
-    """Check that a checkpoint was written with the same settings, shards and initial weights.
-
-    Args:
-        stage: the settings now.
-        state: of the checkpoint.
-        found: the checkpoint's folder, for the message.
-        weights: the stage's initial weights now; None: random initialisation.
-
-    Raises:
-        ConfigError: they differ; names every setting that does.
-    """
-    now, then = _flat(to_dict(stage)), _flat(to_dict(state.stage))
-    differing = [
-        f"{name} was {then.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if then.get(name) != value and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
-    ]
-    digest = load_manifest(stage.data.data_path).digest
-    if state.manifest_digest not in (None, digest):  # the same path, but other packs or another order
-        differing.append(f"the digest of the shards {stage.data.data_path} was {state.manifest_digest} and is {digest}")
-    started = state.extra.get(STARTED_FROM)
-    if started and weights and started != fingerprint(weights):
-        differing.append(f"the weights it started from are no longer those of {weights}")
-    if differing:
-        raise ConfigError(
-            f"{found} belongs to a run with other settings ({'; '.join(differing)}). Choose another checkpoint.save, "
-            "remove that folder, or restore the settings."
-        )
-
-
-def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested settings to {`section.key`: value}; top-level values keep their key."""
-    flat: dict[str, Any] = {}
-    for section, content in sections.items():
-        if isinstance(content, dict):
-            flat |= {f"{section}.{key}": value for key, value in content.items()}
-        else:
-            flat[section] = content
-    return flat

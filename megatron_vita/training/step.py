@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def train_step(
     scheduler: OptimizerParamScheduler,
     step: StepBatches,
     iteration: int,
+    saved: Path | None = None,
 ) -> tuple[float | None, float | None]:
     """Forward, backward and optimizer step for one global batch. All ranks call it.
 
@@ -75,6 +77,7 @@ def train_step(
         scheduler: its learning-rate scheduler.
         step: this rank's micro-batches, failed samples masked.
         iteration: number of the step, for error messages.
+        saved: the stage's last checkpoint, for error messages.
 
     Returns:
         Mean loss over the labelled tokens of the global batch, and the gradient norm before clipping. Both are None if
@@ -91,7 +94,7 @@ def train_step(
     if step.num_labels == 0:
         return None, None
     loss = _mean_loss(groups, loss_sum, step.num_labels)
-    check = partial(check_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids)
+    check = partial(check_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids, saved=saved)
     check("loss", loss)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm or 0.0)

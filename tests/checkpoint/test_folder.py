@@ -12,6 +12,7 @@ import pytest
 
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.integrity import write_integrity
+from megatron_vita.checkpoint.retention import prune
 from megatron_vita.errors import CheckpointError
 
 
@@ -121,3 +122,66 @@ def test_a_hugging_face_folder_is_told_from_an_empty_one(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is a Hugging Face folder.*tools/convert_ckpt.py import"):
         folders.resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "verified", "left"),
+    [
+        (0, 0, 70, {10, 20, 30, 40, 50, 60, 70}),
+        (3, 0, 70, {50, 60, 70}),
+        (2, 30, 70, {30, 60, 70}),
+        (1, 0, 30, {30, 70}),  # newer ones may be damaged
+        (9, 0, 70, {10, 20, 30, 40, 50, 60, 70}),
+    ],
+)
+def test_older_steps_go_and_the_newest_verified_one_never(
+    tmp_path: Path, keep_last: int, keep_every: int, verified: int, left: set[int]
+) -> None:
+    for step in range(10, 80, 10):
+        write_step(tmp_path, step)
+    aside = folders.set_aside(write_step(tmp_path, 5))
+    prune(tmp_path, keep_last=keep_last, keep_every=keep_every, verified=verified)
+    assert {int(step.name[5:]) for step in folders.steps(tmp_path)} == left
+    assert aside.is_dir()
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_a_deletion_that_is_killed_leaves_no_half_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    old, new = write_step(tmp_path, 1), write_step(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        die_at(patch, count)
+        try:
+            prune(tmp_path, keep_last=1, keep_every=0, verified=2)
+        except Killed:
+            pass
+        else:
+            assert count == 2  # a rename, and the end of what was renamed
+    assert folders.steps(tmp_path) == ([new] if count else [new, old])
+    folders.start_staging(tmp_path, 3)
+    assert not list(tmp_path.glob(".deleting-*"))
+
+
+def test_what_cannot_be_deleted_is_left_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = write_step(tmp_path, 1), write_step(tmp_path, 2)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refused)
+    prune(tmp_path, keep_last=1, keep_every=0, verified=2)
+    assert folders.steps(tmp_path) == [new, old]
+    assert f"{old}: could not be deleted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("my.json", "tokenizer.json"), ("spm.model", "tokenizer.model"), ("vocab", "tokenizer.model")]
+)
+def test_a_tokenizer_that_is_one_file_is_copied(tmp_path: Path, given: str, name: str) -> None:
+    (tmp_path / given).write_text("words")
+    (tmp_path / "step").mkdir()
+    folders.copy_tokenizer(tmp_path / given, tmp_path / "step")
+    assert {path.name: path.read_text() for path in (tmp_path / "step/tokenizer").iterdir()} == {name: "words"}

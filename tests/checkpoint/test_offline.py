@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -15,13 +14,13 @@ import torch
 from xxhash import xxh3_128
 
 from megatron_vita import checkpoint
-from megatron_vita.checkpoint import integrity, streaming
-from megatron_vita.checkpoint.dtypes import torch_dtype
-from megatron_vita.checkpoint.inert import load_pickled
+from megatron_vita.checkpoint import integrity, offline, writer
+from megatron_vita.checkpoint.boxes import Slices
 from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_integrity
-from megatron_vita.checkpoint.lazy import Slices, TensorsInMemory
+from megatron_vita.checkpoint.tensors import TensorsInMemory
 from megatron_vita.data.spec import PreprocessSpec
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, ConfigError, DamagedError
+from megatron_vita.files import lock_file
 from tests.checkpoint.tiny import stage, state
 
 TENSORS = {
@@ -34,7 +33,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 40)  # several pieces a tensor
+    monkeypatch.setattr(writer, "PIECE_BYTES", 40)  # several pieces a tensor
     run = state(stage(), 4, preprocess=PreprocessSpec(image_size=16, patch_size=4), consumed_packs=3)
     return checkpoint.write_tensors(tmp_path / "run", 4, TENSORS, run)
 
@@ -43,7 +42,7 @@ def test_round_trip(folder: Path) -> None:
     tensors = checkpoint.read_tensors(folder.parent)
     assert set(tensors) == set(TENSORS)
     for name, one in TENSORS.items():
-        assert torch_dtype(tensors.dtype(name)) == one.dtype
+        assert tensors.dtype(name) == one.dtype
         assert torch.equal(tensors[name], one)
     state_back = checkpoint.read_state(folder)
     assert (state_back.iteration, state_back.consumed_packs) == (4, 3)
@@ -71,7 +70,21 @@ def test_only_what_is_read_is_verified_and_damage_names_the_tensor(folder: Path)
         Integrity.read(folder).check_all()
 
 
-@pytest.mark.parametrize("name", [".metadata", "run.json", "common.pt", "__0_0.distcp", INTEGRITY_FILE])
+@pytest.mark.parametrize("name", [".metadata", "run.json", "common.json", "note.md", "tokenizer/tokenizer.json"])
+def test_a_flip_in_any_small_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    run, notes = state(stage(), 4), {"note.md": "of its writer"}
+    folder = checkpoint.write_tensors(tmp_path / "run", 4, TENSORS, run, tmp_path / "tokenizer.json", notes=notes)
+    assert checkpoint.resolve(folder) == folder
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    assert checkpoint.latest(folder.parent) is None
+    with pytest.raises(DamagedError, match=rf"{name}: its content has changed"):
+        checkpoint.read_tensors(folder.parent)
+
+
+@pytest.mark.parametrize("name", [".metadata", "run.json", "common.json", "__0_0.distcp", INTEGRITY_FILE])
 def test_a_truncated_or_missing_file_means_no_checkpoint(folder: Path, name: str) -> None:
     path = folder / name
     path.write_bytes(path.read_bytes()[:-3])
@@ -131,16 +144,6 @@ def test_malicious_metadata_is_refused_and_nothing_runs(folder: Path, tmp_path: 
     assert not trap.exists()
 
 
-def test_malicious_objects_inside_torch_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    trap, stream = tmp_path / "sprung", io.BytesIO()
-    torch.save({"optimizer": _Evil(trap)}, stream)
-    stream.seek(0)
-    with pytest.raises(CheckpointError, match="refused"):
-        load_pickled(stream, tmp_path / "common.pt")
-    assert not trap.exists()
-
-
 def test_a_file_outside_the_folder_is_refused(folder: Path) -> None:
     files = json.loads((folder / INTEGRITY_FILE).read_text())["files"]
     (folder.parent / "outside").write_bytes(b"x")
@@ -153,7 +156,7 @@ def test_a_file_outside_the_folder_is_refused(folder: Path) -> None:
 def _forge(folder: Path, files: Any, **values: Any) -> None:
     """An integrity.json whose own digest is right: anybody can compute it."""
     text = json.dumps(files, sort_keys=True, separators=(",", ":"))
-    forged = {"format_version": 2, "files": files, "digest": xxh3_128(text.encode()).hexdigest()} | values
+    forged = {"format_version": 3, "files": files, "digest": xxh3_128(text.encode()).hexdigest()} | values
     (folder / INTEGRITY_FILE).write_text(json.dumps(forged))
 
 
@@ -189,7 +192,7 @@ def test_an_integrity_file_of_another_form_is_refused(folder: Path) -> None:
     _forge(folder, ["a"])
     with pytest.raises(CheckpointError, match="does not describe files"):
         checkpoint.resolve(folder)
-    for version in ([], 3, True, "x" * 1000):
+    for version in ([], 4, True, "x" * 1000):
         _forge(folder, {}, format_version=version)
         with pytest.raises(CheckpointError, match=r"format version .{1,20} is not known"):
             checkpoint.resolve(folder)
@@ -206,6 +209,33 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="unreadable"):
         checkpoint.write_tensors(tmp_path / "run", 0, Broken({"a": torch.zeros(1)}), state(stage(), 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_replaced_only_where_that_is_meant(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"iter_0000004: exists, and is not to be replaced"):
+        checkpoint.write_tensors(folder.parent, 4, {}, state(stage(), 4), replace=False)
+    assert set(checkpoint.read_tensors(folder)) == set(TENSORS)
+    with (
+        lock_file(folder.parent / ".lock-iter_0000004"),
+        pytest.raises(ConfigError, match="another process is writing"),
+    ):
+        checkpoint.write_tensors(folder.parent, 4, {}, state(stage(), 4))
+    checkpoint.write_tensors(folder.parent, 4, {"other": torch.zeros(2)}, state(stage(), 4))
+    assert list(checkpoint.read_tensors(folder)) == ["other"]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PIECE_BYTES", 40)
+    monkeypatch.setattr(offline, "_FILE_BYTES", 100)  # many files, which threads write side by side
+    first, second = (
+        checkpoint.write_tensors(tmp_path / str(count), 4, TENSORS, state(stage(), 4), workers=count)
+        for count in (1, 8)
+    )
+    names = sorted(path.name for path in first.iterdir())
+    assert len([name for name in names if name.endswith(".distcp")]) > 2
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert str(tmp_path).encode() not in (first / ".metadata").read_bytes(), "a path of this machine"
 
 
 def test_the_tokenizer_travels_but_weights_beside_it_do_not(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vita.checkpoint import RunState
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
+from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.state import RUN_FILE
 from megatron_vita.config import StageConfig
 from megatron_vita.errors import CheckpointError
@@ -30,6 +31,13 @@ def first_stage() -> RunState:
     )
 
 
+def read_back(folder: Path, text: str) -> RunState:
+    """run.json of a checkpoint that holds nothing else."""
+    (folder / RUN_FILE).write_text(text)
+    write_integrity(folder, {})
+    return RunState.read(folder)
+
+
 def test_a_state_with_a_history_comes_back(tmp_path: Path) -> None:
     before = first_stage()
     state = RunState(
@@ -39,8 +47,7 @@ def test_a_state_with_a_history_comes_back(tmp_path: Path) -> None:
         base_models=before.base_models,
         earlier=before.history,
     )
-    (tmp_path / RUN_FILE).write_text(state.to_json())
-    assert RunState.read(tmp_path) == state
+    assert read_back(tmp_path, state.to_json()) == state
     assert [(one.recipe["name"], one.iteration, one.data) for one in state.history] == [
         ("stage1", 3, DATA),
         ("stage2", 1, None),
@@ -55,8 +62,7 @@ def test_a_state_of_an_earlier_release_has_no_history(tmp_path: Path) -> None:
     values = json.loads(first_stage().to_json())
     for name in ("data", "base_models", "earlier"):
         del values[name]
-    (tmp_path / RUN_FILE).write_text(json.dumps(values))
-    state = RunState.read(tmp_path)
+    state = read_back(tmp_path, json.dumps(values))
     assert (state.data, state.base_models, state.earlier, len(state.history)) == (None, {}, (), 1)
 
 
@@ -74,6 +80,5 @@ def test_a_state_of_an_earlier_release_has_no_history(tmp_path: Path) -> None:
 )
 def test_a_damaged_history_is_refused(name: str, value: Any, tmp_path: Path) -> None:
     values = json.loads(first_stage().to_json())
-    (tmp_path / RUN_FILE).write_text(json.dumps({**values, name: value}))
     with pytest.raises(CheckpointError, match=RUN_FILE):
-        RunState.read(tmp_path)
+        read_back(tmp_path, json.dumps({**values, name: value}))

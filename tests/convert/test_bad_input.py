@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vita import checkpoint
-from megatron_vita.convert import cli
+from megatron_vita.checkpoint.tensors import TensorsInMemory
+from megatron_vita.convert import cli, rules
+from megatron_vita.convert.views import McoreView
 from megatron_vita.errors import CheckpointError
 from tests.convert import publishers
 
@@ -103,8 +104,8 @@ BAD = {
     "extra tensor": (_tensors(lambda t: t.update({"model.surprise": torch.zeros(2)})), r"model.surprise \(2,\)"),
     "misshapen": (_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})), r"q_proj.weight has shape \(71, 72\)"),
     "mixed types": (_tensors(_odd_types), "gate_proj.*up_proj.*different types"),
-    "truncated": (_truncate, r"model.safetensors: has \d+ bytes"),
-    "no header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 20), "model.safetensors: truncated"),
+    "truncated": (_truncate, "model.safetensors: damaged, truncated or .*not fully covered"),
+    "no header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 20), "model.safetensors: damaged, truncated"),
     "pickled": (_pickled, "pickled weights .*pytorch_model.bin.*safetensors revision"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no model.safetensors"),
     "index leaves the folder": (
@@ -224,23 +225,24 @@ def _swap(header: dict[str, Any], key: str, value: object) -> None:
 
 
 BAD_HEADERS = {
-    "overlap": (lambda h: _swap(h, "data_offsets", h[K]["data_offsets"]), "do not fit its shape|overlaps the tensor"),
+    "overlap": (lambda h: _swap(h, "data_offsets", h[K]["data_offsets"]), "invalid offset for tensor"),
     "same bytes twice": (
         lambda h: (_swap(h, "data_offsets", h[K]["data_offsets"]), _swap(h, "shape", h[K]["shape"]))[0],
-        "overlaps the tensor before it",
+        "invalid offset for tensor",
     ),
-    "out of range": (lambda h: _swap(h, "data_offsets", [10**12, 10**12 + 72 * 72 * 4]), "leaves bytes before it"),
-    "backwards": (lambda h: _swap(h, "data_offsets", h[Q]["data_offsets"][::-1]), "do not fit its shape"),
-    "negative": (lambda h: _swap(h, "data_offsets", [-8, 8]), "damaged header .*-8 is no size"),
-    "huge": (lambda h: _swap(h, "shape", [1 << 62, 1 << 62]), "do not fit its shape"),
-    "beyond 64 bits": (lambda h: _swap(h, "shape", [1 << 70]), "damaged header .*is no size"),
-    "fractions": (lambda h: _swap(h, "shape", [72.0, 72]), "damaged header .*72.0 is no size"),
-    "truth as a size": (lambda h: _swap(h, "shape", [True, 72]), "damaged header .*True is no size"),
-    "three offsets": (lambda h: _swap(h, "data_offsets", [0, 1, 2]), "damaged header"),
-    "no offsets": (lambda h: h[Q].pop("data_offsets"), "damaged header .*data_offsets"),
-    "a list": (lambda h: "[1, 2]", "damaged header"),
+    "out of range": (lambda h: _swap(h, "data_offsets", [10**12, 10**12 + 72 * 72 * 4]), "invalid offset for tensor"),
+    "backwards": (lambda h: _swap(h, "data_offsets", h[Q]["data_offsets"][::-1]), "invalid offset for tensor"),
+    "negative": (lambda h: _swap(h, "data_offsets", [-8, 8]), "invalid value: integer `-8`"),
+    "huge": (lambda h: _swap(h, "shape", [1 << 62, 1 << 62]), "overflow computing buffer size"),
+    "beyond 64 bits": (lambda h: _swap(h, "shape", [1 << 70]), "invalid type: floating"),
+    "fractions": (lambda h: _swap(h, "shape", [72.0, 72]), "invalid type: floating point `72.0`"),
+    "truth as a size": (lambda h: _swap(h, "shape", [True, 72]), "invalid type: boolean `true`"),
+    "three offsets": (lambda h: _swap(h, "data_offsets", [0, 1, 2]), "trailing characters|invalid length|expected"),
+    "no offsets": (lambda h: h[Q].pop("data_offsets"), "missing field `data_offsets`"),
+    "a list": (lambda h: "[1, 2]", "invalid type: "),
     "a name twice": (lambda h: json.dumps(h)[:-1] + f', "{Q}": {json.dumps(h[Q])}}}', "stands in it twice"),
-    "nested without end": (lambda h: "[" * 200_000, "damaged header"),
+    "nested without end": (lambda h: "[" * 200_000, "model.safetensors: damaged"),
+    "bytes that belong to none": (lambda h: h.pop(Q), "invalid offset for tensor|not fully covered"),
 }
 
 
@@ -261,7 +263,7 @@ def test_an_absurd_header_length_is_not_read(good: Path, tmp_path: Path, capsys:
     content = (tmp_path / "llm" / WEIGHTS).read_bytes()
     (tmp_path / "llm" / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + content[8:])
     assert cli.main(["import", "--llm", str(tmp_path / "llm"), "--output", str(tmp_path / "out")]) == 1
-    assert "truncated, or no safetensors file" in capsys.readouterr().err
+    assert "truncated or no safetensors file ('header too large')" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_wrong_kind_is_a_usage_error(
@@ -448,26 +450,24 @@ def test_an_output_is_replaced_as_a_whole_or_left_alone(good: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_a_full_disk_publishes_nothing(
-    command: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left, write = [60_000], os.pwritev
-
-    def filling(descriptor: int, buffers: list[memoryview], position: int) -> int:
-        left[0] -= sum(map(len, buffers))
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, buffers, position)
-
-    monkeypatch.setattr(os, "pwritev", filling)
+    """The system refuses what goes beyond a limit, as a full disk does."""
     arguments = {
         "import": ["import", "--llm", str(good / "llm")],
         "export": ["export", "--checkpoint", str(good / "ckpt"), "--format", "llm"],
     }[command]
-    assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        status = cli.main([*arguments, "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1
     error = capsys.readouterr().err
-    assert "No space left on device" in error
+    assert "File too large" in error
     assert "Make room" in error
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
@@ -484,16 +484,61 @@ def test_what_the_disk_cannot_hold_is_not_begun(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_checkpoint_is_not_exported(good: Path, tmp_path: Path) -> None:
-    shutil.copytree(good / "ckpt", tmp_path / "ckpt")
-    file = tmp_path / "ckpt/iter_0000000/__0_0.distcp"
-    content = bytearray(file.read_bytes())
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    output = tmp_path / "hf"
-    flags = ["--checkpoint", str(tmp_path / "ckpt"), "--output", str(output), "--format", "llm"]
-    assert cli.main(["export", *flags]) == 1
-    assert not output.exists()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_a_flipped_bit_in_any_file_is_found(
+    kind: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`verify` of one folder names the file; and what a damaged checkpoint holds beside its weights goes nowhere."""
+    copy, export = tmp_path / "copy", ["--format", "llm", "--output", str(tmp_path / "hf")]
+    if kind == "checkpoint":
+        shutil.copytree(good / "ckpt/iter_0000000", copy / "iter_0000000")
+        names = {"run.json", "conversion.json", "tokenizer/tokenizer.json", ".metadata", "integrity.json"}
+    else:
+        assert cli.main(["export", "--checkpoint", str(good / "ckpt"), "--format", "llm", "--output", str(copy)]) == 0
+        names = {"config.json", "tokenizer.json", "conversion.json", WEIGHTS, "README.md"}
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert len(files) > len(names)
+    capsys.readouterr()
+    assert cli.main(["verify", str(copy)]) == 0
+    found = re.fullmatch(r"verified: (\d+) files, (\d+) bytes .*", capsys.readouterr().out.strip())
+    assert found is not None
+    assert int(found[1]) == len(files) - 1  # the one with the digests
+    for path in files:
+        content = path.read_bytes()
+        _flip(path)
+        assert cli.main(["verify", str(copy)]) == 1, path
+        assert (path.name if path.name != "XXH128SUMS" else str(copy)) in capsys.readouterr().err
+        if kind == "checkpoint":
+            assert cli.main(["export", "--checkpoint", str(copy), *export]) == 1, path
+            assert path.name in capsys.readouterr().err
+            assert not (tmp_path / "hf").exists()
+        path.write_bytes(content)
+    (copy / "lost").write_text("")  # no conversion wrote it, and it is nobody's
+    assert cli.main(["verify", str(copy)]) == 0
+    files[0].unlink()
+    assert cli.main(["verify", str(copy)]) != 0
+    assert str(copy) in capsys.readouterr().err
+
+
+def test_verify_of_one_folder_wants_digests(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for flags, status, says in (
+        ([str(good / "llm")], 2, "llm: has no XXH128SUMS to check its files against"),
+        ([str(tmp_path / "nothing")], 2, "nothing: no such folder"),
+        ([str(tmp_path / "empty")], 1, "empty: holds no finished checkpoint"),
+        ([str(good / "ckpt"), "--logits"], 2, "Name a second one"),
+    ):
+        assert cli.main(["verify", *flags]) == status
+        assert says in capsys.readouterr().err
+    (tmp_path / "empty/XXH128SUMS").write_text("00  ../../secret\n")
+    assert cli.main(["verify", str(tmp_path / "empty")]) == 1
+    assert "XXH128SUMS: damaged, or names what lies outside" in capsys.readouterr().err
 
 
 def test_changed_settings_of_a_checkpoint_are_found(
@@ -529,13 +574,11 @@ def test_verify_sees_what_logits_cannot(good: Path, tmp_path: Path, capsys: pyte
 
 
 def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
-    from megatron_vita.checkpoint.lazy import TensorsInMemory
-    from megatron_vita.convert import rules
-    from megatron_vita.convert.views import McoreView
-
     table = [rules.zero_padded("x", "y", (2, 2), (3, 3)), rules.all_zero("b", (2,))]
     padded = torch.zeros(3, 3)
     padded[:2, :2] = 1
+    McoreView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
+    padded[1, 2] = padded[2, 0] = -0.0
     McoreView(table, TensorsInMemory({"y": padded, "b": torch.zeros(2)}), "here")
     padded[2, 0] = 1e-30
     with pytest.raises(CheckpointError, match=r"here: y holds values"):
@@ -556,6 +599,7 @@ def test_junk_in_the_zero_padding_is_refused(tmp_path: Path) -> None:
         ["export", "--format", "llm", "--output", "out", "--checkpoint", "ckpt", "--tokenizer", ""],
         ["verify", "", "ckpt"],
         ["verify", "ckpt", ""],
+        ["verify", ""],
     ],
 )
 def test_a_name_out_of_a_variable_that_is_not_set_is_refused(

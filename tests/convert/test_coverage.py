@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from megatron_vita.checkpoint.dtypes import BFLOAT16, Bits, DType
-from megatron_vita.checkpoint.lazy import ZEROS, LazyTensors, Origin, Slices, slices_at, volume
+from megatron_vita.checkpoint.boxes import Slices, slices_at, volume
+from megatron_vita.checkpoint.tensors import ZEROS, LazyTensors, Origin
 from megatron_vita.convert.coverage import account
 from megatron_vita.errors import CheckpointError
 
@@ -19,11 +20,11 @@ class Stored(LazyTensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return {"a": (4, 2), "b": (4, 2)}[name]
 
-    def dtype(self, name: str) -> DType:
-        return BFLOAT16
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16
 
-    def read_into(self, name: str, slices: Slices, out: Bits) -> None:
-        out[...] = np.zeros(())
+    def read_into(self, name: str, slices: Slices, out: Tensor) -> None:
+        out.zero_()
 
     def __iter__(self) -> Iterator[str]:
         return iter(("a", "b"))

@@ -48,8 +48,8 @@ def test_a_fresh_projector_has_the_type_of_the_matrices(tmp_path: Path) -> None:
     publishers.write_intern_vit(tmp_path / "vit", remote=False)
     convert("import", "--llm", llm, "--vision", tmp_path / "vit", "--output", tmp_path / "ckpt")
     stored = checkpoint.read_tensors(tmp_path / "ckpt")
-    projector = {stored.dtype(name).name for name in stored if name.startswith("vision_projection.")}
-    assert projector == {"bfloat16"}
+    projector = {stored.dtype(name) for name in stored if name.startswith("vision_projection.")}
+    assert projector == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("decoder", [torch.float16, torch.bfloat16])

@@ -163,4 +163,4 @@ def test_any_header_is_read_or_refused(data: st.DataObject, tmp_path_factory: py
         _refused_in_one_line(error, folder)
     else:
         for name in opened:
-            assert opened.bits(name).shape == opened.shape(name)
+            assert opened.read(name).shape == opened.shape(name)

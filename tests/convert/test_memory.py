@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_vita.checkpoint.storage import WrittenSlice, write_metadata, write_pieces
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.integrity import write_integrity
-from megatron_vita.checkpoint.storage import WrittenSlice, write_metadata, write_pieces
 from megatron_vita.convert import open_model
 from tests.convert.synthetic import write_wide_qwen2
 

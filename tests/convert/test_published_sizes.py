@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.checkpoint.lazy import TensorsInMemory
+from megatron_vita.checkpoint.tensors import TensorsInMemory
 from megatron_vita.config import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.convert.families import decoder as decoders
 from megatron_vita.convert.families import intern_vit, internvl, long_vita, siglip_clip

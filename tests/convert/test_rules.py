@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint.lazy import TensorsInMemory
+from megatron_vita.checkpoint.tensors import TensorsInMemory
 from megatron_vita.convert import rules
 from megatron_vita.convert.coverage import Coverage
 from megatron_vita.convert.rules import Copy, Named, Rule

@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_in_another_layout(tmp_path: Path, layouts: tuple[d
     many, one = ledger(tmp_path, "spread", "only"), ledger(tmp_path, "alone", "only")
     assert [line["iteration"] for line in many] == [1, 2, 3, 4, 5, 6]
     for spread, whole in zip(many, one, strict=True):
-        assert spread["sample_ids"] == whole["sample_ids"]
+        assert spread["consumed_packs"] == whole["consumed_packs"]
         assert spread["lr"] == whole["lr"]
         assert spread["loss"] == pytest.approx(whole["loss"], rel=2e-4)
         assert spread["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-3)

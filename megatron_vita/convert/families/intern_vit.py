@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.hf_config import (
     check_not_quantised,

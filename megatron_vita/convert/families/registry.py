@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import ModelConfig, VisionConfig
 from megatron_vita.convert.families import decoder, intern_vit, internvl, long_vita, siglip_clip
 from megatron_vita.convert.families.decoder_table import DECODERS

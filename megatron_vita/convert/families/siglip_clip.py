@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from megatron_vita.checkpoint.lazy import LazyTensors
+from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.hf_config import (

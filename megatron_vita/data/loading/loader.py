@@ -132,12 +132,7 @@ class PackLoader:
                 f"{data.seq_length}. Make them equal."
             )
         self._data, self._train, self._coords = data, train, coords
-        self.order = PackOrder(
-            self.shards.pack_work(data.reset_per_document),
-            seed=0 if valid else train.seed,
-            digest=self.shards.manifest.digest,
-            global_batch_size=train.global_batch_size,
-        )
+        self.order = order_of(self.shards, data, train, valid=valid)
         self._next = consumed_packs
         self._threads = ThreadPoolExecutor(data.num_workers, "tiles") if data.num_workers else None
         self._ahead: deque[tuple[Int64, int, list[Future[_Slice]]]] = deque()
@@ -216,7 +211,7 @@ class PackLoader:
 
     def _assemble(self, packs: Int64, consumed: int, slices: list[_Slice]) -> StepBatches:
         failed = {sample for one in slices for wait in one.failed for sample in wait()}
-        ids = [sample for pack in packs.tolist() for sample in self.shards.pack_samples(pack)]
+        ids = samples_of(self.shards, packs)
         counts = self.shards.samples["labels"][ids]
         num_labels = int(counts.sum())
         return StepBatches(
@@ -230,6 +225,21 @@ class PackLoader:
             packed=tuple(one.packed for one in slices),
             cp_rank=self._coords.cp_rank,
         )
+
+
+def order_of(shards: ShardSet, data: DataConfig, train: TrainConfig, *, valid: bool = False) -> PackOrder:
+    """The order in which a stage consumes a shard set; validation's is the same for every seed."""
+    return PackOrder(
+        shards.pack_work(data.reset_per_document),
+        seed=0 if valid else train.seed,
+        digest=shards.manifest.digest,
+        global_batch_size=train.global_batch_size,
+    )
+
+
+def samples_of(shards: ShardSet, packs: Int64) -> list[int]:
+    """Samples of some packs, by their number in the samples file, in the order of the packs."""
+    return [sample for pack in packs.tolist() for sample in shards.pack_samples(pack)]
 
 
 @dataclass(frozen=True, slots=True)

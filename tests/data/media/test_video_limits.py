@@ -104,7 +104,7 @@ def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "class Disposition:\n    attached_pic, timed_thumbnails, default = 1, 2, 4\n"
     )
     (tmp_path / "modules" / "av" / "sidedata").mkdir()
-    (tmp_path / "modules" / "av" / "sidedata" / "sidedata.py").write_text("SideDataContainer = lambda frame: ()\n")
+    (tmp_path / "modules" / "av" / "sidedata" / "sidedata.py").write_text("SideDataContainer = lambda frame: {}\n")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     decoder.stop()
     yield tmp_path

@@ -77,10 +77,10 @@ def _matrix(frame: Any) -> tuple[int, int, int, int] | None:
 
     container: Any = sidedata.SideDataContainer  # whose type stub leaves its argument out
     try:  # `frame.side_data` would refer to the frame and the frame to it, so that its pixels stayed for a while
-        blocks = [bytes(block) for block in container(frame) if block.type.name == "DISPLAYMATRIX"]
+        block = container(frame).get("DISPLAYMATRIX")
     except ValueError:  # a kind of side data that this PyAV has no name for
         return None
-    if not blocks or len(blocks[0]) != 36:
+    if block is None or len(bytes(block)) != 36:
         return None
-    a, b, _, c, d, *_ = np.frombuffer(blocks[0], dtype=np.int32).tolist()
+    a, b, _, c, d, *_ = np.frombuffer(block, dtype=np.int32).tolist()
     return a, b, c, d

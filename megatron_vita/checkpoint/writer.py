@@ -1,0 +1,348 @@
+"""Writing a checkpoint through torch.distributed.checkpoint: our planner and our storage writer.
+
+A checkpoint is a set of tensors by key, each cut into boxes; a rank writes the boxes that it is told to (holdings.py).
+The format is torch's own, `.metadata` and `__RANK_N.distcp`. What is ours: large boxes are cut into pieces, so that a
+reader of a part need not read it all; each piece is hashed as it is written; and values that are not finite stop the
+save. One process without process groups writes in the same way (offline.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_vita.checkpoint.boxes import Slices, extent, fills, runs, shift, slices_at
+from megatron_vita.checkpoint.integrity import PieceDigests
+from megatron_vita.checkpoint.metadata import DTYPES
+from megatron_vita.checkpoint.parts import Part, as_checkpoint_errors
+from megatron_vita.checkpoint.streams import Workers
+from megatron_vita.checkpoint.tensors import slice_of
+from megatron_vita.errors import CheckpointError
+from megatron_vita.files import new_digest
+
+PIECE_BYTES = 8 << 20
+"""Large boxes are cut along their rows into pieces of about this size."""
+FILE_BYTES = 4 << 30
+"""A rank begins another file after so many bytes."""
+_LITTLE_BYTES = 64 << 10
+"""What torch.save writes besides the elements comes in many parts of some bytes."""
+PARTS = "parts"
+"""The one entry of the state dict: torch looks at each."""
+COMMON_FILE = "common.json"
+"""Plain numbers: those of the optimizer and the schedule."""
+
+
+@dataclass(frozen=True)
+class WrittenPiece(WriteResult):
+    """What a rank tells rank 0 about one piece."""
+
+    digest: str
+    """Of its bytes in the file (files.XXH3)."""
+
+
+class Planner(SavePlanner):
+    """Says what is written: the given parts, in pieces. Rank 0 proves that all ranks' pieces make up each tensor."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        source: Callable[[str, Slices], Tensor] | None = None,
+        common: Mapping[str, float] | None = None,
+    ) -> None:
+        """Plan a save.
+
+        Args:
+            parts: what this process writes. Their data are looked up in the state dict that torch passes, by label:
+                there a copy in this machine's memory may have taken their place.
+            source: reads a box of a part by key instead, when its turn comes to be written.
+            common: numbers of this rank's optimizer and schedule. The largest of all ranks are written: one without
+                parameters has counted no step.
+        """
+        self._parts = parts
+        self._source = source
+        self._common = dict(common or {})
+        self._pieces: dict[MetadataIndex, tuple[Part, Slices]] = {}
+        self._state: Mapping[str, Tensor] = {}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self._state = state_dict[PARTS]
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for part in self._parts:
+            if part.data.dtype not in DTYPES.values():
+                raise CheckpointError(f"{part.key}: a tensor of type {part.data.dtype} cannot be saved. Convert it.")
+            for box in runs(part.box, part.data.dtype.itemsize, PIECE_BYTES):
+                offsets = torch.Size(one.start for one in box)
+                chunk = ChunkStorageMetadata(offsets, torch.Size(extent(box)))
+                properties = TensorProperties(dtype=part.data.dtype)
+                index = MetadataIndex(part.key, offsets)
+                self._pieces[index] = (part, box)
+                items.append(
+                    WriteItem(
+                        index,
+                        WriteItemType.SHARD,
+                        tensor_data=TensorWriteData(chunk, properties, torch.Size(part.shape)),
+                    )
+                )
+        return SavePlan(items, planner_data=self._common)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        found: dict[str, list[TensorWriteData]] = {}
+        for item in itertools.chain.from_iterable(plan.items for plan in all_plans):
+            assert item.tensor_data is not None
+            found.setdefault(item.index.fqn, []).append(item.tensor_data)
+        for key, pieces in found.items():
+            kinds = {(tuple(one.size), one.properties.dtype) for one in pieces}
+            if len(kinds) > 1:
+                raise CheckpointError(f"{key}: ranks disagree about its shape or type: {sorted(map(str, kinds))}.")
+            boxes = [slices_at(one.chunk.offsets, one.chunk.sizes) for one in pieces]
+            if len({one.chunk.offsets for one in pieces}) < len(pieces) or not fills(boxes, pieces[0].size):
+                raise CheckpointError(f"{key}: its parts do not hold each element of {tuple(pieces[0].size)} once.")
+        described: dict[str, Any] = {
+            key: TensorStorageMetadata(pieces[0].properties, pieces[0].size, [one.chunk for one in pieces])
+            for key, pieces in found.items()
+        }
+        common: dict[str, float] = {}
+        for plan in all_plans:
+            common.update({key: max(value, common.get(key, value)) for key, value in plan.planner_data.items()})
+        return all_plans, Metadata(described, planner_data=common)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        part, box = self._pieces[write_item.index]
+        if self._source is not None:
+            return self._source(part.key, box)
+        return slice_of(self._state[part.label], shift(box, part.box))
+
+
+class Writer(FileSystemWriter):
+    """Writes this process's pieces, one torch.save after the other, into a staging folder."""
+
+    def __init__(
+        self,
+        staging: Path,
+        start: Callable[[], object],
+        publish: Callable[[PieceDigests], object],
+        *,
+        stage: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+        workers: int = 1,
+        file_bytes: int = FILE_BYTES,
+        durable: bool = True,
+        finite: bool = True,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            staging: the folder.
+            start: makes it; called on rank 0 before any rank writes.
+            publish: gives the finished folder its name; called on rank 0 when every rank's files are on the disk.
+            stage: copies the state dict of an asynchronous save.
+            workers: files that are written at once.
+            durable: wait until the disk has each file.
+            finite: refuse values that are not.
+            advance: is told the bytes of each piece.
+        """
+        super().__init__(staging, sync_files=durable)
+        self._staging = staging
+        self._start, self._publish, self._stage = start, publish, stage
+        self._workers, self._file_bytes = workers, file_bytes
+        self._durable, self._finite = durable, finite
+        self._advance = advance
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        if is_coordinator:
+            self._start()
+
+    def stage(self, state_dict: Any) -> Any:
+        return {PARTS: self._stage(state_dict[PARTS])}
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return False  # `stage` has waited
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # rank 0 makes the folder
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # no random identity, no path of this machine: equal tensors are equal bytes
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        files = list(self._files(plan.items))
+        prefix = plan.storage_data.prefix
+        with _without_crc(), Workers(self._workers) as pool:
+            written = pool.map(
+                lambda one: self._write_file(f"{prefix}{one[0]}.distcp", one[1], planner), enumerate(files)
+            )
+            done: Future[list[WriteResult]] = Future()
+            done.set_result([piece for pieces in written for piece in pieces])
+        return done
+
+    def _files(self, items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
+        batch: list[WriteItem] = []
+        size = 0
+        for item in items:
+            if size >= self._file_bytes:
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += item.tensor_storage_size() or 0
+        if batch:
+            yield batch
+
+    def _write_file(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        written: list[WriteResult] = []
+        path, position = self._staging / name, 0
+        try:
+            with path.open("wb", buffering=0) as file:
+                for item in items:
+                    data = cast(Tensor, planner.resolve_data(item)).detach().cpu().contiguous()
+                    if self._finite:
+                        _check_finite(item.index.fqn, data)
+                    sink = _Sink(file.fileno())
+                    sink.save(_without_neighbours(data))
+                    place = _StorageInfo(name, position, sink.size)
+                    written.append(WrittenPiece(item.index, sink.size, place, sink.digest.hexdigest()))
+                    position += sink.size
+                    self._advance(data.nbytes)
+                if self._durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: could not be written ({error.strerror or error}). Make room, or choose another folder."
+            ) from None
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        digests: dict[str, list[tuple[int, str]]] = {}
+        for one in itertools.chain.from_iterable(results):
+            assert isinstance(one, WrittenPiece)
+            digests.setdefault(one.storage_data.relative_path, []).append((one.size_in_bytes, one.digest))
+        common, metadata.planner_data = metadata.planner_data, None
+        try:
+            (self._staging / COMMON_FILE).write_text(json.dumps(common) + "\n", encoding="utf-8")
+            super().finish(metadata, results)
+            self._publish(digests)
+        except OSError as error:
+            where = error.filename or self._staging
+            raise CheckpointError(
+                f"{where}: could not be written ({error.strerror or error}). Nothing was published. Make room, or "
+                "choose another folder."
+            ) from None
+
+
+class _Sink:
+    """A file to torch.save, which hashes what it is given and writes it in few calls."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._held = bytearray()
+        self._error: OSError | None = None
+        self.size = 0
+        self.digest = new_digest()
+
+    def save(self, data: Tensor) -> None:
+        """Write what torch.save makes of a tensor. Raises OSError."""
+        try:
+            torch.save(data, cast(Any, self))
+            self._write(b"")
+        except Exception:
+            if self._error is not None:  # torch may have made another error of it
+                raise self._error from None
+            raise
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take all of it: the elements as they lie in memory, what is little with what follows."""
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        if len(view) < _LITTLE_BYTES:
+            self._held += view
+        else:
+            self._write(view)
+        return len(view)
+
+    def _write(self, view: bytes | memoryview) -> None:
+        for one in (memoryview(self._held), memoryview(view)):
+            while one:
+                try:
+                    one = one[os.write(self._descriptor, one) :]
+                except OSError as error:
+                    self._error = self._error or error
+                    raise
+        self._held = bytearray()
+
+    def flush(self) -> None:
+        """`save` does."""
+
+
+@contextlib.contextmanager
+def _without_crc() -> Iterator[None]:
+    """Let torch.save leave out its CRC-32, which takes longer than all else and finds less than our digests."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _without_neighbours(data: Tensor) -> Tensor:
+    """The same elements, not copied, as all of a storage: of a view torch.save would write the whole storage."""
+    elements = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
+    return elements.view(data.dtype).view(data.shape)
+
+
+def _check_finite(key: str, data: Tensor) -> None:
+    """Refuse a NaN or an infinity. Smallest and largest are found in one pass, and are NaN where any element is."""
+    if data.is_floating_point() and data.numel():
+        low, high = torch.aminmax(data)
+        if not (low.isfinite() and high.isfinite()):
+            raise CheckpointError(
+                f"{key} holds values that are not finite: no checkpoint of them is written. The checkpoints before are "
+                "whole; go on from the last one with a lower optimizer.lr."
+            )
+
+
+def write(
+    planner: Planner,
+    writer: Writer,
+    state: Mapping[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> None:
+    """Write a checkpoint. All ranks of the group (by default the world) call it, or one process `alone`.
+
+    Raises:
+        CheckpointError: on every rank, if any rank failed; nothing has been published then.
+    """
+    with as_checkpoint_errors():
+        save({PARTS: dict(state)}, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
