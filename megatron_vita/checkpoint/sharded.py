@@ -129,19 +129,12 @@ def read_state(folder: str | Path) -> RunState:
 def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
     folder = on_rank_zero(lambda: folders.resolve(path))  # one rank looks at all files, not each
     where = str(folder)
-    tensors = everywhere(lambda: CheckpointTensors(folder, check=False), where)
-    state = RunState.parse(tensors.integrity)
+    tensors, state, common = everywhere(lambda: _open(folder, trained=optimizer is not None), where)
     _check_settings(where, state.stage.model, _bare(model_chunks))
     held = _held(tensors, model_chunks)
     parts = weights_to_read(held)
     states = []
     if optimizer is not None:
-        if not any(key.startswith(OPTIMIZER_PREFIX) for key in tensors):
-            raise CheckpointError(
-                f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from "
-                "it. Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
-            )
-        common = _common(tensors)
         device.set_optimizer_step(optimizer, common[_STEP])
         states = list(optimizer_states(optimizer))
         parts += optimizer_parts(states, held)
@@ -154,6 +147,18 @@ def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, s
         one.restore()
     clear_padding(held)
     return state
+
+
+def _open(folder: Path, *, trained: bool) -> tuple[CheckpointTensors, RunState, dict[str, float]]:
+    """A checkpoint's tensors, run.json and, to train on, numbers of optimizer and schedule. One rank may fail."""
+    tensors = CheckpointTensors(folder, check=False)
+    state = RunState.parse(tensors.integrity)
+    if trained and not any(key.startswith(OPTIMIZER_PREFIX) for key in tensors):
+        raise CheckpointError(
+            f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from it. "
+            "Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
+        )
+    return tensors, state, _common(tensors) if trained else {}
 
 
 def _common(tensors: CheckpointTensors) -> dict[str, float]:

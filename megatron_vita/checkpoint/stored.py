@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import threading
 import zipfile
@@ -120,7 +119,7 @@ class CheckpointTensors(LazyTensors):
         out = torch.empty(extent(piece.box), dtype=self.dtype(name)) if out is None else out
         elements, digest = out.detach().reshape(-1).view(torch.uint8).numpy().data, new_digest()
         with reading(path) as descriptor:
-            start = _elements_at(_Part(descriptor, piece), out.nbytes)
+            start = _elements_at(_Part(path, descriptor, piece), out.nbytes)
             position = piece.position
             parts: tuple[bytearray | memoryview, ...]
             if start is None:
@@ -164,10 +163,10 @@ def _elements_at(part: _Part, size: int) -> int | None:
 
 
 class _Part:
-    """A piece as a file of its own: what zipfile asks of one."""
+    """A piece as a file of its own: what zipfile asks of one, which would take an OSError for a file that is no zip."""
 
-    def __init__(self, descriptor: int, piece: StoredPiece) -> None:
-        self._descriptor, self._begin, self._at = descriptor, piece.position, 0
+    def __init__(self, path: Path, descriptor: int, piece: StoredPiece) -> None:
+        self._path, self._descriptor, self._begin, self._at = path, descriptor, piece.position, 0
         self.length = piece.length
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -179,6 +178,7 @@ class _Part:
 
     def read(self, size: int = -1) -> bytes:
         size = max(0, self.length - self._at) if size < 0 else min(size, self.length - self._at)
-        content = os.pread(self._descriptor, size, self._begin + self._at)
-        self._at += len(content)
-        return content
+        content = bytearray(size)
+        read_exactly(self._descriptor, memoryview(content), self._begin + self._at, self._path)
+        self._at += size
+        return bytes(content)

@@ -316,6 +316,8 @@ def _without_crc() -> Iterator[None]:
 
 def _without_neighbours(data: Tensor) -> Tensor:
     """The same elements, not copied, as all of a storage: of a view torch.save would write the whole storage."""
+    if not data.numel():
+        return torch.empty(data.shape, dtype=data.dtype)
     elements = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
     return elements.view(data.dtype).view(data.shape)
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from megatron_vita.checkpoint.parts import Part
-from megatron_vita.checkpoint.reader import read
-from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint import writer as writing
 from megatron_vita.checkpoint.boxes import Slices, boxes_of_run, extent, volume, whole
+from megatron_vita.checkpoint.parts import Part
+from megatron_vita.checkpoint.reader import read
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.tensors import slice_of
+from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.tiny import stage, state
 
