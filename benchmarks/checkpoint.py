@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from inference_kit import Figure, PeakMemory, on_ranks
 
-from megatron_vita import checkpoint, device
+from megatron_vita import checkpoint
 from megatron_vita.checkpoint.boxes import volume, whole
 from megatron_vita.checkpoint.folder import step_folder
 from megatron_vita.checks.batches import step_batches
@@ -101,7 +101,7 @@ class Run:
     def held(self) -> list[torch.Tensor]:
         """Tensors of this rank that a checkpoint has: weights, and both moments of its share of them."""
         weights = [one.detach() for model in self.setup.models for one in model.parameters()]
-        adams = (one.optimizer for one in device.distributed_optimizers(self.setup.optimizer))
+        adams = (one.optimizer for one in core_optimizer.distributed_optimizers(self.setup.optimizer))
         moments = [
             value
             for adam in adams

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,96 +228,3 @@ def _redirect_rng() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(_ExpectedRngNoise())
-
-
-# ---- loading a distributed optimizer whose inner optimizer is torch's AdamW (no Transformer Engine, no Apex) ----
-
-
-def distributed_optimizers(optimizer: Any) -> list[Any]:
-    """The DistributedOptimizers that a (chained) optimizer consists of."""
-    chained: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    return list(chained)
-
-
-def optimizer_step(optimizer: Any) -> float:
-    """Steps that one DistributedOptimizer has done; 0 on a rank without trainable parameters."""
-    groups = optimizer.state_dict()["optimizer"]["param_groups"]
-    return max((float(group.get("step") or 0.0) for group in groups), default=0.0)
-
-
-def set_optimizer_step(optimizer: Any, step: float) -> None:
-    """Allocate the state of a (chained) optimizer that is to be loaded, and set how many steps it has done. Its
-    settings stay."""
-    prepare_optimizer_for_load(optimizer)
-    for one in distributed_optimizers(optimizer):
-        state = one.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            group["step"] = int(step)
-        one.load_state_dict(state)
-    fix_optimizer_after_load(optimizer)
-
-
-def _plain_distributed_optimizers(optimizer: Any) -> Iterator[Any]:
-    """The DistributedOptimizers of a (chained) optimizer whose inner optimizer is torch's Adam or AdamW."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    for one in distributed_optimizers(optimizer):
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            yield one
-
-
-def prepare_optimizer_for_load(optimizer: Any) -> None:
-    """Work around two defects of megatron-core's distributed optimizer (0.16.1 to 0.19.2) with torch's AdamW.
-
-    Call it before the optimizer's (sharded) state dict is requested, for loading or saving.
-
-    * `state_dict` asserts that the optimizer has state. It has none before the first step, or on a rank without
-      trainable parameters (a pipeline stage whose layers are all frozen).
-    * On loading, every entry of a parameter's state is copied, including `step`, which checkpoints do not store per
-      parameter, and the copy is not under no_grad (_set_main_param_and_optimizer_states).
-    """
-    for one in _plain_distributed_optimizers(optimizer):
-        if not one.optimizer.state:
-            _give_first_state(one.optimizer)
-        if not one.optimizer.state:
-            one.state_dict = functools.partial(_state_dict_of_nothing, one)
-        one._set_main_param_and_optimizer_states = functools.partial(_set_states_without_step, one)
-
-
-def _give_first_state(adam: torch.optim.Optimizer) -> None:
-    """Initialise AdamW's state as before its first step. (megatron-core would take a step with zero gradients instead,
-    which counts as a step and applies weight decay.)"""
-    for group in adam.param_groups:
-        for one in group["params"]:
-            if one.numel():
-                moments = {name: torch.zeros_like(one) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[one] = {"step": torch.tensor(0.0), **moments}
-
-
-def _state_dict_of_nothing(optimizer: Any) -> dict[str, Any]:
-    """Replacement of DistributedOptimizer.state_dict on a rank without parameters; checkpoints store rank 0's."""
-    groups = optimizer.optimizer.state_dict()["param_groups"]
-    kept = [{key: value for key, value in group.items() if key != "params"} | {"step": 0.0} for group in groups]
-    return {"optimizer": {"param_groups": kept}}
-
-
-def fix_optimizer_after_load(optimizer: Any) -> None:
-    """Give every parameter a `step` tensor of its own. Call it right after `load_state_dict`.
-
-    megatron-core (0.16.1 to 0.19.2) loads one shared `step` tensor for all parameters, which AdamW then increments once
-    per parameter: wrong bias correction, without any error.
-    """
-    for one in _plain_distributed_optimizers(optimizer):
-        for state in one.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-
-
-@torch.no_grad()
-def _set_states_without_step(optimizer: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    """Replacement of DistributedOptimizer._set_main_param_and_optimizer_states that leaves `step` alone."""
-    group, order = optimizer.model_param_group_index_map[model_param]
-    main = optimizer.optimizer.param_groups[group]["params"][order]
-    for key, target in {"param": main, **optimizer.optimizer.state[main]}.items():
-        if key != "step":
-            target.copy_(tensors[key])

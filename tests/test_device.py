@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from megatron_vita import device
 from megatron_vita.config import ParallelConfig
@@ -94,71 +93,6 @@ def _check_tracker() -> None:
 
 def test_tracker_is_seeded_distinct_and_quiet() -> None:
     run_ranks(2, _check_tracker)
-
-
-def _optimizer(seed: int) -> tuple[Any, Any]:
-    """A distributed optimizer over a small DDP model, and the model."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    torch.manual_seed(seed)
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
-    module.config = config  # type: ignore[assignment]
-    module.share_embeddings_and_output_weights = False  # type: ignore[assignment]
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    wrapped = DistributedDataParallel(config, ddp, module)
-    settings = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0)
-    return get_megatron_optimizer(settings, [wrapped]), wrapped
-
-
-def _step(optimizer: Any, wrapped: Any, seed: int) -> None:
-    wrapped.zero_grad_buffer()
-    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
-    wrapped(inputs).square().sum().backward()
-    wrapped.finish_grad_sync()
-    optimizer.step()
-
-
-def _check_load() -> None:
-    """Save after two steps, load into a fresh optimizer, take a third: as if nothing had happened."""
-    build_groups(ParallelConfig())
-    optimizer, wrapped = _optimizer(1)
-    for seed in range(2):
-        _step(optimizer, wrapped, seed)
-    (inner,) = optimizer.chained_optimizers
-    saved = inner.state_dict()
-    saved["param_state"] = inner.get_parameter_state_dp_reshardable()
-    # It holds views of the living optimizer's state.
-    saved = tree_map(lambda one: one.detach().clone() if isinstance(one, torch.Tensor) else one, saved)
-    for buffer in (one for one in saved["param_state"].values() if isinstance(one, dict)):
-        for piece in (piece for buckets in buffer.values() for bucket in buckets for piece in bucket):
-            piece["padding"] = False  # what a checkpoint on disk adds
-    saved["param_state_sharding_type"] = "dp_reshardable"
-    weights = {name: one.clone() for name, one in wrapped.state_dict().items()}
-
-    other, fresh = _optimizer(2)
-    fresh.load_state_dict(weights)
-    device.prepare_optimizer_for_load(other)
-    other.chained_optimizers[0].state_dict()  # asserted on an empty state before
-    other.chained_optimizers[0].load_state_dict(saved)
-    states = list(other.chained_optimizers[0].optimizer.state.values())
-    assert len({id(one["step"]) for one in states}) == 1, (
-        "megatron-core has mended itself: drop fix_optimizer_after_load"
-    )
-    device.fix_optimizer_after_load(other)
-    states = list(other.chained_optimizers[0].optimizer.state.values())
-    assert len({id(one["step"]) for one in states}) == len(states)
-    for pair in ((optimizer, wrapped), (other, fresh)):
-        _step(*pair, 9)
-    for one, two in zip(wrapped.parameters(), fresh.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
-    destroy_groups()
-
-
-def test_a_loaded_distributed_optimizer_steps_like_the_saved_one() -> None:
-    run_ranks(2, _check_load)
 
 
 def test_importing_the_module_changes_nothing() -> None:

@@ -9,14 +9,14 @@ needs by overlap. Weights, of which every data-parallel rank holds a replica, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vita import device
+from megatron_vita import core_optimizer
 from megatron_vita.checkpoint.boxes import boxes_of_run, extent, shift, volume, whole
 from megatron_vita.checkpoint.parts import Part
 
@@ -188,37 +188,10 @@ def weights_to_read(held: Sequence[Holding]) -> list[Part]:
     ]
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """What one rank's optimizer holds for one parameter."""
-
-    optimizer: Any
-    parameter: Tensor
-    start: int
-    """First element of the flattened parameter that this rank holds."""
-    tensors: dict[str, Tensor]
-    """`exp_avg`, `exp_avg_sq` and, unless the weight itself is float32, `param`: each `[elements]`."""
-
-    def restore(self) -> None:
-        """Give the tensors back to an optimizer that keeps them in another form (Transformer Engine's)."""
-        self.optimizer._set_main_param_and_optimizer_states(self.parameter, self.tensors)
-
-
-def optimizer_states(optimizer: Any) -> Iterator[OptimizerState]:
-    """The state of each parameter of which this rank's distributed optimizers hold a range."""
-    for one in device.distributed_optimizers(optimizer):
-        for parameter in one.model_param_group_index_map:
-            held = one._get_model_param_range_map(parameter)["param"]
-            if held.end > held.start:
-                tensors = one._get_main_param_and_optimizer_states(parameter)
-                kept = {name: value for name, value in tensors.items() if name != "step"}
-                yield OptimizerState(one, parameter, held.start, kept)
-
-
 def optimizer_parts(
-    states: Sequence[OptimizerState], held: Sequence[Holding], ranks: Ranks | None = None
+    states: Iterable[core_optimizer.State], held: Sequence[Holding], ranks: Ranks | None = None
 ) -> list[Part]:
-    """The boxes of optimizer states.
+    """The boxes of what this rank's optimizer holds: moments and, unless a weight itself is float32, its master.
 
     Args:
         ranks: to write them: without duplicates, and where tensor-parallel ranks hold the same, this rank's share.
@@ -228,20 +201,20 @@ def optimizer_parts(
     for one in held:
         by_parameter.setdefault(id(one.parameter), []).append(one)
     parts: list[Part] = []
-    for state in states:
-        weight = state.parameter.untyped_storage().data_ptr()
-        for name, values in state.tensors.items():
+    for _, parameter, first, tensors in states:
+        weight = parameter.untyped_storage().data_ptr()
+        for name, values in tensors.items():
             if values.untyped_storage().data_ptr() == weight:
                 continue  # a float32 weight is its own master
-            for one in by_parameter[id(state.parameter)]:
+            for one in by_parameter[id(parameter)]:
                 if ranks is not None and one.duplicate:
                     continue
-                start = max(state.start - one.start, 0)
-                stop = min(state.start + values.numel() - one.start, one.view.numel())
+                start = max(first - one.start, 0)
+                stop = min(first + values.numel() - one.start, one.view.numel())
                 if ranks is not None and one.replicated:
                     start, stop = share(start, stop, ranks.tensor_rank, ranks.tensor_size)
                 if start < stop:
-                    begin = start + one.start - state.start
+                    begin = start + one.start - first
                     run = values.detach()[begin : begin + stop - start]
                     parts += one.parts(start, stop, run, prefix=f"{OPTIMIZER_PREFIX}{name}.")
     return parts

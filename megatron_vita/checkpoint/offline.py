@@ -14,11 +14,12 @@ from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.boxes import whole
 from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import Part
+from megatron_vita.checkpoint.planner import Planner
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.streams import byte_bar, default_workers
-from megatron_vita.checkpoint.tensors import LazyTensors, as_lazy
-from megatron_vita.checkpoint.writer import Planner, Writer, write
+from megatron_vita.checkpoint.tensors import LazyTensors, as_lazy, bytes_of
+from megatron_vita.checkpoint.writer import Writer, write
 from megatron_vita.errors import ConfigError
 from megatron_vita.files import lock_file
 
@@ -45,8 +46,7 @@ def tensor_digests(path: str | Path) -> dict[str, str]:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's elements in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(bytes_of(tensor.detach().cpu().contiguous()).numpy().data).hexdigest()
 
 
 def write_tensors(

@@ -21,10 +21,11 @@ from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import all_true
 from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import as_checkpoint_errors
+from megatron_vita.checkpoint.planner import PARTS, Planner
 from megatron_vita.checkpoint.retention import prune
 from megatron_vita.checkpoint.sharded import training_parts
 from megatron_vita.checkpoint.state import RunState
-from megatron_vita.checkpoint.writer import PARTS, Planner, Writer, write
+from megatron_vita.checkpoint.writer import Writer, write
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ class Saver:
     ) -> None:
         try:
             self.close()
+        except MemoryError:
+            raise
         except Exception as problem:
             if error is None:
                 raise

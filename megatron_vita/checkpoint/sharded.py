@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_vita import device
+from megatron_vita import core_optimizer, device
 from megatron_vita.checkpoint import folder as folders
 from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
 from megatron_vita.checkpoint.holdings import (
@@ -26,7 +26,6 @@ from megatron_vita.checkpoint.holdings import (
     clear_padding,
     holdings,
     optimizer_parts,
-    optimizer_states,
     weights_to_read,
     weights_to_write,
 )
@@ -55,9 +54,9 @@ def training_parts(
     parts = weights_to_write(held, ranks)
     common: dict[str, float] = {}
     if optimizer is not None:
-        device.prepare_optimizer_for_load(optimizer)  # one that never stepped has no state to describe yet
-        parts += optimizer_parts(list(optimizer_states(optimizer)), held, ranks)
-        common[_STEP] = max(device.optimizer_step(one) for one in device.distributed_optimizers(optimizer))
+        core_optimizer.allocate(optimizer)  # one that never stepped has no state to describe yet
+        parts += optimizer_parts(core_optimizer.states(optimizer), held, ranks)
+        common[_STEP] = core_optimizer.steps_done(optimizer)
     if scheduler is not None:
         common[_SCHEDULE] = scheduler.num_steps
     return parts, common
@@ -129,36 +128,31 @@ def read_state(folder: str | Path) -> RunState:
 def _load(path: str | Path, model_chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> RunState:
     folder = on_rank_zero(lambda: folders.resolve(path))  # one rank looks at all files, not each
     where = str(folder)
-    tensors, state, common = everywhere(lambda: _open(folder, trained=optimizer is not None), where)
+    tensors = everywhere(lambda: CheckpointTensors(folder, check=False), where)
+    state = everywhere(lambda: RunState.parse(tensors.integrity), where)
     _check_settings(where, state.stage.model, _bare(model_chunks))
     held = _held(tensors, model_chunks)
     parts = weights_to_read(held)
     states = []
     if optimizer is not None:
-        device.set_optimizer_step(optimizer, common[_STEP])
-        states = list(optimizer_states(optimizer))
+        if not any(key.startswith(OPTIMIZER_PREFIX) for key in tensors):
+            raise CheckpointError(
+                f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from "
+                "it. Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
+            )
+        common = everywhere(lambda: _common(tensors), where)
+        core_optimizer.set_steps_done(optimizer, common[_STEP])
+        states = list(core_optimizer.states(optimizer))
         parts += optimizer_parts(states, held)
         if scheduler is not None:
             scheduler.num_steps = int(common[_SCHEDULE])
             scheduler.step(0)
     _check(tensors, parts, held, where)
     everywhere(lambda: read(parts, tensors), where)
-    for one in states:
-        one.restore()
+    for inner, parameter, _, loaded in states:
+        core_optimizer.restore(inner, parameter, loaded)
     clear_padding(held)
     return state
-
-
-def _open(folder: Path, *, trained: bool) -> tuple[CheckpointTensors, RunState, dict[str, float]]:
-    """A checkpoint's tensors, run.json and, to train on, numbers of optimizer and schedule. One rank may fail."""
-    tensors = CheckpointTensors(folder, check=False)
-    state = RunState.parse(tensors.integrity)
-    if trained and not any(key.startswith(OPTIMIZER_PREFIX) for key in tensors):
-        raise CheckpointError(
-            f"{folder}: holds weights only (checkpoint.keep_optimizer was false), so its stage cannot go on from it. "
-            "Give another checkpoint.save, with this folder as checkpoint.pretrained_checkpoint."
-        )
-    return tensors, state, _common(tensors) if trained else {}
 
 
 def _common(tensors: CheckpointTensors) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megatron_vita.checkpoint.boxes import Slices, extent, overlap, shift
 from megatron_vita.checkpoint.integrity import Integrity
 from megatron_vita.checkpoint.metadata import METADATA_FILE, StoredPiece, StoredTensor, parse_metadata
 from megatron_vita.checkpoint.streams import read_exactly, reading
-from megatron_vita.checkpoint.tensors import LazyTensors, slice_of
+from megatron_vita.checkpoint.tensors import LazyTensors, bytes_of, slice_of
 from megatron_vita.errors import CheckpointError
 from megatron_vita.files import new_digest
 
@@ -117,9 +117,9 @@ class CheckpointTensors(LazyTensors):
         path = self.folder / piece.file
         self.integrity.check_piece(piece.file, piece.position, piece.length, None, name)
         out = torch.empty(extent(piece.box), dtype=self.dtype(name)) if out is None else out
-        elements, digest = out.detach().reshape(-1).view(torch.uint8).numpy().data, new_digest()
+        elements, digest = bytes_of(out).numpy().data, new_digest()
         with reading(path) as descriptor:
-            start = _elements_at(_Part(path, descriptor, piece), out.nbytes)
+            start = _elements_at(_Part(descriptor, piece, path), out.nbytes)
             position = piece.position
             parts: tuple[bytearray | memoryview, ...]
             if start is None:
@@ -155,19 +155,19 @@ def _elements_at(part: _Part, size: int) -> int | None:
             record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
             part.seek(record.header_offset + 26)
             name, extra = struct.unpack("<HH", part.read(4))
-    except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, NotImplementedError, EOFError):
+    except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, LookupError, NotImplementedError, EOFError):
         return 0 if size == 0 else None  # a tensor without elements needs no record
     start = record.header_offset + 30 + int(name) + int(extra)
     stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == size
-    return start if stored and start + size <= part.length else None
+    return start if stored and 0 <= start <= part.length - size else None
 
 
 class _Part:
-    """A piece as a file of its own: what zipfile asks of one, which would take an OSError for a file that is no zip."""
+    """A piece as a file of its own: what zipfile asks of one."""
 
-    def __init__(self, path: Path, descriptor: int, piece: StoredPiece) -> None:
-        self._path, self._descriptor, self._begin, self._at = path, descriptor, piece.position, 0
-        self.length = piece.length
+    def __init__(self, descriptor: int, piece: StoredPiece, where: Path) -> None:
+        self._descriptor, self._begin, self._where = descriptor, piece.position, where
+        self._at, self.length = 0, piece.length
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence])
@@ -177,8 +177,8 @@ class _Part:
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        size = max(0, self.length - self._at) if size < 0 else min(size, self.length - self._at)
-        content = bytearray(size)
-        read_exactly(self._descriptor, memoryview(content), self._begin + self._at, self._path)
-        self._at += size
+        left = max(0, self.length - self._at)
+        content = bytearray(left if size < 0 else min(size, left))
+        read_exactly(self._descriptor, memoryview(content), self._begin + self._at, self._where)
+        self._at += len(content)
         return bytes(content)

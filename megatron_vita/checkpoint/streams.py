@@ -6,7 +6,6 @@ Reading, hashing and writing free Python's lock, so threads share the work and n
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -67,24 +66,6 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-FILES_AT_ONCE = 2
-"""Files that are written side by side: the system lets one thread at a time write into each."""
-
-
-def in_turn(sources: Iterable[Iterable[_Item]], count: int = FILES_AT_ONCE) -> Iterator[_Item]:
-    """The items of several sources in turn, of `count` sources at a time and of each in its own order."""
-    waiting = iter(sources)
-    active = deque(iter(one) for one in itertools.islice(waiting, count))
-    while active:
-        source = active.popleft()
-        for item in source:
-            active.append(source)
-            yield item
-            break
-        else:
-            active.extend(iter(one) for one in itertools.islice(waiting, 1))
 
 
 def byte_bar(total: int, *, show: bool) -> tqdm[NoReturn]:

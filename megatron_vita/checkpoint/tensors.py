@@ -20,6 +20,12 @@ def slice_of(tensor: Tensor, slices: Slices) -> Tensor:
     return tensor[slices] if slices else tensor
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous CPU tensor, uint8 `[bytes]`, not copied."""
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    return flat.view(torch.uint8)
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where some elements of a tensor come from: a slice of a stored tensor, or nowhere."""

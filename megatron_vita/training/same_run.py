@@ -14,9 +14,9 @@ from typing import Any
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.integrity import is_checkpoint
 from megatron_vita.config import StageConfig, to_dict
-from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.shards.manifest import load_manifest
 from megatron_vita.errors import ConfigError
+from megatron_vita.training import weights as start
 from megatron_vita.training.ledger import LEDGER
 from megatron_vita.training.optimizer import warmup_steps
 from megatron_vita.training.setup import STARTED_FROM
@@ -70,7 +70,7 @@ def check_same_run(stage: StageConfig, state: checkpoint.RunState, found: Path, 
     # Earlier releases, whose checkpoints do not tell of the ledger, knew a Hugging Face folder by its files' times.
     comparable = weights and (is_checkpoint(weights) or LEDGER in state.extra)
     started = state.extra.get(STARTED_FROM)
-    if started and weights and comparable and started != fingerprint(weights):
+    if started and weights and comparable and not start.is_same(weights, started):
         differing.append(f"the weights it started from are no longer those of {weights}")
     if differing:
         raise ConfigError(

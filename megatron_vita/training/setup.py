@@ -17,7 +17,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.config import StageConfig
-from megatron_vita.convert.identity import fingerprint
 from megatron_vita.convert.opening import DECODER
 from megatron_vita.data.loading.loader import PackLoader, RankCoords
 from megatron_vita.data.shards.manifest import Manifest
@@ -163,7 +162,7 @@ def _fresh_state(stage: StageConfig, weights: Path | None) -> checkpoint.RunStat
     base_models, earlier = start.origin(weights) if weights else ({}, ())
     extra: dict[str, Any] = {}
     if weights:
-        extra[STARTED_FROM] = fingerprint(weights)
+        extra[STARTED_FROM] = start.identity(weights)
         if (family := start.decoder_family(weights)) is not None:
             extra[DECODER] = family
     return checkpoint.RunState(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +11,9 @@ from torch import nn
 
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.history import StageRecord
-from megatron_vita.checkpoint.integrity import is_checkpoint
+from megatron_vita.checkpoint.integrity import Integrity, is_checkpoint
 from megatron_vita.convert.card import public_name
+from megatron_vita.convert.identity import fingerprint
 from megatron_vita.convert.opening import open_model
 
 
@@ -43,6 +46,21 @@ def load(folder: Path, models: Sequence[nn.Module]) -> None:
 def decoder_family(folder: Path) -> str | None:
     """model_type of the family that a folder's decoder came from, if it is known: an export names it so again."""
     return open_model(folder).decoder
+
+
+def identity(folder: Path) -> str:
+    """A digest of a folder's weights, wherever it lies. A checkpoint's is over its tensors alone, so that a stage whose
+    last steps were done again, bit for bit and in the same layout, is the same start for the next one."""
+    if not is_checkpoint(folder):
+        return fingerprint(folder)
+    files = Integrity.read(folder).files
+    pieces = {name: entry["pieces"] for name, entry in files.items() if "pieces" in entry}
+    return hashlib.sha256(json.dumps(pieces, sort_keys=True).encode()).hexdigest()
+
+
+def is_same(folder: Path, digest: str) -> bool:
+    """Whether a folder's weights are those with this `identity`. Earlier releases held convert's fingerprint."""
+    return digest in (identity(folder), fingerprint(folder))
 
 
 def origin(folder: Path) -> tuple[Mapping[str, str], tuple[StageRecord, ...]]:

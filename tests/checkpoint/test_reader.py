@@ -40,7 +40,8 @@ def empty(key: str, tensor: torch.Tensor, box: Slices) -> Part:
     return Part(key, tuple(tensor.shape), box, memory.permute(tuple(reversed(range(len(box))))))
 
 
-@settings(max_examples=30)
+@pytest.mark.slow
+@settings(max_examples=50)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 6), max_size=3).map(tuple), min_size=1, max_size=3),
     ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -8,8 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_vita.checkpoint import streams
 from megatron_vita.checkpoint.streams import Workers, digest_of, read_exactly, reading
@@ -110,16 +108,3 @@ def test_a_digest_is_of_the_part_alone(tmp_path: Path, monkeypatch: pytest.Monke
     expected = new_digest()
     expected.update(content[3:25])
     assert digest_of(tmp_path / "file", 3, 22) == expected.hexdigest()
-
-
-@given(st.lists(st.lists(st.integers(), max_size=5), max_size=6), st.integers(1, 4))
-def test_sources_are_read_in_turn_and_each_in_its_order(sources: list[list[int]], count: int) -> None:
-    items = list(streams.in_turn([[(number, one) for one in source] for number, source in enumerate(sources)], count))
-    for number, source in enumerate(sources):
-        assert [one for where, one in items if where == number] == source
-    begun = [number for number, source in enumerate(sources) if source]
-    seen: list[int] = list(dict.fromkeys(number for number, _ in items))
-    assert seen == begun, "sources are begun in their order"
-    for at in range(len(items)):
-        unfinished = {number for number, _ in items[:at]} & {number for number, _ in items[at:]}
-        assert len(unfinished) <= count

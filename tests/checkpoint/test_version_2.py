@@ -22,6 +22,7 @@ from megatron_vita.checkpoint.offline import tensor_sha256
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.errors import CheckpointError, DamagedError
 from tests.checkpoint.tiny import Trainer
+from tests.checkpoint.written import Evil
 from tests.ranks import run_ranks
 
 TYPES = ("float32", "bfloat16")
@@ -98,16 +99,6 @@ def test_a_flip_in_a_piece_is_refused_on_every_rank(tmp_path: Path) -> None:
     run_ranks(2, _refused, str(folder), r"__0_0\.distcp: the part that holds .* has changed")
 
 
-class _Evil:
-    """What a pickle may do if one lets it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.parametrize("content", ["evil", "other"])
 def test_malice_in_common_pt_is_refused_and_nothing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
@@ -115,7 +106,7 @@ def test_malice_in_common_pt_is_refused_and_nothing_runs(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     folder, _ = unpack("float32", tmp_path)
     tensors, trap, stream = CheckpointTensors(folder), tmp_path / "sprung", io.BytesIO()
-    torch.save({"optimizer": _Evil(trap) if content == "evil" else 3}, stream)
+    torch.save({"optimizer": Evil(trap) if content == "evil" else 3}, stream)
     monkeypatch.setattr(tensors.integrity, "read_file", lambda name: stream.getvalue())  # anybody can forge a digest
     with pytest.raises(CheckpointError, match=r"common\.pt: refused"):
         sharded._common(tensors)

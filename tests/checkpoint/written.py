@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,16 @@ from megatron_vita.checkpoint.integrity import write_integrity
 from megatron_vita.checkpoint.parts import Part
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
+
+
+class Evil:
+    """What a pickle may do if one lets it: make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
 
 
 def all_of(key: str, data: Tensor) -> Part:

@@ -208,6 +208,17 @@ def test_what_is_not_damage_is_refused_and_never_renamed(
     assert content(stage) == before
 
 
+def test_a_stage_that_went_on_is_not_refused_when_the_one_before_is_made_again(made: Path) -> None:
+    save = made / "both"
+    shutil.copytree(made / "whole", save)
+    run_ranks(1, partial(_train, stages=STAGES), made, "both")
+    two = content(save / "two")
+    DAMAGE["tensors missing"](save / "one/iter_0000006")
+    run_ranks(1, partial(_train, stages=STAGES), made, "both")
+    assert (save / "one/iter_0000006").is_dir()
+    assert content(save / "two") == two
+
+
 def test_a_stage_whose_last_weights_are_damaged_is_trained_to_its_end_again(made: Path) -> None:
     save = made / "chain"
     shutil.copytree(made / "whole", save)
