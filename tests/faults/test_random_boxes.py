@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint import writer as writing
+from megatron_vita.checkpoint import planner as planning
 from megatron_vita.checkpoint.boxes import Slices, boxes_of_run, extent, volume, whole
+from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import Part
+from megatron_vita.checkpoint.planner import Planner
 from megatron_vita.checkpoint.reader import read
 from megatron_vita.checkpoint.stored import CheckpointTensors
 from megatron_vita.checkpoint.tensors import slice_of
-from megatron_vita.checkpoint.writer import PARTS, Planner, Writer
+from megatron_vita.checkpoint.writer import PARTS, Writer
 from megatron_vita.errors import CheckpointError
 from tests.checkpoint.tiny import stage, state
 
@@ -59,7 +61,7 @@ def write_by_ranks(folder: Path, dealt: Sequence[Sequence[Part]]) -> Path:
     """What torch.distributed.checkpoint does over several ranks, in this process."""
     staging = folders.staging_folder(folder, 1)
 
-    def publish(pieces: writing.PieceDigests) -> None:
+    def publish(pieces: PieceDigests) -> None:
         folders.write_files(staging, state(stage()), None, pieces)
         folders.publish(folder, 1)
 
@@ -105,7 +107,7 @@ def test_any_boxes_are_read_as_any_boxes(
         boxes = in_runs(shape, pieces, chance) if chance.random() < 0.5 else cut(whole(shape), pieces, chance)
         for box in boxes or [whole(shape)]:
             dealt[chance.randrange(ranks)].append(Part(name, shape, box, slice_of(tensor, box)))
-    with tempfile.TemporaryDirectory() as root, mock.patch.object(writing, "PIECE_BYTES", piece_bytes):
+    with tempfile.TemporaryDirectory() as root, mock.patch.object(planning, "PIECE_BYTES", piece_bytes):
         folder = write_by_ranks(Path(root), dealt)
         stored = CheckpointTensors(folder)
         stored.integrity.check_all()
