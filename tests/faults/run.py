@@ -49,7 +49,7 @@ def _failing(folder: Path, short: bool, *, way: Way, victim: int, few: int) -> l
 
 def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
     world = World(folder, 2, TP2)
-    return [one for victim in (0, 1) for one in failing_reads(world, 3 if short else None, victim=victim)]
+    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else None, victim=victim)]
 
 
 def _order(folder: Path, short: bool) -> list[Outcome]:
@@ -71,7 +71,7 @@ def _damaged_import(folder: Path, short: bool) -> list[Outcome]:
 def _layouts(folder: Path, short: bool, *, bf16: bool) -> list[Outcome]:
     every = list(layouts.LAYOUTS)
     if short:
-        every = ["dp4", "tp2 sp pp2"] if bf16 else ["one", "pp2 vpp2 dp2", "tp2 cp2"]
+        every = ["dp2", "tp2 sp"] if bf16 else ["pp2 vpp2 dp2", "tp2 cp2"]
     return layouts.pairs(folder, every, every, bf16=bf16)
 
 
@@ -110,7 +110,7 @@ def _damaged_steps(folder: Path, short: bool) -> list[Outcome]:
 def _damaged_ledgers(folder: Path, short: bool) -> list[Outcome]:
     make_shards(folder)
     names = list(run_folder.LEDGERS)
-    return run_folder.damaged_ledgers(folder, names[3:5] if short else names)
+    return run_folder.damaged_ledgers(folder, names[3:4] if short else names)
 
 
 def _not_finite(folder: Path, short: bool) -> list[Outcome]:
@@ -118,7 +118,7 @@ def _not_finite(folder: Path, short: bool) -> list[Outcome]:
     return found + ([] if short else not_finite(World(folder / "background", 2), asynchronous=True))
 
 
-KINDS: dict[str, Kind] = {
+OF_SAVES: dict[str, Kind] = {
     "order": _order,
     "a step while a save is written": _beside,
     "kill one rank": partial(_killed, way=PLAIN, few=2),
@@ -127,9 +127,9 @@ KINDS: dict[str, Kind] = {
     "kill one rank that deletes a step": partial(_killed, way=KEEP_ONE, few=2),
     "kill rank 0 of two": partial(_killed, way=BACKGROUND, size=2, victim=0, few=1),
     "kill rank 1 of two": partial(_killed, way=BACKGROUND, size=2, victim=1, few=1),
-    "errors on rank 0": partial(_failing, way=PLAIN, victim=0, few=4),
+    "errors on rank 0": partial(_failing, way=PLAIN, victim=0, few=3),
     "errors on rank 1": partial(_failing, way=PLAIN, victim=1, few=2),
-    "errors on rank 0, asynchronous": partial(_failing, way=KEEP_ONE, victim=0, few=3),
+    "errors on rank 0, asynchronous": partial(_failing, way=KEEP_ONE, victim=0, few=2),
     "errors on rank 1, asynchronous": partial(_failing, way=BACKGROUND, victim=1, few=1),
     "errors on rank 0 that saves a step once more": partial(_failing, way=ONCE_MORE, victim=0, few=1),
     "errors while a checkpoint is read": _failing_reads,
@@ -138,6 +138,9 @@ KINDS: dict[str, Kind] = {
     "pairs of layouts": partial(_layouts, bf16=False),
     "pairs of layouts, bf16": partial(_layouts, bf16=True),
     "values that are not finite": _not_finite,
+}
+"""Saving and loading, by name."""
+OF_RUNS: dict[str, Kind] = {
     "a run interrupted at a step": partial(_every_step, way="interrupt"),
     "a run terminated at a step": partial(_every_step, way="terminate"),
     "a run killed at a step": partial(_every_step, way="kill"),
@@ -147,6 +150,8 @@ KINDS: dict[str, Kind] = {
     "a damaged newest step": _damaged_steps,
     "a damaged ledger": _damaged_ledgers,
 }
+"""Runs of training, by name."""
+KINDS = OF_SAVES | OF_RUNS
 
 
 def main() -> int:
