@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_vita import checkpoint
 from megatron_vita.errors import CheckpointError
+from tests.checkpoint.tiny import Trainer
 from tests.faults.calls import KILL, Fault, watching
 from tests.faults.steps import FIRST, SECOND, World
 from tests.ranks import run_ranks
@@ -28,32 +29,47 @@ class Outcome:
     unsafe: tuple[str, ...]
 
 
-def count_calls(world: World, *, victim: int = 0, asynchronous: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class Way:
+    """A way to save the second step."""
+
+    asynchronous: bool = False
+    replace: bool = False
+    """It is there already, and is saved once more."""
+    keep_last: int = 0
+    """Steps that are kept: with 1, saving the second deletes the first."""
+
+    def save(self, world: World, trainer: Trainer, root: Path) -> None:
+        """Save so."""
+        world.save(trainer, root, SECOND, asynchronous=self.asynchronous, keep_last=self.keep_last)
+
+
+def count_calls(world: World, way: Way, *, victim: int = 0) -> list[str]:
     """Names of the calls that an undisturbed save of the second step makes on one rank."""
     target = world.folder / "calls.txt"
-    run_ranks(world.size, _count, world, target, victim, asynchronous)
+    run_ranks(world.size, _count, world, target, victim, way)
     return target.read_text().splitlines()
 
 
-def _count(world: World, target: Path, victim: int, asynchronous: bool) -> None:
+def _count(world: World, target: Path, victim: int, way: Way) -> None:
     trainer = world.at_second()
     root = world.folder / "counted"
     if dist.get_rank() == 0:
-        world.fresh_root(root.name)
+        world.fresh_root(root.name, second=way.replace)
     dist.barrier()
     with watching(root) as calls:
-        world.save(trainer, root, SECOND, asynchronous=asynchronous)
+        way.save(world, trainer, root)
     if dist.get_rank() == victim:
         target.write_text("".join(f"{name} {os.path.relpath(path, root)}\n" for name, path in calls.made))
 
 
-def killed(world: World, at: int, *, victim: int = 0, asynchronous: bool = False) -> Outcome:
+def killed(world: World, at: int, way: Way, *, victim: int = 0) -> Outcome:
     """Kill one rank at a call of its save; then save the same step again in new processes."""
-    case = f"kill rank {victim} of {world.size} at call {at}{' (asynchronous)' if asynchronous else ''}"
-    root = world.fresh_root(f"kill_{victim}_{at}_{asynchronous}")
+    case = f"kill rank {victim} of {world.size} at call {at}, {way}"
+    root = world.fresh_root(f"kill_{at}", second=way.replace)
     unsafe = []
     try:
-        run_ranks(world.size, _save_and_die, world, root, at, victim, asynchronous, timeout_s=HANG_S)
+        run_ranks(world.size, _save_and_die, world, root, at, victim, way, timeout_s=HANG_S)
     except AssertionError as error:
         if " hung " in str(error):
             unsafe.append(str(error))
@@ -68,11 +84,11 @@ def killed(world: World, at: int, *, victim: int = 0, asynchronous: bool = False
     return Outcome(case, tuple(unsafe))
 
 
-def _save_and_die(world: World, root: Path, at: int, victim: int, asynchronous: bool) -> None:
+def _save_and_die(world: World, root: Path, at: int, victim: int, way: Way) -> None:
     trainer = world.at_second()
     fault = Fault(at, KILL) if dist.get_rank() == victim else None
     with watching(root, fault):
-        world.save(trainer, root, SECOND, asynchronous=asynchronous)
+        way.save(world, trainer, root)
 
 
 def _save_again(world: World, root: Path) -> None:
@@ -86,27 +102,27 @@ def _save_again(world: World, root: Path) -> None:
     world.save(trainer, root, SECOND)
 
 
-def failing(world: World, faults: Sequence[Fault], *, victim: int = 0, asynchronous: bool = False) -> list[Outcome]:
+def failing(world: World, faults: Sequence[Fault], way: Way, *, victim: int = 0) -> list[Outcome]:
     """Make calls of one rank's save fail, one save after the other in the same processes."""
     target = world.folder / "outcomes.txt"
     target.unlink(missing_ok=True)
-    run_ranks(world.size, _fail, world, list(faults), target, victim, asynchronous, timeout_s=HANG_S + 2 * len(faults))
+    run_ranks(world.size, _fail, world, list(faults), target, victim, way, timeout_s=HANG_S + 2 * len(faults))
     outcomes = read_outcomes(target)
     assert len(outcomes) == len(faults)
     return outcomes
 
 
-def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, asynchronous: bool) -> None:
+def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, way: Way) -> None:
     trainer, rank = world.at_second(), dist.get_rank()
-    root = world.folder / f"failing_{victim}_{asynchronous}"
+    root = world.folder / f"failing_{victim}"
     for fault in faults:
         if rank == 0:
-            world.fresh_root(root.name)
+            world.fresh_root(root.name, second=way.replace)
         dist.barrier()
         ended = ""
         with watching(root, fault if rank == victim else None) as calls:
             try:
-                world.save(trainer, root, SECOND, asynchronous=asynchronous)
+                way.save(world, trainer, root)
             except CheckpointError as error:
                 ended = str(error) or "an empty message"
             except Exception as error:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from megatron_vita.config import ParallelConfig
 from tests.faults import damage, every_step, imported, layouts, run_folder
+from tests.faults.background import beside
 from tests.faults.calls import Fault
-from tests.faults.disturbed import Outcome, chosen, count_calls, failing, killed, order
+from tests.faults.disturbed import Outcome, Way, chosen, count_calls, failing, killed, order
 from tests.faults.refused import failing_reads, not_finite
 from tests.faults.steps import World
 from tests.training.runs import make_shards
@@ -28,28 +29,35 @@ Kind = Callable[[Path, bool], list[Outcome]]
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
-def _killed(folder: Path, short: bool, *, size: int, victim: int, asynchronous: bool, few: int) -> list[Outcome]:
+PLAIN, BACKGROUND = Way(), Way(asynchronous=True)
+ONCE_MORE, KEEP_ONE = Way(replace=True), Way(asynchronous=True, keep_last=1)
+
+
+def _killed(folder: Path, short: bool, *, way: Way, few: int, size: int = 1, victim: int = 0) -> list[Outcome]:
     world = World(folder, size)
-    calls = count_calls(world, victim=victim, asynchronous=asynchronous)
-    places = chosen(calls, few if short else None)
-    return [killed(world, at, victim=victim, asynchronous=asynchronous) for at in places]
+    places = chosen(count_calls(world, way, victim=victim), few if short else None)
+    return [killed(world, at, way, victim=victim) for at in places]
 
 
-def _failing(folder: Path, short: bool, *, victim: int, asynchronous: bool, few: int) -> list[Outcome]:
+def _failing(folder: Path, short: bool, *, way: Way, victim: int, few: int) -> list[Outcome]:
     world = World(folder, 2, TP2)
-    calls = count_calls(world, victim=victim, asynchronous=asynchronous)
+    calls = count_calls(world, way, victim=victim)
     kinds = [(errno.EIO, False), (errno.ENOSPC, True)] + ([] if short else [(errno.ENOSPC, False), (errno.EIO, True)])
     faults = [Fault(at, error, lasting) for error, lasting in kinds for at in chosen(calls, few if short else None)]
-    return failing(world, faults, victim=victim, asynchronous=asynchronous)
+    return failing(world, faults, way, victim=victim)
 
 
 def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
     world = World(folder, 2, TP2)
-    return [one for victim in (0, 1) for one in failing_reads(world, 3 if short else None, victim=victim)]
+    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else None, victim=victim)]
 
 
 def _order(folder: Path, short: bool) -> list[Outcome]:
     return [order(World(folder / str(size), size), asynchronous=way) for size in (1, 2) for way in (False, True)]
+
+
+def _beside(folder: Path, short: bool) -> list[Outcome]:
+    return [beside(World(folder / str(size), size)) for size in ((1,) if short else (1, 2))]
 
 
 def _damaged_training(folder: Path, short: bool) -> list[Outcome]:
@@ -63,7 +71,7 @@ def _damaged_import(folder: Path, short: bool) -> list[Outcome]:
 def _layouts(folder: Path, short: bool, *, bf16: bool) -> list[Outcome]:
     every = list(layouts.LAYOUTS)
     if short:
-        every = ["dp4", "tp2 sp pp2"] if bf16 else ["one", "pp2 vpp2 dp2", "tp2 cp2"]
+        every = ["dp2", "tp2 sp"] if bf16 else ["pp2 vpp2 dp2", "tp2 cp2"]
     return layouts.pairs(folder, every, every, bf16=bf16)
 
 
@@ -102,7 +110,7 @@ def _damaged_steps(folder: Path, short: bool) -> list[Outcome]:
 def _damaged_ledgers(folder: Path, short: bool) -> list[Outcome]:
     make_shards(folder)
     names = list(run_folder.LEDGERS)
-    return run_folder.damaged_ledgers(folder, names[3:5] if short else names)
+    return run_folder.damaged_ledgers(folder, names[3:4] if short else names)
 
 
 def _not_finite(folder: Path, short: bool) -> list[Outcome]:
@@ -110,22 +118,29 @@ def _not_finite(folder: Path, short: bool) -> list[Outcome]:
     return found + ([] if short else not_finite(World(folder / "background", 2), asynchronous=True))
 
 
-KINDS: dict[str, Kind] = {
+OF_SAVES: dict[str, Kind] = {
     "order": _order,
-    "kill one rank": partial(_killed, size=1, victim=0, asynchronous=False, few=3),
-    "kill one rank, asynchronous": partial(_killed, size=1, victim=0, asynchronous=True, few=3),
-    "kill rank 0 of two": partial(_killed, size=2, victim=0, asynchronous=True, few=1),
-    "kill rank 1 of two": partial(_killed, size=2, victim=1, asynchronous=True, few=1),
-    "errors on rank 0": partial(_failing, victim=0, asynchronous=False, few=4),
-    "errors on rank 1": partial(_failing, victim=1, asynchronous=False, few=2),
-    "errors on rank 0, asynchronous": partial(_failing, victim=0, asynchronous=True, few=3),
-    "errors on rank 1, asynchronous": partial(_failing, victim=1, asynchronous=True, few=1),
+    "a step while a save is written": _beside,
+    "kill one rank": partial(_killed, way=PLAIN, few=2),
+    "kill one rank, asynchronous": partial(_killed, way=BACKGROUND, few=2),
+    "kill one rank that saves a step once more": partial(_killed, way=ONCE_MORE, few=2),
+    "kill one rank that deletes a step": partial(_killed, way=KEEP_ONE, few=2),
+    "kill rank 0 of two": partial(_killed, way=BACKGROUND, size=2, victim=0, few=1),
+    "kill rank 1 of two": partial(_killed, way=BACKGROUND, size=2, victim=1, few=1),
+    "errors on rank 0": partial(_failing, way=PLAIN, victim=0, few=3),
+    "errors on rank 1": partial(_failing, way=PLAIN, victim=1, few=2),
+    "errors on rank 0, asynchronous": partial(_failing, way=KEEP_ONE, victim=0, few=2),
+    "errors on rank 1, asynchronous": partial(_failing, way=BACKGROUND, victim=1, few=1),
+    "errors on rank 0 that saves a step once more": partial(_failing, way=ONCE_MORE, victim=0, few=1),
     "errors while a checkpoint is read": _failing_reads,
     "damage to a checkpoint of training": _damaged_training,
     "damage to an import": _damaged_import,
     "pairs of layouts": partial(_layouts, bf16=False),
     "pairs of layouts, bf16": partial(_layouts, bf16=True),
     "values that are not finite": _not_finite,
+}
+"""Saving and loading, by name."""
+OF_RUNS: dict[str, Kind] = {
     "a run interrupted at a step": partial(_every_step, way="interrupt"),
     "a run terminated at a step": partial(_every_step, way="terminate"),
     "a run killed at a step": partial(_every_step, way="kill"),
@@ -135,6 +150,8 @@ KINDS: dict[str, Kind] = {
     "a damaged newest step": _damaged_steps,
     "a damaged ledger": _damaged_ledgers,
 }
+"""Runs of training, by name."""
+KINDS = OF_SAVES | OF_RUNS
 
 
 def main() -> int:

@@ -80,14 +80,18 @@ class World:
         """Model and optimizer in this world's layout. On every rank."""
         return Trainer(stage(self.parallel))
 
-    def save(self, trainer: Trainer, root: Path, iteration: int, *, asynchronous: bool = False) -> None:
+    def save(
+        self, trainer: Trainer, root: Path, iteration: int, *, asynchronous: bool = False, keep_last: int = 0
+    ) -> None:
         """Save everything, and wait until it is there."""
-        what = (trainer.wrapped, trainer.optimizer, trainer.scheduler, state(trainer.stage, iteration), trainer.groups)
-        if asynchronous:
-            with checkpoint.Saver(root) as saver:
-                saver.save(*what, tokenizer=self.tokenizer)
-        else:
-            checkpoint.save(root, *what, tokenizer=self.tokenizer)
+        with checkpoint.Saver(root, asynchronous=asynchronous, keep_last=keep_last) as saver:
+            self.begin(saver, trainer, iteration)
+
+    def begin(self, saver: checkpoint.Saver, trainer: Trainer, iteration: int) -> None:
+        """Begin to save everything."""
+        run = state(trainer.stage, iteration)
+        what = (trainer.wrapped, trainer.optimizer, trainer.scheduler, run, trainer.groups)
+        saver.save(*what, tokenizer=self.tokenizer)
 
     def at_second(self) -> Trainer:
         """A trainer that went on from the first step's checkpoint by one step."""
@@ -96,11 +100,13 @@ class World:
         trainer.step()
         return trainer
 
-    def fresh_root(self, name: str) -> Path:
-        """A copy of the template."""
+    def fresh_root(self, name: str, *, second: bool = False) -> Path:
+        """A copy of the template; with the second step, if that is to be saved once more."""
         root = self.folder / name
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self.template, root)
+        if second:
+            shutil.copytree(folders.step_folder(self.folder / "second", SECOND), folders.step_folder(root, SECOND))
         return root
 
     def problems(self, root: Path, *, published: bool | None = None) -> list[str]:
@@ -111,9 +117,9 @@ class World:
         """
         found = []
         first, second = (folders.step_folder(root, number) for number in (FIRST, SECOND))
-        if files(first) != self.first_files:
-            found.append("the first step has changed")
         newest = checkpoint.latest(root)
+        if files(first) != self.first_files and (first.exists() or newest != second):  # the second may replace it
+            found.append("the first step has changed")
         if newest not in (first, second):
             found.append(f"the newest step is {newest}")
         if published is not None and published != (newest == second):

@@ -1,4 +1,4 @@
-"""Every kind of fault in its short form; `make faults` tries all cases."""
+"""Faults of saving and loading in their short form; `make faults` tries all cases."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.faults.calls import watching
-from tests.faults.run import KINDS
+from tests.faults.run import OF_SAVES
 from tests.faults.steps import SECOND, World
 from tests.ranks import run_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_SAVES)
 def test_nothing_unsafe_comes_of(tmp_path: Path, kind: str) -> None:
-    outcomes = KINDS[kind](tmp_path, True)
+    outcomes = OF_SAVES[kind](tmp_path, True)
     assert outcomes
     assert not [one for one in outcomes if one.unsafe]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vita.checkpoint import folder as folders
-from megatron_vita.checkpoint import planner as writing
+from megatron_vita.checkpoint import planner as planning
 from megatron_vita.checkpoint.boxes import Slices, boxes_of_run, extent, volume, whole
 from megatron_vita.checkpoint.integrity import PieceDigests
 from megatron_vita.checkpoint.parts import Part
@@ -107,7 +107,7 @@ def test_any_boxes_are_read_as_any_boxes(
         boxes = in_runs(shape, pieces, chance) if chance.random() < 0.5 else cut(whole(shape), pieces, chance)
         for box in boxes or [whole(shape)]:
             dealt[chance.randrange(ranks)].append(Part(name, shape, box, slice_of(tensor, box)))
-    with tempfile.TemporaryDirectory() as root, mock.patch.object(writing, "PIECE_BYTES", piece_bytes):
+    with tempfile.TemporaryDirectory() as root, mock.patch.object(planning, "PIECE_BYTES", piece_bytes):
         folder = write_by_ranks(Path(root), dealt)
         stored = CheckpointTensors(folder)
         stored.integrity.check_all()
