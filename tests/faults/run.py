@@ -42,8 +42,10 @@ def _killed(folder: Path, short: bool, *, way: Way, few: int, size: int = 1, vic
 def _failing(folder: Path, short: bool, *, way: Way, victim: int, few: int) -> list[Outcome]:
     world = World(folder, 2, TP2)
     calls = count_calls(world, way, victim=victim)
-    kinds = [(errno.EIO, False), (errno.ENOSPC, True)] + ([] if short else [(errno.ENOSPC, False), (errno.EIO, True)])
-    faults = [Fault(at, error, lasting) for error, lasting in kinds for at in chosen(calls, few if short else None)]
+    places = chosen(calls, few if short else None)
+    faults = [Fault(at, errno.EIO) for at in places] + [Fault(at, errno.ENOSPC, lasting=True) for at in places]
+    if not short:
+        faults += [Fault(at, errno.ENOSPC) for at in chosen(calls, 40)]
     return failing(world, faults, way, victim=victim)
 
 
