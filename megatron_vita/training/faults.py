@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -68,9 +67,11 @@ class FailedSamples:
         return mask_samples(step, ids), ids
 
 
-def check_finite(
-    name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...], saved: Path | None = None
-) -> None:
+class NotFiniteError(VitaError):
+    """A loss or gradient norm that is NaN or infinite. Checkpoints are unaffected."""
+
+
+def check_finite(name: str, value: float, *, stage: str, iteration: int, sample_ids: tuple[int, ...]) -> None:
     """Raise if a loss or gradient norm is NaN or infinite.
 
     Args:
@@ -79,16 +80,13 @@ def check_finite(
         stage: name of the training stage, for the message.
         iteration: of the step, for the message.
         sample_ids: samples of the global batch, for the message.
-        saved: the stage's last checkpoint, for the message, if there is one.
 
     Raises:
-        VitaError: the value is not finite; checkpoints are unaffected.
+        NotFiniteError: the value is not finite.
     """
     if not math.isfinite(value):
         shown = ", ".join(map(str, sample_ids[:20]))
-        again = f"goes on from {saved}" if saved else "starts the stage again, which has no checkpoint yet"
-        raise VitaError(
+        raise NotFiniteError(
             f"stage {stage!r}, step {iteration}: the {name} is {value}. The step's samples are {shown}. Look at "
-            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr. "
-            f"The same command then {again}."
+            "them with tools/inspect_data.py --sample K; if they are sound, lower optimizer.lr."
         )

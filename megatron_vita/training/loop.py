@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_vita import checkpoint
 from megatron_vita.checkpoint.agree import everywhere, on_rank_zero
 from megatron_vita.data.loading.loader import StepBatches
-from megatron_vita.training.faults import FailedSamples
+from megatron_vita.training.faults import FailedSamples, NotFiniteError
 from megatron_vita.training.leaving import Leaving
 from megatron_vita.training.ledger import LEDGER, VALIDATION, Ledger, LedgerLine
 from megatron_vita.training.metrics import Progress
@@ -41,17 +41,17 @@ def train(session: Session, folder: Path) -> Path:
         SystemExit: a rank got SIGTERM or SIGINT; on every rank.
     """
     settings = session.stage.checkpoint
-    with (
-        Leaving() as leaving,
-        _Logs(session, folder, leaving) as logs,
-        checkpoint.Saver(
-            folder,
-            asynchronous=settings.async_save,
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-        ) as saver,
-    ):
-        return _steps(session, folder, logs, leaving, saver)
+    with Leaving() as leaving, _Logs(session, folder, leaving) as logs:
+        saver = checkpoint.Saver(
+            folder, asynchronous=settings.async_save, keep_last=settings.keep_last, keep_every=settings.keep_every
+        )
+        try:
+            with saver:  # which waits for a save under way
+                return _steps(session, folder, logs, leaving, saver)
+        except NotFiniteError as error:
+            saved = saver.published or session.resumed
+            again = f"goes on from {saved}" if saved else "starts the stage again, which has no checkpoint yet"
+            raise NotFiniteError(f"{error} The same command then {again}.") from None
 
 
 def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving, saver: checkpoint.Saver) -> Path:
@@ -73,7 +73,6 @@ def _steps(session: Session, folder: Path, logs: _Logs, leaving: Leaving, saver:
                 session.scheduler,
                 step,
                 iteration,
-                saver.published or session.resumed,
             )
             line = LedgerLine(
                 stage=stage.name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ def train_step(
     scheduler: OptimizerParamScheduler,
     step: StepBatches,
     iteration: int,
-    saved: Path | None = None,
 ) -> tuple[float | None, float | None]:
     """Forward, backward and optimizer step for one global batch. All ranks call it.
 
@@ -77,14 +75,13 @@ def train_step(
         scheduler: its learning-rate scheduler.
         step: this rank's micro-batches, failed samples masked.
         iteration: number of the step, for error messages.
-        saved: the stage's last checkpoint, for error messages.
 
     Returns:
         Mean loss over the labelled tokens of the global batch, and the gradient norm before clipping. Both are None if
         the global batch has no labelled token: then only the scheduler advances.
 
     Raises:
-        VitaError: the loss or the gradient norm is NaN or infinite; on every rank.
+        NotFiniteError: the loss or the gradient norm is NaN or infinite; on every rank.
     """
     for chunk in model_chunks:
         chunk.zero_grad_buffer()
@@ -94,7 +91,7 @@ def train_step(
     if step.num_labels == 0:
         return None, None
     loss = _mean_loss(groups, loss_sum, step.num_labels)
-    check = partial(check_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids, saved=saved)
+    check = partial(check_finite, stage=stage.name, iteration=iteration, sample_ids=step.sample_ids)
     check("loss", loss)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm or 0.0)

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_vita import checkpoint
 from megatron_vita.convert.exporter import export
+from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.same_run import check_same_run
 from megatron_vita.training.stages import run_stages
@@ -55,13 +56,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_run_goes_on_after_everything_has_moved_and_to_more_steps(made: Path, tmp_path: Path) -> None:
     for name in ("shards", "tokenizer", "hf", "two"):
-        shutil.copytree(made / name, tmp_path / f"moved_{name}")  # with other times than the originals
+        for path in shutil.copytree(made / name, tmp_path / f"moved_{name}").rglob("*"):
+            os.utime(path, (1, 1))
     os.rename(made / "shards", made / "gone")
     try:
         data = {
             "data_path": str(tmp_path / "moved_shards/train"),
             "valid_data_path": None,
-            "tokenizer_model": str(tmp_path / "moved_tokenizer"),
+            "tokenizer_model": str(tmp_path / "moved_tokenizer/tokenizer.json"),
             "num_workers": 2,
         }
         start = {"pretrained_checkpoint": str(tmp_path / "moved_hf"), "async_save": False}
@@ -77,6 +79,8 @@ def test_a_run_goes_on_after_everything_has_moved_and_to_more_steps(made: Path, 
     state = checkpoint.read_state(tmp_path / "moved_two/only")
     assert state.iteration == 4
     assert state.stage.data.data_path == data["data_path"], "a checkpoint holds the settings it was made with"
+    copy = checkpoint.resolve(tmp_path / "moved_two/only") / "tokenizer"
+    assert VitaTokenizer.load(copy).sha256 == VitaTokenizer.load(made / "tokenizer").sha256
 
 
 @pytest.mark.slow
