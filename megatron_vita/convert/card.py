@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
-from megatron_vita.checkpoint.history import StageRecord
 from megatron_vita.checkpoint.state import RunState
 from megatron_vita.config import ModelConfig
 
+_TEMPLATE = Path(__file__).with_name("card.jinja")
 _PATHS = {
     "data": ("data_path", "valid_data_path", "tokenizer_model"),
     "checkpoint": ("save", "pretrained_checkpoint"),
@@ -25,31 +26,6 @@ _PATHS = {
 """Settings that name places on a machine."""
 _COUNTS = ("read", "used", "rejected", "truncated", "tokens", "tiles")
 """Columns of a data table after the source's name."""
-_PARTS = {"llm": "decoder", "vision": "tower", "model": "whole model"}
-_LAYOUT_OF = {"internvl": "internvl", "long_vita": "long_vita"}
-"""Token layout that the code which loads a format writes."""
-_LOADING = {
-    "internvl": """\
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # where this file lies
-model = AutoModelForImageTextToText.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
-```""",
-    "llm": """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this file lies
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```""",
-    "long_vita": """\
-**Stock transformers has no class for `long_vita`**, and no code lies in this folder. Long-VITA's own code loads it, and
-so does megatron_vita: `python tools/chat.py --model FOLDER --image photo.jpg "What is on the table?"`. For stock
-transformers export with `--format internvl`.""",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,93 +69,28 @@ def write_card(subject: Subject) -> str:
     }
     if bases:
         front["base_model"] = list(bases.values())
-    model = subject.model
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {subject.title}",
-        "",
-        f"Written by megatron_vita, format `{subject.format_name}`, {subject.weight_bytes / 1e9:.3f} GB of weights:",
-        f"{model.num_layers} decoder layers of width {model.hidden_size}{_tower_phrase(model, text_only=text_only)}.",
-        "",
-        *_type_lines(subject),
-        *(_LOADING[subject.format_name], ""),
-        *_layout_lines(subject),
-        *_origin_lines(bases, subject.state),
-        "## Files",
-        "",
-        *(f"`{name}` {said}" for name, said in subject.files.items()),
-        "",
-    ]
     history = subject.state.history if subject.state else ()
-    if history:
-        lines += ["## Data", "", *(line for one in history for line in _data_lines(one))]
-        lines += ["## Recipe", ""]
-        for one, before in zip(history, (None, *history), strict=False):
-            lines += _recipe_lines(one, before)
-    return "\n".join(lines)
-
-
-def _type_lines(subject: Subject) -> list[str]:
-    if len(subject.types) < 2:
-        return []
-    return [
-        f"The weights are of types {' and '.join(sorted(subject.types))}. Stock code casts all of them to the one in",
-        f"`config.json`, `{subject.config_type}`, which holds every value.",
-        "",
+    recipes = [_without_folders(one.recipe) for one in history]
+    changes = [
+        now if before is None else _changed(now, before) for now, before in zip(recipes, [None, *recipes], strict=False)
     ]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["one_line"] = _one_line
+    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        it=subject,
+        front=_yaml(front),
+        model=subject.model,
+        tower=None if text_only else subject.model.vision,
+        bases=bases,
+        history=history,
+        recipes=[_yaml(one) for one in changes],
+        counts=_COUNTS,
+    )
+    return text.rstrip("\n") + "\n"
 
 
-def _layout_lines(subject: Subject) -> list[str]:
-    """A warning where the code that loads the format would write other tokens around pictures than in training."""
-    written = _LAYOUT_OF.get(subject.format_name)
-    if subject.layout is None or written is None:
-        return []
-    if subject.layout != written:
-        whose = "the stock processor" if written == "internvl" else "Long-VITA's own code"
-        return [
-            f"**Token layout**: trained in the `{subject.layout}` layout, which {whose} cannot write.",
-            "Prepare its input with megatron_vita.",
-            "",
-        ]
-    if written == "long_vita":
-        return [
-            "**Token layout**: trained in the `long_vita` layout (tiles as `<patch>` rows, frames as `<vid>`), which",
-            "no stock processor writes.",
-            "",
-        ]
-    return []
-
-
-def _origin_lines(bases: Mapping[str, str], state: RunState | None) -> list[str]:
-    if not bases:
-        return []
-    lines = ["## Base models", "", *(f"- {_PARTS.get(part, part)}: `{name}`" for part, name in bases.items()), ""]
-    if state is not None and not state.history:
-        fresh = (
-            ""
-            if "model" in bases or "vision" not in bases
-            else f"; the projector is fresh (seed {state.stage.train.seed})"
-        )
-        lines += [f"Imported and not trained{fresh}.", ""]
-    return lines
-
-
-def _recipe_lines(record: StageRecord, before: StageRecord | None) -> list[str]:
-    """A stage's recipe; of later stages, the settings that differ from the stage before."""
-    recipe = _without_folders(record.recipe)
-    shown = recipe if before is None else _changed(recipe, _without_folders(before.recipe))
-    return [
-        f"### {_stage_name(record)}: {record.iteration} steps, {record.consumed_packs} packs",
-        "",
-        *([] if before is None else [f"Differs from {_stage_name(before)} in:", ""]),
-        "```yaml",
-        yaml.safe_dump(shown, sort_keys=False).rstrip(),
-        "```",
-        "",
-    ]
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False).rstrip()
 
 
 def _without_folders(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,36 +118,6 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-def _data_lines(record: StageRecord) -> list[str]:
-    """A stage's shard set, as its manifest describes it."""
-    data = record.data
-    lines = [
-        f"### {_stage_name(record)}",
-        "",
-        f"Manifest digest `{record.manifest_digest}`, {record.consumed_packs} packs of it taken"
-        + (f", sequences of {data.seq_length} tokens, layout `{data.layout}`." if data else "."),
-        "",
-    ]
-    if data is None:
-        return lines
-    lines += [f"| source | {' | '.join(_COUNTS)} |", "|" + "---|" * (len(_COUNTS) + 1)]
-    for source in data.sources:
-        cells = [source.name, *(getattr(source, name) for name in _COUNTS)]
-        lines.append(f"| {' | '.join(_one_line(cell) for cell in cells)} |")
-    return [*lines, ""]
-
-
 def _one_line(cell: object) -> str:
     """A text escaped for a cell of a Markdown table."""
     return " ".join(str(cell).replace("|", " ").split())
-
-
-def _stage_name(record: StageRecord) -> str:
-    return _one_line(record.recipe.get("name", "stage"))
-
-
-def _tower_phrase(model: ModelConfig, *, text_only: bool) -> str:
-    if model.vision is None or text_only:
-        return ""
-    tower, tokens = model.vision, model.vision.tokens_per_tile
-    return f", an InternViT of {tower.num_layers} layers of width {tower.hidden_size}, {tokens} tokens a tile"
