@@ -197,10 +197,20 @@ def staging_folder(root: Path, iteration: int) -> Path:
 
 
 def publish(root: Path, iteration: int) -> Path:
-    """Give a completely written staging folder its name, and point the hint at it. Call on one rank."""
+    """Give a completely written staging folder its name, and point the hint at it. Call on one rank.
+
+    Raises:
+        OSError: it has not got its name.
+        CheckpointError: it has, and the disk gave an error then.
+    """
     staging, final = staging_folder(root, iteration), step_folder(root, iteration)
     take_place(staging, final)
-    sync(root)
+    try:
+        sync(root)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: is complete, but the disk may lose its name ({error.strerror}). Look after the disk."
+        ) from None
     try:
         write_atomic(root / HINT_FILE, f"{iteration}\n")
     except OSError as error:  # the step is whole, and found without it

@@ -164,7 +164,7 @@ class Writer(FileSystemWriter):
             super().finish(metadata, results)
             self._publish(digests)
         except OSError as error:
-            where = error.filename or self._staging
+            where = error.filename2 or error.filename or self._staging  # of two, the second is the copy
             raise CheckpointError(
                 f"{where}: could not be written ({error.strerror or error}). Nothing was published. Make room, or "
                 "choose another folder."

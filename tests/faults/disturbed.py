@@ -129,7 +129,7 @@ def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, way:
                 ended = f"bare {error!r}"
         every: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
         dist.all_gather_object(every, (ended, calls.struck))
-        unsafe = _judge(world, root, fault, every, victim) if rank == 0 else []
+        unsafe = _judge(world, root, fault, every, victim, way) if rank == 0 else []
         dist.barrier()
         world.save(trainer, root, SECOND)
         if rank == 0:
@@ -139,7 +139,9 @@ def _fail(world: World, faults: Iterable[Fault], target: Path, victim: int, way:
             write_outcomes(target, [Outcome(case, tuple(unsafe))])
 
 
-def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, str | None]], victim: int) -> list[str]:
+def _judge(
+    world: World, root: Path, fault: Fault, every: Sequence[tuple[str, str | None]], victim: int, way: Way
+) -> list[str]:
     messages, struck = [ended for ended, _ in every], every[victim][1]
     unsafe = world.problems(root, published=None if any(messages) else True)
     if struck is None:
@@ -151,6 +153,8 @@ def _judge(world: World, root: Path, fault: Fault, every: Sequence[tuple[str, st
             unsafe.append(one)
         elif one and (str(root) not in one or os.strerror(fault.error) not in one):
             unsafe.append(f"neither path nor reason: {one}")
+        if "Nothing was published" in one and (root / f"iter_{SECOND:07d}").exists() and not way.replace:
+            unsafe.append(f"something was: {one}")
     return unsafe
 
 
