@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -60,7 +59,6 @@ def build_optimizer(
         wd_incr_steps=iters,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a checkpoint gives the number of steps, the recipe everything else
     )
     return optimizer, scheduler
 
@@ -69,16 +67,6 @@ def warmup_steps(stage: StageConfig) -> int:
     """Steps over which the learning rate rises to its peak; at least one step is left for the schedule after them."""
     iters = stage.train.train_iters
     return min(round(stage.optimizer.lr_warmup_fraction * iters), iters - 1)
-
-
-@contextmanager
-def rates_of_the_recipe(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Iterator[None]:
-    """Keep each parameter group's learning rates while a checkpoint, whose recipe had others, is loaded inside."""
-    rates = [{name: group[name] for name in ("max_lr", "min_lr")} for group in optimizer.param_groups]
-    yield
-    for group, own in zip(optimizer.param_groups, rates, strict=True):
-        group.update(own)
-    scheduler.step(0)
 
 
 def tower_lr_multiplier(name: str, *, num_layers: int, mult: float, decay_rate: float) -> float:

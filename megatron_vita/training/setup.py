@@ -27,7 +27,7 @@ from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training import weights as start
-from megatron_vita.training.optimizer import build_optimizer, rates_of_the_recipe
+from megatron_vita.training.optimizer import build_optimizer
 
 STARTED_FROM = "started_from"
 """Key of RunState.extra: digest of the weights that a stage started from."""
@@ -100,8 +100,7 @@ def open_session(stage: StageConfig, *, weights: Path | None, resume: Path | Non
     try:
         setup = build_model_and_optimizer(stage, weights=None if resume else weights, resume=resume is not None)
         if resume:
-            with rates_of_the_recipe(setup.optimizer, setup.scheduler):
-                state = checkpoint.load_training(resume, setup.models, setup.optimizer, setup.scheduler)
+            state = checkpoint.load_training(resume, setup.models, setup.optimizer, setup.scheduler)
             state = dataclasses.replace(state, stage=stage)  # paths, layout and rates may be others than when it began
         else:
             state = _fresh_state(stage, weights)
