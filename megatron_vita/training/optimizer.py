@@ -112,8 +112,5 @@ def _parameter_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverrid
             return "vision_model." in name and multiplier(name) == factor
 
         key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"tower_lr_{factor!r}", fn=has_factor))
-        # The scheduler uses max_lr and min_lr and ignores lr_mult. But on resume megatron-core 0.16.1 identifies groups
-        # by their multipliers alone (optimizer.py:96) and would otherwise give one group's rates to all of them.
-        rates = {"max_lr": settings.lr * factor, "min_lr": settings.min_lr * factor, "lr_mult": factor}
-        overrides[key] = ParamGroupOverride(**rates)
+        overrides[key] = ParamGroupOverride(max_lr=settings.lr * factor, min_lr=settings.min_lr * factor)
     return overrides
