@@ -9,7 +9,7 @@ ARGS ?=
 TORCH_CPU := 2.13.0
 PYTHON312 ?= python3.12
 NEWEST ?= .venv-newest
-NEWEST_TESTS := tests/test_device.py tests/models tests/parallel tests/training tests/checkpoint
+NEWEST_TESTS := tests/test_device.py tests/test_core_optimizer.py tests/models tests/parallel tests/training tests/checkpoint
 
 .PHONY: quickstart quickstart-short needle test test-fast test-newest faults lint format check clean
 
