@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from megatron_vita.checkpoint.folder import replaced_folder, staging_folder, step_folder, steps
@@ -50,12 +50,7 @@ def check_import(output: Path, sources: Iterable[str | Path | None], *, overwrit
             f"{output}: holds other steps ({others[0]}), and what reads the folder would take the newest of them. "
             "Choose another --output."
         )
-    held = _held(final)
-    if held is None:
-        return
-    if not overwrite:
-        raise ConfigError(_exists(held, final))
-    _reject_foreign(held, _listed_by_integrity(held), INTEGRITY_FILE, "import")
+    _check_held(final, _listed_by_integrity, overwrite, INTEGRITY_FILE, "import")
 
 
 def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrite: bool) -> None:
@@ -74,12 +69,7 @@ def check_export(output: Path, sources: Iterable[str | Path | None], *, overwrit
     if Path.cwd().is_relative_to(target):
         raise ConfigError(f"{output}: is the current directory, or holds it. Choose a folder in it as --output.")
     _reject_overlap(output, target, target, sources)
-    held = _held(target)
-    if held is None:
-        return
-    if not overwrite:
-        raise ConfigError(_exists(held, target))
-    _reject_foreign(held, set(listed_by_digests(held)), DIGESTS_FILE, "export")
+    _check_held(target, listed_by_digests, overwrite, DIGESTS_FILE, "export")
 
 
 def _resolved(output: Path) -> Path:
@@ -119,26 +109,27 @@ def _reject_overlap(output: Path, target: Path, final: Path, sources: Iterable[s
             raise ConfigError(f"{output}: is or lies in {source}, which is read. Choose another --output.")
 
 
-def _held(final: Path) -> Path | None:
-    """What would be replaced: the folder itself, or what a killed process has moved away to replace it."""
-    for folder in (final, replaced_folder(final)):
-        if folder.is_dir() and any(folder.iterdir()):
-            return folder
-    return None
-
-
-def _exists(held: Path, final: Path) -> str:
-    moved = "" if held == final else f" (moved away from {final.name} by a process that was killed)"
-    return f"{held}: exists and is not empty{moved}. Choose another --output, or replace it with --overwrite."
-
-
-def _reject_foreign(folder: Path, written: set[str], mark: str, command: str) -> None:
+def _check_held(
+    final: Path, listed: Callable[[Path], Collection[str]], overwrite: bool, mark: str, command: str
+) -> None:
+    """Reject what would be replaced, the folder itself or what a killed process has moved away to replace it, without
+    `overwrite`; with it, what holds files that the command has not `listed` in `mark`."""
+    there = [one for one in (final, replaced_folder(final)) if one.is_dir() and any(one.iterdir())]
+    if not there:
+        return
+    folder = there[0]
+    if not overwrite:
+        moved = "" if folder == final else f" (moved away from {final.name} by a process that was killed)"
+        raise ConfigError(
+            f"{folder}: exists and is not empty{moved}. Choose another --output, or replace it with --overwrite."
+        )
+    written = set(listed(folder))
     if not written:
         raise ConfigError(
             f"{folder}: no {command} wrote it (no valid {mark}), so --overwrite will not delete it. Choose another."
         )
-    there = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    foreign = sorted({path.relative_to(folder).as_posix() for path in there} - written - {mark})
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    foreign = sorted({path.relative_to(folder).as_posix() for path in files} - written - {mark})
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise ConfigError(

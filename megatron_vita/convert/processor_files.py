@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import IMAGE_NORMS, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vita.convert.hf_config import (
-    flag,
-    mistyped,
-    number,
-    optional_integer,
-    read_json,
-    section,
-    unsupported,
-)
+from megatron_vita.convert.hf_config import flag, mistyped, number, optional_integer, read_json, section, unsupported
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -114,12 +106,7 @@ def processor_files(model: ModelConfig, spec: PreprocessSpec) -> dict[str, dict[
     tiles = {"crop_to_patches": spec.max_tiles > 1, "min_patches": spec.min_tiles, "max_patches": spec.max_tiles}
     processor = {"processor_class": "InternVLProcessor"}
     return {
-        PREPROCESSOR_FILE: {
-            **processor,
-            "image_processor_type": "GotOcr2ImageProcessor",
-            **pixels,
-            **tiles,
-        },
+        PREPROCESSOR_FILE: {**processor, "image_processor_type": "GotOcr2ImageProcessor", **pixels, **tiles},
         VIDEO_FILE: {
             **processor,
             "video_processor_type": "InternVLVideoProcessor",

@@ -59,29 +59,23 @@ class Rule:
 
     def slices_of_mcore(self, slices: Slices) -> list[SourceSlice]:
         """The slices of Hugging Face tensors that a slice of the megatron-core tensor is made of."""
-        assert self.mcore is not None
-        inner, parts = slices[len(slices) - self.rank :], []
-        for copy in self.copies:
-            shared = overlap(copy.mcore_slice, inner)
-            if shared is not None:
-                there = move(shared, copy.mcore_slice, copy.hf_slice)
-                parts.append(self._source_slice(self.hf[copy.hf], there, shift(shared, inner)))
-        return parts
+        return self._parts(slices, [(copy.mcore_slice, copy.hf_slice, self.hf[copy.hf]) for copy in self.copies])
 
     def slices_of_hf(self, index: int, slices: Slices) -> list[SourceSlice]:
         """The slices of the megatron-core tensor that make up a slice of a Hugging Face tensor; the rest is zero."""
-        if self.mcore is None:
-            return []
-        inner, parts = slices[len(slices) - self.rank :], []
-        for copy in self.copies:
-            shared = overlap(copy.hf_slice, inner) if copy.hf == index else None
-            if shared is not None:
-                here = move(shared, copy.hf_slice, copy.mcore_slice)
-                parts.append(self._source_slice(self.mcore, here, shift(shared, inner)))
-        return parts
+        copies = [copy for copy in self.copies if copy.hf == index]
+        return self._parts(slices, [(copy.hf_slice, copy.mcore_slice, self.mcore) for copy in copies if self.mcore])
 
-    def _source_slice(self, named: Named, slices: Slices, target: Slices) -> SourceSlice:
-        return SourceSlice(named.name, (slice(0, 1),) * (len(named.shape) - len(slices)) + slices, target)
+    def _parts(self, slices: Slices, pairs: Iterable[tuple[Slices, Slices, Named]]) -> list[SourceSlice]:
+        """Args: pairs: (slice of the one side, the same of the other, the other's tensor)."""
+        inner, parts = slices[len(slices) - self.rank :], []
+        for here, there, named in pairs:
+            shared = overlap(here, inner)
+            if shared is not None:
+                found = move(shared, here, there)
+                lead = (slice(0, 1),) * (len(named.shape) - len(found))
+                parts.append(SourceSlice(named.name, lead + found, shift(shared, inner)))
+        return parts
 
     @property
     def rank(self) -> int:

@@ -27,7 +27,6 @@ class SafetensorsFolder(TensorsInMemory):
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError for what no publisher would write: no weights or only pickled ones, an index that
         leaves the folder or disagrees with its files, truncated files, overlapping or unnamed bytes."""
-        self.folder = folder
         if (folder / INDEX_FILE).is_file():
             super().__init__(_read_index(folder))
         elif (folder / SINGLE_FILE).is_file():

@@ -70,11 +70,7 @@ def plan_shards(tensors: LazyTensors, max_shard_bytes: int = MAX_SHARD_BYTES) ->
 
 
 def write_safetensors(
-    folder: Path,
-    tensors: LazyTensors,
-    files: Sequence[PlannedFile],
-    workers: int,
-    advance: Callable[[int], object],
+    folder: Path, tensors: LazyTensors, files: Sequence[PlannedFile], workers: int, advance: Callable[[int], object]
 ) -> dict[str, str]:
     """Write the planned files, and their index if they are several. Threads read ahead; this one hashes and writes.
     Raises OSError: no space; CheckpointError: the tensors cannot be read.

@@ -57,7 +57,7 @@ class _Sums:
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(
             self.same and other.same,
-            _worse(self.worst, other.worst),
+            max(self.worst, other.worst, key=lambda one: (one != one, one)),  # NaN is the largest
             self.dot + other.dot,
             self.square_a + other.square_a,
             self.square_b + other.square_b,
@@ -139,8 +139,3 @@ def _squares(values: Tensor) -> _Sums:
     """Sums over elements that are equal in both models."""
     total = sum(one.double().square().sum().item() for one in values.reshape(-1).split(_ELEMENTS))
     return _Sums(True, 0.0, total, total, total)
-
-
-def _worse(a: float, b: float) -> float:
-    """The larger of two; NaN is the largest."""
-    return a if math.isnan(a) else b if math.isnan(b) else max(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class _RuledView(LazyTensors):
     """What both directions share: a slice is put together from slices of the source, the rest being zeros."""
 
     _source: LazyTensors
+    _by_name: Mapping[str, Any]
+    """What each of its tensors is made by."""
 
     @abstractmethod
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
@@ -39,6 +42,15 @@ class _RuledView(LazyTensors):
 
     def _fill(self, name: str, slices: Slices, out: Tensor) -> None:
         self._source.read_into(name, slices, out)
+
+    def unused_keys(self) -> Mapping[str, str]:
+        return self._source.unused_keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
 
     def origins(self, name: str, slices: Slices) -> Iterator[Origin]:
         _, parts = self._source_slices(name, slices)
@@ -65,7 +77,7 @@ class McoreView(_RuledView):
         prove(rules)
         self._source = source
         self._where = where
-        self._rules = {rule.mcore.name: rule for rule in rules if rule.mcore is not None}
+        self._by_name = {rule.mcore.name: rule for rule in rules if rule.mcore is not None}
         self._unused_keys = _match([named for rule in rules for named in rule.hf], source, where, tied)
         for rule in rules:
             self._check_types(rule)
@@ -101,25 +113,19 @@ class McoreView(_RuledView):
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        named = self._rules[name].mcore
+        named = self._by_name[name].mcore
         assert named is not None
         return named.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._source.dtype(self._rules[name].hf[0].name)
+        return self._source.dtype(self._by_name[name].hf[0].name)
 
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
-        rule = self._rules[name]
+        rule = self._by_name[name]
         return rule.rank, rule.slices_of_mcore(slices)
 
     def unused_keys(self) -> Mapping[str, str]:
         return {**self._source.unused_keys(), **self._unused_keys}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rules)
-
-    def __len__(self) -> int:
-        return len(self._rules)
 
 
 class HfView(_RuledView):
@@ -139,25 +145,25 @@ class HfView(_RuledView):
         self._source = source
         self._where = where
         self._dtype = dtype
-        self._places = {named.name: (rule, index) for rule in rules for index, named in enumerate(rule.hf)}
+        self._by_name = {named.name: (rule, index) for rule in rules for index, named in enumerate(rule.hf)}
         _match([rule.mcore for rule in rules if rule.mcore is not None], source, where, None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        rule, index = self._places[name]
+        rule, index = self._by_name[name]
         return rule.hf[index].shape
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype or self._own_dtype(name)
 
     def _own_dtype(self, name: str) -> torch.dtype:
-        rule = self._places[name][0]
+        rule = self._by_name[name][0]
         if rule.mcore is None:  # zeros that only Hugging Face has take the type of their neighbours
             kinds = [self._source.dtype(one) for one in self._source if one.startswith("vision_projection.")]
             return kinds[0] if kinds else torch.float32
         return self._source.dtype(rule.mcore.name)
 
     def _source_slices(self, name: str, slices: Slices) -> tuple[int, list[SourceSlice]]:
-        rule, index = self._places[name]
+        rule, index = self._by_name[name]
         return rule.rank, rule.slices_of_hf(index, slices)
 
     def _fill(self, name: str, slices: Slices, out: Tensor) -> None:
@@ -174,15 +180,6 @@ class HfView(_RuledView):
                 f"{self._where}: {name}: {values[lost][0].item():g} does not fit into {type_name(out.dtype)} and would "
                 "become infinite. Choose another --dtype, or keep the type."
             )
-
-    def unused_keys(self) -> Mapping[str, str]:
-        return self._source.unused_keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def _match(expected: Sequence[Named], source: LazyTensors, where: str, tied: tuple[str, str] | None) -> dict[str, str]:

@@ -80,10 +80,7 @@ DECODERS = {
             written=_NO_BIAS,
         ),
         DecoderFamily(
-            model_type="mistral",
-            architecture="MistralForCausalLM",
-            window=4096,
-            written={"sliding_window": None},
+            model_type="mistral", architecture="MistralForCausalLM", window=4096, written={"sliding_window": None}
         ),
         DecoderFamily(
             model_type="glm",

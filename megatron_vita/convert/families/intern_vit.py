@@ -8,13 +8,7 @@ from typing import Any
 
 from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import VisionConfig
-from megatron_vita.convert.hf_config import (
-    check_not_quantised,
-    choice,
-    flag,
-    require,
-    tower_sizes,
-)
+from megatron_vita.convert.hf_config import check_not_quantised, choice, flag, require, tower_sizes
 from megatron_vita.convert.rules import Rule, grouped_qkv, joint_qkv, rename
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -94,10 +88,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[VisionConfig, Na
         bias, qk_norm = flag(config, "qkv_bias", False, where), flag(config, "qk_normalization", True, where)
     try:
         vision = VisionConfig(
-            normalization=_NORMS[norm],
-            add_qkv_bias=bias,
-            qk_layernorm=qk_norm,
-            **tower_sizes(config, where),
+            normalization=_NORMS[norm], add_qkv_bias=bias, qk_layernorm=qk_norm, **tower_sizes(config, where)
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None

@@ -15,13 +15,7 @@ from megatron_vita.checkpoint.tensors import LazyTensors
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.combined import Subset
 from megatron_vita.convert.families.intern_vit import Names, layer_rules
-from megatron_vita.convert.hf_config import (
-    check_not_quantised,
-    choice,
-    require,
-    section,
-    tower_sizes,
-)
+from megatron_vita.convert.hf_config import check_not_quantised, choice, require, section, tower_sizes
 from megatron_vita.convert.rules import Rule, rename
 from megatron_vita.errors import CheckpointError, ConfigError
 
@@ -40,12 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {**_COMMON, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
 """transformers' own defaults: published files omit settings that equal them."""
-MODEL_TYPES = {
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-    "clip": "clip",
-    "clip_vision_model": "clip",
-}
+MODEL_TYPES = {"siglip": "siglip", "siglip_vision_model": "siglip", "clip": "clip", "clip_vision_model": "clip"}
 """model_type of a whole model or of its tower -> model.vision.model_type."""
 _NAMES = Names(
     class_token="embeddings.class_embedding",
@@ -78,11 +67,7 @@ def read_config(config: Mapping[str, Any], where: str) -> VisionConfig:
     require(full, "hidden_act", DEFAULTS[family]["hidden_act"], None, where)
     require(full, "num_channels", 3, None, where)
     try:
-        return VisionConfig(
-            model_type=family,
-            **tower_sizes(full, where),
-            image_norm=family,
-        )
+        return VisionConfig(model_type=family, **tower_sizes(full, where), image_norm=family)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
