@@ -107,12 +107,15 @@ class PartsPlanner(LoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         assert self._metadata is not None
-        items: list[ReadItem] = []
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
         for part in self._parts.values():
             offsets, sizes = torch.Size(one.start for one in part.box), torch.Size(extent(part.box))
-            stored = self._metadata.state_dict_metadata[part.key]
+            chunks.setdefault(part.key, []).append(ChunkStorageMetadata(offsets, sizes))
+        items: list[ReadItem] = []
+        for key, wanted in chunks.items():
+            stored = self._metadata.state_dict_metadata[key]
             assert isinstance(stored, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(part.key, stored, [ChunkStorageMetadata(offsets, sizes)])
+            items += create_read_items_for_chunk_list(key, stored, wanted)
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
