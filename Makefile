@@ -43,7 +43,7 @@ $(NEWEST)/.installed: setup.py
 	$(NEWEST)/bin/pip install -e ".[quickstart]" pytest pytest-xdist hypothesis
 	touch $@
 
-# What a checkpoint must outlive, every case: killed processes, full and broken disks, damaged files, layouts. Half an hour.
+# What a checkpoint must outlive, every case: killed processes, full and broken disks, damaged files, layouts. An hour.
 faults: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(ARGS)
 

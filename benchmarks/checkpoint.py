@@ -43,7 +43,7 @@ from megatron_vita.config import ModelConfig, ParallelConfig
 from megatron_vita.training.setup import ModelAndOptimizer, build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
-VOCABULARY, LAYERS, TOKENS = 8192, 4, 64
+VOCABULARY, LAYERS = 8192, 4
 BLOCK_BYTES = 8 << 20
 MIB = 1 << 20
 DP, TP2 = ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2)
@@ -67,19 +67,19 @@ def model_of(millions: float) -> ModelConfig:
 class Run:
     """One rank's training."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        packs = [self._pack(seed) for seed in range(dist.get_world_size())]
-        self.stage = make_stage(parallel, model, len(packs), 1, False, seq_length=TOKENS)
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, tokens: int = 64) -> None:
+        packs = [self._pack(seed, tokens) for seed in range(dist.get_world_size())]
+        self.stage = make_stage(parallel, model, len(packs), 1, False, seq_length=tokens)
         self.setup: ModelAndOptimizer = build_model_and_optimizer(self.stage)
         self._batches = step_batches(self.stage, self.setup.groups, packs)
         self.iteration = 0
         self.step()  # the optimizer's state is there from its first step on
 
     @staticmethod
-    def _pack(seed: int) -> Pack:
+    def _pack(seed: int, tokens: int) -> Pack:
         source = torch.Generator().manual_seed(seed)
-        ids, labels = torch.randint(0, VOCABULARY, (2, TOKENS), generator=source)
-        return Pack((TOKENS,), ids, labels, torch.zeros((0, 3, 32, 32), dtype=torch.uint8), ())
+        ids, labels = torch.randint(0, VOCABULARY, (2, tokens), generator=source)
+        return Pack((tokens,), ids, labels, torch.zeros((0, 3, 32, 32), dtype=torch.uint8), ())
 
     def step(self) -> None:
         """Train one step."""
@@ -215,28 +215,37 @@ def memory(model: ModelConfig, root: Path, arguments: argparse.Namespace) -> lis
 # ---- blocked ----
 
 
-def _blocked(model: ModelConfig, root: Path, repeats: int) -> dict[str, Any]:
-    run = Run(model, DP)
+def _blocked(model: ModelConfig, root: Path, repeats: int, tokens: int) -> dict[str, Any]:
+    run = Run(model, DP, tokens)
     state = run.held()
     copies = [torch.empty_like(one) for one in state]
     copying, saving, plain, beside = [], [], [], []
     with checkpoint.Saver(root, asynchronous=True, keep_last=1) as saver:
         for _ in range(repeats):
             copying.append(_timed(lambda: [to.copy_(one) for to, one in zip(copies, state, strict=True)]))
-            plain += [_timed(run.step) for _ in range(3)]
+            plain += [_timed_step(run, saver) for _ in range(3)]
             saving.append(_timed(saver.save, *run.what()))
             published = step_folder(root, run.iteration)
             while not published.exists():
-                beside.append(_timed(lambda: (run.step(), saver.poll())))
+                beside.append(_timed_step(run, saver))
             saver.wait()
     return {"copy": copying, "save": saving, "plain": plain, "beside": beside}
 
 
+def _timed_step(run: Run, saver: checkpoint.Saver) -> tuple[float, float]:
+    """(seconds of one step, CPU seconds of this thread in it)."""
+    began, busy = time.perf_counter(), time.thread_time()
+    run.step()
+    saver.poll()
+    return time.perf_counter() - began, time.thread_time() - busy
+
+
 def blocked(model: ModelConfig, root: Path, arguments: argparse.Namespace) -> list[Figure]:
     """What training notices of an asynchronous save."""
-    (one,) = on_ranks(1, _blocked, model, root / "blocked", arguments.repeats + 1)
+    (one,) = on_ranks(1, _blocked, model, root / "blocked", arguments.repeats + 1, arguments.tokens)
     judged = not arguments.quick
-    slower = statistics.median(one["beside"]) / statistics.median(one["plain"])
+    steps = {name: [statistics.median(times) for times in zip(*one[name], strict=True)] for name in ("plain", "beside")}
+    slower, busier = (a / b for a, b in zip(steps["beside"], steps["plain"], strict=True))
     seconds = f"{min(one['save'][1:]):.3f} s, the first {one['save'][0]:.3f} s; a copy {min(one['copy']):.3f} s"
     return [
         figure("blocked by an asynchronous save / copy", min(one["save"][1:]) / min(one["copy"]), 1.5, seconds, judged),
@@ -244,7 +253,7 @@ def blocked(model: ModelConfig, root: Path, arguments: argparse.Namespace) -> li
             "a step while it is written / a step",
             slower,
             1.10,
-            f"medians of {len(one['beside'])} and {len(one['plain'])}",
+            f"medians of {len(one['beside'])} and {len(one['plain'])}; by its thread's CPU time {busier:.3f}",
             judged,
         ),
     ]
@@ -331,6 +340,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--millions", type=float, default=40.0, help="parameters of the model")
+    parser.add_argument("--tokens", type=int, default=128, help="of a step whose time is compared")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
     parser.add_argument("--scratch", type=Path, help="folder for four times the state")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="sections")
