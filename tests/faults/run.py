@@ -51,7 +51,7 @@ def _failing(folder: Path, short: bool, *, way: Way, victim: int, few: int) -> l
 
 def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
     world = World(folder, 2, TP2)
-    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else None, victim=victim)]
+    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else 100, victim=victim)]
 
 
 def _order(folder: Path, short: bool) -> list[Outcome]:
