@@ -51,7 +51,7 @@ def _failing(folder: Path, short: bool, *, way: Way, victim: int, few: int) -> l
 
 def _failing_reads(folder: Path, short: bool) -> list[Outcome]:
     world = World(folder, 2, TP2)
-    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else None, victim=victim)]
+    return [one for victim in (0, 1) for one in failing_reads(world, 2 if short else 100, victim=victim)]
 
 
 def _order(folder: Path, short: bool) -> list[Outcome]:
@@ -137,6 +137,8 @@ OF_SAVES: dict[str, Kind] = {
     "errors while a checkpoint is read": _failing_reads,
     "damage to a checkpoint of training": _damaged_training,
     "damage to an import": _damaged_import,
+    "an import that is struck": lambda folder, short: imported.struck_import(folder, 2 if short else None),
+    "an export that is struck": lambda folder, short: imported.struck_export(folder, 2 if short else None),
     "pairs of layouts": partial(_layouts, bf16=False),
     "pairs of layouts, bf16": partial(_layouts, bf16=True),
     "values that are not finite": _not_finite,
