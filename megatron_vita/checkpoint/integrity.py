@@ -72,7 +72,10 @@ class Integrity:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(f"{path}: damaged ({error}). {_REMEDY}") from None
         if type(version) is not int or version not in _READABLE:
-            raise CheckpointError(f"{path}: format version {str(version)[:20]} is not known. Update megatron_vita.")
+            raise CheckpointError(
+                f"{path}: format version {str(version)[:20]} is not known, {_READABLE[0]} and {_VERSION} are. Use the "
+                "release that wrote it."
+            )
         if _canonical(files) != digest:
             raise DamagedError(f"{path}: damaged (its own digest does not match). {_REMEDY}")
         if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
