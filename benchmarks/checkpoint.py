@@ -1,6 +1,6 @@
 """Saving and loading checkpoints of training, against what they must be compared with; each ratio from one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--millions 40] [--repeats 5] [--scratch DIR] [--only SECTION ...]
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--millions 120] [--repeats 5] [--scratch DIR] [--only SECTION ...]
 
 A decoder of `--millions` parameters (float32: 12 bytes of state each) is trained with random weights and batches.
 
@@ -339,7 +339,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--millions", type=float, default=40.0, help="parameters of the model")
+    parser.add_argument("--millions", type=float, default=120.0, help="parameters of the model")
     parser.add_argument("--tokens", type=int, default=128, help="of a step whose time is compared")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the best counts")
     parser.add_argument("--scratch", type=Path, help="folder for four times the state")

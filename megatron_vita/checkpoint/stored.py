@@ -25,6 +25,7 @@ from megatron_vita.files import new_digest
 
 _CACHE_BYTES = 128 << 20
 """Pieces that are kept, because interleaved heads are cut from one piece many times in a row."""
+_HEAD_BYTES = 1 << 10
 _BLOCK_BYTES = 1 << 20
 """Bytes that are read and hashed at once: little enough to stay in a core's cache between the two."""
 
@@ -151,12 +152,33 @@ def _elements_at(part: _Part, size: int) -> int | None:
     NAME/data/0 holds them uncompressed. The pickled part beside it is not looked at. None if there is no such record.
     """
     try:
-        with zipfile.ZipFile(cast(IO[bytes], part)) as archive:
-            record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
-            part.seek(record.header_offset + 26)
-            name, extra = struct.unpack("<HH", part.read(4))
+        return _in_order(part, size) or _by_directory(part, size)
     except (zipfile.BadZipFile, StopIteration, struct.error, ValueError, LookupError, NotImplementedError, EOFError):
         return 0 if size == 0 else None  # a tensor without elements needs no record
+
+
+def _in_order(part: _Part, size: int) -> int | None:
+    """The same where the record's header stands in the first bytes, and its end mark behind the elements: so writes
+    torch.save, and reading an archive's directory takes longer than reading a small piece."""
+    head = part.read(_HEAD_BYTES)
+    name = head.find(b"/data/0")
+    header = head.rfind(b"PK\x03\x04", 0, max(name, 0))
+    if header < 0:
+        return None
+    (method,), (length, extra) = (
+        struct.unpack_from("<H", head, header + 8),
+        struct.unpack_from("<HH", head, header + 26),
+    )
+    start = header + 30 + int(length) + int(extra)
+    part.seek(start + size)
+    return start if method == 0 and start - extra == name + 7 and part.read(4) == b"PK\x07\x08" else None
+
+
+def _by_directory(part: _Part, size: int) -> int | None:
+    with zipfile.ZipFile(cast(IO[bytes], part)) as archive:
+        record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
+        part.seek(record.header_offset + 26)
+        name, extra = struct.unpack("<HH", part.read(4))
     start = record.header_offset + 30 + int(name) + int(extra)
     stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == size
     return start if stored and 0 <= start <= part.length - size else None
