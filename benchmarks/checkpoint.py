@@ -1,6 +1,6 @@
 """Saving and loading checkpoints of training, against what they must be compared with; each ratio from one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--millions 120] [--repeats 5] [--scratch DIR] [--only SECTION ...]
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--millions 120] [--repeats 5] [--scratch DIR] [--only SECTION]
 
 A decoder of `--millions` parameters (float32: 12 bytes of state each) is trained with random weights and batches.
 
