@@ -70,6 +70,7 @@ def states(optimizer: Any) -> Iterator[State]:
                 yield one, parameter, held.start, {name: two for name, two in tensors.items() if name != "step"}
 
 
+@torch.no_grad()
 def restore(optimizer: Any, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
     """Give loaded tensors back to a DistributedOptimizer that keeps them in another form (Transformer Engine's)."""
     if not _is_plain(optimizer):
