@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from inference_kit import Figure, PeakMemory, on_ranks
@@ -139,7 +140,7 @@ def _spread(model: ModelConfig, parallel: ParallelConfig, root: Path) -> dict[st
 
 def _bytes_read() -> int:
     """Bytes that this process has asked the system for, from the page cache or not."""
-    return int(Path("/proc/self/io").read_text(encoding="ascii").split()[1])
+    return int(psutil.Process().io_counters().read_chars)
 
 
 def spread(model: ModelConfig, root: Path, arguments: argparse.Namespace) -> list[Figure]:

@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, *, vision: bool = True, name: str = "tiny", se
     models = build_model(settings, groups)
     state = checkpoint.RunState(stage=settings, iteration=0, preprocess=SPEC if vision else None)
     root = folder / name
-    checkpoint.save(root, models, None, None, state, groups, tokenizer_dir=tokenizer)
+    checkpoint.save(root, models, None, None, state, groups, tokenizer=tokenizer)
     return root
 
 
