@@ -150,4 +150,5 @@ def test_clear_errors(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "empty").mkdir()
     fails(2, "neither a finished checkpoint nor a Hugging Face folder", "What?", model=tmp_path / "empty")
     text = save_checkpoint(tmp_path, vision=False, name="text")
+    capsys.readouterr()
     fails(2, "text-only", "--image", str(here / "wide.jpg"), "What?", model=text)
