@@ -35,5 +35,5 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":  # checkpoint writers may spawn processes, which import this file again
+if __name__ == "__main__":
     sys.exit(main())

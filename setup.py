@@ -24,7 +24,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",  # tried: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (3.12)
         "numpy>=1.26",
-        "psutil",  # megatron-core's checkpoint writer hangs without it and does not declare it
+        "psutil",
         "pyyaml",
         "tqdm",
         "jinja2",

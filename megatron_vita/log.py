@@ -52,10 +52,8 @@ def tell_launcher(message: str) -> None:
 def _quiet_libraries() -> None:
     """Hide messages of megatron-core and torch that appear in every run and that a user cannot act on.
 
-    They concern absent optional packages, deprecated names, and a staging folder that holds our own files.
-    `python -W` shows the warnings again.
+    They concern absent optional packages and deprecated names. `python -W` shows the warnings again.
     """
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\..*")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")

@@ -10,16 +10,22 @@ alone, which become inert objects. Whatever else a file names is refused, and no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+)
 
 from megatron_vita.checkpoint.tensors import TensorsInMemory
 from megatron_vita.convert.hf_config import shown
@@ -148,7 +154,7 @@ def _load(path: Path) -> Any:
             packed = [one.filename for one in archive.infolist() if one.compress_type or one.flag_bits & 1]
         if packed:
             raise CheckpointError(f"{path}: {shown(packed[0])} is compressed or encrypted. Refused.")
-        with safe_globals(ALLOWED):
+        with _only(ALLOWED):
             others = sorted(get_unsafe_globals_in_checkpoint(path))
             if others:
                 raise CheckpointError(
@@ -171,6 +177,19 @@ def _load(path: Path) -> Any:
             f"{path}: refused, it cannot be read ({type(error).__name__}: {said}). Nothing of it was run; download it "
             "again."
         ) from error
+
+
+@contextlib.contextmanager
+def _only(allowed: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]]) -> Iterator[None]:
+    """Allow these names alone: other libraries of the process (transformers) add some of their own to torch's list."""
+    others = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(others)
 
 
 def _plain(value: Any) -> Any:

@@ -116,7 +116,10 @@ def test_what_megatron_saves_beside_the_weights_is_read_past(tmp_path: Path, mon
     states = {"np_rng_state": generator, "random_rng_state": (3, (1, 2), None), "torch": torch.get_rng_state()}
     weights = {**WEIGHTS, "decoder.layers.0.mlp.linear_fc1._extra_state": io.BytesIO(b"fp8")}
     weights["parameter"] = torch.nn.Parameter(torch.ones(2, 2))
-    found = read_rank(save(tmp_path, {"args": arguments, "model": weights, "rng_state": [states], "iteration": 5}))
+    rank = save(tmp_path, {"args": arguments, "model": weights, "rng_state": [states], "iteration": 5})
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, generator[1].__reduce__()[0]]):  # as transformers does
+        found = read_rank(rank)
+        assert np.ndarray in torch.serialization.get_safe_globals()
     monkeypatch.undo()
     assert set(found.tensors) == {*WEIGHTS, "parameter"}
     assert torch.equal(found.tensors["decoder.final_layernorm.weight"], torch.arange(6.0))
