@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 import xxhash
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of a file that are read and hashed at once."""
+"""Bytes of a file that are read or written and hashed at once: few enough to stay in a core's cache between the two."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

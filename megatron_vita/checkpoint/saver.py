@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -116,12 +116,7 @@ class Saver:
             self._future = future
             log.info("step %d: copied in %.2f s, written in the background", state.iteration, self._elapsed())
             return
-        try:
-            write(planner, writer, content, group=self._group)
-        except BaseException:
-            self._discard()
-            raise
-        self._done()
+        self._conclude(lambda: write(planner, writer, content, group=self._group))
 
     def poll(self) -> None:
         """Look whether a save in the background has ended. Once a step; costs one small all-reduce while one runs.
@@ -143,16 +138,18 @@ class Saver:
         """
         future, self._future = self._future, None
         if future is not None:
-            try:
-                with as_checkpoint_errors():
-                    future.result()
-            except BaseException:
-                self._discard()
-                raise
-            self._done()
+            self._conclude(future.result)
         return self.published
 
-    def _done(self) -> None:
+    def _conclude(self, end: Callable[[], object]) -> None:
+        """Do the last of a save, and note what it published; or delete what it has written."""
+        try:
+            with as_checkpoint_errors():
+                end()
+        except BaseException:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                folders.discard_staging(self._root, self._iteration)
+            raise
         self.published = folders.step_folder(self._root, self._iteration)
         log.info("saved %s in %.1f s", self.published, self._elapsed())
 
@@ -166,10 +163,6 @@ class Saver:
         folders.publish(self._root, state.iteration)
         keep_last, keep_every = self._keep
         prune(self._root, keep_last=keep_last, keep_every=keep_every, verified=state.iteration)
-
-    def _discard(self) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            folders.discard_staging(self._root, self._iteration)
 
     def close(self) -> None:
         """Wait for a save under way, and let go of memory and process group. Raises CheckpointError as `wait`."""

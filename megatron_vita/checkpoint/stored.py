@@ -21,13 +21,11 @@ from megatron_vita.checkpoint.metadata import METADATA_FILE, StoredPiece, Stored
 from megatron_vita.checkpoint.streams import read_exactly, reading
 from megatron_vita.checkpoint.tensors import LazyTensors, bytes_of, slice_of
 from megatron_vita.errors import CheckpointError
-from megatron_vita.files import new_digest
+from megatron_vita.files import BLOCK_BYTES, new_digest
 
 _CACHE_BYTES = 128 << 20
 """Pieces that are kept, because interleaved heads are cut from one piece many times in a row."""
 _HEAD_BYTES = 1 << 10
-_BLOCK_BYTES = 1 << 20
-"""Bytes that are read and hashed at once: little enough to stay in a core's cache between the two."""
 
 
 class CheckpointTensors(LazyTensors):
@@ -128,8 +126,8 @@ class CheckpointTensors(LazyTensors):
             else:
                 parts = (bytearray(start), elements, bytearray(piece.length - start - out.nbytes))
             for part in parts:
-                for begin in range(0, len(part), _BLOCK_BYTES):
-                    block = memoryview(part)[begin : begin + _BLOCK_BYTES]
+                for begin in range(0, len(part), BLOCK_BYTES):
+                    block = memoryview(part)[begin : begin + BLOCK_BYTES]
                     read_exactly(descriptor, block, position, path)
                     digest.update(block)
                     position += len(block)

@@ -36,12 +36,10 @@ from megatron_vita.checkpoint.planner import PARTS, Planner
 from megatron_vita.checkpoint.streams import Workers
 from megatron_vita.checkpoint.tensors import bytes_of
 from megatron_vita.errors import CheckpointError
-from megatron_vita.files import new_digest
+from megatron_vita.files import BLOCK_BYTES, new_digest
 
 FILE_BYTES = 4 << 30
 """A rank begins another file after so many bytes."""
-_BLOCK_BYTES = 1 << 20
-"""Bytes that are hashed and written at once: little enough to stay in a core's cache between the two."""
 _LITTLE_BYTES = 64 << 10
 """What torch.save writes besides the elements comes in many parts of some bytes."""
 COMMON_FILE = "common.json"
@@ -205,8 +203,8 @@ class _Sink:
 
     def _write(self, view: bytes | memoryview) -> None:
         for one in (memoryview(self._held), memoryview(view)):
-            for start in range(0, len(one), _BLOCK_BYTES):
-                block = one[start : start + _BLOCK_BYTES]
+            for start in range(0, len(one), BLOCK_BYTES):
+                block = one[start : start + BLOCK_BYTES]
                 self.digest.update(block)
                 try:
                     while block:

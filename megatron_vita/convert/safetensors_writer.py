@@ -24,14 +24,12 @@ from megatron_vita.convert.hf_config import write_json
 from megatron_vita.convert.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from megatron_vita.convert.values import CODES, type_name
 from megatron_vita.errors import CheckpointError
-from megatron_vita.files import new_digest
+from megatron_vita.files import BLOCK_BYTES, new_digest
 
 MAX_SHARD_BYTES = 2 * 10**9
 """Files are loaded side by side: several small ones are better than one large one."""
 _BLOCK_BYTES = 8 << 20
 """Bytes that are read at once."""
-_CACHED_BYTES = 1 << 20
-"""Bytes that are hashed and written before the next: little enough to stay in a core's cache between the two."""
 _MOST_READERS = 4
 """Threads that read: one writes, and more of them would only hold memory."""
 _CODES = {dtype: code for code, dtype in CODES.items()}
@@ -117,8 +115,8 @@ def write_safetensors(
                 digest.update(planned.header)
                 while left:
                     memory, size = next(parts)
-                    for start in range(0, size, _CACHED_BYTES):
-                        part = memory[start : min(size, start + _CACHED_BYTES)].numpy().data
+                    for start in range(0, size, BLOCK_BYTES):
+                        part = memory[start : min(size, start + BLOCK_BYTES)].numpy().data
                         digest.update(part)
                         file.write(part)
                     free.put(memory)

@@ -38,7 +38,7 @@ TENSORS = {
 def tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointTensors]:
     """A checkpoint of many pieces, of which few find room; threads take turns as often as can be."""
     monkeypatch.setattr(planner, "PIECE_BYTES", 130)
-    monkeypatch.setattr(stored, "_BLOCK_BYTES", 512)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 512)
     monkeypatch.setattr(stored, "_CACHE_BYTES", 500)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
