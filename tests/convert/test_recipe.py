@@ -52,9 +52,10 @@ def shipped() -> list[str]:
     return sorted(name for name in found if "pretrained_checkpoint" in (EXAMPLES / name).read_text())
 
 
-def write_parts(folder: Path, *, epsilon: float = 1e-6) -> list[str]:
+def write_parts(folder: Path, *, epsilon: float = 1e-6, tied: bool = False) -> list[str]:
     """A decoder and a tower of the tiny sizes, as the import's flags."""
-    llm = publishers.write_qwen2(folder / "llm", rms_norm_eps=epsilon, max_position_embeddings=512)
+    settings = {"rms_norm_eps": epsilon, "max_position_embeddings": 512, "tie_word_embeddings": tied}
+    llm = publishers.write_qwen2(folder / "llm", **settings)
     sizes = TINY["vision"]
     vit = publishers.write_intern_vit(
         folder / "vit",
@@ -97,7 +98,8 @@ def test_the_import_makes_what_a_shipped_recipe_trains(
     for variable in ("RUN", "SHARDS", "START", "TOKENIZER"):
         monkeypatch.delenv(variable, raising=False)
     recipe = write_recipe(tmp_path / "run.yaml", name)
-    convert("import", "--config", recipe, *write_parts(tmp_path), "--output", tmp_path / "start")
+    tied = not load_model(recipe).untie_embeddings_and_output_weights
+    convert("import", "--config", recipe, *write_parts(tmp_path, tied=tied), "--output", tmp_path / "start")
     for variable in ("RUN", "SHARDS", "START", "TOKENIZER"):
         monkeypatch.setenv(variable, "/data")
     for stage in load_run(recipe).stages:
