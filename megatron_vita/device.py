@@ -43,6 +43,26 @@ def on_accelerator(what: torch.Tensor | torch.device) -> bool:
     return (what.device if isinstance(what, torch.Tensor) else what).type != "cpu"
 
 
+def is_host_memory(tensor: torch.Tensor) -> bool:
+    """True if the CPU can write into a tensor's memory, as reading a file does."""
+    return not on_accelerator(tensor)
+
+
+def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised host memory of a tensor's shape and dtype; pinned if the tensor is on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator(tensor))
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of this rank's GPU; None without CUDA. Initialises CUDA."""
+    return torch.cuda.get_device_capability() if has_accelerator() else None
+
+
+def default_group_is_of_the_host() -> bool:
+    """True if collectives of the default process group take tensors on the CPU."""
+    return backend() == "gloo"
+
+
 def backend() -> str:
     """The communication backend for tensors on `torch_device()`."""
     return "nccl" if has_accelerator() else "gloo"

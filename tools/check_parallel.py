@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from megatron_vita import kernels
     from megatron_vita.checks import (
         grid,
         jobs,
@@ -93,7 +94,9 @@ def _check(arguments: argparse.Namespace) -> int:
                 break
     finally:
         runner.close()
-    fused = list(kernels_report.check_kernels()) if say is print else []  # after the ranks: it may start CUDA here
+    dtype = min((job.dtype for job in todo), key=lambda one: one.itemsize)
+    say("kernels of this machine:", *kernels.kernel_table(todo[0].stage, dtype), sep="\n  ")  # may start CUDA here
+    fused = list(kernels_report.check_kernels()) if say is print else []
     say("fused kernels against the reference implementation:", *fused, sep="\n  ")
     say(*report.summary(results, len(todo), time.monotonic() - began, excluded, fused), sep="\n")
     green = len(results) == len(todo) and not any(result.failures for result in results)

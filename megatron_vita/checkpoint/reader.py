@@ -91,7 +91,7 @@ class Reader(FileSystemReader):
 def _takes_whole(target: Tensor, piece: StoredPiece, dtype: torch.dtype) -> bool:
     """Whether a piece can be read right into its place."""
     whole = tuple(target.shape) == extent(piece.box) and target.dtype == dtype
-    return whole and target.is_contiguous() and not device.on_accelerator(target)
+    return whole and target.is_contiguous() and device.is_host_memory(target)
 
 
 class PartsPlanner(LoadPlanner):

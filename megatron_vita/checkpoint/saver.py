@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -42,9 +41,7 @@ class HostCopy:
             del self._memory[label]
         for label, tensor in state.items():
             if label not in self._memory:
-                self._memory[label] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=device.on_accelerator(tensor)
-                )
+                self._memory[label] = device.host_buffer(tensor)
             self._memory[label].copy_(tensor.detach(), non_blocking=True)
         device.synchronize()
         return dict(self._memory)
@@ -66,7 +63,7 @@ class Saver:
         self._asynchronous = asynchronous
         self._keep = keep_last, keep_every
         # Its collectives run beside those of training, on tensors of the host.
-        own = asynchronous or device.has_accelerator()
+        own = asynchronous or not device.default_group_is_of_the_host()
         self._group = device.new_host_group() if own and dist.is_initialized() else None
         self._copy = HostCopy()
         self._future: Future[Any] | None = None

@@ -111,7 +111,7 @@ def load_tensors(
     def fill() -> None:
         with torch.no_grad():
             for part in parts:
-                if part.data.dtype == source.dtype(part.key) and not device.on_accelerator(part.data):
+                if part.data.dtype == source.dtype(part.key) and device.is_host_memory(part.data):
                     source.read_into(part.key, part.box, part.data)
                 else:
                     part.data.copy_(source.read(part.key, part.box))

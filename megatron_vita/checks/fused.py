@@ -1,9 +1,8 @@
 """Compare the fused kernels of optional packages with their reference implementations.
 
-What is used where it imports: apex's gradient-accumulation GEMM (by megatron-core's linears), Transformer Engine's or
-apex's FusedAdam (by megatron-core's optimizer), Transformer Engine's norms and linears (by the `te` layer specs), and
-on an accelerator megatron-core's compiled SwiGLU and PyTorch's RMSNorm kernel. Block attention has its own checks in
-checks/kernels.py. Written without a GPU and without these packages: none of the checks ever ran to `ok` there.
+Checked is what kernels.py chooses: apex's GEMM that accumulates gradients, Transformer Engine's or apex's FusedAdam,
+Transformer Engine's norms and linears, megatron-core's compiled SwiGLU, PyTorch's RMSNorm kernel. Block attention has
+its own checks in checks/kernels.py. Written without a GPU and these packages: none of the checks ever ran to `ok`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vita import device
+from megatron_vita import device, kernels
 from megatron_vita.models.activations import SwiGLU
-from megatron_vita.models.fused import accumulates_gradients, has_transformer_engine
 from megatron_vita.models.norms import RMSNorm
 
 NOT_INSTALLED = "not installed"
@@ -27,34 +25,23 @@ _BOUND = 2e-2
 """Largest difference in bfloat16, relative to the largest value; of float32 accumulations, a thousandth of it."""
 
 
-def has_fused_adam() -> bool:
-    """megatron-core's optimizer steps with Transformer Engine's or apex's FusedAdam; else with PyTorch's AdamW."""
-    from megatron.core import optimizer
-
-    return device.has_accelerator() and not optimizer.USING_PYTORCH_OPTIMIZER
-
-
-def runs_transformer_engine() -> bool:
-    """The `te` layer specs can be built and run."""
-    return device.has_accelerator() and has_transformer_engine()
-
-
 def checks() -> list[tuple[str, Callable[[], str]]]:
     """(name, check) of every fused kernel. A check returns `ok`, `not installed`, or what differs and by how much."""
-    kernels: list[tuple[str, Callable[[], bool], Callable[[], str]]] = [
-        ("gradient-accumulation GEMM (apex)", accumulates_gradients, _check_accumulation),
-        ("FusedAdam (Transformer Engine or apex)", has_fused_adam, _check_adam),
-        ("RMSNorm (Transformer Engine)", runs_transformer_engine, _check_te_norm),
-        ("norm and linear (Transformer Engine)", runs_transformer_engine, _check_te_linear),
-        ("SwiGLU (megatron-core, compiled)", device.has_accelerator, _check_swiglu),
-        ("RMSNorm (PyTorch's kernel)", device.has_accelerator, _check_torch_norm),
+    chosen = kernels.of_program()
+    found: list[tuple[str, bool, Callable[[], str]]] = [
+        ("gradient-accumulation GEMM (apex)", chosen.accumulating_gemm, _check_accumulation),
+        ("FusedAdam (Transformer Engine or apex)", kernels.fused_adam() is not None, _check_adam),
+        ("RMSNorm (Transformer Engine)", chosen.transformer_engine, _check_te_norm),
+        ("norm and linear (Transformer Engine)", chosen.transformer_engine, _check_te_linear),
+        ("SwiGLU (megatron-core, compiled)", chosen.compiled_swiglu, _check_swiglu),
+        ("RMSNorm (PyTorch's kernel)", chosen.fused_norm, _check_torch_norm),
     ]
-    return [(name, _guarded(available, check)) for name, available, check in kernels]
+    return [(name, _guarded(used, check)) for name, used, check in found]
 
 
-def _guarded(available: Callable[[], bool], check: Callable[[], str]) -> Callable[[], str]:
+def _guarded(used: bool, check: Callable[[], str]) -> Callable[[], str]:
     def run() -> str:
-        if not available():
+        if not used:
             return NOT_INSTALLED
         try:
             return check()

@@ -1,6 +1,6 @@
 """The fused block kernels against the reference implementation, for tools that check a machine before a long job.
 
-The CUDA kernels were never run where this was written.
+The kernels for GPUs were never run where this was written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_vita import device
+from megatron_vita.kernels import Attention, of_program, why_not
 from megatron_vita.parallel import block_kernels, flash
 from megatron_vita.parallel.block_kernels import Blocks
 
-CPU_KERNEL = "torch flash, cpu"
-KERNELS = (CPU_KERNEL, *flash.KERNELS)
+KERNELS = (Attention.CPU_FLASH, *flash.KERNELS)
 """Arguments of `parity`."""
 
 _CAUSAL = ((1, 70, 70), (2, 1, 1), (1, 300, 300))
@@ -24,26 +24,28 @@ _FULL = ((1, 70, 9), (2, 1, 130), (1, 64, 300))
 _SCALE = 0.125
 
 
-def parity(name: str) -> float | str:
+def parity(kernel: Attention) -> float | str:
     """Compare a kernel with the reference implementation, on blocks of uneven lengths and grouped heads.
 
     Args:
-        name: one of KERNELS.
+        kernel: one of KERNELS.
 
     Returns:
         the largest difference of output, log-sum-exp and gradients, each relative to its largest value (float32 on CPU:
-        below 1e-5; bfloat16 on CUDA: below 0.02); or `not installed` where the kernel cannot run: there is no
-        accelerator, or no such package.
+        below 1e-5; bfloat16 on a GPU: below 0.02); or `not installed`, with the reason, where the kernel cannot run.
     """
-    if name != CPU_KERNEL and (not device.has_accelerator() or (name == flash.FLASH_ATTN and not flash.INSTALLED)):
-        return "not installed"
-    return max(_difference(name, runs, causal) for runs, causal in ((_CAUSAL, True), (_FULL, False)))
+    missing = None
+    if kernel is not Attention.CPU_FLASH:
+        missing = why_not(kernel) or (None if of_program().variable_length else "no GPU")
+    if missing is not None:
+        return f"not installed: {missing}"
+    return max(_difference(kernel, runs, causal) for runs, causal in ((_CAUSAL, True), (_FULL, False)))
 
 
-def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool) -> float:
+def _difference(kernel: Attention, runs: tuple[tuple[int, int, int], ...], causal: bool) -> float:
     blocks = Blocks(runs, causal)
     where, dtype = torch.device("cpu"), torch.float32
-    if name != CPU_KERNEL:
+    if kernel is not Attention.CPU_FLASH:
         where, dtype = device.torch_device(), torch.bfloat16
     generator = torch.Generator().manual_seed(1)
     rows, keys = (sum(run[0] * run[side] for run in runs) for side in (1, 2))
@@ -51,7 +53,7 @@ def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool)
         torch.randn(count, heads, 64, generator=generator).to(where, dtype)
         for count, heads in ((rows, 8), (rows, 8), (keys, 2), (keys, 2))
     )
-    forward, backward = _kernel(name, blocks, where)
+    forward, backward = _kernel(kernel, blocks, where)
     out, lse = forward(q, k, v)
     wider = lse + 0.5  # as if the queries had more keys than the block
     got = out, lse, *backward(grad, q, k, v, out, wider)
@@ -62,16 +64,16 @@ def _difference(name: str, runs: tuple[tuple[int, int, int], ...], causal: bool)
     return max(_worst(one, other) for one, other in zip(got, want, strict=True))
 
 
-def _kernel(name: str, blocks: Blocks, where: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _kernel(kernel: Attention, blocks: Blocks, where: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of rows."""
-    if name == CPU_KERNEL:
+    if kernel is Attention.CPU_FLASH:
         return (
             lambda q, k, v: block_kernels.by_runs(block_kernels.cpu_forward, blocks, _SCALE, (q,), (k, v)),
             lambda grad, q, k, v, out, lse: block_kernels.by_runs(
                 block_kernels.cpu_backward, blocks, _SCALE, (grad, q), (k, v), (out, lse)
             ),
         )
-    forward, backward = flash.KERNELS[name]
+    forward, backward = flash.KERNELS[kernel]
     each = torch.tensor([run[1:] for run in blocks.runs for _ in range(run[0])])
     ends = torch.cat([torch.zeros(1, 2, dtype=torch.int64), each.cumsum(0)]).int().to(where)
     settings = (ends[:, 0].contiguous(), ends[:, 1].contiguous()), blocks.longest, blocks.causal, _SCALE

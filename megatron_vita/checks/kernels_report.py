@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_vita import device
 from megatron_vita.checks import fused, kernels
+from megatron_vita.kernels import Attention
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.norms import RMSNorm
 from megatron_vita.parallel.rotary import rotate
@@ -49,9 +50,9 @@ def check_kernels() -> Iterator[KernelCheck]:
     yield KernelCheck("SwiGLU (ours)", _verdict(_swiglu(), _CLOSE))
     yield KernelCheck("rotary embedding (ours)", _verdict(_rotary(), _CLOSE))
     yield KernelCheck("rotary embedding (GLM-4's, ours)", _verdict(_rotary(32, interleaved=True), _CLOSE))
-    for name in kernels.KERNELS:
-        allowed = _CLOSE if name == kernels.CPU_KERNEL else _HALF
-        yield KernelCheck(f"block attention ({name})", _verdict(kernels.parity(name), allowed))
+    for kernel in kernels.KERNELS:
+        allowed = _CLOSE if kernel is Attention.CPU_FLASH else _HALF
+        yield KernelCheck(f"block attention ({kernel.value})", _verdict(kernels.parity(kernel), allowed))
     for name, check in fused.checks():
         yield KernelCheck(name, check())
 

@@ -11,11 +11,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_vita import device, seed
+from megatron_vita import device, kernels, seed
 from megatron_vita.config import ModelConfig, StageConfig
 from megatron_vita.config.pipeline import PipelineSplit, pipeline_split
-from megatron_vita.models import fused
-from megatron_vita.models.layer_specs import choose_implementation, decoder_spec
+from megatron_vita.kernels import choose_implementation
+from megatron_vita.models.layer_specs import decoder_spec
 from megatron_vita.models.projector import Projector
 from megatron_vita.models.vision.tower import VisionTower, no_init
 from megatron_vita.models.vita import VitaModel, checkpoint_name
@@ -112,6 +112,7 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
     model, parallel = stage.model, stage.parallel
     split = pipeline_split(parallel, model.num_layers)
     interleaved = split.virtual > 1
+    chosen = kernels.of_program()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -154,9 +155,9 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         # SwiGLU: megatron-core's fusion needs torch.compile, which takes half a minute on CPU. There
         # use_te_activation_func makes the MLP build its `activation_func` submodule, our SwiGLU (despite the name
         # without Transformer Engine).
-        bias_activation_fusion=device.has_accelerator(),
-        gradient_accumulation_fusion=fused.accumulates_gradients(),
-        use_te_activation_func=not device.has_accelerator() and implementation == "local",
+        bias_activation_fusion=chosen.compiled_swiglu,
+        gradient_accumulation_fusion=chosen.accumulating_gemm,
+        use_te_activation_func=not chosen.compiled_swiglu and implementation == "local",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )

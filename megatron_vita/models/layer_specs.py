@@ -21,9 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vita.config import VisionConfig
-from megatron_vita.errors import ConfigError
 from megatron_vita.models.activations import SwiGLU
-from megatron_vita.models.fused import has_transformer_engine
 from megatron_vita.models.norms import HeadRMSNorm, LayerNorm, RMSNorm
 from megatron_vita.models.vision.layers import LayerScaleLayer, WidthRMSNorm
 from megatron_vita.parallel.attention import TowerCoreAttention, VitaCoreAttention
@@ -33,21 +31,6 @@ TE_NAMES = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 """Prefixes of norm parameters in a `local` layer -> prefixes in checkpoints, which are Transformer Engine's."""
-
-
-def choose_implementation(wanted: str) -> str:
-    """Resolve model.transformer_impl (`auto`, `local` or `te`) to `local` or `te`; auto is te where it is installed.
-
-    Raises:
-        ConfigError: `te` is set, but Transformer Engine is not installed.
-    """
-    found = has_transformer_engine()
-    if wanted == "te" and not found:
-        raise ConfigError(
-            "model.transformer_impl=te, but transformer_engine cannot be imported. Install the `cuda` extra, "
-            "or use local."
-        )
-    return "te" if wanted == "te" or (wanted == "auto" and found) else "local"
 
 
 def decoder_spec(implementation: str, layers: int, *, qk_layernorm: bool = False) -> TransformerBlockSubmodules:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
+from megatron_vita import kernels
 
 _SMALL = 8192
 """Numbers below which one call of PyTorch's composite is faster on CPU; above, fewer passes over memory are."""
@@ -26,7 +26,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape."""
-        if on_accelerator(x):
+        if kernels.on(x.device).fused_norm:
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -47,7 +47,7 @@ class HeadRMSNorm(RMSNorm):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [..., n] without gradients, with the roundings of `RMSNorm`."""
-    if on_accelerator(x) or (x.dtype == torch.float32 and x.numel() < _SMALL):
+    if kernels.on(x.device).fused_norm or (x.dtype == torch.float32 and x.numel() < _SMALL):
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
     return _normed(x, eps)[0] * weight
 

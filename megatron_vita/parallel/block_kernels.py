@@ -4,8 +4,8 @@ The forward of a block computes softmax(q k^T * scale) v over the block's keys o
 with which `merge` combines blocks. The backward of a block takes the output and log-sum-exp over *all* keys of a query
 and returns the block's exact contribution to the gradients.
 
-Kernels: on CPU PyTorch's CPU flash attention, one call per run of blocks of equal shape; on CUDA in half precision
-variable-length flash attention (parallel/flash.py), one call for all blocks; else `reference_forward` and
+kernels.py chooses: on CPU PyTorch's CPU flash attention, one call per run of blocks of equal shape; on GPUs in half
+precision variable-length flash attention (parallel/flash.py), one call for all blocks; else `reference_forward` and
 `reference_backward`, the reference implementation that the tests compare the kernels with. Legend: h query heads, g
 key/value heads (GQA: g divides h; query head i uses key/value head i * g // h), d head size, lq and lk queries and keys
 of a block, n blocks.
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
+from megatron_vita import kernels
+from megatron_vita.kernels import Attention
 from megatron_vita.parallel import flash
 
 _aten = torch.ops.aten
@@ -63,10 +64,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tu
     Returns:
         output [queries, h, d] in the dtype of q, and log-sum-exp [queries, h] in float32 or wider.
     """
-    if flash.fits(q):
+    kernel = kernels.on(q.device).attention(q.dtype, q.shape[-1])
+    if kernel.variable_length:
         assert blocks.bounds is not None, "a schedule for this device has bounds"
-        return flash.forward(q, k, v, blocks.bounds, blocks.longest, causal=blocks.causal, scale=scale)
-    return by_runs(reference_forward if on_accelerator(q) else cpu_forward, blocks, scale, (q,), (k, v))
+        return flash.forward(kernel, q, k, v, blocks.bounds, blocks.longest, causal=blocks.causal, scale=scale)
+    run = cpu_forward if kernel is Attention.CPU_FLASH else reference_forward
+    return by_runs(run, blocks, scale, (q,), (k, v))
 
 
 def backward(
@@ -87,12 +90,13 @@ def backward(
     Returns:
         gradients of q [queries, h, d], k and v [keys, g, d], to be summed over the blocks.
     """
-    if flash.fits(q):
+    kernel = kernels.on(q.device).attention(q.dtype, q.shape[-1])
+    if kernel.variable_length:
         assert blocks.bounds is not None, "a schedule for this device has bounds"
         bounds, longest = blocks.bounds, blocks.longest
-        return flash.backward(grad, q, k, v, out, lse, bounds, longest, causal=blocks.causal, scale=scale)
-    kernel = reference_backward if on_accelerator(q) else cpu_backward
-    return by_runs(kernel, blocks, scale, (grad, q), (k, v), (out, lse))
+        return flash.backward(kernel, grad, q, k, v, out, lse, bounds, longest, causal=blocks.causal, scale=scale)
+    run = cpu_backward if kernel is Attention.CPU_FLASH else reference_backward
+    return by_runs(run, blocks, scale, (grad, q), (k, v), (out, lse))
 
 
 def by_runs(kernel: Callable[..., Any], blocks: Blocks, scale: float, *sides: Sequence[Tensor]) -> Any:

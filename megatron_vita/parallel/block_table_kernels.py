@@ -9,12 +9,14 @@ r = h / g, B sequences that decode.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
+from megatron_vita import kernels
+from megatron_vita.kernels import Attention
 from megatron_vita.parallel import flash
 from megatron_vita.parallel.block_kernels import merge, reference_forward
 from megatron_vita.parallel.decode_tables import DecodeTables, Gathered, Pages, Runs, slots_of
@@ -150,9 +152,10 @@ def _gather(keys: Tensor, values: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
 
 
 def _kernel(q: Tensor) -> Kernel:
-    if not on_accelerator(q):
-        return _on_cpu
-    return _on_accelerator if flash.fits(q[0].transpose(0, 1)) else _reference
+    kernel = kernels.on(q.device).attention(q.dtype, q.shape[-1])
+    if kernel.variable_length:
+        return functools.partial(_variable_length, kernel)
+    return _on_cpu if kernel is Attention.CPU_FLASH else _reference
 
 
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -160,11 +163,11 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     return out, lse
 
 
-def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _variable_length(kernel: Attention, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     of_queries, of_keys = (torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k))
     query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, d]
     bounds, longest = (of_queries, of_keys), (q.shape[2], k.shape[2])
-    out, lse = flash.forward(query, key, value, bounds, longest, causal=False, scale=scale)
+    out, lse = flash.forward(kernel, query, key, value, bounds, longest, causal=False, scale=scale)
     return out.transpose(0, 1).unsqueeze(0), lse.t().unsqueeze(0)
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
-from megatron_vita.parallel import flash
+from megatron_vita import kernels
 
 Runs = Sequence[tuple[int, int]]
 """(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
@@ -71,9 +70,10 @@ class DecodeTables:
             dtype: of the cache.
             device: of the cache.
         """
-        if on_accelerator(device):
-            if flash.reads_pages(block_size, dtype):
-                return cls(pages=_pages(tables, block_size, device))
+        chosen = kernels.on(device)
+        if chosen.reads_pages(block_size, dtype):
+            return cls(pages=_pages(tables, block_size, device))
+        if chosen.variable_length:
             return cls(_alone(tables, frozenset()))
         lengths = [sum(tokens for _, tokens in runs) for runs in tables]
         short = [row for row, length in enumerate(lengths) if 0 < length * token_bytes <= _SHORT_BYTES]

@@ -1,25 +1,22 @@
-"""Variable-length flash attention on CUDA, with log-sum-exp. Not verified: it has never run on a GPU.
+"""Variable-length flash attention on GPUs, with log-sum-exp. Not verified: it has never run on a GPU.
 
-Uses the flash-attn package if it is installed, else the kernels that PyTorch ships. checks/kernels.py compares both
-with the reference implementation; run tools/check_parallel.py on a GPU before relying on them. Legend: h query heads, g
-key/value heads, d head size.
+kernels.py chooses between flash-attn 3, flash-attn 2 and the kernels that PyTorch ships. checks/kernels.py compares
+each with the reference implementation; run tools/check_parallel.py on a GPU before relying on them. Legend: h query
+heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
+from megatron_vita.kernels import Attention, parameters
 
 _aten = torch.ops.aten
-_HALF = (torch.float16, torch.bfloat16)
-INSTALLED = importlib.util.find_spec("flash_attn") is not None
-"""The flash-attn package is installed."""
 
 Bounds = tuple[Tensor, Tensor]
 """cu_seqlens_q and cu_seqlens_k, int32 [blocks + 1]."""
@@ -27,17 +24,21 @@ Longest = tuple[int, int]
 """max_seqlen_q and max_seqlen_k."""
 
 
-def fits(q: Tensor) -> bool:
-    """True if these kernels support q [queries, h, d]: on CUDA, float16 or bfloat16, d a multiple of 8 up to 256."""
-    return on_accelerator(q) and q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, longest: Longest, *, causal: bool, scale: float
+    kernel: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Bounds,
+    longest: Longest,
+    *,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to the keys of its own block, by one kernel call.
 
     Args:
+        kernel: a variable-length one.
         q: [queries, h, d], float16 or bfloat16.
         k: [keys, g, d].
         v: [keys, g, d].
@@ -49,14 +50,8 @@ def forward(
     Returns:
         output [queries, h, d] and log-sum-exp [queries, h], float32.
     """
-    run = _flash_attn_forward if INSTALLED else _torch_forward
-    out, lse = run(q, k, v, bounds, longest, causal, scale)
+    out, lse = KERNELS[kernel][0](q, k, v, bounds, longest, causal, scale)
     return out, lse.t()
-
-
-def reads_pages(block_size: int, dtype: torch.dtype) -> bool:
-    """True if the kernels read a cache through block tables: FlashAttention-2 does for blocks of a multiple of 256."""
-    return dtype in _HALF and block_size % 256 == 0
 
 
 def paged_forward(
@@ -92,6 +87,7 @@ def paged_forward(
 
 
 def backward(
+    kernel: Attention,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -107,6 +103,7 @@ def backward(
     """Contribution of the blocks to the gradients, by one kernel call.
 
     Args:
+        kernel: a variable-length one.
         grad: [queries, h, d], gradient of the attention output over all keys.
         q: [queries, h, d].
         k: [keys, g, d].
@@ -121,8 +118,9 @@ def backward(
     Returns:
         gradients of q [queries, h, d], k and v [keys, g, d].
     """
-    run = _flash_attn_backward if INSTALLED else _torch_backward
-    return run(grad.contiguous(), q, k, v, out, lse.t().contiguous(), bounds, longest, causal, scale)
+    run = KERNELS[kernel][1]
+    dq, dk, dv = run(grad.contiguous(), q, k, v, out, lse.t().contiguous(), bounds, longest, causal, scale)
+    return dq, dk, dv
 
 
 def _torch_forward(
@@ -180,9 +178,48 @@ def _flash_attn_backward(
     return dq, dk, dv
 
 
-FLASH_ATTN = "flash-attn varlen"
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "torch flash varlen": (_torch_forward, _torch_backward),
-    FLASH_ATTN: (_flash_attn_forward, _flash_attn_backward),
+def _flash_attn_3(name: str, gives: dict[str, Any]) -> Any:
+    """Call a function of flash_attn_interface by names; what else it wants without a default is None."""
+    function = getattr(importlib.import_module("flash_attn_interface"), name)
+    takes = parameters(function)
+    if "is_causal" in takes:
+        gives["is_causal"] = gives.pop("causal")
+    return function(**{one: None for one, default in takes.items() if not default} | gives)
+
+
+def _flash_attn_3_forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, longest: Longest, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    gives: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        **_limits(bounds, longest),
+        "softmax_scale": scale,
+        "causal": causal,
+    }
+    out, lse, *_ = _flash_attn_3("_flash_attn_forward", gives)
+    return out, lse
+
+
+def _flash_attn_3_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    bounds: Bounds, longest: Longest, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    gives = {"dout": grad, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    _flash_attn_3("_flash_attn_backward", gives | _limits(bounds, longest) | {"softmax_scale": scale, "causal": causal})
+    return dq, dk, dv
+
+
+def _limits(bounds: Bounds, longest: Longest) -> dict[str, Any]:
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    return dict(zip(names, (*bounds, *longest), strict=True))
+
+
+KERNELS: dict[Attention, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    Attention.TORCH_FLASH: (_torch_forward, _torch_backward),
+    Attention.FLASH_ATTN_2: (_flash_attn_forward, _flash_attn_backward),
+    Attention.FLASH_ATTN_3: (_flash_attn_3_forward, _flash_attn_3_backward),
 }
-"""Kernel name -> (forward, backward); flash-attn is preferred where it is installed."""
+"""Variable-length kernel -> (forward, backward)."""

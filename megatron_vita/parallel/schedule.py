@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vita.device import on_accelerator
+from megatron_vita import kernels
 from megatron_vita.layout import Int64, SequenceLayout, Span
 from megatron_vita.parallel.block_kernels import Blocks
 
@@ -179,7 +179,7 @@ def build_schedule(
 def _diagonal_blocks(spans: Sequence[Span], device: torch.device) -> DiagonalBlocks:
     lengths = [span.stop - span.start for span in spans]
     runs = [(len(list(equal)), length, length) for length, equal in itertools.groupby(lengths)]
-    groups = [] if on_accelerator(device) else _groups(spans)
+    groups = [] if kernels.on(device).variable_length else _groups(spans)
     if not groups or sum(lengths) >= _COPIED_PER_CALL * (len(runs) - len(groups)):
         return DiagonalBlocks(_blocks(runs, True, device), None, None, None)
     return _padded_blocks(groups, device)
@@ -262,7 +262,7 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
 
 
 def _off_diagonal_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBlocks, ...]:
-    short = _SHORT if on_accelerator(device) else _SHORT_ON_CPU
+    short = _SHORT if kernels.on(device).variable_length else _SHORT_ON_CPU
     alone = (segments[:, 1] > short) | (segments[:, 3] > 4 * short)
     few = [_one_call(one[None], device) for one in segments[alone]]
     rest = segments[~alone]
@@ -291,7 +291,7 @@ def _token_index(starts: Int64, counts: Int64, device: torch.device) -> TokenInd
 
 def _blocks(runs: Sequence[tuple[int, int, int]], causal: bool, device: torch.device) -> Blocks:
     bounds = None
-    if on_accelerator(device):
+    if kernels.on(device).variable_length:
         each = np.repeat([run[1:] for run in runs], [run[0] for run in runs], axis=0)
         ends = torch.from_numpy(np.concatenate([[[0, 0]], each.cumsum(axis=0)]).astype(np.int32)).to(device)
         bounds = ends[:, 0].contiguous(), ends[:, 1].contiguous()

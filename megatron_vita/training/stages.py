@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vita import checkpoint
+from megatron_vita import checkpoint, kernels
 from megatron_vita.checkpoint.agree import on_rank_zero
 from megatron_vita.config import RunConfig, StageConfig, to_dict
 from megatron_vita.data.loading.compatible import check_compatible
@@ -62,6 +62,7 @@ def run_stages(run: RunConfig, *, only: int | None = None) -> list[Path]:
     folders = {stage.checkpoint.save: stage.name for stage in run.stages[(only or 1) - 1 : only]}
     with RunLock() as lock:
         on_rank_zero(partial(lock.take, folders))
+        log.info("kernels:\n%s", "\n".join(map(str, kernels.kernel_table(run.stages[(only or 1) - 1]))))
         damaged: dict[Path, str] = {}
         number = only or 1
         while number <= (only or len(run.stages)):

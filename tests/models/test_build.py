@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError
+from megatron_vita.kernels import choose_implementation
 from megatron_vita.models import vita
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.build import build_model
-from megatron_vita.models.layer_specs import choose_implementation
 from megatron_vita.models.norms import RMSNorm
 from megatron_vita.models.projector import pixel_shuffle
 from megatron_vita.parallel.groups import build_groups, destroy_groups

@@ -85,6 +85,7 @@ def test_the_command_ends_with_the_status_of_the_signal(folder: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, env=alone, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
+        assert any(line.startswith("attention of packed documents ") for line in lines), "the table of kernels"
         assert any(" 2/1000000 " in line for line in lines)
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
