@@ -170,7 +170,7 @@ class Row(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.what:30} {self.used:38} {self.why}"
+        return f"{self.what:32} {self.used:37} {self.why}"
 
 
 def choose_implementation(wanted: str) -> str:
