@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vita", "megatron_vita.*"]),
-    package_data={"megatron_vita": ["**/*.yaml", "**/*.jinja", "py.typed"]},
+    package_data={"megatron_vita": ["**/*.yaml", "**/*.jinja", "**/*.cpp", "py.typed"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",  # tried: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (3.12)

@@ -20,6 +20,31 @@ def distributed_optimizers(optimizer: Any) -> Iterator[Any]:
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def use_foreach_kernels() -> None:
+    """Where Transformer Engine and Apex are missing, compute gradient norm and clipping by PyTorch's foreach kernels.
+
+    megatron-core's own substitutes read the norm of every parameter on the host, one synchronisation each, and scale
+    out of place.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _l2_norm(chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """float32 [1]: the norm of all tensors of the first list together. Arguments as apex's."""
+    norms = torch.stack(torch._foreach_norm(lists[0]))
+    return torch.linalg.vector_norm(norms, dtype=torch.float32).reshape(1), None
+
+
+def _scale(chunk: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Multiply the tensors of the first list, in place; clipping passes the same list as target."""
+    torch._foreach_mul_(lists[0], factor)
+
+
 def allocate(optimizer: Any) -> None:
     """Give AdamW the state that it has before its first step, if it has none. (megatron-core would take a step with
     zero gradients instead, which counts as a step and applies weight decay.)"""

@@ -76,13 +76,16 @@ ROOMS = (
          ("files", "config", "device", "layout", "data.spec", "data.text.backends", "data.text.tokenizer",
           "parallel", "models", "checkpoint")),
     Room("training", "set-up, step, optimizer, loop, ledger, stages",
-         ("files", "config", "device", "kernels", "data.loading", "data.shards", "data.text.tokenizer", "parallel",
-          "models", "checkpoint", "convert")),
+         ("files", "config", "device", "kernels", "core_optimizer", "data.loading", "data.shards",
+          "data.text.tokenizer", "parallel", "models", "checkpoint", "convert")),
     Room("checks", "parity: one step in any layout, and every fused kernel, against plain PyTorch",
          ("config", "device", "kernels", "seed", "layout", "data", "data.loading", "parallel", "models", "training")),
     Room("inference", "engine with KV cache, sampling, evaluation, batches of requests in OpenAI's form",
          ("files", "config", "device", "layout", "data", "data.media", "data.text", "data.sources", "parallel",
           "models", "checkpoint", "convert")),
+    Room("dryrun", "a rank's step at full size on fake CUDA tensors; a process of its own",
+         ("files", "config", "device", "layout", "data", "data.loading", "data.shards", "parallel", "models",
+          "training")),
 )  # fmt: skip
 
 EVERYBODY = ("errors", "log", "__init__", "__version__")

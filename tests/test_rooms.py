@@ -207,7 +207,8 @@ def test_what_names_no_accelerator_is_no_question() -> None:
 def test_one_module_names_devices_and_backends() -> None:
     scripts = [path for folder in ("tools", "examples") for path in (ROOT.parent / folder).rglob("*.py")]
     for path in [*FILES, *scripts, ROOT.parent / "pretrain_vita.py"]:
-        lines = [] if path == ROOT / "device.py" else device_questions(path.read_text(encoding="utf-8"))
+        knows = path == ROOT / "device.py" or path.parent == ROOT / "dryrun"  # which stands in for a device
+        lines = [] if knows else device_questions(path.read_text(encoding="utf-8"))
         if path == ROOT / "kernels.py":
             assert len(lines) == 2, f"{path}, lines {lines}: asks where a tensor lies, and what the GPU is"
             continue

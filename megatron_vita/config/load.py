@@ -22,7 +22,7 @@ from megatron_vita.errors import ConfigError
 _SECTIONS = ("model", "data", "parallel", "optimizer", "train", "checkpoint", "logging")
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, expand: bool = True) -> RunConfig:
     """Load a recipe, with command-line flags overriding it.
 
     Args:
@@ -31,6 +31,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             is one stage, `train`, with the common sections.
         overrides: `--flag value` pairs with Megatron's names (`--seq-length 2048`, `--vision-num-layers 3`). A boolean
             takes `true` or `false`; without a value it is true. They apply to every stage.
+        expand: environment variables must be set. False: the name of one that is not stays in the path, for programs
+            that need the sizes alone.
 
     Returns:
         The RunConfig, each section validated; call `.check(world_size)` for the rules between sections.
@@ -38,7 +40,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unreadable file, unknown key or flag, or a value of the wrong type or out of range.
     """
-    recipe = read_yaml(Path(path))
+    recipe = _expand(_parsed(Path(path)), str(path), required=expand)
     stages = recipe.pop("stages", None)
     check_keys(recipe, _SECTIONS, str(path))
     if stages is None:
@@ -118,18 +120,20 @@ def _parsed(path: Path) -> dict[str, Any]:
     return content
 
 
-def _expand(node: Any, where: str) -> Any:
-    """Replace environment variables in every string below `node`."""
+def _expand(node: Any, where: str, *, required: bool = True) -> Any:
+    """Replace environment variables in every string below `node`; those that are not set stay unless `required`."""
     if isinstance(node, dict):
-        return {key: _expand(value, where) for key, value in node.items()}
+        return {key: _expand(value, where, required=required) for key, value in node.items()}
     if isinstance(node, list):
-        return [_expand(value, where) for value in node]
+        return [_expand(value, where, required=required) for value in node]
     if not isinstance(node, str):
         return node
 
     def value_of(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
         value = os.environ.get(name, default)
+        if value is None and not required:
+            return match.group(0)
         if value is None:
             raise ConfigError(f"{where}: {node!r} needs the environment variable {name}. Set it (export {name}=...).")
         return value

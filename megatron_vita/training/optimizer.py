@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from megatron_vita import core_optimizer
 from megatron_vita.config import StageConfig
 
 
@@ -30,6 +31,7 @@ def build_optimizer(
         The optimizer, and a scheduler that counts optimizer steps: call `.step(1)` before each optimizer step. Step 1
         then has the first rate of the warmup (above 0), the last step has min_lr.
     """
+    core_optimizer.use_foreach_kernels()
     settings = stage.optimizer
     config = CoreOptimizerConfig(
         optimizer="adam",

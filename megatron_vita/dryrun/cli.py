@@ -1,0 +1,94 @@
+"""Run steps of a recipe at full size on fake CUDA tensors: no GPU, no weights, no data, no torchrun.
+
+    python pretrain_vita.py --config RUN.yaml --dry-run [--world-size 64] [--stage K] [any setting as a flag]
+
+Every kind of rank runs its part of a step, with the program's own code and collectives that are answered at once.
+Printed are memory by part, communication, and where the host waits. Exit status 0 if every rank ran and fits, 1 if not,
+2 for a usage or configuration error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_vita.config import StageConfig, load_run
+from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
+from megatron_vita.dryrun.kinds import kinds
+from megatron_vita.dryrun.report import Report
+from megatron_vita.dryrun.text import fits, lines, stage_line
+from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.files import write_atomic
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the reports; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML recipe; settings may follow as flags in Megatron's names")
+    parser.add_argument("--dry-run", action="store_true", required=True)
+    parser.add_argument("--stage", type=int, help="run this stage alone (1 is the first)")
+    parser.add_argument("--world-size", type=int, default=64, help="ranks of the run that is tried")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, help="this rank alone")
+    which.add_argument("--ranks", choices=("all-kinds",), default="all-kinds", help="one rank of every kind")
+    parser.add_argument("--steps", type=int, default=2, help="steps to run; the last one is reported")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="ranks that are tried at once")
+    parser.add_argument("--json", type=Path, help="write the reports to this file too")
+    arguments, flags = parser.parse_known_args(argv)
+    try:
+        stages = _stages(arguments, flags)
+        jobs = [
+            DryRunJob(stage=stage, world_size=arguments.world_size, rank=rank, steps=arguments.steps)
+            for stage in stages
+            for rank in ([arguments.rank] if arguments.rank is not None else kinds(stage, arguments.world_size))
+        ]
+        reports = _run(jobs, arguments)
+    except VitaError as error:
+        print(f"pretrain_vita --dry-run: {error}", file=sys.stderr)
+        return error.exit_status
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps([one.to_json() for one in reports], indent=1))
+        print(f"wrote {arguments.json}")
+    wrong = [f"{one.stage}, rank {one.rank}" for one in reports if not fits(one, arguments.gpu_memory)]
+    print(
+        f"{len(wrong)} of {len(reports)} ranks fail or do not fit: {'; '.join(wrong)}"
+        if wrong
+        else f"{len(reports)} ranks of {len(stages)} stages ran and fit"
+    )
+    return 1 if wrong else 0
+
+
+def _stages(arguments: argparse.Namespace, flags: Sequence[str]) -> list[StageConfig]:
+    """The stages to run, checked as a real run checks them."""
+    run = load_run(arguments.config, flags, expand=False)
+    if arguments.world_size < 1 or arguments.steps < 1 or arguments.workers < 1:
+        raise ConfigError("--world-size, --steps and --workers must be at least 1.")
+    if arguments.stage is not None and not 1 <= arguments.stage <= len(run.stages):
+        raise ConfigError(f"--stage {arguments.stage}: the recipe has stages 1 to {len(run.stages)}.")
+    if arguments.rank is not None and not 0 <= arguments.rank < arguments.world_size:
+        raise ConfigError(f"--rank {arguments.rank}: {arguments.world_size} ranks are 0 to {arguments.world_size - 1}.")
+    run.check(arguments.world_size)
+    return [run.stages[arguments.stage - 1]] if arguments.stage else list(run.stages)
+
+
+def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Report]:
+    reports: list[Report] = []
+    shown: StageConfig | None = None
+    with tqdm(total=len(jobs), unit="rank", desc="dry run", disable=None) as bar:
+        for job, report in zip(jobs, run_jobs(jobs, workers=arguments.workers), strict=True):
+            if job.stage is not shown:
+                bar.write(stage_line(job.stage, job.world_size), file=sys.stdout)
+                shown = job.stage
+            bar.write("\n".join(lines(report, arguments.gpu_memory)), file=sys.stdout)
+            bar.update()
+            reports.append(report)
+    return reports

@@ -1,0 +1,198 @@
+"""Live bytes of a device while a program runs, by part and by module: from the storages that operations return.
+
+A storage counts from the operation that returned it until its last reference is gone, in blocks of 512 bytes as
+PyTorch's caching allocator gives them. What a kernel allocates for itself and frees before it returns is added while it
+runs (`workspace_bytes`). Not counted: fragmentation, cuBLAS's and NCCL's own memory, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from megatron_vita.dryrun.modules import OUTSIDE, ModulePath, layer_of
+
+_BLOCK = 512
+"""Bytes in which PyTorch's CUDA caching allocator rounds up (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
+_SNAPSHOT_GROWTH = 1.001
+"""A peak is described anew when it exceeds the one described by this factor: describing walks all storages."""
+PERSISTENT = ("weights", "gradients", "optimizer")
+"""Parts that live as long as the training stage."""
+
+
+@dataclass(slots=True)
+class _Storage:
+    reference: Any
+    nbytes: int
+    part: str | None
+    path: str
+    serial: int
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The moment of the largest number of live bytes."""
+
+    nbytes: int
+    parts: dict[str, int]
+    """Bytes by part."""
+    path: str
+    """Module that ran."""
+    operation: str
+    backward: bool
+
+
+class fused:  # noqa: N801  a decorator
+    """Decorator: a function that a compiler fuses into one kernel allocates its outputs only."""
+
+    depth = 0
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fused.depth += 1
+        try:
+            out = self._function(*args, **kwargs)
+        finally:
+            fused.depth -= 1
+        for memory in Memory.open:
+            memory.watch(out, "fused " + self._function.__name__)
+        return out
+
+
+class Memory:
+    """Live bytes of one device; a context manager."""
+
+    open: ClassVar[list[Memory]] = []
+    """Those in use, for `fused`."""
+
+    def __init__(self, device: torch.device, modules: ModulePath) -> None:
+        self._device, self._modules = device, modules
+        self._live: dict[int, _Storage] = {}
+        self._serial = 0
+        self.now = 0
+        """Live bytes."""
+        self.peak = Peak(0, {}, OUTSIDE, "", False)
+        self._highest = 0
+        modules.clock = lambda: self._serial
+
+    def __enter__(self) -> Memory:
+        Memory.open.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Memory.open.remove(self)
+
+    @property
+    def highest(self) -> int:
+        """Most live bytes since `restart`."""
+        return self._highest
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._highest = 0
+        self.peak = Peak(0, {}, OUTSIDE, "", False)
+        self._reach(0, "")
+
+    def watch(self, out: Any, operation: str, *, workspace: int = 0) -> None:
+        """Count the storages of an operation's outputs, and its workspace while it ran."""
+        if fused.depth:
+            return
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device.type:
+                self._count(tensor)
+        self._reach(workspace, operation)
+
+    def part(self, tensors: Iterable[torch.Tensor | None], name: str) -> None:
+        """Say which part the storages of some tensors belong to."""
+        for tensor in tensors:
+            if tensor is not None and tensor.device.type == self._device.type:
+                self._count(tensor)
+                storage = self._live.get(tensor.untyped_storage()._cdata)
+                if storage is not None:
+                    storage.part = name
+
+    def parts(self) -> dict[str, int]:
+        """Live bytes by part."""
+        layer, since = layer_of(self._modules.now), self._modules.since()
+        totals: Counter[str] = Counter()
+        for storage in self._live.values():
+            totals[self._part_of(storage, layer, since)] += storage.nbytes
+        return dict(totals)
+
+    def by_path(self) -> dict[str, int]:
+        """Live bytes of what a step allocated, by the module that allocated it."""
+        totals: Counter[str] = Counter()
+        for storage in self._live.values():
+            if storage.part not in PERSISTENT:
+                totals[storage.path] += storage.nbytes
+        return dict(totals)
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None and known.reference() is not None:
+            return
+        nbytes = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        self._serial += 1
+
+        def gone(reference: Any) -> None:
+            entry = self._live.get(key)
+            if entry is not None and entry.reference is reference:
+                del self._live[key]
+                self.now -= nbytes
+
+        reference = weakref.ref(storage, gone)
+        backward = self._modules.in_backward
+        self._live[key] = _Storage(reference, nbytes, None, self._modules.now, self._serial, backward)
+        self.now += nbytes
+
+    def _reach(self, workspace: int, operation: str) -> None:
+        reached = self.now + workspace
+        self._highest = max(self._highest, reached)
+        if reached <= self.peak.nbytes * _SNAPSHOT_GROWTH:
+            return
+        parts = self.parts()
+        if workspace:
+            parts["working set"] = parts.get("working set", 0) + workspace
+        self.peak = Peak(reached, parts, self._modules.now, operation, self._modules.in_backward)
+
+    def _part_of(self, storage: _Storage, layer: str, since: int) -> str:
+        if storage.part is not None:
+            return storage.part
+        if "vision" in storage.path:
+            return "tiles"
+        if "output_layer" in storage.path:
+            return "head"
+        of_layer = layer_of(storage.path)
+        if storage.backward or (of_layer == layer and storage.serial > since) or of_layer == OUTSIDE:
+            return "working set"
+        return "kept activations"
+
+
+def workspace_bytes(name: str, args: Any) -> int:
+    """Bytes that a kernel allocates for itself, and frees before it returns.
+
+    Variable-length flash attention's backward (pytorch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp,
+    mha_varlen_bwd): a float32 accumulator of the queries' gradient and a float32 row sum, both with 128 more rows a
+    sequence, and, where key/value heads are shared, gradients of keys and values for every query head.
+    """
+    if name != "aten::_flash_attention_backward":
+        return 0
+    query, key, bounds = args[1], args[2], args[6]
+    heads, size = query.shape[1], -(-query.shape[2] // 32) * 32
+    rows = query.shape[0] + 128 * (len(bounds) - 1)
+    wide = 4 * rows * heads * (size + 1)
+    expanded = 0 if key.shape[1] == heads else 2 * key.shape[0] * heads * key.shape[2] * key.element_size()
+    return int(wide + expanded)

@@ -1,0 +1,159 @@
+"""Sees every operation of a dry run: memory, FLOPs, host synchronisations, and mistakes of device, dtype or shape.
+
+On fake tensors it answers what only values could: a scalar that the host reads is 1.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from megatron_vita.dryrun.memory import Memory, workspace_bytes
+from megatron_vita.dryrun.modules import ModulePath
+from megatron_vita.dryrun.report import HostSync
+
+_COUNTED_BY_PAIRS = ("aten::_flash_attention_forward", "aten::_flash_attention_backward")
+_READS = {
+    "aten::_local_scalar_dense": "reads a scalar",
+    "aten::nonzero": "needs the number of elements that are not zero",
+    "aten::masked_select": "needs the number of selected elements",
+    "aten::equal": "compares on the host",
+    "aten::is_nonzero": "reads a scalar",
+}
+_COPIES = ("aten::_to_copy", "aten::copy_")
+_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmm_")
+
+
+class FakeOperationError(Exception):
+    """An operation that a GPU would refuse, with the module that ran it."""
+
+
+class DryRunMode(TorchDispatchMode):
+    """Watches operations on one device."""
+
+    def __init__(self, device: torch.device, modules: ModulePath, memory: Memory, *, fake: bool) -> None:
+        super().__init__()
+        self._device, self._modules, self._memory, self._fake = device, modules, memory, fake
+        self.flops = 0
+        self.attention_calls = 0
+        self.operations: Counter[str] = Counter()
+        self._syncs: Counter[tuple[str, str, str]] = Counter()
+        self.phase = "build"
+        self.labelled = 0
+        self.pinned: set[int] = set()
+        """Host storages that stand for pinned memory."""
+
+    def restart(self) -> None:
+        """Forget what was counted."""
+        self.flops = self.attention_calls = 0
+        self.operations.clear()
+        self._syncs.clear()
+
+    @property
+    def host_syncs(self) -> list[HostSync]:
+        """Host synchronisations since `restart`, most frequent first."""
+        return [HostSync(*key, count) for key, count in self._syncs.most_common()]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition(".")[0]
+        self.operations[name] += 1
+        self._find_sync(name, args, kwargs)
+        if self._fake and name == "aten::_local_scalar_dense":
+            kind = args[0].dtype
+            return 1.0 if kind.is_floating_point else kind != torch.bool and 1
+        if self._fake and name == "aten::nonzero":
+            return torch.empty(self.labelled, args[0].dim(), dtype=torch.int64, device=args[0].device)
+        if name in _PRODUCTS:
+            self._check_product(name, args)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            raise FakeOperationError(f"{self._where()}: {name} of {_described(args)}: {error}") from error
+        self._memory.watch(out, name, workspace=workspace_bytes(name, args))
+        if name not in _COUNTED_BY_PAIRS and (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def add_attention(self, flops: int) -> None:
+        """Count a call of an attention kernel, whose lengths are values that no shape tells."""
+        self.flops += flops
+        self.attention_calls += 1
+
+    def _where(self) -> str:
+        return f"{self._modules.now}, {'backward' if self._modules.in_backward else 'forward'}"
+
+    def _check_product(self, name: str, args: tuple[Any, ...]) -> None:
+        """Shape functions of matrix products take any dtypes; cuBLAS takes one."""
+        kinds = {one.dtype for one in args if isinstance(one, torch.Tensor)}
+        if len(kinds) > 1:
+            raise FakeOperationError(f"{self._where()}: {name} of {_described(args)}: the dtypes differ")
+
+    def _on(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type == self._device.type
+
+    def _find_sync(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        what = _READS.get(name) if args and self._on(args[0]) else None
+        if name in _COPIES:
+            what = self._copy(name, args, kwargs)
+        elif name in ("aten::index", "aten::index_put_", "aten::index_put") and self._on(args[0]):
+            masks = [one for one in tree_leaves(args[1]) if isinstance(one, torch.Tensor) and one.dtype == torch.bool]
+            filled = len(args) > 2 and args[2].numel() == 1  # PyTorch then calls masked_fill
+            what = "a mask as an index needs its number of elements" if masks and not filled else None
+        if what is not None:
+            self._syncs[what, _line(), self.phase] += 1
+
+    def _copy(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What makes the host wait in a copy between host and device; None: nothing."""
+        if name == "aten::copy_":
+            source, to, non_blocking = args[1], args[0].device, len(args) > 2 and args[2]
+        else:
+            source, to, non_blocking = args[0], torch.device(kwargs.get("device") or args[0].device), False
+        non_blocking = kwargs.get("non_blocking", non_blocking)
+        if not isinstance(source, torch.Tensor) or source.device.type == to.type:
+            return None
+        if source.device.type == self._device.type:
+            return None if non_blocking else "copies to the host"
+        if to.type != self._device.type:
+            return None
+        pinned = source.untyped_storage()._cdata in self.pinned or (not self._fake and source.is_pinned())
+        if non_blocking and pinned:
+            return None
+        return "copies from the host, " + ("blocking" if pinned else "from memory that is not pinned")
+
+
+def _line() -> str:
+    """The line of megatron_vita or megatron-core that asked, as `package/file.py:12`."""
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename.replace("\\", "/")
+        for package in ("megatron_vita/", "megatron/"):
+            start = path.rfind("/" + package)
+            if start >= 0 and "/megatron_vita/dryrun/" not in path:
+                return f"{path[start + 1 :]}:{frame.lineno}"
+    return "elsewhere"
+
+
+def _described(args: tuple[Any, ...]) -> str:
+    tensors = [one for one in tree_leaves(list(args)) if isinstance(one, torch.Tensor)]
+    return ", ".join(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)} on {one.device}" for one in tensors)
+
+
+def counting_pairs(mode: DryRunMode, forward: Callable[..., Any], *, products: int) -> Callable[..., Any]:
+    """A block kernel that adds its FLOPs: `products` matrix products over the query-key pairs of its blocks."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        blocks = kwargs.get("blocks") or next(one for one in args if hasattr(one, "pairs"))
+        query = args[0]
+        mode.add_attention(2 * products * blocks.pairs * query.shape[-2] * query.shape[-1])
+        return forward(*args, **kwargs)
+
+    return counted

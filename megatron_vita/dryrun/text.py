@@ -1,0 +1,71 @@
+"""Reports of dry runs as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vita.config import StageConfig
+from megatron_vita.dryrun.report import Report
+
+GIB = 1024**3
+USABLE = 0.9
+"""Fraction of a GPU's memory that a step may take: the rest is for the CUDA context, NCCL, cuBLAS and fragmentation."""
+_PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "tiles", "head", "communication")
+_COLUMNS = ("weights", "grads", "optim.", "kept", "working", "tiles", "head", "comm.", "total")
+
+
+def stage_line(stage: StageConfig, world_size: int) -> str:
+    """A stage's name, length and layout."""
+    parallel = stage.parallel
+    recompute = parallel.recompute_granularity or "no"
+    return (
+        f"{stage.name}: {stage.data.seq_length:,} tokens, {world_size} ranks: "
+        f"tp{parallel.tensor_model_parallel_size} pp{parallel.pipeline_model_parallel_size} "
+        f"cp{parallel.context_parallel_size} ({parallel.cp_comm_type}) dp{parallel.data_parallel_size(world_size)}, "
+        f"{recompute} recomputation"
+    )
+
+
+def lines(report: Report, gpu_memory: float) -> Iterator[str]:
+    """One rank's report.
+
+    Args:
+        report: of a rank.
+        gpu_memory: memory of a GPU in GiB.
+    """
+    yield f"  rank {report.rank} ({report.kind})"
+    if report.error is not None:
+        yield f"    FAILED: {report.error}"
+        return
+    yield (
+        f"    {report.parameters:,} parameters, {report.trainable:,} trained; row of {report.documents} documents, "
+        f"{report.tiles} tiles and {report.labelled:,} labelled tokens on this rank; {report.micro_batches} of "
+        f"{report.micro_batches_in_step} micro-batches"
+    )
+    yield "    GiB     " + "".join(f"{name:>9}" for name in _COLUMNS)
+    for name, parts in (("before", report.before), ("peak", report.peak), ("after", report.after)):
+        values = [parts.get(part, 0) for part in _PARTS]
+        shown = "".join(f"{value / GIB:9.2f}" for value in (*values, sum(values)))
+        yield f"    {name:8}{shown}"
+    where = "backward" if report.peak_in_backward else "forward"
+    yield f"    peak in {report.peak_module} ({where}, {report.peak_operation})"
+    if report.collectives:
+        yield "    communication        group  ranks   calls        MiB  when"
+    for one in report.collectives:
+        yield (
+            f"      {one.kind:18} {one.group:>6} {one.ranks:6} {one.calls:7} {one.nbytes / 2**20:10,.1f}  {one.phase}"
+        )
+    for sync in report.host_syncs:
+        yield f"    host waits {sync.count} times in {sync.phase}: {sync.line} {sync.what}"
+    yield (
+        f"    {report.flops / 1e12:,.1f} TFLOP, {report.attention_calls} calls of attention kernels, "
+        f"{report.operations:,} operations"
+    )
+    limit = USABLE * gpu_memory
+    verdict = "fits" if fits(report, gpu_memory) else "DOES NOT FIT"
+    yield f"    {verdict}: {report.peak_bytes / GIB:.2f} of {limit:.1f} GiB ({USABLE:.0%} of {gpu_memory:g})"
+
+
+def fits(report: Report, gpu_memory: float) -> bool:
+    """The peak is within the usable part of a GPU's memory in GiB."""
+    return report.error is None and report.peak_bytes <= USABLE * gpu_memory * GIB
