@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 
@@ -56,10 +57,10 @@ def _one_step(
     comparison: Comparison,
 ) -> None:
     """Forward, backward, comparison of gradients, update, comparison of weights."""
+    if stage.model.vision is not None:  # one tile an encoder micro-batch: ranks take several, one or none
+        vision = dataclasses.replace(stage.model.vision, tiles_per_batch=1)
+        stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, vision=vision))
     models = build_model(stage, groups, dtype=dtype)
-    for model in models:
-        if stage.model.vision is not None:  # one tile an encoder micro-batch: ranks take several, one or none
-            model.tower_tokens = stage.model.vision.num_positions
     for name, model, parameter in _named(models):
         with torch.no_grad():
             parameter.copy_(_mine(reference.weights[name], parameter, name, model))

@@ -15,6 +15,12 @@ IMAGE_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
 """Mean and standard deviation per channel, for pixels scaled to 0..1."""
 
 
+_ACTIVATION_BYTES = 2 * 1024**3
+"""Most bytes of activations of one forward pass of the tower, if tiles_per_batch does not say how many tiles it has."""
+_POSITIONS = 8192
+"""Most positions (patches and class tokens) of such a pass: matrix products do not get faster with more."""
+
+
 @dataclass(frozen=True, slots=True)
 class TowerFamily:
     """Architecture that all vision towers of one family share."""
@@ -92,10 +98,15 @@ class VisionConfig:
     tensor_parallel: bool = False
     """Split the tower's blocks over the tensor-parallel ranks, for towers too large to replicate on every rank. False:
     every rank holds the whole tower and encodes a share of the tiles."""
+    tiles_per_batch: int | None = None
+    """Tiles in one forward pass of the tower, a split tower's tiles of all ranks together; a rank with more of them
+    encodes one such micro-batch after the other. Fewer take less memory, more run faster; what is learned is the same.
+    By default as many as have 2 GiB of activations (kept for the backward, or of one block if the tower is frozen), but
+    at most 8,192 patches and class tokens. InternViT-300M in bfloat16: 2 tiles, or 7 if it is frozen."""
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size", "patch_size")
-        at_least(1, "model.vision", self, *sizes)
+        at_least(1, "model.vision", self, *sizes, "tiles_per_batch")
         at_least(0, "model.vision", self, "init_method_std")
         positive("model.vision", self, "norm_epsilon")
         if self.model_type not in TOWER_FAMILIES:
@@ -163,3 +174,26 @@ class VisionConfig:
     def tokens_per_tile(self) -> int:
         """Visual tokens per tile after pixel shuffle: (image_size / patch_size / 2) squared."""
         return self.num_patches // 4
+
+    def activation_bytes(self, *, trained: bool, element_size: int, ranks: int = 1) -> int:
+        """Bytes of activations that one tile adds to a forward pass of the tower on one rank.
+
+        Args:
+            trained: the tower trains: what its blocks keep for the backward. Otherwise what exists at once in a block.
+            element_size: bytes of a number.
+            ranks: tensor-parallel ranks that a tensor-parallel tower is split over.
+        """
+        h, split = self.hidden_size, (4 * self.hidden_size + 2 * self.ffn_hidden_size) // ranks
+        if not trained:  # residual, norm, and the MLP before and after bias and activation
+            return self.num_positions * element_size * (2 * h + 3 * self.ffn_hidden_size // ranks)
+        # Whole: both norms, and of each branch the sum; LayerScale keeps the branch too. Split: queries, keys, values
+        # and output of the attention, and the MLP before and after the activation.
+        whole = (4 + 2 * self.family.layer_scale) * h
+        return self.built_layers * self.num_positions * element_size * (whole + split)
+
+    def tiles_at_once(self, *, trained: bool, element_size: int, ranks: int = 1) -> int:
+        """tiles_per_batch or its default, see there; the arguments as of `activation_bytes`."""
+        if self.tiles_per_batch is not None:
+            return self.tiles_per_batch
+        each = self.activation_bytes(trained=trained, element_size=element_size, ranks=ranks)
+        return max(1, min(_ACTIVATION_BYTES // each, _POSITIONS // self.num_positions))

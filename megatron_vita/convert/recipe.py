@@ -20,6 +20,7 @@ _OWN = {
     "vision.init_method_std",
     "vision.layer_scale_init",
     "vision.tensor_parallel",
+    "vision.tiles_per_batch",
 }
 """Settings that do not change what given weights compute; only the recipe has them."""
 

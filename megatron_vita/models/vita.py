@@ -43,9 +43,6 @@ class VitaModel(MegatronModule):
     packed sequence is one micro-batch of batch size 1.
     """
 
-    tower_tokens = 8192
-    """Largest number of tower positions (patches and class tokens) of one encoder micro-batch."""
-
     def __init__(
         self,
         *,
@@ -135,32 +132,29 @@ class VitaModel(MegatronModule):
             visual tokens [n * tokens_per_tile, h].
         """
         tower, projector = self._tower()
-        parameters = [*tower.parameters(), *projector.parameters()]
+        weight = projector.pre_proj_layernorm.weight
         if counts is None or not tower.split:
             counts = (len(tiles),)
         if not any(counts):
-            weight = projector.pre_proj_layernorm.weight
             empty = torch.zeros(0, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
-            return attach_zero_gradients(empty, parameters)
-        micro_batches = split_tiles(
-            tiles, counts, max(1, self.tower_tokens // tower.vision.num_positions // len(counts))
-        )
+            return attach_zero_gradients(empty, [*tower.parameters(), *projector.parameters()])
+        trained = torch.is_grad_enabled() and any(one.requires_grad for one in tower.parameters())
+        at_once = tower.vision.tiles_at_once(trained=trained, element_size=weight.element_size(), ranks=len(counts))
+        micro_batches = split_tiles(tiles, counts, at_once, self.groups.tp_rank if tower.split else 0)
         shape = (tower.vision.tokens_per_tile, self.config.hidden_size)
-        return encode_in_micro_batches(self._encode, micro_batches, shape, parameters).flatten(0, 1)
+        return encode_in_micro_batches(
+            self._patch_states, projector, micro_batches, shape, list(tower.parameters())
+        ).flatten(0, 1)
 
-    def _encode(self, micro_batch: EncoderMicroBatch) -> Tensor:
-        """One micro-batch of n tiles -> visual tokens [n, tokens_per_tile, h]; a frozen tower runs without grad."""
-        tower, projector = self._tower()
-        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            if tower.split:
-                group = self.groups.collection.tp
-                states = tower(gather_uneven(micro_batch.tiles, micro_batch.counts, group))
-                patches = select_local(states, micro_batch.counts, group)
-            else:
-                patches = tower(micro_batch.tiles)
-        tokens: Tensor = projector(patches)
-        return tokens
+    def _patch_states(self, micro_batch: EncoderMicroBatch) -> Tensor:
+        """One micro-batch of n tiles of this rank -> patch states [n, patches, tower width]."""
+        tower, _ = self._tower()
+        if not tower.split:
+            whole: Tensor = tower(micro_batch.tiles)
+            return whole
+        group = self.groups.collection.tp
+        states = tower(gather_uneven(micro_batch.tiles, micro_batch.counts, group))
+        return select_local(states, micro_batch.counts, group)
 
     def _tower(self) -> tuple[VisionTower, Projector]:
         assert self.vision_model is not None, "this stage has no tower"

@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     "data.num_workers",
     "data.max_failed_samples",
     "model.transformer_impl",
+    "model.vision.tiles_per_batch",
     "train.micro_batch_size",
     "train.eval_interval",
     "train.eval_iters",
@@ -57,9 +58,9 @@ def check_same_run(stage: StageConfig, state: checkpoint.RunState, found: Path, 
     """
     now, then = _flat(to_dict(stage)), _flat(to_dict(state.stage))
     changed = {
-        name: f"{name} was {then.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if then.get(name) != value and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
+        name: f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in {**now, **then}
+        if then.get(name) != now.get(name) and _MAY_CHANGE.isdisjoint((name, name.partition(".")[0]))
     }
     learned = [text for name, text in changed.items() if name in _CHANGES_WHAT_IS_LEARNED]
     longer = changed.get("train.train_iters") if stage.train.train_iters >= state.iteration else None
@@ -92,7 +93,7 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, content in sections.items():
         if isinstance(content, dict):
-            flat |= {f"{section}.{key}": value for key, value in content.items()}
+            flat |= {f"{section}.{key}": value for key, value in _flat(content).items()}
         else:
             flat[section] = content
     return flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.kernels import choose_implementation
-from megatron_vita.models import vita
 from megatron_vita.models.activations import SwiGLU
 from megatron_vita.models.build import build_model
 from megatron_vita.models.norms import RMSNorm
@@ -143,10 +143,11 @@ def test_fresh_weights_follow_the_seed_and_the_settings() -> None:
 def _check_chunks() -> None:
     (packed_seq, *_) = make_packed()
     features, grads = [], []
-    for tokens in (10_000, 2 * (VISION.num_patches + 1)):  # all five tiles at once, then two at a time
-        vita.VitaModel.tower_tokens = tokens
+    for at_once in (None, 2):  # all five tiles at once, then two at a time
         groups = build_groups(ParallelConfig())
-        (model,) = build_model(stage_of({}), groups, dtype=torch.float64)
+        vision = dataclasses.replace(VISION, tiles_per_batch=at_once)
+        stage = stage_of({}, model=dataclasses.replace(MODEL, vision=vision))
+        (model,) = build_model(stage, groups, dtype=torch.float64)
         inputs = inputs_of(packed_seq, groups)
         features.append(model.encode(inputs["tiles"]))
         model(**inputs).sum().backward()

@@ -8,13 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig
-from megatron_vita.models import vita
+from megatron_vita.models.vision.micro_batches import split_tiles
 from megatron_vita.parallel.groups import destroy_groups
 from tests.checkpoint import tiny
-from tests.models.parity import MODEL, SPECS, VISION, compare_step, named, write_reference
+from tests.models.parity import (
+    MODEL,
+    SPECS,
+    VISION,
+    compare_step,
+    inputs_of,
+    make_packed,
+    named,
+    stage_of,
+    write_reference,
+)
 from tests.models.test_vita_frozen import SPECS as PICTURELESS
 from tests.models.test_vita_frozen import STAGE1
 from tests.models.test_vita_parallel import CP2, FULL, PP2, SP2, TP2
@@ -34,7 +46,9 @@ TOWERS = {
 
 
 def _check(layouts: list[dict[str, Any]], reference: str, train: dict[str, Any], specs: Any, at_once: int) -> None:
-    vita.VitaModel.tower_tokens = at_once * (VISION.num_patches + 1)
+    model = train.get("model", MODEL)
+    vision = dataclasses.replace(model.vision, tiles_per_batch=at_once)
+    train = {**train, "model": dataclasses.replace(model, vision=vision)}
     for parallel in layouts:
         compare_step(reference, parallel, train, specs)
 
@@ -58,6 +72,45 @@ def test_encoder_micro_batches_equal_one_process(tmp_path: Path, train: dict[str
     reference = write_reference(tmp_path / "reference", train)
     train = {**train, "model": _model(tensor_parallel=tensor_parallel)}
     run_ranks(2, _check, [TP2, SP2, CP2, {**SP2, "overlap_grad_reduce": True}], reference, train, SPECS, 2)
+
+
+def _check_passes(train: dict[str, Any], tensor_parallel: bool, passes: int) -> None:
+    """Tiles that go through the tower in a forward and backward of five tiles, two at a time."""
+    from megatron_vita.models.build import build_model
+    from megatron_vita.parallel.groups import build_groups
+
+    parallel = SP2 if tensor_parallel else {}
+    groups = build_groups(ParallelConfig(**parallel))
+    model_config = _model(tensor_parallel=tensor_parallel, tiles_per_batch=2)
+    (model,) = build_model(stage_of(parallel, model=model_config, **train), groups, dtype=torch.float64)
+    seen: list[int] = []
+    model.vision_model.register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    (packed_seq, *_) = make_packed()
+    model(**inputs_of(packed_seq, groups)).sum().backward()
+    assert sum(seen) == passes * 5, seen
+    assert max(seen) == 2, seen
+    destroy_groups()
+
+
+@pytest.mark.parametrize("tensor_parallel", [False, True], ids=["whole", "split"])
+def test_a_frozen_tower_encodes_every_tile_once_in_a_step(tensor_parallel: bool) -> None:
+    """A tower that trains encodes it again in the backward, as with activation recomputation."""
+    frozen = {"freeze_vision_model": True}
+    for train, passes in ((STAGE1, 1), (frozen, 1), ({**frozen, "freeze_vision_projection": True}, 1), ({}, 2)):
+        run_ranks(1 + tensor_parallel, _check_passes, train, tensor_parallel, passes)
+
+
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=5), at_once=st.integers(1, 12))
+def test_encoder_micro_batches_partition_the_tiles_of_all_ranks(counts: list[int], at_once: int) -> None:
+    by_rank = [split_tiles(torch.arange(count), counts, at_once, rank=rank) for rank, count in enumerate(counts)]
+    for rank, micro_batches in enumerate(by_rank):
+        assert torch.cat([one.tiles for one in micro_batches] or [torch.arange(0)]).tolist() == [*range(counts[rank])]
+        assert [one.counts for one in micro_batches] == [one.counts for one in by_rank[0]]
+        assert [one.counts[rank] for one in micro_batches] == [len(one.tiles) for one in micro_batches]
+    sizes = [sum(one.counts) for one in by_rank[0]]
+    assert sizes == [at_once] * (sum(counts) // at_once) + [sum(counts) % at_once] * (sum(counts) % at_once > 0)
+    if len(set(counts)) == 1:
+        assert all(max(one.counts) - min(one.counts) <= 1 for one in by_rank[0])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vita import checkpoint
+from megatron_vita.config import StageConfig, VisionConfig
 from megatron_vita.convert.exporter import export
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
@@ -118,6 +119,10 @@ def test_another_rate_is_said_and_used_by_every_group(made: Path) -> None:
             assert moved < 1e-6, f"{name} moved by {moved}, as with the old rate"
 
 
+def _with_vision(stage: StageConfig, vision: VisionConfig | None) -> StageConfig:
+    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, vision=vision))
+
+
 def test_other_content_is_refused_wherever_it_lies(made: Path, tmp_path: Path) -> None:
     found = checkpoint.resolve(made / "two/only")
     state = checkpoint.read_state(found)
@@ -131,6 +136,14 @@ def test_other_content_is_refused_wherever_it_lies(made: Path, tmp_path: Path) -
         check_same_run(state.stage, state, found, tmp_path / "hf")
     old = dataclasses.replace(state, extra={"started_from": state.extra["started_from"]})
     check_same_run(state.stage, old, found, tmp_path / "hf")  # of an earlier release: cannot be compared
+    vision = state.stage.model.vision
+    assert vision is not None
+    check_same_run(_with_vision(state.stage, dataclasses.replace(vision, tiles_per_batch=3)), state, found, made / "hf")
+    wider = dataclasses.replace(vision, tiles_per_batch=3, layer_scale_init=0.5)
+    with pytest.raises(ConfigError, match=r"settings \(model.vision.layer_scale_init was 0.1 and is 0.5\)"):
+        check_same_run(_with_vision(state.stage, wider), state, found, made / "hf")
+    with pytest.raises(ConfigError, match=r"model.vision.num_layers was \d+ and is None"):
+        check_same_run(_with_vision(state.stage, None), state, found, made / "hf")
     make_shards(tmp_path, seed=4)
     data = dataclasses.replace(state.stage.data, data_path=str(tmp_path / "shards/train"))
     with pytest.raises(ConfigError, match=r"digest of the shards .*train was \w+ and is \w+"):

@@ -1,7 +1,9 @@
 """Encoder micro-batches: the vision tower runs on a few tiles at a time, with activation recomputation.
 
-At any time only the activations of one micro-batch exist, beside the uint8 tiles and the visual tokens; the backward
-encodes each micro-batch again. Legend: n tiles of this rank, P patches per tile, T tokens_per_tile, h decoder width.
+At any time only the activations of one micro-batch exist, beside the uint8 tiles and the visual tokens. If the tower
+trains, the backward encodes each micro-batch again. A frozen tower encodes every tile once: its patch states are kept,
+and the backward recomputes the projector alone. Legend: n tiles of this rank, P patches per tile, T tokens_per_tile, h
+decoder width.
 """
 
 from __future__ import annotations
@@ -27,63 +29,86 @@ class EncoderMicroBatch:
     """n on every tensor-parallel rank of a tensor-parallel tower; of this rank only for a replicated tower."""
 
 
-def split_tiles(tiles: Tensor, counts: Sequence[int], at_once: int) -> list[EncoderMicroBatch]:
-    """Split a rank's tiles into micro-batches, equally many on all ranks of `counts`.
+def split_tiles(tiles: Tensor, counts: Sequence[int], at_once: int, rank: int = 0) -> list[EncoderMicroBatch]:
+    """Split the tiles of the ranks of `counts` into micro-batches, the same number of them on every rank.
+
+    The first tile of every rank comes first, then the second of every rank, and so on: a micro-batch has equally many
+    of each rank, to within one, as long as all of them have any left.
 
     Args:
         tiles: uint8 [n, 3, S, S], of this rank.
         counts: n on every tensor-parallel rank of a tensor-parallel tower, else (n,).
-        at_once: largest number of tiles of one rank in a micro-batch.
+        at_once: largest number of tiles in a micro-batch, of all ranks of `counts` together.
+        rank: this rank in `counts`.
     """
-    starts = range(0, max(counts), at_once)
-    return [
-        EncoderMicroBatch(
-            tiles[start : start + at_once], tuple(min(max(count - start, 0), at_once) for count in counts)
-        )
-        for start in starts
-    ]
+    owners = [owner for _, owner in sorted((tile, owner) for owner, n in enumerate(counts) for tile in range(n))]
+    micro_batches, start = [], 0
+    for first in range(0, len(owners), at_once):
+        some = owners[first : first + at_once]
+        each = tuple(some.count(owner) for owner in range(len(counts)))
+        micro_batches.append(EncoderMicroBatch(tiles[start : start + each[rank]], each))
+        start += each[rank]
+    return micro_batches
 
 
 def encode_in_micro_batches(
-    encode: Callable[[EncoderMicroBatch], Tensor],
+    tower: Callable[[EncoderMicroBatch], Tensor],
+    projector: nn.Module,
     micro_batches: Sequence[EncoderMicroBatch],
     shape: tuple[int, int],
-    parameters: Sequence[nn.Parameter],
+    tower_parameters: Sequence[nn.Parameter],
 ) -> Tensor:
-    """Encode micro-batches one after the other; recomputed in the backward unless there is only one.
+    """Encode micro-batches one after the other. What trains is recomputed in the backward unless there is only one.
 
     Args:
-        encode: a micro-batch -> [n, T, h], differentiable in `parameters` only. Under tensor parallelism it contains
-            collectives: all ranks pass equally many micro-batches.
+        tower: a micro-batch -> patch states [n, P, tower width], differentiable in `tower_parameters` only. Under
+            tensor parallelism it contains collectives: all ranks pass equally many micro-batches.
+        projector: patch states -> visual tokens [n, T, h].
         micro_batches: at least one.
         shape: (T, h).
-        parameters: all parameters that `encode` uses, trainable or frozen.
+        tower_parameters: all of them, trainable or frozen.
 
     Returns:
         [sum of n, T, h], in the dtype of the parameters.
     """
-    trainable = [one for one in parameters if one.requires_grad]
-    if len(micro_batches) == 1:
-        return encode(micro_batches[0])
-    if trainable and torch.is_grad_enabled():
-        out: Tensor = _RecomputedEncode.apply(encode, micro_batches, shape, *trainable)
-        return out
-    return _fill(encode, micro_batches, shape, parameters[0])
+    counts = [len(one.tiles) for one in micro_batches]
+    tower_trained, projector_trained = (
+        [one for one in parameters if one.requires_grad and torch.is_grad_enabled()]
+        for parameters in (tower_parameters, projector.parameters())
+    )
+
+    def both(micro_batch: EncoderMicroBatch) -> Tensor:
+        tokens: Tensor = projector(tower(micro_batch))
+        return tokens
+
+    if tower_trained:
+        return _recomputed(both, micro_batches, counts, shape, [*tower_trained, *projector_trained])
+    with torch.no_grad():
+        if not projector_trained:
+            return _fill(both, micro_batches, counts, shape, next(projector.parameters()))
+        states = [tower(one) for one in micro_batches]
+    return _recomputed(projector, states, counts, shape, projector_trained)
+
+
+def _recomputed(
+    encode: Callable[[Any], Tensor],
+    inputs: Sequence[Any],
+    counts: Sequence[int],
+    shape: tuple[int, int],
+    trained: Sequence[nn.Parameter],
+) -> Tensor:
+    if len(inputs) == 1:
+        return encode(inputs[0])
+    out: Tensor = _RecomputedEncode.apply(encode, inputs, counts, shape, *trained)
+    return out
 
 
 def _fill(
-    encode: Callable[[EncoderMicroBatch], Tensor],
-    micro_batches: Sequence[EncoderMicroBatch],
-    shape: tuple[int, int],
-    like: Tensor,
+    encode: Callable[[Any], Tensor], inputs: Sequence[Any], counts: Sequence[int], shape: tuple[int, int], like: Tensor
 ) -> Tensor:
-    out = like.new_empty(sum(len(micro_batch.tiles) for micro_batch in micro_batches), *shape)
-    start = 0
-    with torch.no_grad():
-        for micro_batch in micro_batches:
-            stop = start + len(micro_batch.tiles)
-            out[start:stop] = encode(micro_batch)
-            start = stop
+    out = like.new_empty(sum(counts), *shape)
+    for part, one in zip(out.split(list(counts)), inputs, strict=True):
+        part.copy_(encode(one))
     return out
 
 
@@ -93,32 +118,27 @@ class _RecomputedEncode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        encode: Callable[[EncoderMicroBatch], Tensor],
-        micro_batches: Sequence[EncoderMicroBatch],
+        encode: Callable[[Any], Tensor],
+        inputs: Sequence[Any],
+        counts: Sequence[int],
         shape: tuple[int, int],
-        *trainable: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        ctx.encode, ctx.micro_batches = encode, micro_batches
-        ctx.save_for_backward(*trainable)
-        return _fill(encode, micro_batches, shape, trainable[0])
+        ctx.encode, ctx.inputs, ctx.counts = encode, inputs, counts
+        ctx.save_for_backward(*trained)
+        return _fill(encode, inputs, counts, shape, trained[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        trainable = ctx.saved_tensors
-        sums: list[Tensor] | None = None
-        start = 0
-        for micro_batch in ctx.micro_batches:
+        trained = ctx.saved_tensors
+        # Sums of bfloat16 over many micro-batches would lose the small ones.
+        sums = [torch.zeros_like(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in trained]
+        for one, part in zip(ctx.inputs, grad.split(list(ctx.counts)), strict=True):
             with torch.enable_grad():
-                features = ctx.encode(micro_batch)
-            stop = start + len(micro_batch.tiles)
-            grads = torch.autograd.grad(features, trainable, grad[start:stop])
-            if sums is None:
-                sums = [one.clone() for one in grads]
-            else:
-                for total, one in zip(sums, grads, strict=True):
-                    total += one
-            start = stop
-        return None, None, None, *(sums or ())
+                tokens = ctx.encode(one)
+            for total, added in zip(sums, torch.autograd.grad(tokens, trained, part), strict=True):
+                total += added
+        return None, None, None, None, *(total.to(one.dtype) for total, one in zip(sums, trained, strict=True))
 
 
 def gather_uneven(local: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
