@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+import megatron_vita.models.build  # noqa: F401  (with megatron-core, whose import would cost each rank of each world 3 s)
+from megatron_vita.parallel.groups import init_distributed
+
 TIMEOUT_S = 120
 """A rank that has not ended by then hangs in a collective: the test fails and says which rank."""
 
@@ -51,8 +54,6 @@ def _rank_main(rank: int, world_size: int, store: str, errors: Any, check: Calla
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
-        from megatron_vita.parallel.groups import init_distributed
-
         init_distributed(init_method=f"file://{store}", timeout_s=60)
         check(*args)
     except BaseException:
