@@ -164,10 +164,9 @@ def _allowed(spec: Spec, worlds: Sequence[int]) -> tuple[list[Case], dict[Case, 
     """Allowed layouts, and rejected ones with reasons; the simplest first in both."""
     fitting = [
         (case, reason)
-        for case, reason in layouts(worlds)
+        for case, reason in layouts(tuple(worlds))
         if all(getattr(case, name) in values for name, values in spec.chosen.items() if name not in free_options())
     ]
-    fitting.sort(key=lambda one: (one[0].world_size, len(one[0].chosen())))
     return [case for case, reason in fitting if reason is None], {case: reason for case, reason in fitting if reason}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -98,11 +99,10 @@ class Case:
 
     def chosen(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(_DEFAULT, name)}
+        return {name: getattr(self, name) for name, value in _DEFAULT.items() if getattr(self, name) != value}
 
 
-_DEFAULT = Case()
+_DEFAULT = dataclasses.asdict(Case())
 
 
 def shown(value: Any) -> str:
@@ -144,18 +144,21 @@ def free_options(dtypes: Sequence[str] = DTYPES) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def layouts(worlds: Sequence[int]) -> Iterator[tuple[Case, str | None]]:
+@functools.cache
+def layouts(worlds: tuple[int, ...]) -> tuple[tuple[Case, str | None], ...]:
     """Every combination of layout options that takes as many ranks as there are, with the reason why there is no such
-    case, if so."""
+    case, if so; the simplest first. Computed once: there are tens of thousands."""
     options = layout_options(worlds)
     degrees = ("tp", "pp", "cp", "dp")
     rest = [name for name in options if name not in degrees]
-    for sizes in product(*(options[name] for name in degrees)):
-        if math.prod(sizes) not in worlds:
-            continue
-        for values in product(*(options[name] for name in rest)):
-            case = Case(**dict(zip((*degrees, *rest), (*sizes, *values), strict=True)))
-            yield case, why_not(case)
+    cases = [
+        Case(**dict(zip((*degrees, *rest), (*sizes, *values), strict=True)))
+        for sizes in product(*(options[name] for name in degrees))
+        if math.prod(sizes) in worlds
+        for values in product(*(options[name] for name in rest))
+    ]
+    cases.sort(key=lambda case: (case.world_size, len(case.chosen())))
+    return tuple((case, why_not(case)) for case in cases)
 
 
 def why_not(case: Case) -> str | None:

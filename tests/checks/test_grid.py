@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from itertools import combinations
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron_vita.layout import SequenceLayout
 WORLDS = (1, 2, 4)
 
 
+@functools.cache
 def cases(grid: str, worlds: tuple[int, ...] = WORLDS) -> list[Case]:
     return make_cases(parse_spec(grid, worlds), worlds)
 
