@@ -125,6 +125,12 @@ def by_runs(kernel: Callable[..., Any], blocks: Blocks, scale: float, *sides: Se
     return tuple(_concatenate(of_runs) for of_runs in zip(*results, strict=True))
 
 
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """`merge` in place, into `out` and `lse`."""
+    out.lerp_(other_out.to(out.dtype), torch.sigmoid(other_lse - lse).unsqueeze(-1))
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Combine attention over two disjoint sets of keys into attention over their union, in the dtype of `out`.
 

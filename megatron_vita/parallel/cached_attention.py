@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita.parallel import block_table_kernels
+from megatron_vita.parallel.block_kernels import merge_
 from megatron_vita.parallel.collectives import exchange_tokens, gather_tokens, ring_send_recv
 from megatron_vita.parallel.decode_tables import DecodeTables, Runs
 from megatron_vita.parallel.document_attention import attend
@@ -120,12 +121,6 @@ def _prefill(
 # it is known, and kernels see some of a chunk's rows at a time.
 
 
-def _add(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """`block_kernels.merge` in place."""
-    out.lerp_(other_out.to(out.dtype), torch.sigmoid(other_lse - lse).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, other_lse))
-
-
 def _add_runs(
     out: Tensor, lse: Tensor, q: Tensor, keys: Tensor, values: Tensor, runs: Runs, rows: tuple[int, int], scale: float
 ) -> None:
@@ -133,7 +128,7 @@ def _add_runs(
     first, count = rows
     for start in range(first, first + count if runs else first, _ROWS):
         some = slice(start, min(start + _ROWS, first + count))
-        _add(out[some], lse[some], *block_table_kernels.attend(q[some], keys, values, runs, scale))
+        merge_(out[some], lse[some], *block_table_kernels.attend(q[some], keys, values, runs, scale))
 
 
 def _pass_queries(
@@ -158,7 +153,7 @@ def _pass_queries(
     del everybody, place
     partial = exchange_tokens(partial.flatten(0, 1), [tokens] * ranks, [tokens] * ranks, group)
     for one in partial.unflatten(0, (ranks, -1)):
-        _add(out, lse, one[..., :-1], one[..., -1])
+        merge_(out, lse, one[..., :-1], one[..., -1])
 
 
 def _pass_keys(

@@ -12,6 +12,7 @@ tensor-parallel rank, d head size.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita.parallel import block_kernels, exchange
-from megatron_vita.parallel.schedule import Schedule
+from megatron_vita.parallel.schedule import DiagonalBlocks, Schedule
 
 
 def document_attention(
@@ -65,13 +66,15 @@ def attend(
     out, lse = diagonal.collect(out), diagonal.collect(lse)
     if kv_exchange is not None:
         out = out.to(lse.dtype)
-        for (step_k, step_v), blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
+        for step_kv, blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
             for off in blocks_of_step:
-                inputs = off.queries.gather(q), off.keys.gather(step_k), off.keys.gather(step_v)
-                off_out, off_lse = block_kernels.forward(*inputs, blocks=off.blocks, scale=scale)
-                merged = block_kernels.merge(off.queries.gather(out), off.queries.gather(lse), off_out, off_lse)
-                for target, values in zip((out, lse), merged, strict=True):
-                    off.queries.scatter_(target, values)
+                off_k, off_v = off.keys.gather(step_kv).unbind(1)
+                off_out, off_lse = block_kernels.forward(off.queries.gather(q), off_k, off_v, off.blocks, scale)
+                some = off.queries.gather(out), off.queries.gather(lse)
+                block_kernels.merge_(*some, off_out, off_lse)
+                if off.queries.index is not None:  # copies, not views
+                    for target, values in zip((out, lse), some, strict=True):
+                        off.queries.scatter_(target, values)
     return out, lse
 
 
@@ -93,40 +96,39 @@ class _DocumentAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         schedule, group, scale = ctx.settings
         kv_exchange = _start_exchange(k, v, schedule, group)
-        diagonal = schedule.diagonal
-        d_out = diagonal.partition(grad)
-        if diagonal.padding is not None:
-            d_out.index_fill_(0, diagonal.padding, 0)  # in place: `partition` made a copy wherever there is padding
-        saved = (
-            diagonal.partition(q),
-            diagonal.partition(k),
-            diagonal.partition(v),
-            diagonal.partition(out),
-            diagonal.partition(lse),
-        )
-        grads = block_kernels.backward(d_out, *saved, blocks=diagonal.blocks, scale=scale)
-        dq, dk, dv = (diagonal.collect(x) for x in grads)
-        if kv_exchange is not None:
-            dq = dq.to(lse.dtype)
-            for (step_k, step_v), blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
-                d_kv = torch.zeros(len(step_k), 2, *k.shape[1:], dtype=lse.dtype, device=k.device)
-                for off in blocks_of_step:
-                    of_queries = off.queries.gather
-                    inputs = (
-                        of_queries(grad),
-                        of_queries(q),
-                        off.keys.gather(step_k),
-                        off.keys.gather(step_v),
-                        of_queries(out),
-                        of_queries(lse),
-                    )
-                    off_grads = block_kernels.backward(*inputs, blocks=off.blocks, scale=scale)
-                    off.queries.scatter_add_(dq, off_grads[0])
-                    for target, values in zip(d_kv.unbind(1), off_grads[1:], strict=True):
-                        off.keys.scatter_add_(target, values)
-                kv_exchange.accumulate_grad(d_kv)
-            dk, dv = (x + off for x, off in zip((dk, dv), kv_exchange.finalize_grad().unbind(1), strict=True))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        own = partial(_diagonal_backward, grad, q, k, v, out, lse, schedule.diagonal, scale)
+        if kv_exchange is None:
+            return *own(), None, None, None
+        # The diagonal blocks need no communication: they are computed while the last gradients go round the ring, or
+        # while all keys are gathered.
+        ring = schedule.comm_type == "p2p"
+        grads = None if ring else own()
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        for step_kv, blocks_of_step in zip(kv_exchange.steps(), schedule.steps, strict=True):
+            d_kv = torch.zeros_like(step_kv, dtype=lse.dtype)
+            for off in blocks_of_step:
+                off_grad, off_q, off_out, off_lse = (off.queries.gather(x) for x in (grad, q, out, lse))
+                off_k, off_v = off.keys.gather(step_kv).unbind(1)
+                off_grads = block_kernels.backward(off_grad, off_q, off_k, off_v, off_out, off_lse, off.blocks, scale)
+                off.queries.scatter_add_(dq, off_grads[0])
+                for target, values in zip(d_kv.unbind(1), off_grads[1:], strict=True):
+                    off.keys.scatter_add_(target, values)
+            kv_exchange.accumulate_grad(d_kv)
+        own_dq, own_dk, own_dv = grads or own()
+        dk, dv = (x + off for x, off in zip((own_dk, own_dv), kv_exchange.finalize_grad().unbind(1), strict=True))
+        return dq.add_(own_dq).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _diagonal_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, diagonal: DiagonalBlocks, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contribution of the diagonal blocks to the gradients of q [t, h, d], k and v [t, g, d]."""
+    d_out = diagonal.partition(grad)
+    if diagonal.padding is not None:
+        d_out.index_fill_(0, diagonal.padding, 0)  # in place: `partition` made a copy wherever there is padding
+    q, k, v, out, lse = (diagonal.partition(x) for x in (q, k, v, out, lse))
+    dq, dk, dv = block_kernels.backward(d_out, q, k, v, out, lse, diagonal.blocks, scale)
+    return diagonal.collect(dq), diagonal.collect(dk), diagonal.collect(dv)
 
 
 def _start_exchange(

@@ -2,7 +2,8 @@
 
 * `all_gather`: all-gather of keys and values before attention; reduce-scatter of their gradients.
 * `p2p`: ring send/recv of keys and values, one hop per step, overlapped with the attention blocks of the previous step.
-  In the backward the gradient accumulators follow their keys around the ring and end at the rank that owns them.
+  In the backward the gradient accumulators follow their keys around the ring and end at the rank that owns them: each
+  hop is overlapped with the blocks of the next step, the last one with the diagonal blocks.
 * `a2a` (Ulysses): all-to-all that scatters heads and gathers tokens, before and after attention.
 
 Keys and values are communicated with their g heads, before GQA expansion, in the dtype of the model; their gradients in
@@ -42,8 +43,8 @@ class KVExchange(Protocol):
     `finalize_grad`. All ranks of the group do so in the same order.
     """
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each step of the schedule, [keys, g, d] each; waits for those of the next step."""
+    def steps(self) -> Iterator[Tensor]:
+        """Keys and values of each step of the schedule, [keys, 2, g, d]; waits for those of the next step."""
 
     def accumulate_grad(self, gradient: Tensor) -> None:
         """Add the gradient [keys, 2, g, d] of the current step's keys and values; the tensor may be modified."""
@@ -68,10 +69,9 @@ class GatheredKV:
         self._group = group
         self._gathered = gather_tokens(local_kv, group)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All keys and values by global index, [s, g, d] each."""
-        kv = self._schedule.to_sequence_order(self._gathered.wait())
-        yield kv[:, 0], kv[:, 1]
+    def steps(self) -> Iterator[Tensor]:
+        """All keys and values by global index, [s, 2, g, d]."""
+        yield self._schedule.to_sequence_order(self._gathered.wait())
 
     def accumulate_grad(self, gradient: Tensor) -> None:
         """Reduce-scatter [s, 2, g, d] over the group."""
@@ -93,14 +93,14 @@ class RingKV:
         self._local_grad: Tensor | None = None
         self._received_grad: AsyncTensor | None = None
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of one rank, [t, g, d] each; the next hop is in flight meanwhile."""
-        yield self._local_kv[:, 0], self._local_kv[:, 1]
+    def steps(self) -> Iterator[Tensor]:
+        """Keys and values of one rank, [t, 2, g, d]; the next hop is in flight meanwhile."""
+        yield self._local_kv
         for hops_left in reversed(range(self._group.size() - 1)):
             kv = self._next_kv.wait()
             if hops_left:
                 self._next_kv = ring_send_recv(kv, self._group, tag=0)
-            yield kv[:, 0], kv[:, 1]
+            yield kv
 
     def accumulate_grad(self, gradient: Tensor) -> None:
         """Add the accumulator received for the current step's keys and send the sum to the next rank.

@@ -38,8 +38,10 @@ _PAD_BELOW = 512
 _WASTE = 0.01
 """Query-key pairs that padding may add, as a fraction of the pairs of the rank's blocks."""
 _SHORT_ON_CPU, _SHORT = 32, 4096
-"""Off-diagonal blocks with at most this many queries and 4 times as many keys are gathered into few kernel calls, on
+"""Off-diagonal blocks with at most this many queries and 4 times as many keys are gathered into one kernel call, on
 CPU and on other devices. A longer block is a call of its own, on views."""
+_MOST_ALONE = 3
+"""On a GPU: of these, the blocks of a step that may be calls of their own. A call launches some 12 kernels each way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +175,6 @@ def build_schedule(
     )
 
 
-# ---- diagonal blocks ----
-
-
 def _diagonal_blocks(spans: Sequence[Span], device: torch.device) -> DiagonalBlocks:
     lengths = [span.stop - span.start for span in spans]
     runs = [(len(list(equal)), length, length) for length, equal in itertools.groupby(lengths)]
@@ -236,9 +235,6 @@ def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-# ---- off-diagonal blocks ----
-
-
 def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
     """Off-diagonal blocks of spans against the keys of one step, `source` (global indices, ascending).
 
@@ -262,8 +258,11 @@ def _segments(spans: Sequence[Span], starts: Int64, source: Int64) -> Int64:
 
 
 def _off_diagonal_blocks(segments: Int64, device: torch.device) -> tuple[OffDiagonalBlocks, ...]:
-    short = _SHORT if kernels.on(device).variable_length else _SHORT_ON_CPU
+    any_shapes = kernels.on(device).variable_length
+    short = _SHORT if any_shapes else _SHORT_ON_CPU
     alone = (segments[:, 1] > short) | (segments[:, 3] > 4 * short)
+    if any_shapes:
+        alone[np.argsort(-segments[:, 1] * alone, kind="stable")[_MOST_ALONE:]] = False
     few = [_one_call(one[None], device) for one in segments[alone]]
     rest = segments[~alone]
     return (*few, _one_call(rest, device)) if len(rest) else tuple(few)
@@ -272,7 +271,8 @@ def _off_diagonal_blocks(segments: Int64, device: torch.device) -> tuple[OffDiag
 def _one_call(segments: Int64, device: torch.device) -> OffDiagonalBlocks:
     shapes, kind = np.unique(segments[:, [1, 3]], axis=0, return_inverse=True)
     changes = np.flatnonzero(np.diff(kind.reshape(-1))) + 1
-    if len(changes) >= len(shapes):  # blocks of equal shape are not adjacent: sort by shape
+    if len(changes) >= len(shapes) and not kernels.on(device).variable_length:
+        # Blocks of equal shape are not adjacent: sort by shape. (Else adjacent queries stay views.)
         segments = segments[np.argsort(kind.reshape(-1), kind="stable")]
         changes = np.flatnonzero((np.diff(segments[:, [1, 3]], axis=0) != 0).any(axis=1)) + 1
     runs = [(len(run), int(run[0, 1]), int(run[0, 3])) for run in np.split(segments, changes)]
