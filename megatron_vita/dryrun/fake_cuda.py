@@ -19,6 +19,8 @@ CAPABILITY = (9, 0)
 """Compute capability of Hopper: kernels for it are chosen."""
 MULTIPROCESSORS = 132
 _RNG_STATE_BYTES = 16
+_ATEN = torch.library.Library("aten", "IMPL")
+"""Registrations last as long as it does."""
 
 
 class _Stream:
@@ -85,6 +87,8 @@ def install(memory_bytes: int) -> None:
     _replace_type()
     torch.compile = _eager  # type: ignore[assignment]
     _set_rng_of_megatron()
+    _register_rms_norm()
+    _skip_the_first_reduction_of_tied_weights()
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -133,3 +137,25 @@ def _set_rng_of_megatron() -> None:
     state = torch.zeros(_RNG_STATE_BYTES, dtype=torch.uint8)
     random._get_cuda_rng_state = _constant(state)
     random._set_cuda_rng_state = _constant(None)
+
+
+def _register_rms_norm() -> None:
+    """Make RMSNorm one operation whose backward keeps its input, as in PyTorch's CUDA build.
+
+    The CPU build has no kernel of it for CUDA and therefore decomposes it above autograd, which then keeps two tensors
+    of the input's shape in float32.
+    """
+
+    def kernel(*_: Any) -> Any:
+        raise AssertionError("fake tensors never reach a kernel")
+
+    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+        _ATEN.impl(name, kernel, "CUDA")
+
+
+def _skip_the_first_reduction_of_tied_weights() -> None:
+    """A tied embedding's copy on the last stage gets its values by `weight.data = ...; all_reduce`, once, when it is
+    built: fake tensors have no values, and do not allow their storage to be swapped."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    LanguageModule._is_in_embd_group = lambda self: False
