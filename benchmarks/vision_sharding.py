@@ -29,7 +29,7 @@ from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, Train
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
 from megatron_vita.parallel.groups import build_groups, destroy_groups, init_distributed
-from megatron_vita.parallel.tiles import exchange_features
+from megatron_vita.parallel.tiles import build_exchange, exchange_features
 
 RANKS, BAR = 2, 1.9
 VISION = VisionConfig(
@@ -66,7 +66,8 @@ def measure(tiles: int, frozen: bool, repeats: int) -> tuple[float, float]:
     needed = torch.from_numpy(layout.local_positions(groups.cp_rank))  # every token is a visual token
 
     def spread() -> None:
-        visual, _ = exchange_features(model.encode(pixels[own.start : own.stop]), routes, groups)
+        exchange = build_exchange(routes, groups.group_rank, pixels.device)
+        visual = exchange_features(model.encode(pixels[own.start : own.stop]), exchange, groups)
         visual.sum().backward()
 
     def replicated() -> None:

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,17 @@ def backend() -> str:
     return "nccl" if has_accelerator() else "gloo"
 
 
+def host_group() -> torch.distributed.ProcessGroup | None:
+    """The process group of all ranks for small tensors on the CPU, whose collectives do not make the host wait for the
+    GPU: the world without CUDA, else a group that the first call creates. All ranks call it."""
+    return _host_group(torch.distributed.group.WORLD) if has_accelerator() else None
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(_: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
+    return new_host_group()
+
+
 def new_host_group() -> torch.distributed.ProcessGroup:
     """A process group of all ranks for tensors on the CPU. All ranks call it."""
     group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
@@ -98,6 +109,12 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Application timeout")
     return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised host memory from which a GPU copies while the host goes on (`non_blocking=True`); ordinary memory
+    without CUDA. torch uses a buffer again only after the copies from it are done."""
+    return torch.empty(shape, dtype=dtype, pin_memory=has_accelerator())
 
 
 def empty_cache() -> None:

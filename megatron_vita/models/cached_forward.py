@@ -23,7 +23,7 @@ from megatron_vita.parallel.collectives import reduce_
 from megatron_vita.parallel.context import PackedSeqContext
 from megatron_vita.parallel.kv_cache import CacheStep
 from megatron_vita.parallel.rotary import rotated
-from megatron_vita.parallel.tiles import exchange_features
+from megatron_vita.parallel.tiles import build_exchange, exchange_features
 
 
 class CachedForward:
@@ -66,8 +66,10 @@ class CachedForward:
         if hidden is None:
             hidden = self._model.language_model.embedding.word_embeddings(tokens).transpose(0, 1)
             if visual is not None:
-                features, index = exchange_features(*visual, self._groups)
-                hidden = hidden.index_copy(0, index, features.to(hidden.dtype).unsqueeze(1))
+                features, routes = visual
+                exchange = build_exchange(routes, self._groups.group_rank, features.device)
+                features = exchange_features(features, exchange, self._groups)
+                hidden = hidden.index_copy(0, exchange.index, features.to(hidden.dtype).unsqueeze(1))
         rotary = self._model.rotary(positions, self._config.params_dtype)
         packed_seq = PackedSeqContext(layout=layout, cp_rank=self._groups.cp_rank, rotary=rotary, step=step)
         if self._layers is None:

@@ -33,7 +33,8 @@ from megatron_vita.parallel.grads import attach_zero_gradients
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.loss import vocab_parallel_loss
 from megatron_vita.parallel.rotary import RotaryTable
-from megatron_vita.parallel.tiles import exchange_features
+from megatron_vita.parallel.schedule import Schedule
+from megatron_vita.parallel.tiles import FeatureExchange, build_exchange, exchange_features
 
 
 class VitaModel(MegatronModule):
@@ -74,7 +75,10 @@ class VitaModel(MegatronModule):
         routes: TileRoutes,
         tiles: Tensor,
         labels: Tensor | None = None,
+        labelled: Tensor | None = None,
         logits_indices: Tensor | None = None,
+        schedule: Schedule | None = None,
+        exchange: FeatureExchange | None = None,
     ) -> Tensor:
         """Forward pass of one packed sequence. All ranks of its tensor x context group call it.
 
@@ -86,8 +90,12 @@ class VitaModel(MegatronModule):
             routes: tiles of the packed sequence and the destinations of their visual tokens.
             tiles: uint8 [n_local, 3, S, S], the tiles that this rank encodes; n_local may be 0. First stage only.
             labels: int64 [1, s/cp], shifted, -100 where there is no loss. Last stage only.
+            labelled: int64 [n], indices of the labels that are not -100, ascending; None: found on the device, for
+                which the host waits.
             logits_indices: int64 [n], indices into the s/cp local tokens whose logits are returned. Last stage only,
                 and only without labels.
+            schedule: this rank's attention blocks, on the device; None: built from layout, which copies its tables.
+            exchange: this rank's exchange of visual tokens, on the device; None: built from routes, likewise.
 
         Returns:
             Not the last stage: hidden states [t, 1, h]. Last stage with labels: losses of this context rank's labelled
@@ -95,15 +103,19 @@ class VitaModel(MegatronModule):
             [n, vocab_size], all-gathered over the tensor ranks, padding removed. Last stage with neither: hidden states
             [t, 1, h] after the final norm.
         """
-        hidden = self._embed(tokens, self._visual_tokens(routes, tiles)) if self.pre_process else None
-        rotary = self.rotary(positions, self.config.params_dtype)
-        packed_seq = PackedSeqContext(layout=layout, cp_rank=self.groups.cp_rank, rotary=rotary)
+        hidden = self._embed(tokens, self._visual_tokens(routes, tiles, exchange)) if self.pre_process else None
+        packed_seq = PackedSeqContext(
+            layout=layout,
+            cp_rank=self.groups.cp_rank,
+            rotary=self.rotary(positions, self.config.params_dtype),
+            schedules={} if schedule is None else {schedule.comm_type: schedule},
+        )
         hidden = self.language_model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq)
         if not self.post_process or (labels is None and logits_indices is None):
             return hidden
         if logits_indices is not None:
             return self.logits(self._output_layer_input(hidden, logits_indices))
-        return self._losses(hidden, labels)
+        return self._losses(hidden, labels, labelled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, h] after the final norm -> logits [n, vocab_size], equal on all tensor ranks, which call it
@@ -161,14 +173,18 @@ class VitaModel(MegatronModule):
         assert self.vision_projection is not None, "this stage has no projector"
         return self.vision_model, self.vision_projection
 
-    def _visual_tokens(self, routes: TileRoutes, tiles: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _visual_tokens(
+        self, routes: TileRoutes, tiles: Tensor, exchange: FeatureExchange | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Encode this rank's tiles and exchange their visual tokens: those of this rank [r, h] and their local indices
         [r]; None for a model without a tower."""
         if self.vision_model is None:
             return None
         first = self.groups.cp_rank * self.groups.tp_size
         counts = [len(routes.tiles_of(first + rank)) for rank in range(self.groups.tp_size)]
-        return exchange_features(self.encode(tiles, counts), routes, self.groups)
+        if exchange is None:
+            exchange = build_exchange(routes, self.groups.group_rank, tiles.device)
+        return exchange_features(self.encode(tiles, counts), exchange, self.groups), exchange.index
 
     def _embed(self, tokens: Tensor, visual: tuple[Tensor, Tensor] | None) -> Tensor:
         """Decoder input [t, 1, h]: token embeddings with the visual tokens at the placeholders."""
@@ -206,10 +222,11 @@ class VitaModel(MegatronModule):
         weight: Tensor = self.language_model.output_layer.weight
         return weight
 
-    def _losses(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+    def _losses(self, hidden: Tensor, labels: Tensor | None, labelled: Tensor | None) -> Tensor:
         assert labels is not None, "the loss needs labels"
         flat = labels.reshape(-1)
-        labelled = (flat >= 0).nonzero().squeeze(1)
+        if labelled is None:
+            labelled = (flat >= 0).nonzero().squeeze(1)
         return vocab_parallel_loss(
             self._output_layer_input(hidden, labelled),
             self._output_layer_weight(),

@@ -34,11 +34,12 @@ class PackedSeqContext(PackedSeqParams):
     """Cosines and sines of the local tokens' position ids, [t, 1, d / 2] each; None: no rotary embedding."""
     step: CacheStep | None = None
     """Use of the key/value cache in generation; None in training."""
-    _schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
+    schedules: dict[str, Schedule] = field(default_factory=dict, repr=False)
+    """This rank's block schedule by cp_comm_type, as far as it is built."""
 
     def schedule(self, device: torch.device, comm_type: str = "all_gather") -> Schedule:
-        """This rank's block schedule; built for the first layer and cached for the others."""
-        if comm_type not in self._schedules:
+        """This rank's block schedule; if it is not given, built for the first layer and cached for the others."""
+        if comm_type not in self.schedules:
             assert self.layout is not None, "a PackedSeqContext needs a layout"
-            self._schedules[comm_type] = build_schedule(self.layout, self.cp_rank, device, comm_type)
-        return self._schedules[comm_type]
+            self.schedules[comm_type] = build_schedule(self.layout, self.cp_rank, device, comm_type)
+        return self.schedules[comm_type]

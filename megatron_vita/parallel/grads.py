@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,21 +18,25 @@ def finalize_grads(
 ) -> None:
     """Reduce the gradients of a step; set as `TransformerConfig.finalize_model_grads_func`, called by the schedules.
 
-    megatron-core's finalize_model_grads reduces over data and context ranks, all-reduces the gradients that sequence
-    parallelism splits, and divides by the labelled tokens of the global batch. Parameters marked `partial_over_tp` are
-    then summed over the tensor ranks: the vision tower and the projector are replicated over them while each rank
-    encodes other tiles, so a rank has a partial gradient, with or without sequence parallelism.
+    megatron-core's finalize_model_grads reduces over data and context ranks and all-reduces the gradients that sequence
+    parallelism splits. Parameters marked `partial_over_tp` are then summed over the tensor ranks: the vision tower and
+    the projector are replicated over them while each rank encodes other tiles, so a rank has a partial gradient, with
+    or without sequence parallelism.
+
+    The gradients are left sums of token losses' gradients. megatron-core would divide them by the labelled tokens of
+    the global batch, which it sums over the ranks on the device and reads: the host would wait for the whole backward.
+    The loader knows that number, and `divide_grads` divides.
 
     Args:
         model_chunks: DDP-wrapped model chunks of this rank.
-        num_tokens: labelled tokens of this rank, summed over micro-batches, on the device; None: no division.
+        num_tokens: labelled tokens of this rank, on the device; not used.
         pg_collection: process groups; None: megatron-core's global ones.
         force_all_reduce: passed to megatron-core.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
 
-    finalize_model_grads(model_chunks, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+    finalize_model_grads(model_chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
     group = pg_collection.tp if pg_collection is not None else parallel_state.get_tensor_model_parallel_group()
     partial = [
         parameter.main_grad
@@ -40,6 +45,13 @@ def finalize_grads(
         if parameter.requires_grad and getattr(parameter, "partial_over_tp", False)
     ]
     tensor_parallel_sum_(partial, group)
+
+
+def divide_grads(model_chunks: Sequence[Any], num_labels: int) -> None:
+    """Divide a step's gradients by the labelled tokens of the global batch, after `finalize_grads`; by 1 if it has
+    none."""
+    for chunk in model_chunks:
+        chunk.scale_gradients(1.0 / max(num_labels, 1))
 
 
 class _ZeroGradients(torch.autograd.Function):

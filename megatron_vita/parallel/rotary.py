@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vita.config import ModelConfig
+from megatron_vita.device import torch_device
 
 
 def inverse_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
@@ -93,7 +94,8 @@ class RotaryTable(nn.Module):
         """Compute the inverse frequencies of a model's rotary settings."""
         super().__init__()
         # Not a buffer: megatron-core's Float16Module would cast it to bfloat16, which cannot tell far positions apart.
-        self._inverse_frequency, self._attention_factor = inverse_frequencies(model)
+        frequencies, self._attention_factor = inverse_frequencies(model)
+        self._inverse_frequency = frequencies.to(torch_device())
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Position ids int64 [1, t] -> cosines and sines [t, 1, r / 2] each, computed in float32, cast to `dtype`.

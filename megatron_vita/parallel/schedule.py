@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_vita import kernels
 from megatron_vita.layout import Int64, SequenceLayout, Span
 from megatron_vita.parallel.block_kernels import Blocks
+from megatron_vita.parallel.tables import TokenIndex, gather_tables
 
 _COPIED_PER_CALL = 24
 """Tokens that can be copied, over all tensors of a forward and backward, in the time of one kernel call (measured on
@@ -42,36 +43,6 @@ _SHORT_ON_CPU, _SHORT = 32, 4096
 CPU and on other devices. A longer block is a call of its own, on views."""
 _MOST_ALONE = 3
 """On a GPU: of these, the blocks of a step that may be calls of their own. A call launches some 12 kernels each way."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenIndex:
-    """Tokens selected along dimension 0 of a tensor: a contiguous range (a view) or an index list (a copy)."""
-
-    start: int
-    count: int
-    index: Tensor | None = None
-    """int64 [count]; None: the range [start, start + count)."""
-
-    def gather(self, source: Tensor) -> Tensor:
-        """[tokens, ...] -> [count, ...]: a view for a contiguous range, else a copy."""
-        if self.index is None:
-            return source.narrow(0, self.start, self.count)
-        return source.index_select(0, self.index)
-
-    def scatter_(self, target: Tensor, values: Tensor) -> None:
-        """target[selected] = values, in place; values [count, ...]."""
-        if self.index is None:
-            target.narrow(0, self.start, self.count).copy_(values)
-        else:
-            target.index_copy_(0, self.index, values)
-
-    def scatter_add_(self, target: Tensor, values: Tensor) -> None:
-        """target[selected] += values, in place; values [count, ...]. Values of a repeated token are summed."""
-        if self.index is None:
-            target.narrow(0, self.start, self.count).add_(values)
-        else:
-            target.index_add_(0, self.index, values.to(target.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +114,7 @@ class Schedule:
 def build_schedule(
     layout: SequenceLayout, cp_rank: int, device: torch.device, comm_type: str = "all_gather"
 ) -> Schedule:
-    """Compute the block schedule of one context-parallel rank. No communication.
+    """Compute the block schedule of one context-parallel rank and move it to the device. No communication.
 
     Args:
         layout: partition of the packed sequence.
@@ -151,6 +122,11 @@ def build_schedule(
         device: where attention runs and the index tensors are put.
         comm_type: `p2p`, `all_gather` or `a2a`; no difference with one context-parallel rank.
     """
+    return gather_tables(host_schedule(layout, cp_rank, device, comm_type)).to(device)
+
+
+def host_schedule(layout: SequenceLayout, cp_rank: int, device: torch.device, comm_type: str) -> Schedule:
+    """`build_schedule` with the index tensors on the CPU; `device` decides the shapes of the kernel calls alone."""
     comm_type = comm_type if layout.cp > 1 else "all_gather"
     whole = comm_type == "a2a" or layout.cp == 1
     spans = SequenceLayout(layout.documents).spans(0) if whole else layout.spans(cp_rank)
@@ -162,9 +138,9 @@ def build_schedule(
     rank_order_index = sequence_order_index = None
     if layout.cp > 1 and comm_type != "p2p":
         rank, index = layout.owner
-        rank_order_index = torch.from_numpy(rank * layout.local_length + index).to(device)
+        rank_order_index = torch.from_numpy(rank * layout.local_length + index)
         order = np.concatenate([layout.local_positions(one) for one in range(layout.cp)])
-        sequence_order_index = torch.from_numpy(order).to(device)
+        sequence_order_index = torch.from_numpy(order)
     return Schedule(
         comm_type=comm_type,
         diagonal=_diagonal_blocks(spans, device),
@@ -198,8 +174,8 @@ def _padded_blocks(groups: Sequence[Sequence[Span]], device: torch.device) -> Di
     to_blocks, pad = np.concatenate(orders), np.concatenate(pads)
     from_blocks = np.empty(len(to_blocks) - int(pad.sum()), dtype=np.int64)
     from_blocks[to_blocks[~pad]] = np.flatnonzero(~pad)
-    padding = torch.from_numpy(np.flatnonzero(pad)).to(device) if pad.any() else None
-    index = torch.from_numpy(to_blocks).to(device), torch.from_numpy(from_blocks).to(device)
+    padding = torch.from_numpy(np.flatnonzero(pad)) if pad.any() else None
+    index = torch.from_numpy(to_blocks), torch.from_numpy(from_blocks)
     return DiagonalBlocks(_blocks(runs, True, device), *index, padding)
 
 
@@ -276,23 +252,23 @@ def _one_call(segments: Int64, device: torch.device) -> OffDiagonalBlocks:
         segments = segments[np.argsort(kind.reshape(-1), kind="stable")]
         changes = np.flatnonzero((np.diff(segments[:, [1, 3]], axis=0) != 0).any(axis=1)) + 1
     runs = [(len(run), int(run[0, 1]), int(run[0, 3])) for run in np.split(segments, changes)]
-    queries, keys = (_token_index(segments[:, side], segments[:, side + 1], device) for side in (0, 2))
+    queries, keys = (_token_index(segments[:, side], segments[:, side + 1]) for side in (0, 2))
     return OffDiagonalBlocks(_blocks(runs, False, device), queries, keys)
 
 
-def _token_index(starts: Int64, counts: Int64, device: torch.device) -> TokenIndex:
+def _token_index(starts: Int64, counts: Int64) -> TokenIndex:
     """Index of consecutive ranges: a contiguous range where each starts at the end of the previous one."""
     total = int(counts.sum())
     if np.array_equal(starts[1:], (starts + counts)[:-1]):
         return TokenIndex(int(starts[0]), total)
     index = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(total)
-    return TokenIndex(0, total, torch.from_numpy(index).to(device))
+    return TokenIndex(0, total, torch.from_numpy(index))
 
 
 def _blocks(runs: Sequence[tuple[int, int, int]], causal: bool, device: torch.device) -> Blocks:
     bounds = None
     if kernels.on(device).variable_length:
         each = np.repeat([run[1:] for run in runs], [run[0] for run in runs], axis=0)
-        ends = torch.from_numpy(np.concatenate([[[0, 0]], each.cumsum(axis=0)]).astype(np.int32)).to(device)
-        bounds = ends[:, 0].contiguous(), ends[:, 1].contiguous()
+        ends = torch.from_numpy(np.concatenate([[[0, 0]], each.cumsum(axis=0)]).astype(np.int32))
+        bounds = ends[:, 0], ends[:, 1]
     return Blocks(tuple(runs), causal, bounds)

@@ -47,8 +47,8 @@ class FailedSamples:
         if dist.get_world_size() == 1:
             failed = set(step.failed)
         else:
-            count = torch.tensor([len(step.failed)], device=device.torch_device())
-            dist.all_reduce(count)
+            count = torch.tensor([len(step.failed)])
+            dist.all_reduce(count, group=device.host_group())
             if not count.item():
                 return step, ()
             by_rank: list[tuple[int, ...]] = [()] * dist.get_world_size()

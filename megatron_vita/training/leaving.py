@@ -62,8 +62,8 @@ class Leaving:
         """
         code = self._code
         if dist.get_world_size() > 1:
-            largest = torch.tensor([code], device=device.torch_device())
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            largest = torch.tensor([code])
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=device.host_group())
             code = int(largest.item())
         if code == _FAILED:
             on_rank_zero(self._fail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_vita import checkpoint
+from megatron_vita import checkpoint, device
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.config import StageConfig
 from megatron_vita.convert.opening import DECODER
@@ -27,6 +28,7 @@ from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training import weights as start
+from megatron_vita.training.device_batch import prepare_batch
 from megatron_vita.training.optimizer import build_optimizer
 
 STARTED_FROM = "started_from"
@@ -70,7 +72,16 @@ class Session(ModelAndOptimizer):
             holds_tower=groups.first_stage and self.stage.model.vision is not None,
         )
         consumed = 0 if valid else self.state.consumed_packs
-        return PackLoader(self.stage.data, self.stage.train, coords, consumed_packs=consumed, valid=valid)
+        comm_type = self.stage.parallel.cp_comm_type
+        return PackLoader(
+            self.stage.data,
+            self.stage.train,
+            coords,
+            consumed_packs=consumed,
+            valid=valid,
+            prepare=partial(prepare_batch, groups=groups, comm_type=comm_type, target=device.torch_device()),
+            allocate=device.page_locked,
+        )
 
     def close(self) -> None:
         """Free model and optimizer and destroy the process groups, so that the next stage may use another layout.
@@ -141,7 +152,7 @@ def wrap_models(stage: StageConfig, models: list[VitaModel]) -> list[Distributed
         grad_reduce_in_fp32=models[0].config.params_dtype != torch.float64,  # float64 is used by checks only
         overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
         use_distributed_optimizer=True,
-        average_in_collective=False,  # gradients are sums; finalize_grads divides by the labelled tokens
+        average_in_collective=False,  # gradients are sums; forward_backward divides by the labelled tokens
     )
     wrapped: list[DistributedDataParallel] = []
     for model in models:

@@ -13,14 +13,18 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
 
 from megatron_vita import device
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.errors import DataError
+from megatron_vita.parallel.grads import divide_grads
 from megatron_vita.parallel.groups import Groups
+from megatron_vita.parallel.tables import HostTables
+from megatron_vita.training.device_batch import BatchTables, prepare_batch
 from megatron_vita.training.faults import check_finite
 
 
@@ -29,10 +33,12 @@ def forward_backward(
 ) -> torch.Tensor:
     """Run all micro-batches of this rank through megatron-core's pipeline schedule. All ranks call it.
 
+    The gradients are then those of the mean token loss of the global batch, reduced over the ranks.
+
     Args:
         stage: sequence length and micro-batch size are used.
         model_chunks: this rank's chunks, wrapped in DistributedDataParallel.
-        step: this rank's micro-batches.
+        step: this rank's micro-batches, and the labelled tokens of the global batch.
         forward_only: no backward and no gradient reduction.
 
     Returns:
@@ -50,6 +56,8 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    if not forward_only:
+        divide_grads(model_chunks, step.num_labels)
     total = torch.zeros(1, dtype=torch.float64, device=device.torch_device())
     for one in logs:
         total += one["loss_sum"]
@@ -122,13 +130,19 @@ def validate(
     return _mean_loss(groups, loss_sum, num_labels)
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Convert a Batch to the keyword arguments of VitaModel.forward, with tensors on this rank's device."""
+def model_inputs(batch: Batch, groups: Groups, comm_type: str) -> dict[str, Any]:
+    """Convert a Batch to the keyword arguments of VitaModel.forward, with tensors on this rank's device.
+
+    Args:
+        batch: of this rank, `prepared` by `prepare_batch` or not.
+        groups: coordinates of this rank.
+        comm_type: parallel.cp_comm_type.
+    """
     target = device.torch_device()
+    prepared: HostTables[BatchTables] = batch.prepared or prepare_batch(batch, groups, comm_type, target)
+    tables = prepared.to(target)
     return {
-        "tokens": batch.tokens.to(target, non_blocking=True),
-        "labels": batch.labels.to(target, non_blocking=True),
-        "positions": batch.positions.to(target, non_blocking=True),
+        **{field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)},
         "tiles": batch.tiles.to(target, non_blocking=True),
         "layout": batch.layout,
         "routes": batch.routes,
@@ -138,9 +152,10 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """`forward_step_func` of megatron-core's schedules: (output tensor, loss function) of the next micro-batch."""
     batch = next(batches)
-    if not get_attr_wrapped_model(model, "pre_process"):  # only the first virtual stage encodes the tiles
+    vita = unwrap_model(model, (DistributedDataParallel, Float16Module))
+    if not vita.pre_process:  # only the first virtual stage encodes the tiles
         batch = dataclasses.replace(batch, tiles=batch.tiles[:0])
-    return model(**model_inputs(batch)), _token_loss
+    return model(**model_inputs(batch, vita.groups, vita.config.cp_comm_type)), _token_loss
 
 
 def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -150,12 +165,11 @@ def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[
         losses: float32 or wider `[labelled tokens of this rank]`.
 
     Returns:
-        (sum of losses, int32 number of labelled tokens, values to log). megatron-core sums the numbers over
-        micro-batches and ranks and divides the gradients by the total, so every labelled token of the global batch
-        weighs the same.
+        (sum of losses, int32 number of labelled tokens, values to log). megatron-core sums the numbers for
+        its own division of gradients, which `divide_grads` replaces.
     """
     loss_sum = losses.sum()
-    num_tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    num_tokens = torch.tensor(losses.numel(), dtype=torch.int)  # on the CPU, as megatron-core's own of other stages
     return loss_sum, num_tokens, {"loss_sum": loss_sum.detach().double()}
 
 

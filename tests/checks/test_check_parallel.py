@@ -45,18 +45,14 @@ def _wrong_scale(chunks: list[Any], *arguments: Any, **named: Any) -> None:
                 parameter.main_grad *= 1 + 1e-6
 
 
-def _miscount(losses: torch.Tensor) -> Any:
-    """A label too many in the normaliser, from the second rank alone."""
-    total, count, log = token_loss(losses)
-    return total, count + (dist.get_rank() == 1), log
+def _miscount(chunks: Any, labels: int) -> None:
+    """A label too many in the normaliser, on the second rank alone."""
+    grads.divide_grads(chunks, labels + (dist.get_rank() == 1))
 
 
-token_loss = step._token_loss
-
-
-def _shifted(batch: Any) -> dict[str, Any]:
+def _shifted(*arguments: Any) -> dict[str, Any]:
     """A label is one place off, on the second rank alone."""
-    inputs = step_model_inputs(batch)
+    inputs = step_model_inputs(*arguments)
     if dist.get_rank() == 1:
         inputs["labels"] = inputs["labels"].roll(1)
     return inputs
@@ -82,7 +78,7 @@ vocab_parallel_loss = loss.vocab_parallel_loss
     ("grid", "place", "instead", "first"),
     [
         ("tp=2 sp=on", (setup, "finalize_grads"), _wrong_scale, f"gradient of {FC2}"),
-        ("dp=2", (step, "_token_loss"), _miscount, "gradient of language_model.output_layer.weight"),
+        ("dp=2", (step, "divide_grads"), _miscount, "gradient of language_model.output_layer.weight"),
         (
             "tp=2",
             (grads, "tensor_parallel_sum_"),

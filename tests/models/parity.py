@@ -15,7 +15,7 @@ from megatron_vita.config import ModelConfig, ParallelConfig, StageConfig, Train
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model, global_name, local_shard
 from megatron_vita.models.vita import VitaModel
-from megatron_vita.parallel.grads import finalize_grads
+from megatron_vita.parallel.grads import divide_grads, finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
 
 VISION = VisionConfig(
@@ -146,11 +146,12 @@ def one_step(
         micro_batch_size=1,
         forward_only=False,
     )
+    labels = sum(int((packed_seq.labels >= 0).sum()) for packed_seq in packed_seqs)
+    divide_grads(wrapped, labels)
     if after is not None:
         return models, groups, after(wrapped)
     total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=dtype)
     torch.distributed.all_reduce(total, group=groups.collection.dp_cp)
-    labels = sum(int((packed_seq.labels >= 0).sum()) for packed_seq in packed_seqs)
     return models, groups, float(total) / max(labels, 1)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.layout import SequenceLayout
-from megatron_vita.parallel.schedule import Schedule, TokenIndex, build_schedule
+from megatron_vita.parallel.schedule import Schedule, build_schedule
+from megatron_vita.parallel.tables import TokenIndex
 from tests.packed_lengths import MIXES, packed_documents
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_vita.config import ParallelConfig
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.parallel.groups import build_groups, destroy_groups
-from megatron_vita.parallel.tiles import exchange_features
+from megatron_vita.parallel.tiles import build_exchange, exchange_features
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -36,7 +36,8 @@ def _check_one(groups: Any, first: Any) -> None:
     features = torch.arange(visual_tokens * 3, dtype=torch.float64).view(visual_tokens, 3) + 1
     mine = routes.tiles_of(groups.group_rank)
     local = features[mine.start * 4 : mine.stop * 4].clone().requires_grad_()
-    got, index = exchange_features(local, routes, groups)
+    exchange = build_exchange(routes, groups.group_rank, torch.device("cpu"))
+    got, index = exchange_features(local, exchange, groups), exchange.index
 
     positions = layout.local_positions(groups.cp_rank)
     if groups.sequence_parallel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -34,3 +36,10 @@ class Batch:
     """Which visual token goes to which position; the same on every rank of the tensor x context group."""
     sample_ids: tuple[int, ...]
     """Samples of the packed sequence, by their number in the shards' samples file."""
+    prepared: Any = None
+    """What the loader's `prepare` made of the batch as it is; None: nothing, or its labels have changed since."""
+
+    @property
+    def labelled(self) -> torch.Tensor:
+        """int64 `[n]`; indices of the tokens with a label among the s/cp, ascending."""
+        return torch.from_numpy(np.flatnonzero(self.labels.numpy() >= 0))

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,8 @@ class PackLoader:
         *,
         consumed_packs: int = 0,
         valid: bool = False,
+        prepare: Callable[[Batch], Any] | None = None,
+        allocate: Callable[..., torch.Tensor] = torch.empty,
     ) -> None:
         """Open the shards and start to decode the first step.
 
@@ -108,6 +111,8 @@ class PackLoader:
             coords: this rank.
             consumed_packs: where the stream continues.
             valid: read `data.valid_data_path` instead, in an order that is the same for every seed.
+            prepare: called with every batch in a worker, while its tiles are decoded; gives its `prepared`.
+            allocate: (shape, dtype=) -> uninitialised memory for the tiles, on the CPU.
 
         Raises:
             ConfigError: the shards do not exist, or the batch does not split.
@@ -132,6 +137,7 @@ class PackLoader:
                 f"{data.seq_length}. Make them equal."
             )
         self._data, self._train, self._coords = data, train, coords
+        self._prepare, self._allocate = prepare, allocate
         self.order = order_of(self.shards, data, train, valid=valid)
         self._next = consumed_packs
         self._threads = ThreadPoolExecutor(data.num_workers, "tiles") if data.num_workers else None
@@ -187,7 +193,7 @@ class PackLoader:
         routes = TileRoutes(layout, packed.first_token, shards.manifest.tokens_per_tile, coords.tp_size)
         own = routes.tiles_of(coords.group_rank)
         tile_ids = packed.tile_ids[own.start : own.stop] if coords.holds_tower else packed.tile_ids[:0]
-        tiles = blank_tiles(shards, len(tile_ids))
+        tiles = blank_tiles(shards, len(tile_ids), self._allocate)
         failed = [self._read(tiles[run], tile_ids[run]) for run in picture_runs(shards, tile_ids, _RUN)]
         tokens, labels, positions = local_tokens(shards, packed, layout, coords.cp_rank)
         batch = Batch(
@@ -200,6 +206,8 @@ class PackLoader:
             routes=routes,
             sample_ids=tuple(packed.sample_ids.tolist()),
         )
+        if self._prepare is not None:
+            batch = dataclasses.replace(batch, prepared=self._prepare(batch))
         return _Slice(batch, packed, failed)
 
     def _read(self, tiles: torch.Tensor, tile_ids: Int64) -> Callable[[], list[int]]:
@@ -266,12 +274,12 @@ def mask_samples(step: StepBatches, failed_ids: Iterable[int]) -> StepBatches:
     batches = []
     for batch, packed in zip(step.micro_batches, step.packed, strict=True):
         gone = np.flatnonzero(np.isin(packed.sample_ids, list(new)))
-        labels = batch.labels
         if len(gone):
-            labels = labels.clone()
+            labels = batch.labels.clone()
             local = batch.layout.local_positions(step.cp_rank)
             for index in gone.tolist():
                 first, last = np.searchsorted(local, packed.sample_starts[index : index + 2]).tolist()
                 labels[0, first:last] = IGNORE_INDEX
-        batches.append(dataclasses.replace(batch, labels=labels))
+            batch = dataclasses.replace(batch, labels=labels, prepared=None)
+        batches.append(batch)
     return dataclasses.replace(step, micro_batches=batches, num_labels=num_labels, masked=step.masked | new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -123,10 +123,10 @@ def read_tiles(shards: ShardSet, tile_ids: Int64) -> tuple[torch.Tensor, list[in
     return pixels, read_tiles_into(pixels, shards, tile_ids)
 
 
-def blank_tiles(shards: ShardSet, number: int) -> torch.Tensor:
-    """Zeros to decode tiles into: uint8 `[number, 3, S, S]`."""
+def blank_tiles(shards: ShardSet, number: int, allocate: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
+    """Zeros to decode tiles into, in memory of `allocate(shape, dtype=)`: uint8 `[number, 3, S, S]`."""
     size = shards.spec.image_size
-    return torch.zeros((number, 3, size, size), dtype=torch.uint8)
+    return allocate((number, 3, size, size), dtype=torch.uint8).zero_()
 
 
 def read_tiles_into(pixels: torch.Tensor, shards: ShardSet, tile_ids: Int64, who: str = "") -> list[int]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_vita.config import IMAGE_NORMS, VisionConfig
+from megatron_vita.device import torch_device
 from megatron_vita.models.activations import quick_gelu
 from megatron_vita.models.layer_specs import tower_spec
 from megatron_vita.models.norms import LayerNorm
@@ -93,7 +94,9 @@ class VisionTower(MegatronModule):
         )
         if vision.post_norm:
             self.ln_post = LayerNorm(config, hidden, vision.norm_epsilon)
-        mean, std = (torch.tensor(one, dtype=torch.float32) for one in IMAGE_NORMS[vision.image_norm])
+        mean, std = (
+            torch.tensor(one, dtype=torch.float32, device=torch_device()) for one in IMAGE_NORMS[vision.image_norm]
+        )
         # Not buffers: megatron-core's Float16Module would cast them to bfloat16.
         self._mean, self._std = mean.view(3, 1, 1) * 255, std.view(3, 1, 1) * 255
 

@@ -1,0 +1,51 @@
+"""A Batch on the device: every table that the forward pass of one packed sequence needs, copied there at once.
+
+The loader's workers call `prepare_batch`; the training loop then starts one copy of the tables and one of the tiles,
+and the host waits for neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vita.data.loading.batch import Batch
+from megatron_vita.parallel.groups import Groups
+from megatron_vita.parallel.schedule import Schedule, host_schedule
+from megatron_vita.parallel.tables import HostTables, gather_tables
+from megatron_vita.parallel.tiles import FeatureExchange, host_exchange
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTables:
+    """Arguments of VitaModel.forward, which describes them, except for `tiles` and what holds no tensors."""
+
+    tokens: Tensor
+    labels: Tensor
+    labelled: Tensor
+    positions: Tensor
+    schedule: Schedule
+    exchange: FeatureExchange | None
+    """None behind the first pipeline stage, which alone has visual tokens."""
+
+
+def prepare_batch(batch: Batch, groups: Groups, comm_type: str, target: torch.device) -> HostTables[BatchTables]:
+    """Compute all tables of a batch and lay them out in one page-locked buffer. No communication; any thread.
+
+    Args:
+        batch: of this rank.
+        groups: coordinates of this rank; its process groups are not used.
+        comm_type: parallel.cp_comm_type.
+        target: the device that the tables go to (by HostTables.to), whose kernels decide how attention is cut.
+    """
+    tables = BatchTables(
+        tokens=batch.tokens,
+        labels=batch.labels,
+        labelled=batch.labelled,
+        positions=batch.positions,
+        schedule=host_schedule(batch.layout, groups.cp_rank, target, comm_type),
+        exchange=host_exchange(batch.routes, groups.group_rank) if groups.first_stage else None,
+    )
+    return gather_tables(tables)
