@@ -43,6 +43,16 @@ def test_asking_for_a_gpu_does_not_initialise_cuda(monkeypatch: pytest.MonkeyPat
         assert device.has_accelerator() == (count > 0)
 
 
+def test_the_host_group_is_made_once_and_only_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(device, "new_host_group", lambda: made.append(object()) or made[-1])
+    for accelerator, groups in ((False, 0), (True, 1)):
+        monkeypatch.setattr(device, "has_accelerator", lambda there=accelerator: there)
+        assert device.host_group() is device.host_group()
+        assert len(made) == groups
+    device._host_group.cache_clear()
+
+
 _META = """
 from megatron_vita import device
 device.install()

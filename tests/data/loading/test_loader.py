@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from megatron_vita.config import DataConfig, ModelConfig, StageConfig, TrainConfig, VisionConfig
 from megatron_vita.data.example import Example
+from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.compatible import check_compatible
 from megatron_vita.data.loading.loader import PackLoader, RankCoords, StepBatches, mask_samples
 from megatron_vita.data.shards.manifest import load_manifest
@@ -247,6 +249,36 @@ def test_worker_threads_change_nothing(made: tuple[Path, list[Example]], workers
             for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
                 assert a.sample_ids == b.sample_ids
                 assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "labels", "tiles", "tile_ids"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_prepared_where_they_are_made_and_again_unprepared_once_masked(
+    broken: tuple[Path, int], workers: int
+) -> None:
+    prefix, bad = broken
+    threads, shapes = set(), []
+
+    def prepare(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        threads.add(threading.current_thread())
+        return batch.labels, batch.labelled
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        shapes.append(shape)
+        return torch.full(shape, 7, dtype=dtype)
+
+    data = DataConfig(data_path=str(prefix), seq_length=LENGTH, num_workers=workers)
+    with PackLoader(data, TrainConfig(global_batch_size=4), RankCoords(), prepare=prepare, allocate=allocate) as steps:
+        pack = steps.shards.pack_of_sample(bad)
+        step = next(step for step in steps if pack in step.pack_ids)
+    assert (threading.main_thread() in threads) == (workers == 0)
+    for batch in step.micro_batches:
+        labels, labelled = batch.prepared
+        assert labels is batch.labels
+        assert torch.equal(labelled, (labels[0] >= 0).nonzero().squeeze(1))
+        assert tuple(batch.tiles.shape) in shapes
+    assert any((batch.tiles == 0).all(dim=(1, 2, 3)).any() for batch in step.micro_batches), "failed tiles are zero"
+    for batch, row in zip(mask_samples(step, step.failed).micro_batches, step.packed, strict=True):
+        assert (batch.prepared is None) == (bad in row.sample_ids)
 
 
 def test_only_ranks_with_a_tower_read_pictures(broken: tuple[Path, int]) -> None:
