@@ -94,9 +94,7 @@ def make_reference(model: ModelConfig, train: TrainConfig, images: str, reset: b
         if share.requires_grad:  # not, where all that trains is the projector, and the pack has no tile
             share.backward()
         loss_sum += share.item()
-    # megatron-core divides gradients by the labelled tokens in float32, whatever they are: one factor for all of them.
-    factor = float(1 / torch.tensor(count, dtype=torch.float32))
-    grads = {name: _gradient(leaves[name]) * factor for name in trained}
+    grads = {name: _gradient(leaves[name]) / count for name in trained}
     return Reference(weights, loss_sum / count, grads)
 
 

@@ -62,7 +62,9 @@ def _batch(groups: Groups, documents: tuple[int, ...], first_token: tuple[int, .
 def _equal(one: Any, other: Any) -> bool:
     """Equal tensors, and equal objects around them."""
     tensors: list[list[torch.Tensor]] = [[], []]
-    rest = [map_tensors(side, lambda x, kept=kept: kept.append(x)) for side, kept in zip((one, other), tensors)]
+    rest = [
+        map_tensors(side, lambda x, kept=kept: kept.append(x)) for side, kept in zip((one, other), tensors, strict=True)
+    ]
     return str(rest[0]) == str(rest[1]) and all(
         a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*tensors, strict=True)
     )
