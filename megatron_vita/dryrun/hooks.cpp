@@ -7,9 +7,58 @@
 // PyTorch looks the hooks up once, by the name CUDAHooks, so this library is loaded before `import torch` (library.py).
 
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+
 namespace at {
+
+// Host memory that stands for page-locked memory: ordinary, but remembered, so that `is_pinned` tells it apart.
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    char* data = nullptr;
+    if (size > 0) {
+      data = static_cast<char*>(std::malloc(size));
+      if (data == nullptr) throw std::bad_alloc();
+      std::lock_guard<std::mutex> lock(mutex());
+      blocks()[data] = size;
+    }
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
+
+  static bool holds(const void* data) {
+    std::lock_guard<std::mutex> lock(mutex());
+    auto behind = blocks().upper_bound(static_cast<const char*>(data));
+    if (behind == blocks().begin()) return false;
+    --behind;
+    return static_cast<const char*>(data) < behind->first + behind->second;
+  }
+
+ private:
+  static void release(void* data) {
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      blocks().erase(static_cast<const char*>(data));
+    }
+    std::free(data);
+  }
+  // Never destroyed: tensors may be freed after the process's static objects.
+  static std::map<const char*, size_t>& blocks() {
+    static auto* all = new std::map<const char*, size_t>;
+    return *all;
+  }
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex;
+    return *one;
+  }
+};
 
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
@@ -21,6 +70,11 @@ struct CUDAHooks final : CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex current_device() const override { return 0; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  c10::Allocator* getPinnedMemoryAllocator() const override {
+    static auto* allocator = new Pinned;
+    return allocator;
+  }
+  bool isPinnedPtr(const void* data) const override { return Pinned::holds(data); }
 };
 
 REGISTER_CUDA_HOOKS(CUDAHooks);

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -47,8 +47,6 @@ class DryRunMode(TorchDispatchMode):
         self._syncs: Counter[tuple[str, str, str]] = Counter()
         self.phase = "build"
         self.labelled = 0
-        self.pinned: set[int] = set()
-        """Host storages that stand for pinned memory."""
 
     def restart(self) -> None:
         """Forget what was counted."""
@@ -125,7 +123,8 @@ class DryRunMode(TorchDispatchMode):
             return None if non_blocking else "copies to the host"
         if to.type != self._device.type:
             return None
-        pinned = source.untyped_storage()._cdata in self.pinned or (not self._fake and source.is_pinned())
+        with _disable_current_modes():  # a fake tensor is never pinned
+            pinned = type(source) is torch.Tensor and source.is_pinned()
         if non_blocking and pinned:
             return None
         return "copies from the host, " + ("blocking" if pinned else "from memory that is not pinned")

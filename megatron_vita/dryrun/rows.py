@@ -18,6 +18,7 @@ from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.loader import RankCoords, order_of
 from megatron_vita.data.loading.packed_batch import build_packed_sequence
 from megatron_vita.data.shards.reader import ShardSet
+from megatron_vita.device import page_locked
 from megatron_vita.layout import Int64, SequenceLayout, TileRoutes
 
 _TILES = (1, 3, 5, 7, 7, 9, 13)
@@ -59,7 +60,7 @@ class Row:
             labels=torch.from_numpy(labels)[None],
             positions=torch.from_numpy(layout.positions_in_document[local])[None],
             layout=layout,
-            tiles=torch.zeros(tiles, 3, image_size, image_size, dtype=torch.uint8),
+            tiles=page_locked((tiles, 3, image_size, image_size), torch.uint8).zero_(),
             tile_ids=torch.zeros(tiles, dtype=torch.int64),
             routes=routes,
             sample_ids=(0,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_vita.dryrun.rows import rows_of
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
 from megatron_vita.parallel.groups import Groups
+from megatron_vita.training.device_batch import prepare_batch
 from megatron_vita.training.setup import ModelAndOptimizer, build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
@@ -117,7 +119,9 @@ def _step(stage: StageConfig, coords: RankCoords, world_size: int) -> StepBatche
     batches: dict[int, Any] = {}
     for row in rows:
         if id(row) not in batches:
-            batches[id(row)] = row.batch(coords, *sizes)
+            batch = row.batch(coords, *sizes)
+            prepared = prepare_batch(batch, coords, stage.parallel.cp_comm_type, device.torch_device())
+            batches[id(row)] = dataclasses.replace(batch, prepared=prepared)
     micro_batches = [batches[id(row)] for row in rows]
     labels = sum(stop - start for row in rows for start, stop in row.answers)
     return StepBatches(

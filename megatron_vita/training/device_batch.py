@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.data.loading.batch import Batch
+from megatron_vita.data.loading.loader import RankCoords
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.schedule import Schedule, host_schedule
 from megatron_vita.parallel.tables import HostTables, gather_tables
@@ -28,15 +29,29 @@ class BatchTables:
     positions: Tensor
     schedule: Schedule
     exchange: FeatureExchange | None
-    """None behind the first pipeline stage, which alone has visual tokens."""
+    """None on ranks that hold no tower."""
 
 
-def prepare_batch(batch: Batch, groups: Groups, comm_type: str, target: torch.device) -> HostTables[BatchTables]:
+def coords_of_groups(groups: Groups, *, tower: bool) -> RankCoords:
+    """This rank's coordinates; `tower`: the model has one, which the first pipeline stage holds."""
+    return RankCoords(
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        cp_rank=groups.cp_rank,
+        cp_size=groups.cp_size,
+        tp_rank=groups.tp_rank,
+        tp_size=groups.tp_size,
+        sequence_parallel=groups.sequence_parallel,
+        holds_tower=groups.first_stage and tower,
+    )
+
+
+def prepare_batch(batch: Batch, coords: RankCoords, comm_type: str, target: torch.device) -> HostTables[BatchTables]:
     """Compute all tables of a batch and lay them out in one page-locked buffer. No communication; any thread.
 
     Args:
         batch: of this rank.
-        groups: coordinates of this rank; its process groups are not used.
+        coords: of this rank.
         comm_type: parallel.cp_comm_type.
         target: the device that the tables go to (by HostTables.to), whose kernels decide how attention is cut.
     """
@@ -45,7 +60,7 @@ def prepare_batch(batch: Batch, groups: Groups, comm_type: str, target: torch.de
         labels=batch.labels,
         labelled=batch.labelled,
         positions=batch.positions,
-        schedule=host_schedule(batch.layout, groups.cp_rank, target, comm_type),
-        exchange=host_exchange(batch.routes, groups.group_rank) if groups.first_stage else None,
+        schedule=host_schedule(batch.layout, coords.cp_rank, target, comm_type),
+        exchange=host_exchange(batch.routes, coords.group_rank) if coords.holds_tower else None,
     )
     return gather_tables(tables)

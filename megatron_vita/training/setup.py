@@ -19,7 +19,7 @@ from megatron_vita import checkpoint, device
 from megatron_vita.checkpoint.history import DataSummary, SourceSummary
 from megatron_vita.config import StageConfig
 from megatron_vita.convert.opening import DECODER
-from megatron_vita.data.loading.loader import PackLoader, RankCoords
+from megatron_vita.data.loading.loader import PackLoader
 from megatron_vita.data.shards.manifest import Manifest
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.errors import DamagedError
@@ -28,7 +28,7 @@ from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import finalize_grads
 from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups, forget_groups
 from megatron_vita.training import weights as start
-from megatron_vita.training.device_batch import prepare_batch
+from megatron_vita.training.device_batch import coords_of_groups, prepare_batch
 from megatron_vita.training.optimizer import build_optimizer
 
 STARTED_FROM = "started_from"
@@ -60,17 +60,7 @@ class Session(ModelAndOptimizer):
 
     def loader(self, *, valid: bool = False) -> PackLoader:
         """Loader of this rank's batches, from state.consumed_packs on, or from the start of the validation shards."""
-        groups = self.groups
-        coords = RankCoords(
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            cp_rank=groups.cp_rank,
-            cp_size=groups.cp_size,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-            sequence_parallel=groups.sequence_parallel,
-            holds_tower=groups.first_stage and self.stage.model.vision is not None,
-        )
+        coords = coords_of_groups(self.groups, tower=self.stage.model.vision is not None)
         consumed = 0 if valid else self.state.consumed_packs
         comm_type = self.stage.parallel.cp_comm_type
         return PackLoader(
@@ -79,7 +69,7 @@ class Session(ModelAndOptimizer):
             coords,
             consumed_packs=consumed,
             valid=valid,
-            prepare=partial(prepare_batch, groups=groups, comm_type=comm_type, target=device.torch_device()),
+            prepare=partial(prepare_batch, coords=coords, comm_type=comm_type, target=device.torch_device()),
             allocate=device.page_locked,
         )
 

@@ -21,10 +21,11 @@ from megatron_vita.config import StageConfig
 from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.errors import DataError
+from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.grads import divide_grads
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.tables import HostTables
-from megatron_vita.training.device_batch import BatchTables, prepare_batch
+from megatron_vita.training.device_batch import BatchTables, coords_of_groups, prepare_batch
 from megatron_vita.training.faults import check_finite
 
 
@@ -130,20 +131,18 @@ def validate(
     return _mean_loss(groups, loss_sum, num_labels)
 
 
-def model_inputs(batch: Batch, groups: Groups, comm_type: str) -> dict[str, Any]:
-    """Convert a Batch to the keyword arguments of VitaModel.forward, with tensors on this rank's device.
-
-    Args:
-        batch: of this rank, `prepared` by `prepare_batch` or not.
-        groups: coordinates of this rank.
-        comm_type: parallel.cp_comm_type.
-    """
+def model_inputs(batch: Batch, vita: VitaModel) -> dict[str, Any]:
+    """Convert a Batch, prepared or not, to the keyword arguments of a chunk's forward, with tensors on its device."""
     target = device.torch_device()
-    prepared: HostTables[BatchTables] = batch.prepared or prepare_batch(batch, groups, comm_type, target)
+    prepared: HostTables[BatchTables] | None = batch.prepared
+    if prepared is None:
+        coords = coords_of_groups(vita.groups, tower=vita.vision_model is not None)
+        prepared = prepare_batch(batch, coords, vita.config.cp_comm_type, target)
     tables = prepared.to(target)
+    tiles = batch.tiles if vita.pre_process else batch.tiles[:0]  # only the first virtual stage encodes them
     return {
         **{field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)},
-        "tiles": batch.tiles.to(target, non_blocking=True),
+        "tiles": tiles.to(target, non_blocking=True),
         "layout": batch.layout,
         "routes": batch.routes,
     }
@@ -151,11 +150,8 @@ def model_inputs(batch: Batch, groups: Groups, comm_type: str) -> dict[str, Any]
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """`forward_step_func` of megatron-core's schedules: (output tensor, loss function) of the next micro-batch."""
-    batch = next(batches)
     vita = unwrap_model(model, (DistributedDataParallel, Float16Module))
-    if not vita.pre_process:  # only the first virtual stage encodes the tiles
-        batch = dataclasses.replace(batch, tiles=batch.tiles[:0])
-    return model(**model_inputs(batch, vita.groups, vita.config.cp_comm_type)), _token_loss
+    return model(**model_inputs(next(batches), vita)), _token_loss
 
 
 def _token_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

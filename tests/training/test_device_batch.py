@@ -12,9 +12,10 @@ import torch
 from megatron_vita import device
 from megatron_vita.config import ParallelConfig
 from megatron_vita.data.loading.batch import Batch
+from megatron_vita.data.loading.loader import RankCoords
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.models.build import build_model
-from megatron_vita.parallel.groups import Groups, build_groups, destroy_groups
+from megatron_vita.parallel.groups import build_groups, destroy_groups
 from megatron_vita.parallel.schedule import build_schedule
 from megatron_vita.parallel.tables import map_tensors
 from megatron_vita.parallel.tiles import build_exchange
@@ -34,19 +35,23 @@ SPLITS = [  # tp, cp, sequence parallel, cp_comm_type
 ]
 
 
-def _groups(rank: int, tp: int, cp: int, sequence_parallel: bool) -> Groups:
-    return Groups(
-        collection=None, tower_collection=None, split_tower_collection=None, tp_rank=rank % tp, tp_size=tp,
-        cp_rank=rank // tp, cp_size=cp, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1, sequence_parallel=sequence_parallel,
-    )  # fmt: skip
+def _coords(rank: int, tp: int, cp: int, sequence_parallel: bool) -> RankCoords:
+    return RankCoords(
+        tp_rank=rank % tp, tp_size=tp, cp_rank=rank // tp, cp_size=cp, sequence_parallel=sequence_parallel
+    )
 
 
-def _batch(groups: Groups, documents: tuple[int, ...], first_token: tuple[int, ...]) -> Batch:
+ALONE = _coords(0, 1, 1, False)
+
+
+def _batch(coords: RankCoords, documents: tuple[int, ...], first_token: tuple[int, ...]) -> Batch:
     packed = make_packed([(documents, first_token)])[0]
-    layout = SequenceLayout(documents, cp=groups.cp_size, sp=groups.sequence_shards)
-    routes = TileRoutes(layout, np.array(first_token, dtype=np.int64), MODEL.vision.tokens_per_tile, groups.tp_size)
-    mine = torch.from_numpy(layout.local_positions(groups.cp_rank))
-    own = routes.tiles_of(groups.group_rank)
+    layout = SequenceLayout(documents, cp=coords.cp_size, sp=coords.tp_size if coords.sequence_parallel else 1)
+    assert MODEL.vision is not None
+    first = np.array(first_token, dtype=np.int64)
+    routes = TileRoutes(layout, first, MODEL.vision.tokens_per_tile, coords.tp_size)
+    mine = torch.from_numpy(layout.local_positions(coords.cp_rank))
+    own = routes.tiles_of(coords.group_rank)
     return Batch(
         tokens=packed.tokens[mine][None],
         labels=packed.labels[mine][None],
@@ -76,11 +81,11 @@ def test_prepared_tables_are_those_of_the_layout(
     spec: Any, tp: int, cp: int, sequence_parallel: bool, comm_type: str
 ) -> None:
     for rank in range(tp * cp):
-        groups = _groups(rank, tp, cp, sequence_parallel)
-        batch = _batch(groups, *spec)
-        tables = prepare_batch(batch, groups, comm_type, CPU).to(CPU)
-        assert _equal(tables.schedule, build_schedule(batch.layout, groups.cp_rank, CPU, comm_type))
-        assert _equal(tables.exchange, build_exchange(batch.routes, groups.group_rank, CPU))
+        coords = _coords(rank, tp, cp, sequence_parallel)
+        batch = _batch(coords, *spec)
+        tables = prepare_batch(batch, coords, comm_type, CPU).to(CPU)
+        assert _equal(tables.schedule, build_schedule(batch.layout, coords.cp_rank, CPU, comm_type))
+        assert _equal(tables.exchange, build_exchange(batch.routes, coords.group_rank, CPU))
         assert all(
             torch.equal(getattr(tables, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")
         )
@@ -88,33 +93,28 @@ def test_prepared_tables_are_those_of_the_layout(
         assert tables.labelled.dtype == torch.int64
 
 
-def test_ranks_behind_the_first_stage_exchange_nothing() -> None:
-    groups = dataclasses.replace(_groups(0, 1, 1, False), pp_rank=1, pp_size=2)
-    assert prepare_batch(_batch(groups, *SPECS[0]), groups, "p2p", CPU).tables.exchange is None
-
-
-def test_inputs_come_from_the_prepared_tables_if_there_are_any() -> None:
-    groups = _groups(0, 1, 1, False)
-    plain = _batch(groups, *SPECS[0])
-    prepared = dataclasses.replace(plain, prepared=prepare_batch(plain, groups, "p2p", CPU))
-    inputs = [model_inputs(one, groups, "p2p") for one in (plain, prepared)]
-    assert _equal(*inputs)
-    inside = prepared.prepared.buffer.untyped_storage().data_ptr()
-    assert inputs[1]["labelled"].untyped_storage().data_ptr() == inside
+def test_ranks_without_a_tower_exchange_nothing() -> None:
+    behind = dataclasses.replace(ALONE, holds_tower=False)
+    assert prepare_batch(_batch(behind, *SPECS[0]), behind, "p2p", CPU).tables.exchange is None
 
 
 def _check_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward on the `meta` device, whose tensors have no values that a host could read."""
-    groups = build_groups(ParallelConfig())
-    (model,) = build_model(stage_of({}), groups, dtype=torch.bfloat16, fresh=False)
+    (model,) = build_model(stage_of({}), build_groups(ParallelConfig()), dtype=torch.bfloat16, fresh=False)
+    plain = _batch(ALONE, *SPECS[0])
+    batch = dataclasses.replace(plain, prepared=prepare_batch(plain, ALONE, "p2p", CPU))
+    inputs = model_inputs(batch, model)
+    assert _equal(inputs, model_inputs(plain, model)), "a batch that is not prepared is prepared at once"
+    inside = batch.prepared.buffer.untyped_storage().data_ptr()
+    assert inputs["labelled"].untyped_storage().data_ptr() == inside
+
     model = model.to(META)
     monkeypatch.setattr(device, "torch_device", lambda: META)
-    batch = _batch(groups, *SPECS[0])
-    batch = dataclasses.replace(batch, prepared=prepare_batch(batch, groups, "p2p", META))
+    batch = dataclasses.replace(plain, prepared=prepare_batch(plain, ALONE, "p2p", META))
 
     def step(**instead: Any) -> tuple[list[str], list[str], list[str]]:
         with Copies() as of_inputs:
-            inputs = model_inputs(batch, groups, "p2p")
+            inputs = model_inputs(batch, model)
         with Copies() as of_model:
             model(**{**inputs, **instead}).sum().backward()
         assert all(one.grad is not None for one in model.parameters())
@@ -125,7 +125,7 @@ def _check_step(monkeypatch: pytest.MonkeyPatch) -> None:
     _, copies, _ = step(schedule=None, exchange=None)
     assert copies == ["_to_copy"] * 2, "without tables the model builds its own"
     with Copies() as copies_of_labels, pytest.raises(NotImplementedError, match="nonzero"):
-        model(**{**model_inputs(batch, groups, "p2p"), "labelled": None})
+        model(**{**model_inputs(batch, model), "labelled": None})
     assert copies_of_labels.reads == ["nonzero"]
     destroy_groups()
 
