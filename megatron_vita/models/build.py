@@ -146,7 +146,8 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
+        # On the CPU megatron-core allocates every weight in full, in float32, and cuts its shard out of it.
+        use_cpu_initialization=False,
         # `initialise` below sets the weights. Not perform_initialization=False: megatron-core then would not set the
         # tensor_model_parallel attributes either, and the gradient norm would count one shard of a split weight only.
         init_method=no_init,
@@ -170,7 +171,7 @@ def initialise(model: VitaModel, run_seed: int) -> None:
     A weight therefore depends neither on the layout nor on the rank nor on the other parameters.
 
     Args:
-        model: one chunk, on CPU.
+        model: one chunk.
         run_seed: train.seed.
     """
     settings = model.model
@@ -239,8 +240,8 @@ def local_shard(
         the shape of `parameter`.
     """
     if _is_vocabulary(name):
-        padding = settings.padded_vocab_size(groups.tp_size) - settings.vocab_size
-        full = F.pad(full, (0, 0, 0, padding))
+        shard = full[groups.tp_rank * parameter.shape[0] :][: parameter.shape[0]]
+        return F.pad(shard, (0, 0, 0, parameter.shape[0] - len(shard)))
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     if name.startswith("language_model.") and ".mlp.linear_fc1." in name:

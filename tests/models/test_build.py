@@ -20,6 +20,7 @@ from megatron_vita.models.projector import pixel_shuffle
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from tests.models.parity import MODEL, VISION, inputs_of, make_packed, named, one_step, stage_of
 from tests.models.test_vita_parallel import CP2, PP2, SP2, TP2
+from tests.models.watch import Watch
 from tests.ranks import run_ranks
 
 H, F, V = MODEL.hidden_size, MODEL.ffn_hidden_size, MODEL.vocab_size
@@ -178,6 +179,21 @@ def _check_bfloat16(layouts: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_bfloat16_stays_near() -> None:
     run_ranks(2, _check_bfloat16, [{}, SP2, PP2, CP2])
+
+
+def _check_uninitialised() -> None:
+    groups = build_groups(ParallelConfig(**SP2))
+    vision = dataclasses.replace(VISION, tensor_parallel=True)
+    made: list[torch.Size] = []
+    with Watch(lambda new, _: made.append(new.shape) if new.is_floating_point() else None):
+        (model,) = build_model(stage_of(SP2, model=dataclasses.replace(MODEL, vision=vision)), groups, fresh=False)
+    largest = max(made, key=lambda shape: shape.numel())
+    assert largest.numel() == max(parameter.numel() for parameter in model.parameters()), largest
+    destroy_groups()
+
+
+def test_a_model_that_will_be_loaded_allocates_its_shards_only() -> None:
+    run_ranks(2, _check_uninitialised)
 
 
 def test_pixel_shuffle_follows_the_formula() -> None:

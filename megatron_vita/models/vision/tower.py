@@ -55,7 +55,7 @@ def tower_config(vision: VisionConfig, dtype: torch.dtype, tensor_parallel_size:
         attention_dropout=0.0,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
+        use_cpu_initialization=False,  # as models/build.py does, and for its reason
         init_method=no_init,
         output_layer_init_method=no_init,
         bias_activation_fusion=False,
