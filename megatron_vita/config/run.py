@@ -152,7 +152,8 @@ def _divides(where: str, name: str, value: int, by_name: str, by: int, instead: 
 
 def _nearest_divisors(value: int, to: int) -> str:
     """The divisors of `value` nearest to `to`, below and above, for an error message."""
-    divisors = [one for one in range(1, value + 1) if value % one == 0]
+    small = [one for one in range(1, math.isqrt(value) + 1) if value % one == 0]
+    divisors = {*small, *(value // one for one in small)}
     near = [
         max((one for one in divisors if one < to), default=None),
         min((one for one in divisors if one > to), default=None),

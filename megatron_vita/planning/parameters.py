@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vita.config import ModelConfig, VisionConfig
+from megatron_vita.config import ModelConfig, ParallelConfig, VisionConfig
+from megatron_vita.config.pipeline import pipeline_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(table, layer, model.num_layers, head, tower, projector)
 
 
+def matrix_parameters(model: ModelConfig) -> int:
+    """Parameters of one decoder layer's matrices: all but norms and biases."""
+    queries, keys_values = model.num_attention_heads * model.head_dim, 2 * model.num_query_groups * model.head_dim
+    return model.hidden_size * (2 * queries + keys_values + 3 * model.ffn_hidden_size)
+
+
 def _tower(vision: VisionConfig) -> int:
     """Patch embedding, class token, position embedding, outer norms, and the blocks that are built."""
     h, ffn, family = vision.hidden_size, vision.ffn_hidden_size, vision.family
@@ -64,3 +71,57 @@ def _tower(vision: VisionConfig) -> int:
     norm = h if vision.normalization == "RMSNorm" else 2 * h
     block = attention + mlp + 2 * norm + 2 * h * family.layer_scale
     return patches + positions + outer_norms + vision.built_layers * block
+
+
+@dataclass(frozen=True, slots=True)
+class RankParameters:
+    """Parameters on one rank, by part; vocabulary padded and split, norms replicated."""
+
+    embedding: int
+    layers: int
+    head: int
+    """Final norm, and the output layer or the last stage's copy of a tied embedding."""
+    tower: int
+    projector: int
+
+    @property
+    def decoder(self) -> int:
+        """Parameters of the language model."""
+        return self.embedding + self.layers + self.head
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.decoder + self.tower + self.projector
+
+
+def rank_parameters(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> RankParameters:
+    """Count the parameters of one pipeline rank, on each of its tensor ranks.
+
+    Raises:
+        ConfigError: the layers do not fit the pipeline.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    first, last = pp_rank == 0, pp_rank == pp - 1
+    counted = count_parameters(model)
+    replicated = 2 * model.hidden_size + 2 * model.head_dim * model.qk_layernorm
+    layer = (counted.layer - replicated) // tp + replicated
+    table = model.padded_vocab_size(tp) // tp * model.hidden_size
+    owns_table = last and (model.untie_embeddings_and_output_weights or pp > 1)
+    tower = counted.tower
+    if model.vision is not None and model.vision.tensor_parallel:
+        tower -= _tower_split(model.vision) * (tp - 1) // tp
+    return RankParameters(
+        embedding=table * first,
+        layers=layer * pipeline_split(parallel, model.num_layers).on_rank(pp_rank),
+        head=table * owns_table + model.hidden_size * last,
+        tower=tower * first,
+        projector=counted.projector * first,
+    )
+
+
+def _tower_split(vision: VisionConfig) -> int:
+    """Parameters of the tower that a tensor-parallel tower splits: matrices, and the biases of column-parallel ones."""
+    h, ffn = vision.hidden_size, vision.ffn_hidden_size
+    attention = 3 * h * h + 3 * h * vision.add_qkv_bias + h * h + 2 * h * vision.qk_layernorm
+    return vision.built_layers * (attention + 2 * h * ffn + ffn)
