@@ -15,6 +15,7 @@ from megatron_vita.inference.sequence import Sequence
 from megatron_vita.layout import SequenceLayout
 from megatron_vita.parallel.decode_tables import DecodeTables
 from megatron_vita.parallel.kv_cache import CachedPrefix, CacheStep, KVCache
+from megatron_vita.parallel.tables import gather_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +85,22 @@ def build_batch(plan: StepPlan, blocks: BlockManager, cache: KVCache, device: to
     written = None
     if len(prefilled) + len(owned) < local_length + len(decodes):
         index = np.concatenate([np.arange(len(prefilled)), local_length + np.array(owned, dtype=np.int64)])
-        written = torch.from_numpy(index).to(device)
+        written = torch.from_numpy(index)
+    token_ids, position_ids, new_slots = (torch.from_numpy(np.concatenate(one)) for one in (tokens, positions, slots))
+    tables = gather_tables((token_ids[None], position_ids[None], new_slots, written)).to(device)
     step = CacheStep(
         cache=cache,
         prefill_tokens=local_length,
         prefixes=tuple(prefixes),
         decodes=_decode_tables(plan, cache, device) if decodes else None,
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        rows=written,
+        slots=tables[2],
+        rows=tables[3],
     )
     return StepBatch(
         plan=plan,
         layout=layout,
-        tokens=torch.from_numpy(np.concatenate(tokens))[None].to(device),
-        positions=torch.from_numpy(np.concatenate(positions))[None].to(device),
+        tokens=tables[0],
+        positions=tables[1],
         step=step,
         sampled=(*(chunk.sequence for chunk in plan.chunks if chunk.last), *decodes),
         ends=tuple(ends),

@@ -136,6 +136,9 @@ def decoder_config(stage: StageConfig, dtype: torch.dtype, implementation: str) 
         # Megatron's defaults: the interleaved schedule overlaps p2p communication, which excludes batched p2p.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # Otherwise every exchange ends with torch.cuda.synchronize(), against a race in batch_isend_irecv that PyTorch
+        # mended in 1.13 (its pull request 82450).
+        batch_p2p_sync=False,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         cp_comm_type=parallel.cp_comm_type,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita import kernels
+from megatron_vita.parallel.tables import gather_tables
 
 Runs = Sequence[tuple[int, int]]
 """(first slot, tokens) of each run of a sequence's cached tokens on one rank, in the order of writing."""
@@ -111,5 +112,5 @@ def _pages(tables: Sequence[Runs], block_size: int, device: torch.device) -> Pag
             blocks = np.concatenate([np.arange(*end) for end in ends])
             table[row, : len(blocks)] = blocks
     arrays = (np.arange(len(tables) + 1, dtype=np.int32), table, np.array(lengths, dtype=np.int32))
-    bounds, pages, counts = (torch.from_numpy(array).to(device) for array in arrays)
-    return Pages(bounds, pages, counts, max(lengths), block_size)
+    bounds, pages, counts = (torch.from_numpy(array) for array in arrays)
+    return gather_tables(Pages(bounds, pages, counts, max(lengths), block_size)).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -87,6 +88,20 @@ def _check_bfloat16() -> None:
 
 def test_bfloat16_stays_near() -> None:
     run_ranks(2, _check_bfloat16)
+
+
+def _check_no_wait() -> None:
+    def waits() -> None:
+        raise AssertionError("the host waits for the GPU")
+
+    with mock.patch.object(torch.cuda, "synchronize", waits):
+        for parallel in (PP2, VPP2):
+            one_step(stage_of(parallel, model=SIX_LAYERS), make_packed())
+            destroy_groups()
+
+
+def test_stages_exchange_hidden_states_without_a_wait_of_the_host() -> None:
+    run_ranks(2, _check_no_wait)
 
 
 def _settings(parallel: dict[str, Any], seed: int) -> Any:
