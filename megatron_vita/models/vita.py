@@ -174,7 +174,7 @@ class VitaModel(MegatronModule):
         return self.vision_model, self.vision_projection
 
     def _visual_tokens(
-        self, routes: TileRoutes, tiles: Tensor, exchange: FeatureExchange | None
+        self, routes: TileRoutes, tiles: Tensor, exchange: FeatureExchange | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """Encode this rank's tiles and exchange their visual tokens: those of this rank [r, h] and their local indices
         [r]; None for a model without a tower."""

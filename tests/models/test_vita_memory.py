@@ -75,7 +75,7 @@ def _check_shares(layouts: list[dict[str, Any]]) -> None:
         large: list[str] = []
 
         def seen(tensor: torch.Tensor, callers: list[str], share: int = share, large: list[str] = large) -> None:
-            if tensor.numel() > share:
+            if tensor.nbytes > 8 * share:  # in bytes of float64: a buffer of bytes holds tables of several dtypes
                 large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
 
         with Watch(seen):
@@ -105,7 +105,7 @@ def _check_splice() -> None:
         large: list[str] = []
 
         def seen(tensor: torch.Tensor, callers: list[str], share: int = share, large: list[str] = large) -> None:
-            if tensor.numel() > share and not any(name in one for one in callers[:2] for name in EXEMPT):
+            if tensor.nbytes > 8 * share and not any(name in one for one in callers[:2] for name in EXEMPT):
                 large.append(f"{tuple(tensor.shape)} {tensor.dtype} by {callers[:6]}")
 
         with Watch(seen):
