@@ -40,7 +40,9 @@ def document_attention(
         [t, h, d], the dtype of q.
     """
     if schedule.comm_type != "a2a":
-        return _DocumentAttention.apply(q, k, v, schedule, cp_group, scale)
+        # The rotary embedding copied q and k. v is still a view of the projection of all three, and saved for the
+        # backward it would keep their memory: 1.2 GB over 48 layers of 16,384 tokens.
+        return _DocumentAttention.apply(q, k, v.contiguous(), schedule, cp_group, scale)
     assert cp_group is not None
     per_rank = [x.unflatten(1, (cp_group.size(), -1)) for x in (q, k, v)]
     qkv = exchange.scatter_heads(torch.cat(per_rank, dim=2), schedule, cp_group)

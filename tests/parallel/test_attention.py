@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_vita.layout import SequenceLayout
 from megatron_vita.parallel.attention import document_attention
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from megatron_vita.parallel.schedule import build_schedule
+from tests.models.watch import Watch
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -82,6 +84,20 @@ def _compare(
 def test_one_rank_equals_the_definition(documents: tuple[int, ...], strided: bool) -> None:
     for heads in HEADS.values():
         _compare(documents, heads=heads, strided=strided)
+
+
+def test_the_projection_of_queries_keys_and_values_is_not_kept() -> None:
+    """v is a view of it; q and k are copies, by the rotary embedding."""
+    schedule = build_schedule(SequenceLayout((72,)), 0, CPU)
+    with Watch() as watch:
+        mixed = torch.randn(72, 8 * 16, requires_grad=True) * 1.0
+        q, k, v = (x.unflatten(1, (-1, 16)) for x in mixed.split([96, 16, 16], dim=1))
+        out = document_attention(q * 1.0, k * 1.0, v, schedule, None, 0.25)
+        before = watch.live
+        del mixed, q, k, v
+        gc.collect()
+        assert before - watch.live == 72 * 8 * 16 * 4
+    assert out.requires_grad
 
 
 def _check_all(cp: int) -> None:
