@@ -34,6 +34,8 @@ from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.loss import vocab_parallel_loss
 from megatron_vita.parallel.rotary import RotaryTable
 from megatron_vita.parallel.schedule import Schedule
+from megatron_vita.parallel.selection import SelectedTokens, gather_selected, host_selection
+from megatron_vita.parallel.tables import gather_tables
 from megatron_vita.parallel.tiles import FeatureExchange, build_exchange, exchange_features
 
 
@@ -75,7 +77,7 @@ class VitaModel(MegatronModule):
         routes: TileRoutes,
         tiles: Tensor,
         labels: Tensor | None = None,
-        labelled: Tensor | None = None,
+        labelled: SelectedTokens | None = None,
         logits_indices: Tensor | None = None,
         schedule: Schedule | None = None,
         exchange: FeatureExchange | None = None,
@@ -90,8 +92,8 @@ class VitaModel(MegatronModule):
             routes: tiles of the packed sequence and the destinations of their visual tokens.
             tiles: uint8 [n_local, 3, S, S], the tiles that this rank encodes; n_local may be 0. First stage only.
             labels: int64 [1, s/cp], shifted, -100 where there is no loss. Last stage only.
-            labelled: int64 [n], indices of the labels that are not -100, ascending; None: found on the device, for
-                which the host waits.
+            labelled: the tokens whose labels are not -100, on the device; None: found in `labels`, for which the host
+                waits.
             logits_indices: int64 [n], indices into the s/cp local tokens whose logits are returned. Last stage only,
                 and only without labels.
             schedule: this rank's attention blocks, on the device; None: built from layout, which copies its tables.
@@ -114,7 +116,7 @@ class VitaModel(MegatronModule):
         if not self.post_process or (labels is None and logits_indices is None):
             return hidden
         if logits_indices is not None:
-            return self.logits(self._output_layer_input(hidden, logits_indices))
+            return self.logits(self._output_layer_input(hidden, self._select(logits_indices, hidden)))
         return self._losses(hidden, labels, labelled)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -202,18 +204,21 @@ class VitaModel(MegatronModule):
         parts = [self.language_model.embedding, self.vision_model, self.vision_projection]
         return any(parameter.requires_grad for part in parts if part is not None for parameter in part.parameters())
 
-    def _gather_sequence(self, hidden: Tensor) -> Tensor:
-        """[t, 1, h] -> [s/cp, h]: undo the sequence-parallel split."""
-        if self.groups.sequence_parallel:
-            hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
-        return hidden.squeeze(1)
+    def _select(self, index: Tensor, hidden: Tensor) -> SelectedTokens:
+        """Tables of the tokens at `index` [n] of the s/cp, on the device; the host waits for them."""
+        ranks = self.groups.sequence_shards
+        rank = self.groups.tp_rank if ranks > 1 else 0
+        tables = host_selection(index.cpu(), len(hidden) * ranks, rank=rank, ranks=ranks)
+        return gather_tables(tables).to(hidden.device)
 
-    def _output_layer_input(self, hidden: Tensor, index: Tensor) -> Tensor:
+    def _output_layer_input(self, hidden: Tensor, selected: SelectedTokens) -> Tensor:
         """[n, h]: the selected tokens; the backward sums gradients over the tensor ranks (one per vocabulary shard)."""
-        selected = self._gather_sequence(hidden).index_select(0, index)
+        group = self.groups.collection.tp
         if self.groups.sequence_parallel:
-            return selected  # the backward of the gather is a reduce-scatter
-        return mappings.copy_to_tensor_model_parallel_region(selected, group=self.groups.collection.tp)
+            return gather_selected(hidden.squeeze(1), selected, group)
+        return mappings.copy_to_tensor_model_parallel_region(
+            hidden.squeeze(1).index_select(0, selected.index), group=group
+        )
 
     def _output_layer_weight(self) -> Tensor:
         """[padded vocabulary / tp, h]."""
@@ -222,15 +227,15 @@ class VitaModel(MegatronModule):
         weight: Tensor = self.language_model.output_layer.weight
         return weight
 
-    def _losses(self, hidden: Tensor, labels: Tensor | None, labelled: Tensor | None) -> Tensor:
+    def _losses(self, hidden: Tensor, labels: Tensor | None, labelled: SelectedTokens | None) -> Tensor:
         assert labels is not None, "the loss needs labels"
         flat = labels.reshape(-1)
         if labelled is None:
-            labelled = (flat >= 0).nonzero().squeeze(1)
+            labelled = self._select((flat >= 0).nonzero().squeeze(1), hidden)
         return vocab_parallel_loss(
             self._output_layer_input(hidden, labelled),
             self._output_layer_weight(),
-            flat.index_select(0, labelled),
+            flat.index_select(0, labelled.index),
             vocab_size=self.model.vocab_size,
             group=self.groups.collection.tp,
         )

@@ -15,6 +15,7 @@ from megatron_vita.data.loading.batch import Batch
 from megatron_vita.data.loading.loader import RankCoords
 from megatron_vita.parallel.groups import Groups
 from megatron_vita.parallel.schedule import Schedule, host_schedule
+from megatron_vita.parallel.selection import SelectedTokens, host_selection
 from megatron_vita.parallel.tables import HostTables, gather_tables
 from megatron_vita.parallel.tiles import FeatureExchange, host_exchange
 
@@ -25,7 +26,7 @@ class BatchTables:
 
     tokens: Tensor
     labels: Tensor
-    labelled: Tensor
+    labelled: SelectedTokens
     positions: Tensor
     schedule: Schedule
     exchange: FeatureExchange | None
@@ -58,7 +59,12 @@ def prepare_batch(batch: Batch, coords: RankCoords, comm_type: str, target: torc
     tables = BatchTables(
         tokens=batch.tokens,
         labels=batch.labels,
-        labelled=batch.labelled,
+        labelled=host_selection(
+            batch.labelled,
+            batch.labels.numel(),
+            rank=coords.tp_rank if coords.sequence_parallel else 0,
+            ranks=coords.tp_size if coords.sequence_parallel else 1,
+        ),
         positions=batch.positions,
         schedule=host_schedule(batch.layout, coords.cp_rank, target, comm_type),
         exchange=host_exchange(batch.routes, coords.group_rank) if coords.holds_tower else None,

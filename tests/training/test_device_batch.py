@@ -89,8 +89,8 @@ def test_prepared_tables_are_those_of_the_layout(
         assert all(
             torch.equal(getattr(tables, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")
         )
-        assert torch.equal(tables.labelled, (batch.labels.reshape(-1) >= 0).nonzero().squeeze(1))
-        assert tables.labelled.dtype == torch.int64
+        assert torch.equal(tables.labelled.index, (batch.labels.reshape(-1) >= 0).nonzero().squeeze(1))
+        assert tables.labelled.index.dtype == torch.int64
 
 
 def test_ranks_without_a_tower_exchange_nothing() -> None:
@@ -106,7 +106,7 @@ def _check_step(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = model_inputs(batch, model)
     assert _equal(inputs, model_inputs(plain, model)), "a batch that is not prepared is prepared at once"
     inside = batch.prepared.buffer.untyped_storage().data_ptr()
-    assert inputs["labelled"].untyped_storage().data_ptr() == inside
+    assert inputs["labelled"].index.untyped_storage().data_ptr() == inside
 
     model = model.to(META)
     monkeypatch.setattr(device, "torch_device", lambda: META)
