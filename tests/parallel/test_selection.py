@@ -1,4 +1,4 @@
-"""Selected tokens of sequence-parallel ranks, forward and backward, against the whole sequence; nothing else is sent."""
+"""Selected tokens of sequence-parallel ranks equal those of the whole sequence, forward and backward."""
 
 from __future__ import annotations
 
