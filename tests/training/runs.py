@@ -84,7 +84,7 @@ def recipe(folder: Path, save: str, stages: tuple[dict[str, Any], ...] = STAGES,
             "seq_length": LENGTH,
         },
         "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_fraction": 0.0},
-        "train": {"global_batch_size": 4, "train_iters": 3, "seed": 5},
+        "train": {"global_batch_size": 4, "train_iters": 3, "eval_iters": 2, "seed": 5},
         "checkpoint": {"save": str(folder / save)},
         "stages": list(stages),
     }
