@@ -265,7 +265,7 @@ def _validate_broken(folder: Path) -> None:
 
     paths = _paths(folder)
     with mock.patch.object(loop, "validate", watched):
-        stage = {"name": "a", "train": {"train_iters": 1}}
+        stage = {"name": "a", "train": {"train_iters": 1, "eval_iters": 8}}
         data = {"max_failed_samples": 9, "valid_data_path": paths["data_path"], **paths}
         train(folder, "valid", stages=(stage,), data=data)
     assert any(step.masked and step.num_labels < sum(step.label_counts) for step in seen)
