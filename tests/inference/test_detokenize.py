@@ -124,7 +124,7 @@ def test_pieces_are_the_text_of_the_whole(kind: str, decoder: str, data: st.Data
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.refused])
