@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_vita.planning import flops
+from megatron_vita.planning.rows import Row
 from tests.scripts import ROOT
 
 GPU = ROOT / "benchmarks/gpu"
@@ -46,16 +49,23 @@ def test_every_section_runs_and_reports(tmp_path: Path) -> None:
     assert measured["prefill at 128K"]["prefill speed"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_the_real_sizes_have_a_dry_run_to_be_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(GPU))
     import sizes
     import training
+
+    from megatron_vita.dryrun.rows import rows_of
 
     size = sizes.size_of("real")
     expected = json.loads(training.EXPECTED.read_text())
     for stage in (size.short, size.long):
         found = expected[training.settings_of(stage)]
         assert 40 << 30 < found["peak_bytes"] < 130 << 30, "does not fit an H200, or is no real size"
+        made = rows_of(stage, 1, 1)[0]
+        labelled = sum(stop - start for start, stop in made.answers)
+        counted = flops.step_flops(stage, Row(made.documents, len(made.first_token), labelled))
+        assert found["flops"] == pytest.approx(counted, rel=0.005), "run first_hour.py --expect"
     assert (size.short.data.seq_length, size.long.data.seq_length, size.prompt) == (16384, 131072, 131072)
 
 
@@ -84,7 +94,7 @@ def test_a_section_that_dies_is_told_with_the_end_of_its_log(harness: Any, tmp_p
     def run(size: Any, within_s: float) -> Iterator[Any]:
         yield harness.Figure("first", "as text")
         os.write(2, b"an illegal memory access was encountered\n")
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     result = _run(harness, tmp_path, run)
     assert (result.status, len(result.figures)) == ("died", 1)

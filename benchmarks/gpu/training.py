@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -21,20 +22,20 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vita import checkpoint, core_optimizer, device
-from megatron_vita.config import ModelConfig, StageConfig
+from megatron_vita.config import StageConfig
 from megatron_vita.data.loading.loader import StepBatches
 from megatron_vita.dryrun.rows import Row, rows_of
 from megatron_vita.errors import VitaError
 from megatron_vita.parallel.groups import destroy_groups, init_distributed
-from megatron_vita.planning import flops
+from megatron_vita.planning import flops, rows
+from megatron_vita.planning.hardware import HARDWARE
+from megatron_vita.planning.timing import step_time
 from megatron_vita.training.device_batch import coords_of_groups, prepare_batch
 from megatron_vita.training.setup import ModelAndOptimizer, build_model_and_optimizer
 from megatron_vita.training.step import train_step
 
 EXPECTED = Path(__file__).with_name("expected.json")
 """What dry runs of the same settings say, by `settings_of`; `first_hour.py --expect` writes it, where no GPU is."""
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "H20": 148.0}
-"""Dense bfloat16, from NVIDIA's data sheets; the first name that a GPU's name contains."""
 _MEMORY_BOUND = 0.1
 """Allowed difference of measured and expected peak memory, as a fraction."""
 
@@ -135,13 +136,6 @@ class Training:
         return total
 
 
-def step_flops(model: ModelConfig, stage: StageConfig, row: Row, labelled: int) -> float:
-    """Model FLOPs of a step, recomputation not counted."""
-    train = stage.train
-    decoder = flops.decoder_forward(model, row.documents, labelled) * (2 if train.freeze_language_model else 3)
-    return decoder + flops.tower_forward(model, len(row.first_token)) * (1 if train.freeze_vision_model else 3)
-
-
 def steps_short(size: Size, within_s: float) -> Iterator[Figure]:
     """Training steps at 16K: packed pictures, everything trained, half of the layers recomputed."""
     return _steps(size.short, size.steps, within_s)
@@ -185,15 +179,20 @@ def _steps(stage: StageConfig, steps: int, within_s: float) -> Iterator[Figure]:
 def _speed(stage: StageConfig, training: Training, seconds: float) -> Iterator[Figure]:
     yield Figure("step", seconds, "s", note="median, without the first")
     yield Figure("speed", sum(training.row.documents) / seconds, "tokens/s")
-    work = step_flops(stage.model, stage, training.row, training.labelled)
-    yield Figure("model FLOPs", work / 1e12, "TFLOP/step", note="recomputation not counted")
-    yield Figure("achieved", work / 1e12 / seconds, "TFLOP/s")
+    row = rows.Row(training.row.documents, len(training.row.first_token), training.labelled)
+    work, executed = flops.model_flops(stage, row), flops.step_flops(stage, row)
+    yield Figure("model FLOPs", work / 1e12, "TFLOP/step", note="forward and backward once")
+    yield Figure("executed FLOPs", executed / 1e12, "TFLOP/step", note="recomputation too")
     name = torch.cuda.get_device_name() if device.num_accelerators() else "CPU"
-    peak = next((one for part, one in _PEAK_TFLOPS.items() if part in name), None)
-    if peak is None:
-        yield Figure("MFU", "unknown", note=f"no peak is stated for {name}")
-    else:
-        yield Figure("MFU", 100 * work / 1e12 / seconds / peak, "%", note=f"of {peak:g} TFLOP/s")
+    gpu = next((one for key, one in HARDWARE.items() if re.search(rf"\b{key.split('-')[0]}\b", name)), None)
+    for what, count in (("MFU", work), ("HFU", executed)):
+        if gpu is None:
+            yield Figure(what, count / seconds / 1e12, "TFLOP/s", note=f"no peak is stated for {name}")
+        else:
+            yield Figure(what, 100 * count / seconds / gpu.bf16, "%", note=f"of {gpu.bf16 / 1e12:g} TFLOP/s")
+    if gpu is not None:
+        planned = step_time(stage, 1, gpu, row).seconds
+        yield Figure("step to the planner's", seconds / planned, "times", note=f"planned {planned:.2f} s")
 
 
 def _memory(stage: StageConfig) -> Iterator[Figure]:
