@@ -22,7 +22,7 @@ from megatron_vita.config import StageConfig, load_run
 from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
 from megatron_vita.dryrun.kinds import kinds
 from megatron_vita.dryrun.report import Report
-from megatron_vita.dryrun.text import fits, lines, stage_line
+from megatron_vita.dryrun.text import comparison, fits, lines, stage_line
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import write_atomic
 
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="YAML recipe; settings may follow as flags in Megatron's names")
-    parser.add_argument("--dry-run", action="store_true", required=True)
+    parser.add_argument(
+        "--dry-run", nargs="?", const="fake", choices=("fake", "real"), required=True,
+        help="real: on this machine's GPU too, one rank alone with collectives answered; compares",
+    )  # fmt: skip
     parser.add_argument("--stage", type=int, help="run this stage alone (1 is the first)")
     parser.add_argument("--world-size", type=int, default=64, help="ranks of the run that is tried")
     which = parser.add_mutually_exclusive_group()
@@ -77,6 +80,11 @@ def _stages(arguments: argparse.Namespace, flags: Sequence[str]) -> list[StageCo
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world_size:
         raise ConfigError(f"--rank {arguments.rank}: {arguments.world_size} ranks are 0 to {arguments.world_size - 1}.")
     run.check(arguments.world_size)
+    if arguments.dry_run == "real":
+        from megatron_vita import device
+
+        if not device.has_accelerator():
+            raise ConfigError("--dry-run real needs a GPU, and none is visible. Leave `real` out to run without one.")
     return [run.stages[arguments.stage - 1]] if arguments.stage else list(run.stages)
 
 
@@ -91,4 +99,7 @@ def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Repor
             bar.write("\n".join(lines(report, arguments.gpu_memory)), file=sys.stdout)
             bar.update()
             reports.append(report)
+    if arguments.dry_run == "real":
+        for report, real in zip(reports, run_jobs(jobs, real=True), strict=True):
+            print("\n".join([f"{real.stage} on the GPU", *lines(real, arguments.gpu_memory), comparison(report, real)]))
     return reports

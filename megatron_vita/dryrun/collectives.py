@@ -42,8 +42,15 @@ class _P2P:
 class Collectives:
     """Counts calls and bytes, and says which storages are communication buffers."""
 
-    def __init__(self, device: torch.device, *, real: bool) -> None:
-        self._device, self._real = device, real
+    def __init__(self, *, real: bool) -> None:
+        """Count nothing yet.
+
+        Args:
+            real: tensors hold values, so outputs are filled.
+        """
+        self._real = real
+        self.device = torch.device("cuda", 0)
+        """Where tensors must be."""
         self._calls: Counter[tuple[str, Any, str]] = Counter()
         self._bytes: Counter[tuple[str, Any, str]] = Counter()
         self.phase = "build"
@@ -104,7 +111,7 @@ class Collectives:
     def _count(self, kind: str, tensor: torch.Tensor | None, group: Any) -> None:
         if tensor is None or dist.get_world_size(group) == 1:
             return
-        if tensor.device.type != self._device.type:
+        if tensor.device.type != self.device.type:
             raise RuntimeError(
                 f"{kind} of a tensor {list(tensor.shape)} on {tensor.device}: NCCL takes tensors on the GPU alone"
             )

@@ -32,10 +32,12 @@ class DryRunJob:
     rank: int = 0
     steps: int = 2
     """The last one is reported; the first one allocates the optimizer's state."""
+    prompt_tokens: int = 0
+    """Not training, but inference: tokens of the prompt that is prefilled."""
 
     def to_json(self) -> dict[str, Any]:
         """For `from_json`."""
-        return {**{name: getattr(self, name) for name in ("world_size", "rank", "steps")}, "stage": to_dict(self.stage)}
+        return {**{one.name: getattr(self, one.name) for one in dataclasses.fields(self)}, "stage": to_dict(self.stage)}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> DryRunJob:
@@ -43,19 +45,22 @@ class DryRunJob:
         return cls(**{**content, "stage": stage_from_dict(content["stage"], "dry run")})
 
 
-def run_jobs(jobs: Sequence[DryRunJob], *, workers: int | None = None) -> Iterator[Report]:
+def run_jobs(jobs: Sequence[DryRunJob], *, workers: int | None = None, real: bool = False) -> Iterator[Report]:
     """Run jobs and yield a report each, in the order of the jobs.
 
     Args:
         jobs: layouts that have passed `StageConfig.check_layout`.
         workers: jobs that run at once; by default the cores of this machine.
+        real: on this machine's GPU with real tensors, one job after the other; reports then have `measured`.
 
     Raises:
         ConfigError: a dry run is not possible on this machine; says why and what to do.
         VitaError: the process ended before it had answered.
     """
-    compiled = library.build()
-    command = [sys.executable, "-m", "megatron_vita.dryrun.worker", str(compiled), str(workers or os.cpu_count() or 1)]
+    compiled = None if real else library.build()
+    at_once = 1 if real else workers or os.cpu_count() or 1
+    settings = json.dumps({"library": compiled and str(compiled), "workers": at_once, "real": real})
+    command = [sys.executable, "-m", "megatron_vita.dryrun.worker", settings]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -38,14 +38,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_vita"
 
 
-def build(folder: Path | None = None) -> Path:
+def build(folder: Path | None = None) -> Path | None:
     """Compile hooks.cpp for the installed PyTorch, unless that was done before.
 
     Args:
         folder: where the library is kept; by default `cache_folder()`.
 
     Returns:
-        Path of the library.
+        Path of the library; None where a GPU is visible, whose own hooks serve.
 
     Raises:
         ConfigError: not Linux, no C++ compiler, a CUDA build of PyTorch, a PyTorch whose headers do not fit, or a
@@ -55,6 +55,10 @@ def build(folder: Path | None = None) -> Path:
     if sys.platform != "linux":
         raise ConfigError(f"the dry run works on Linux, this is {sys.platform}. Run it in a Linux container.")
     if (torch / "lib/libtorch_cuda.so").exists():
+        from megatron_vita import device
+
+        if device.has_accelerator():
+            return None
         raise ConfigError(
             f"PyTorch {version} is a CUDA build and no GPU is visible: its own CUDA hooks are in the way of the dry "
             "run's. Install PyTorch's CPU build in an environment of its own, or run on a machine with a GPU."
@@ -96,14 +100,16 @@ def _compile(torch: Path, version: str, library: Path) -> None:
         )
 
 
-def load(library: Path) -> None:
-    """Load the library into this process, which has not imported torch yet.
+def load(library: Path | None) -> None:
+    """Load the library, if one is needed, into this process, which has not imported torch yet.
 
     Raises:
         RuntimeError: torch was imported before: it has looked for CUDA hooks, and found none.
     """
     if "torch" in sys.modules:
         raise RuntimeError("the dry run's library must be loaded before torch")
+    if library is None:
+        return
     folder = torch_folder() / "lib"
     for path in (folder / "libc10.so", folder / "libtorch_cpu.so", library):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

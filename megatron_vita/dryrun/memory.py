@@ -176,7 +176,8 @@ class Memory:
         if "output_layer" in storage.path:
             return "head"
         of_layer = layer_of(storage.path)
-        if storage.backward or (of_layer == layer and storage.serial > since) or of_layer == OUTSIDE:
+        passing = storage.backward or of_layer in (OUTSIDE, "gradients", "optimizer")  # session phases, no modules
+        if passing or (of_layer == layer and storage.serial > since):
             return "working set"
         return "kept activations"
 

@@ -46,6 +46,8 @@ class DryRunMode(TorchDispatchMode):
         self.operations: Counter[str] = Counter()
         self._syncs: Counter[tuple[str, str, str]] = Counter()
         self.phase = "build"
+        self.last = ""
+        """Where the last operation ran: module and direction."""
         self.labelled = 0
 
     def restart(self) -> None:
@@ -63,8 +65,14 @@ class DryRunMode(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func._can_decompose():  # composite operations come whole in inference mode
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.name().partition(".")[0]
         self.operations[name] += 1
+        self.last = f"{self._modules.now}, {'backward' if self._modules.in_backward else 'forward'}"
         self._find_sync(name, args, kwargs)
         if self._fake and name == "aten::_local_scalar_dense":
             kind = args[0].dtype
@@ -76,7 +84,7 @@ class DryRunMode(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except Exception as error:
-            raise FakeOperationError(f"{self._where()}: {name} of {_described(args)}: {error}") from error
+            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: {error}") from error
         self._memory.watch(out, name, workspace=workspace_bytes(name, args))
         if name not in _COUNTED_BY_PAIRS and (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
@@ -87,14 +95,11 @@ class DryRunMode(TorchDispatchMode):
         self.flops += flops
         self.attention_calls += 1
 
-    def _where(self) -> str:
-        return f"{self._modules.now}, {'backward' if self._modules.in_backward else 'forward'}"
-
     def _check_product(self, name: str, args: tuple[Any, ...]) -> None:
         """Shape functions of matrix products take any dtypes; cuBLAS takes one."""
         kinds = {one.dtype for one in args if isinstance(one, torch.Tensor)}
         if len(kinds) > 1:
-            raise FakeOperationError(f"{self._where()}: {name} of {_described(args)}: the dtypes differ")
+            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: the dtypes differ")
 
     def _on(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type == self._device.type

@@ -33,7 +33,7 @@ class ModulePath:
 
     def name(self, model: nn.Module, prefix: str) -> None:
         """Name the modules of a model chunk."""
-        self._names.update({module: f"{prefix}{name}".rstrip(".") for name, module in model.named_modules()})
+        self._names.update({module: f"{prefix}{name}".rstrip(".") or "model" for name, module in model.named_modules()})
 
     @property
     def now(self) -> str:

@@ -78,6 +78,8 @@ class Report:
     """Operations that PyTorch dispatched, an upper bound of kernel launches."""
     attention_calls: int = 0
     """Calls of attention kernels on blocks."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Of a real run: `before`, `peak` and `after` in bytes by PyTorch's allocator, `reserved` bytes, `step_seconds`."""
     seconds: float = 0.0
     """Time that the dry run itself took."""
 

@@ -1,11 +1,10 @@
-"""A dry run of one rank of one stage: build, step, report. Called in a process of its own (worker.py)."""
+"""What watches a dry run of one rank, and its report. Called in a process of its own (worker.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,89 +12,115 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_vita import device
-from megatron_vita.config import StageConfig
-from megatron_vita.data.loading.loader import RankCoords, StepBatches
 from megatron_vita.dryrun import collectives as answered
 from megatron_vita.dryrun.jobs import DryRunJob
-from megatron_vita.dryrun.kinds import coords_of
 from megatron_vita.dryrun.memory import Memory
-from megatron_vita.dryrun.mode import DryRunMode, counting_pairs
+from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs
 from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
-from megatron_vita.dryrun.rows import rows_of
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
 from megatron_vita.parallel.groups import Groups
-from megatron_vita.training.device_batch import prepare_batch
-from megatron_vita.training.setup import ModelAndOptimizer, build_model_and_optimizer
-from megatron_vita.training.step import train_step
 
 
-def dry_run(job: DryRunJob, counted: answered.Collectives, *, fake: bool) -> Report:
-    """Run `job.steps` training steps of one rank.
+class Watch:
+    """Memory, operations and collectives of one rank; a context manager in which the program runs."""
 
-    Args:
-        job: what to run; the stage's layout has been checked.
-        counted: the installed collectives.
-        fake: on fake CUDA tensors; else on the tensors of this process's device.
+    def __init__(self, job: DryRunJob, counted: answered.Collectives, *, fake: bool) -> None:
+        """Initialise torch.distributed as the job's rank.
 
-    Raises:
-        FakeOperationError: an operation that a GPU would refuse.
-    """
-    began = time.monotonic()
-    answered.start(job.rank, job.world_size)
-    target = device.torch_device()
-    stage = job.stage
-    step = _step(stage, coords_of(stage, job.world_size, job.rank), job.world_size)
-    labelled = int((step.micro_batches[0].labels >= 0).sum())
-    modules = ModulePath()
-    memory = Memory(target, modules)
-    mode = DryRunMode(target, modules, memory, fake=fake)
-    counted.buffer = lambda tensor: memory.part([tensor], "communication")
-    faking = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with modules, memory, faking, mode, _scopes(modules, mode):
-        built = build_model_and_optimizer(stage, resume=True)
-        for number, chunk in enumerate(built.models):
-            modules.name(chunk, f"chunk{number}." if len(built.models) > 1 else "")
-        _name_parts(memory, built)
-        build_peak = memory.highest
-        groups = built.groups
-        mode.labelled = labelled
-        with _phases(built, counted, mode):
-            for iteration in range(1, job.steps + 1):
-                for one in (memory, mode, counted):
-                    one.restart()
-                before = memory.parts()
-                _enter_phase("micro-batches", counted, mode)
-                train_step(stage, groups, built.wrapped, built.optimizer, built.scheduler, step, iteration)
-                _name_parts(memory, built)
-        parameters = [one for chunk in built.models for one in chunk.parameters()]
+        Args:
+            job: the rank.
+            counted: the installed collectives.
+            fake: tensors are fake CUDA tensors; else they are real, on this process's device.
+        """
+        self._began = time.monotonic()
+        self._job, self._counted, self._fake = job, counted, fake
+        answered.start(job.rank, job.world_size)
+        target = counted.device = device.torch_device()
+        self._modules = ModulePath()
+        self.memory = Memory(target, self._modules)
+        self.mode = DryRunMode(target, self._modules, self.memory, fake=fake)
+        self._stack = contextlib.ExitStack()
+        self.before: dict[str, int] = {}
+        self._measure = device.has_accelerator() and not fake
+        self._measured: dict[str, float] = {}
+        self._build_peak = 0
+
+    def __enter__(self) -> Watch:
+        faking = FakeTensorMode(allow_non_fake_inputs=True) if self._fake else contextlib.nullcontext()
+        for one in (self._modules, self.memory, faking, self.mode, _scopes(self._modules, self.mode, fake=self._fake)):
+            self._stack.enter_context(one)
+        self._counted.buffer = lambda tensor: self.memory.part([tensor], "communication")
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Raises FakeOperationError: the program failed; names the module that ran."""
+        self._stack.__exit__(kind, error, trace)
+        if isinstance(error, Exception) and not isinstance(error, FakeOperationError | MemoryError):
+            raise FakeOperationError(f"{self.mode.last}: {kind.__name__}: {error}") from error
+
+    def built(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """The model chunks are there: name their modules and their parameters."""
+        chunks = list(chunks)
+        for number, chunk in enumerate(chunks):
+            self._modules.name(chunk, f"chunk{number}." if len(chunks) > 1 else "")
+        self.memory.part((one.data for chunk in chunks for one in chunk.parameters()), "weights")
+        self._build_peak = self.memory.highest
+
+    def restart(self) -> None:
+        """What is reported begins here."""
+        for one in (self.memory, self.mode, self._counted):
+            one.restart()
+        self.before = self.memory.parts()
+        if self._measure:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._measured = {"before": torch.cuda.memory_allocated(), "began": time.monotonic()}
+
+    def phase(self, name: str) -> None:
+        """Name what the program does from here on."""
+        self._counted.phase = self.mode.phase = name
+
+    def scope(self, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts as a module of its own."""
+        return self._modules.scope(path, function)
+
+    def report(self, groups: Groups, models: Iterable[torch.nn.Module], **values: Any) -> Report:
+        """What was seen since `restart`; `values` are fields that only the caller knows."""
+        if self._measure:
+            torch.cuda.synchronize()
+            self._measured |= {
+                "step_seconds": time.monotonic() - self._measured.pop("began"),
+                "peak": torch.cuda.max_memory_allocated(),
+                "after": torch.cuda.memory_allocated(),
+                "reserved": torch.cuda.max_memory_reserved(),
+            }
+        parameters = [one for chunk in models for one in chunk.parameters()]
+        peak = self.memory.peak
         return Report(
-            stage=stage.name,
-            world_size=job.world_size,
-            rank=job.rank,
+            stage=self._job.stage.name,
+            world_size=self._job.world_size,
+            rank=self._job.rank,
             kind=kind_of(groups),
             parameters=sum(one.numel() for one in parameters),
             trainable=sum(one.numel() for one in parameters if one.requires_grad),
-            documents=max(len(one.layout.documents) for one in step.micro_batches),
-            tiles=max(len(one.tiles) for one in step.micro_batches),
-            labelled=labelled if groups.last_stage else 0,
-            micro_batches=len(step.micro_batches),
-            micro_batches_in_step=stage.train.global_batch_size // (groups.dp_size * stage.train.micro_batch_size),
-            build_peak=build_peak,
-            before=before,
-            peak=memory.peak.parts,
-            after=memory.parts(),
-            peak_bytes=memory.highest,
-            peak_module=memory.peak.path,
-            peak_operation=memory.peak.operation,
-            peak_in_backward=memory.peak.backward,
-            flops=mode.flops,
-            collectives=counted.counted(_group_names(groups)),
-            host_syncs=mode.host_syncs,
-            operations=sum(mode.operations.values()),
-            attention_calls=mode.attention_calls,
-            seconds=time.monotonic() - began,
+            build_peak=self._build_peak,
+            before=self.before,
+            peak=peak.parts,
+            after=self.memory.parts(),
+            peak_bytes=self.memory.highest,
+            peak_module=peak.path,
+            peak_operation=peak.operation,
+            peak_in_backward=peak.backward,
+            flops=self.mode.flops,
+            collectives=self._counted.counted(_group_names(groups)),
+            host_syncs=self.mode.host_syncs,
+            operations=sum(self.mode.operations.values()),
+            attention_calls=self.mode.attention_calls,
+            measured=self._measured,
+            seconds=time.monotonic() - self._began,
+            **values,
         )
 
 
@@ -111,88 +136,17 @@ def _group_names(groups: Groups) -> dict[Any, str]:
     return {getattr(groups.collection, name): name for name in names if hasattr(groups.collection, name)}
 
 
-def _step(stage: StageConfig, coords: RankCoords, world_size: int) -> StepBatches:
-    """As many micro-batches as fill the pipeline and reach its steady state."""
-    vision = stage.model.vision
-    rows = rows_of(stage, coords.dp_size, micro_batches_to_run(stage, world_size))
-    sizes = (vision.tokens_per_tile, vision.image_size) if vision else (1, 1)
-    batches: dict[int, Any] = {}
-    for row in rows:
-        if id(row) not in batches:
-            batch = row.batch(coords, *sizes)
-            prepared = prepare_batch(batch, coords, stage.parallel.cp_comm_type, device.torch_device())
-            batches[id(row)] = dataclasses.replace(batch, prepared=prepared)
-    micro_batches = [batches[id(row)] for row in rows]
-    labels = sum(stop - start for row in rows for start, stop in row.answers)
-    return StepBatches(
-        micro_batches=micro_batches, pack_ids=(), sample_ids=(0,), num_labels=labels, failed=(), consumed_packs=0
-    )
-
-
-def micro_batches_to_run(stage: StageConfig, world_size: int) -> int:
-    """Micro-batches of a dry run's step: two without a pipeline, else two for each of its ranks; no more than a step
-    has. Later ones reach no higher peak."""
-    parallel = stage.parallel
-    has = stage.train.global_batch_size // (parallel.data_parallel_size(world_size) * stage.train.micro_batch_size)
-    return min(has, 2 * parallel.pipeline_model_parallel_size)
-
-
-def _name_parts(memory: Memory, built: ModelAndOptimizer) -> None:
-    """Say which storages are weights, gradients and optimizer state."""
-    memory.part((one.data for chunk in built.models for one in chunk.parameters()), "weights")
-    for chunk in built.wrapped:
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            memory.part([buffer.param_data], "weights")
-            memory.part([buffer.grad_data], "gradients")
-    for optimizer in getattr(built.optimizer, "chained_optimizers", [built.optimizer]):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            continue
-        masters = [one for group in inner.param_groups for one in group["params"]]
-        weights = {one.untyped_storage()._cdata for chunk in built.models for one in chunk.parameters()}
-        memory.part((one.data for one in masters if one.untyped_storage()._cdata not in weights), "optimizer")
-        memory.part(
-            (value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor)),
-            "optimizer",
-        )
-
-
-def _enter_phase(phase: str, counted: answered.Collectives, mode: DryRunMode) -> None:
-    counted.phase = mode.phase = phase
-
-
 @contextlib.contextmanager
-def _phases(built: ModelAndOptimizer, counted: answered.Collectives, mode: DryRunMode) -> Iterator[None]:
-    """Tell the phases of a step apart: its micro-batches, the reduction of gradients, the optimizer."""
-    config = built.models[0].config
-    finalize, update = config.finalize_model_grads_func, built.optimizer.step
-
-    def in_phase(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            _enter_phase(phase, counted, mode)
-            return function(*args, **kwargs)
-
-        return inside
-
-    config.finalize_model_grads_func = in_phase("gradients", finalize)
-    built.optimizer.step = in_phase("optimizer", update)
-    try:
-        yield
-    finally:
-        config.finalize_model_grads_func = finalize
-        built.optimizer.step = update
-
-
-@contextlib.contextmanager
-def _scopes(modules: ModulePath, mode: DryRunMode) -> Iterator[None]:
+def _scopes(modules: ModulePath, mode: DryRunMode, *, fake: bool) -> Iterator[None]:
     """Name what is no module, count attention's FLOPs, and take the kernel that PyTorch would on a GPU."""
     replaced: list[tuple[Any, str, Any]] = [
         (VitaModel, "_visual_tokens", modules.scope("vision", VitaModel._visual_tokens)),
         (VitaModel, "_losses", modules.scope("language_model.output_layer", VitaModel._losses)),
         (block_kernels, "forward", counting_pairs(mode, block_kernels.forward, products=2)),
         (block_kernels, "backward", counting_pairs(mode, block_kernels.backward, products=5)),
-        (F, "scaled_dot_product_attention", _sdpa),
     ]
+    if fake:
+        replaced.append((F, "scaled_dot_product_attention", _sdpa))
     plain = [getattr(where, name) for where, name, _ in replaced]
     for where, name, new in replaced:
         setattr(where, name, new)

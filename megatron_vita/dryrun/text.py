@@ -10,8 +10,18 @@ from megatron_vita.dryrun.report import Report
 GIB = 1024**3
 USABLE = 0.9
 """Fraction of a GPU's memory that a step may take: the rest is for the CUDA context, NCCL, cuBLAS and fragmentation."""
-_PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "tiles", "head", "communication")
-_COLUMNS = ("weights", "grads", "optim.", "kept", "working", "tiles", "head", "comm.", "total")
+_PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "kept activations",
+    "working set",
+    "tiles",
+    "head",
+    "communication",
+    "cache",
+)
+_COLUMNS = ("weights", "grads", "optim.", "kept", "working", "tiles", "head", "comm.", "cache", "total")
 
 
 def stage_line(stage: StageConfig, world_size: int) -> str:
@@ -61,6 +71,11 @@ def lines(report: Report, gpu_memory: float) -> Iterator[str]:
         f"    {report.flops / 1e12:,.1f} TFLOP, {report.attention_calls} calls of attention kernels, "
         f"{report.operations:,} operations"
     )
+    if report.measured:
+        shown = ", ".join(
+            f"{name} {report.measured[name] / GIB:.2f}" for name in ("before", "peak", "after", "reserved")
+        )
+        yield f"    measured, GiB: {shown}; {report.measured['step_seconds']:.3f} s a step"
     limit = USABLE * gpu_memory
     verdict = "fits" if fits(report, gpu_memory) else "DOES NOT FIT"
     yield f"    {verdict}: {report.peak_bytes / GIB:.2f} of {limit:.1f} GiB ({USABLE:.0%} of {gpu_memory:g})"
@@ -69,3 +84,14 @@ def lines(report: Report, gpu_memory: float) -> Iterator[str]:
 def fits(report: Report, gpu_memory: float) -> bool:
     """The peak is within the usable part of a GPU's memory in GiB."""
     return report.error is None and report.peak_bytes <= USABLE * gpu_memory * GIB
+
+
+def comparison(dry: Report, real: Report) -> str:
+    """A dry run beside the same steps on a GPU: bytes of the allocator over bytes predicted."""
+    if not real.measured or not dry.peak_bytes:
+        return "    nothing to compare"
+    before = real.measured["before"] / max(1, sum(dry.before.values()))
+    return (
+        f"    measured / dry run: before {before:.3f}, peak {real.measured['peak'] / dry.peak_bytes:.3f}; the peak "
+        f"of live tensors in the real run / dry run: {real.peak_bytes / dry.peak_bytes:.3f}"
+    )

@@ -1,4 +1,4 @@
-"""The dry run's own process: `python -m megatron_vita.dryrun.worker LIBRARY WORKERS`; jobs as JSON on its input.
+"""The dry run's own process: `python -m megatron_vita.dryrun.worker SETTINGS`; jobs as JSON on its input.
 
 It loads the C++ part before torch, imports once, and forks a child a job. Every answer is a line of JSON on its output.
 """
@@ -20,32 +20,41 @@ MEMORY_BYTES = 80 * 1024**3
 """Memory that torch.cuda reports; nothing is decided by it."""
 
 
-def main(compiled: Path, workers: int) -> None:
-    """Answer the jobs on stdin."""
+def main(compiled: Path | None, workers: int, *, real: bool) -> None:
+    """Answer the jobs on stdin.
+
+    Args:
+        compiled: the C++ part; None: not needed.
+        workers: children at once.
+        real: tensors are real, on this process's device.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, prints to the log
     jobs = json.load(sys.stdin)
     library.load(compiled)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from megatron_vita.dryrun import fake_cuda
     from megatron_vita.dryrun.collectives import Collectives
 
-    counted = Collectives(fake_cuda.DEVICE, real=False)
+    counted = Collectives(real=real)
     counted.install()
-    fake_cuda.install(MEMORY_BYTES)
-    import megatron_vita.dryrun.session  # noqa: F401  imported once, for all children
+    if not real:
+        from megatron_vita.dryrun import fake_cuda
+
+        fake_cuda.install(MEMORY_BYTES)
+    import megatron_vita.dryrun.generation
+    import megatron_vita.dryrun.train_steps  # noqa: F401  imported once, for all children
 
     running: dict[int, tuple[int, IO[str]]] = {}
     for number, job in enumerate(jobs):
         while len(running) >= workers:
             _collect(running, jobs, answers)
-        running.update([_start(number, job, counted)])
+        running.update([_start(number, job, counted, fake=not real)])
     while running:
         _collect(running, jobs, answers)
 
 
-def _start(number: int, content: dict[str, Any], counted: Any) -> tuple[int, tuple[int, IO[str]]]:
+def _start(number: int, content: dict[str, Any], counted: Any, *, fake: bool) -> tuple[int, tuple[int, IO[str]]]:
     """Fork a child for a job: (its process id, (the job's number, its answer))."""
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -53,20 +62,21 @@ def _start(number: int, content: dict[str, Any], counted: Any) -> tuple[int, tup
     if child == 0:
         os.close(reading)
         with os.fdopen(writing, "w") as answer:
-            json.dump(_answer(content, counted), answer)
+            json.dump(_answer(content, counted, fake=fake), answer)
         os._exit(0)  # and none of the parent's clean-up
     os.close(writing)
     return child, (number, os.fdopen(reading))
 
 
-def _answer(content: dict[str, Any], counted: Any) -> dict[str, Any]:
+def _answer(content: dict[str, Any], counted: Any, *, fake: bool) -> dict[str, Any]:
+    from megatron_vita.dryrun.generation import generate
     from megatron_vita.dryrun.jobs import DryRunJob, failed
     from megatron_vita.dryrun.mode import FakeOperationError
-    from megatron_vita.dryrun.session import dry_run
+    from megatron_vita.dryrun.train_steps import train
 
     job = DryRunJob.from_json(content)
     try:
-        return dry_run(job, counted, fake=True).to_json()
+        return (generate if job.prompt_tokens else train)(job, counted, fake=fake).to_json()
     except FakeOperationError as error:
         return failed(job, str(error)).to_json()
     except MemoryError:
@@ -97,4 +107,5 @@ def _collect(running: dict[int, tuple[int, IO[str]]], jobs: list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    settings = json.loads(sys.argv[1])
+    main(settings["library"] and Path(settings["library"]), settings["workers"], real=settings["real"])

@@ -164,7 +164,8 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _variable_length(kernel: Attention, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    of_queries, of_keys = (torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k))
+    # Made on the device: a tensor of host values would be copied, and the host would wait.
+    of_queries, of_keys = (torch.arange(2, dtype=torch.int32, device=q.device) * x.shape[2] for x in (q, k))
     query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, d]
     bounds, longest = (of_queries, of_keys), (q.shape[2], k.shape[2])
     out, lse = flash.forward(kernel, query, key, value, bounds, longest, causal=False, scale=scale)
