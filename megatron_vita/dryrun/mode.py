@@ -48,7 +48,6 @@ class DryRunMode(TorchDispatchMode):
         self.phase = "build"
         self.last = ""
         """Where the last operation ran: module and direction."""
-        self.labelled = 0
 
     def restart(self) -> None:
         """Forget what was counted."""
@@ -77,8 +76,6 @@ class DryRunMode(TorchDispatchMode):
         if self._fake and name == "aten::_local_scalar_dense":
             kind = args[0].dtype
             return 1.0 if kind.is_floating_point else kind != torch.bool and 1
-        if self._fake and name == "aten::nonzero":
-            return torch.empty(self.labelled, args[0].dim(), dtype=torch.int64, device=args[0].device)
         if name in _PRODUCTS:
             self._check_product(name, args)
         try:
@@ -122,7 +119,7 @@ class DryRunMode(TorchDispatchMode):
         else:
             source, to, non_blocking = args[0], torch.device(kwargs.get("device") or args[0].device), False
         non_blocking = kwargs.get("non_blocking", non_blocking)
-        if not isinstance(source, torch.Tensor) or source.device.type == to.type:
+        if not isinstance(source, torch.Tensor) or source.device.type == to.type or not source.numel():
             return None
         if source.device.type == self._device.type:
             return None if non_blocking else "copies to the host"

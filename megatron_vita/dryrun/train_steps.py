@@ -40,7 +40,6 @@ def train(job: DryRunJob, counted: Collectives, *, fake: bool) -> Report:
     step = _step(stage, coords, job.world_size)
     labelled = int((step.micro_batches[0].labels >= 0).sum())
     with Watch(job, counted, fake=fake) as watch:
-        watch.mode.labelled = labelled
         setup = build_model_and_optimizer(stage, resume=True)
         watch.built(setup.models)
         _name_parts(watch.memory, setup)

@@ -81,6 +81,14 @@ def test_memory_that_lives_as_long_as_the_stage(reports: dict[str, Report], name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, one in JOBS.items() if not one.prompt_tokens])
+def test_the_host_waits_for_loss_and_norm_alone(reports: dict[str, Report], name: str) -> None:
+    waits = reports[name].host_syncs
+    assert sum(one.count for one in waits) <= 3, waits
+    assert not [one for one in waits if one.phase == "micro-batches"], waits
+
+
+@pytest.mark.slow
 def test_every_rank_of_a_ring_sends_what_it_receives(reports: dict[str, Report]) -> None:
     report, stage = reports["p2p, last rank"], JOBS["p2p, last rank"].stage
     found = {(one.kind, one.group): one for one in report.collectives}
