@@ -85,7 +85,7 @@ ROOMS = (
           "models", "checkpoint", "convert")),
     Room("dryrun", "a rank's step at full size on fake CUDA tensors; a process of its own",
          ("files", "config", "device", "layout", "data", "data.loading", "data.shards", "parallel", "models",
-          "training")),
+          "training", "inference")),
 )  # fmt: skip
 
 EVERYBODY = ("errors", "log", "__init__", "__version__")
