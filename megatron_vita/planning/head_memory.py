@@ -46,4 +46,6 @@ def head_memory(stage: StageConfig, labelled: float, tokens: float, element: int
     kept = 2 * rows + wide_weight
     forward = max(2 * hidden + gathered + rows, 2 * hidden + kept + of_chunk)
     backward = max(kept + weight, rows + gathered + hidden + weight)
+    if not labelled:  # the weight's gradient is zeros in its own dtype, made in the backward
+        return HeadMemory(hidden, 2 * hidden, 2 * hidden + weight)
     return HeadMemory(hidden + kept, forward, backward)
