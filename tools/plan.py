@@ -24,6 +24,9 @@ from megatron_vita.planning.parameters import count_parameters
 from megatron_vita.planning.rows import PICTURE_FRACTION, Row, assumed_row
 from megatron_vita.planning.search import Request, describe, search
 
+MEASURED = 3
+"""Layouts of a search's list that dry runs correct."""
+
 
 def main() -> int:
     """Print the plan; returns the exit status."""
@@ -50,7 +53,11 @@ def main() -> int:
             print(f"{'':10} {describe(stage, arguments.gpus)}", flush=True)
             totals.append((stage, own.memory.total if arguments.quick else _measured(stage, arguments)))
             if arguments.search:
-                print("\n".join(text.suggestions(search(stage, request), arguments.gpus, own)), flush=True)
+                found = search(stage, request)
+                print("\n".join(text.suggestions(found, arguments.gpus, own)), flush=True)
+                for number, one in enumerate([] if arguments.quick else found.fitting[:MEASURED], 1):
+                    worst = _corrected(one.stage, arguments)
+                    print(f"  {number:2}. by dry runs of few layers: {worst.memory / text.GIB:.1f} GiB", flush=True)
     except VitaError as error:
         print(f"plan: {error}", file=sys.stderr)
         return error.exit_status
@@ -99,11 +106,7 @@ def _row(stage: StageConfig, arguments: argparse.Namespace) -> Row:
 
 def _measured(stage: StageConfig, arguments: argparse.Namespace) -> float:
     """Print what dry runs say of a stage's layout; returns the bytes at the peak."""
-    request_row = _row(stage, arguments)
-    packs = stage.train.micro_batch_size
-    row = Row(request_row.documents * packs, request_row.tiles * packs, request_row.labelled * packs)
-    corrected = measure(stage, arguments.gpus, row, lambda jobs: _dry_runs(jobs, arguments.gpus))
-    worst: Corrected = max(corrected, key=lambda one: one.memory)
+    worst = _corrected(stage, arguments)
     (full,) = _dry_runs([(stage, first_rank(stage, arguments.gpus, worst.pp_rank))], arguments.gpus)
     print(
         f"{'':10} dry runs of few layers: {worst.memory / text.GIB:.2f} GiB on pipeline rank {worst.pp_rank} (formula "
@@ -112,6 +115,14 @@ def _measured(stage: StageConfig, arguments: argparse.Namespace) -> float:
         flush=True,
     )
     return full.peak
+
+
+def _corrected(stage: StageConfig, arguments: argparse.Namespace) -> Corrected:
+    """The pipeline rank with the most memory, by dry runs of few layers."""
+    one_pack, packs = _row(stage, arguments), stage.train.micro_batch_size
+    row = Row(one_pack.documents * packs, one_pack.tiles * packs, one_pack.labelled * packs)
+    found = measure(stage, arguments.gpus, row, lambda jobs: _dry_runs(jobs, arguments.gpus))
+    return max(found, key=lambda one: one.memory)
 
 
 def _dry_runs(jobs: Sequence[Job], gpus: int) -> list[Measured]:

@@ -18,7 +18,6 @@ from megatron_vita.dryrun.memory import Memory
 from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs
 from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
-from megatron_vita.kernels import kernel_table
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
 from megatron_vita.parallel.groups import Groups
@@ -104,7 +103,6 @@ class Watch:
             world_size=self._job.world_size,
             rank=self._job.rank,
             kind=kind_of(groups),
-            kernels=[str(row) for row in kernel_table(self._job.stage)],
             parameters=sum(one.numel() for one in parameters),
             trainable=sum(one.numel() for one in parameters if one.requires_grad),
             build_peak=self._build_peak,

@@ -1,8 +1,8 @@
 """Activation memory of the decoder's attention, as parallel/document_attention.py and parallel/exchange.py allocate it.
 
-Names on the tape: `mixed` is the joint projection of queries, keys and values, of which the values are a view; `query`
-the queries copied out of it; `turned` queries and keys after the rotary embedding; `out` the attention output. Under
-`a2a`, `scattered` are all tokens of this rank's heads, and `attended` their output.
+Names on the tape: `mixed` is the joint projection of queries, keys and values; `query` the queries copied out of it;
+`turned` queries and keys after the rotary embedding; `values` those copied out of `mixed`; `out` the attention output.
+Under `a2a`, `scattered` are all tokens of this rank's heads, and `attended` their output.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AttentionMemory:
             return {"mixed", "query"} | out
         if self._kind == "a2a":
             return {"scattered", "attended", "lse"} | out
-        return {"mixed", "turned", "out", "lse"}
+        return {"turned", "values", "out", "lse"}
 
     def forward(self, tape: Tape) -> None:
         """From `mixed` to `out`."""
@@ -65,6 +65,7 @@ class AttentionMemory:
         if self._kind == "a2a":
             self._a2a_forward(tape)
             return
+        tape.new(values=self.g)
         self._start_exchange(tape)
         tape.new(out=self.q, lse=self._lse)
         if self._ranks == 1:
@@ -73,7 +74,7 @@ class AttentionMemory:
         tape.free("out")
         share = 1.0 if self._kind == "p2p" else 0.5  # queries of the largest block, of this rank's
         copies = self.q + 2 * self.g + self._wide if self._gathers else 0.0
-        tape.brief(copies + share * (self.q + 2 * self._wide) + 2 * self._lse)
+        tape.brief(copies + share * (self.q + self._wide) + 2 * self._lse)
         tape.new(out=self.q)
         tape.free("wide_out", *_BUFFERS)
 
@@ -112,25 +113,36 @@ class AttentionMemory:
 
     def _blocks_backward(self, tape: Tape) -> None:
         self._start_exchange(tape)
-        tape.new(d_q=self.q, d_k=self.g, d_v=self.g)
-        tape.brief(self._accumulator + self._expanded + self._lse)
+        if self._kind != "p2p":
+            self._own_backward(tape)
         if self._ranks > 1:
-            tape.new(wide_dq=self._wide)
-            tape.free("d_q")
+            tape.new(wide_dq=self._wide, d_kv=self._wide_kv * (1 if self._kind == "p2p" else self._ranks))
             if self._kind == "p2p":
-                tape.new(d_kv=self._wide_kv, sent=self._wide_kv, received=self._wide_kv)
                 block = self.q + 2 * self.g + self._accumulator + self._expanded
+                if self._ranks > 2:
+                    tape.new(sent=self._wide_kv, received=self._wide_kv)
+                tape.new(gradient=self._wide_kv)
             else:  # blocks of half the queries against up to all keys
-                tape.new(d_kv=self._wide_kv * self._ranks)
                 block = self.q / 2 + self._accumulator / 2 + (2 * self.g + self._expanded) * self._ranks
             copies = 3 * self.q + 2 * self.g if self._gathers else 0.0
             tape.brief(block + copies + 2 * self._lse)
-            if self._kind == "all_gather":
+            if self._kind == "p2p":
+                tape.free("sent", "received")
+                tape.new(received=self._wide_kv)
+                self._own_backward(tape)
+            else:
                 tape.brief(self._wide_kv * (self._ranks + 1))
-            tape.free("d_kv", "sent", "received", *_BUFFERS)
-            tape.new(final_kv=self._wide_kv, wide_dkv=self._wide_kv, d_q=self.q)
-            tape.free("wide_dq", "wide_dkv", "final_kv")
-        tape.free("mixed", "query", "turned", "out", "lse", "d_out")
+                tape.free("d_kv")
+            tape.new(final_kv=self._wide_kv, wide_dkv=self._wide_kv)
+            tape.free("d_q")
+            tape.new(d_q=self.q)
+            tape.free("wide_dq", "wide_dkv", "final_kv", "d_kv", "gradient", "received", *_BUFFERS)
+        tape.free("mixed", "query", "turned", "values", "out", "lse", "d_out")
+
+    def _own_backward(self, tape: Tape) -> None:
+        """The diagonal blocks."""
+        tape.new(d_q=self.q, d_k=self.g, d_v=self.g)
+        tape.brief(self._accumulator + self._expanded + self._lse)
 
     def _a2a_backward(self, tape: Tape) -> None:
         tape.brief(2 * self.q)
@@ -145,7 +157,7 @@ class AttentionMemory:
         tape.new(received=self.mixed)
         tape.free("d_scattered")
         tape.new(d_q=self.q, d_k=self.g, d_v=self.g)
-        tape.free("received", "mixed", "query", "turned")
+        tape.free("received", "mixed", "query", "turned", "values")
 
 
 _BUFFERS = ("local_kv", "current_kv", "next_kv")

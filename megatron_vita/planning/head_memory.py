@@ -22,6 +22,8 @@ class HeadMemory:
     """Most that lives in the forward."""
     backward: float
     """Most that lives in the backward."""
+    lasting: float = 0.0
+    """What lives until the backward of the whole micro-batch has ended."""
 
 
 def head_chunk(labelled: float, hidden: int, shard: float) -> float:
@@ -44,8 +46,10 @@ def head_memory(stage: StageConfig, labelled: float, tokens: float, element: int
     # In float32 beside their half precision, before (logits) and after (gradient); then the weight's product.
     of_chunk = logits * (_WIDE + element) + (weight if element < _WIDE else 0.0)
     kept = 2 * rows + wide_weight
-    forward = max(2 * hidden + gathered + rows, 2 * hidden + kept + of_chunk)
-    backward = max(kept + weight, rows + gathered + hidden + weight)
-    if not labelled:  # the weight's gradient is zeros in its own dtype, made in the backward
-        return HeadMemory(hidden, 2 * hidden, 2 * hidden + weight)
+    forward = 2 * hidden + max(3 * rows, kept + of_chunk)
+    # The rows' gradient becomes that of all tokens: zeros, and under sequence parallelism those of all ranks' rows.
+    spread = rows + hidden if parallel.sequence_parallel else 2 * gathered
+    backward = hidden + max(kept + weight, rows + weight + spread)
+    if not labelled:  # the gradient of the weight, zeros, is made again and lives until the backward has ended
+        return HeadMemory(hidden + kept, forward, backward + wide_weight, lasting=wide_weight)
     return HeadMemory(hidden + kept, forward, backward)

@@ -188,18 +188,16 @@ class _Rank:
         others += (with_tower - 1) * tower_kept
         if not self._last:
             others += self._outstanding * self._layer.hidden  # outputs, until their gradients arrive
+        if not self._first:
+            others += self._layer.hidden  # the gradient that was sent last
         mine = self._batch() + tower_kept
-        full = others + mine + chunk.kept
-        phases = [
-            (others + mine, chunk.forward, "forward"),
-            (others + mine, chunk.backward, "backward"),
-            (0.0, self._optimizer_step(), "optimizer"),
-        ]
+        phases = [(others + mine, chunk.forward, "forward"), (0.0, self._optimizer_step(), "optimizer")]
         if self._last:
-            head = head_memory(
-                self._stage, self._row.labelled / (self._row.tokens / self._tokens), self._tokens, self._element
-            )
-            phases += [(full, head.forward, "head"), (full, head.backward, "head")]
+            labelled = self._row.labelled * self._tokens / self._row.tokens
+            head = head_memory(self._stage, labelled, self._tokens, self._element)
+            phases.append((others + mine + chunk.kept, max(head.forward, head.backward), "head"))
+            others += head.lasting
+        phases.append((others + mine, chunk.backward, "backward"))
         if encoder is not None:
             phases += [
                 (others + self._batch(), encoder.forward, "tower"),

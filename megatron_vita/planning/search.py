@@ -24,6 +24,8 @@ USABLE = 0.9
 """Fraction of a GPU's memory that a plan may fill: the rest is CUDA's context, NCCL, workspaces, fragmentation."""
 _MICRO_BATCHES = (1, 2, 4)
 _VIRTUAL = (1, 2, 4)
+_NEAREST = 3
+"""Layouts that do not fit and are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def search(stage: StageConfig, request: Request, *, most: int = 10) -> Found:
     Args:
         stage: model, sequence length, global batch and frozen parts stay; `parallel` and the micro-batch are varied.
         request: GPUs, memory, hardware.
-        most: how many are returned of each kind.
+        most: how many that fit are returned.
     """
     fitting, others = [], []
     for layout in layouts(stage, request.gpus):
@@ -100,11 +102,11 @@ def search(stage: StageConfig, request: Request, *, most: int = 10) -> Found:
             others.append(dataclasses.replace(plain, remedy=_remedy(least)))
         if least.fits:
             fitting.append(least)
-    fitting.sort(key=lambda one: (round(one.time.seconds, 6), one.memory.total))
+    fitting.sort(key=lambda one: (round(one.time.seconds, 6), one.stage.parallel.replica_size, one.memory.total))
     if fitting:
         others = [one for one in others if one.time.seconds < fitting[0].time.seconds]
     others.sort(key=lambda one: one.over)
-    return Found(_distinct(fitting, most), others[:most])
+    return Found(_distinct(fitting, most), _distinct(others, _NEAREST))
 
 
 def _distinct(ranked: list[Candidate], most: int) -> list[Candidate]:

@@ -58,19 +58,18 @@ class Encoder:
         tower_trained, projector_trained = not train.freeze_vision_model, not train.freeze_vision_projection
         trained = counted.tower * tower_trained + counted.projector * projector_trained
         gradients = trained * (element + (_WIDE if again else 0))  # those of micro-batches are summed in float32
-        kept, turn_kept, working = 0.0, 0.0, 0.0
+        turn_kept, working, kept = 0.0, 0.0, pixels  # the batch's pixels live until its backward has ended
         if tower_trained:
             turn_kept, working = tower.kept + projector.kept, max(tower.backward, projector.backward)
-            kept = pixels if again else turn_kept
         elif projector_trained:
             turn_kept, working = projector.kept, projector.backward
-            kept = states if again else turn_kept
+            kept += states * again
+        if not again:
+            kept += turn_kept
         trains = tower_trained or projector_trained
         # index_copy keeps the visual tokens that it writes into the embeddings.
         self.kept = kept + received * (trains or not train.freeze_language_model)
-        self.forward = (
-            pixels + kept * (kept != pixels) + max(tower.forward, projector.forward + 2 * features + received)
-        )
+        self.forward = kept + max(tower.forward, projector.forward + 2 * features + received)
         if trains:
             self.backward = kept + turn_kept * again + received + 2 * features + working + gradients
 
@@ -98,15 +97,15 @@ def _tower(vision: VisionConfig, tiles: float, ranks: int, element: int) -> _Par
     split, ffn = wide / ranks, positions * vision.ffn_hidden_size / ranks * element
     heads = vision.num_attention_heads / ranks
     lse = positions * heads * _WIDE
-    # Both norms' inputs and outputs; LayerScale keeps its branches; joint projection, the queries copied out of it,
-    # attention's output and its copy in token order; the MLP before and after its activation.
-    block = (4 + 2 * vision.family.layer_scale) * wide + 6 * split + 2 * ffn + lse + 4 * positions * _WIDE
+    # Both norms' inputs and outputs; LayerScale keeps its branches; joint projection and attention's output; the MLP
+    # before and after its activation.
+    block = (4 + 2 * vision.family.layer_scale) * wide + 4 * split + 2 * ffn + lse + 4 * positions * _WIDE
     head = -(-vision.hidden_size // vision.num_attention_heads // 32) * 32
     accumulator = _WIDE * positions * heads * (head + 1)
     patches = tiles * vision.num_patches * 3 * vision.patch_size**2 * element
     pixels = tiles * 3 * vision.image_size**2 * _WIDE
     return _Part(
-        kept=vision.built_layers * block + patches + wide,
+        kept=vision.built_layers * block + patches,
         forward=max(3 * pixels, 3 * wide + 2 * ffn, 4 * wide + 8 * split + lse),
         backward=max(3 * ffn + 2 * wide, accumulator + 2 * wide + 7 * split),
     )

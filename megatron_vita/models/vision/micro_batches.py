@@ -131,9 +131,11 @@ class _RecomputedEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         trained = ctx.saved_tensors
+        # megatron-core holds a micro-batch's graph until the next one's loss is there: it must not hold the inputs.
+        inputs, ctx.inputs = ctx.inputs, None
         # Sums of bfloat16 over many micro-batches would lose the small ones.
         sums = [torch.zeros_like(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in trained]
-        for one, part in zip(ctx.inputs, grad.split(list(ctx.counts)), strict=True):
+        for one, part in zip(inputs, grad.split(list(ctx.counts)), strict=True):
             with torch.enable_grad():
                 tokens = ctx.encode(one)
             for total, added in zip(sums, torch.autograd.grad(tokens, trained, part), strict=True):
