@@ -84,7 +84,7 @@ ROOMS = (
          ("files", "config", "device", "layout", "data", "data.media", "data.text", "data.sources", "parallel",
           "models", "checkpoint", "convert")),
     Room("dryrun", "a rank's step at full size on fake CUDA tensors; a process of its own",
-         ("files", "config", "device", "layout", "data", "data.loading", "data.shards", "parallel", "models",
+         ("files", "config", "device", "kernels", "layout", "data", "data.loading", "data.shards", "parallel", "models",
           "training", "inference")),
 )  # fmt: skip
 

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vita.planning import flops
 from megatron_vita.planning.rows import Row
@@ -138,3 +140,44 @@ def test_without_time_a_section_is_not_begun(harness: Any, tmp_path: Path) -> No
 
     section = harness.Section("one", 1, 60.0, "About.", lambda size, within_s: iter(()))
     assert harness.run_section(section, _Size(), 10.0, tmp_path / "log").status == "no time"
+
+
+@pytest.fixture
+def gpu_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script's modules, where torch says that there is an H200."""
+    monkeypatch.syspath_prepend(str(GPU))
+    import attention
+    import sizes
+    import training
+
+    from megatron_vita import device
+
+    facts = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=150 << 30)
+    monkeypatch.setattr(device, "num_accelerators", lambda: 1)
+    for name, value in (
+        ("get_device_properties", facts),
+        ("get_device_name", facts.name),
+        ("get_device_capability", (9, 0)),
+        ("current_device", 0),
+        ("max_memory_allocated", 100 << 30),
+        ("max_memory_reserved", 110 << 30),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    return SimpleNamespace(attention=attention, sizes=sizes, training=training)
+
+
+@pytest.mark.slow
+def test_what_is_said_on_a_gpu(gpu_modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = gpu_modules.sizes.size_of("real")
+    row = SimpleNamespace(documents=(9000, 7384), first_token=range(39))
+    training = SimpleNamespace(row=row, labelled=3600)
+    found = {figure.name: figure for figure in gpu_modules.training._speed(size.short, training, 1.0)}
+    assert 40 < found["MFU"].value < found["HFU"].value < 60
+    assert found["MFU"].note == "of 989.5 TFLOP/s"
+    assert 0.5 < found["step to the planner's"].value < 2
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 200 << 30)
+    memory = {figure.name: figure for figure in gpu_modules.training._memory(size.short)}
+    assert memory["measured to dry run"].ok is False
+    assert memory["dry run: peak memory"].value < 130
+    facts = {figure.name: figure.value for figure in gpu_modules.attention.machine(size, 1.0)}
+    assert (facts["GPU"], facts["GPUs"], facts["memory of the GPU"]) == ("NVIDIA H200", 1, 150.0)

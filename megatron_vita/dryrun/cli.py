@@ -94,7 +94,8 @@ def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Repor
     with tqdm(total=len(jobs), unit="rank", desc="dry run", disable=None) as bar:
         for job, report in zip(jobs, run_jobs(jobs, workers=arguments.workers), strict=True):
             if job.stage is not shown:
-                bar.write(stage_line(job.stage, job.world_size), file=sys.stdout)
+                heading = [stage_line(job.stage, job.world_size), *(f"  {line}" for line in report.kernels)]
+                bar.write("\n".join(heading), file=sys.stdout)
                 shown = job.stage
             bar.write("\n".join(lines(report, arguments.gpu_memory)), file=sys.stdout)
             bar.update()

@@ -78,6 +78,8 @@ class Report:
     """Operations that PyTorch dispatched, an upper bound of kernel launches."""
     attention_calls: int = 0
     """Calls of attention kernels on blocks."""
+    kernels: list[str] = field(default_factory=list)
+    """Lines of the table of kernels: what a GPU would compute with what, given the packages of this machine."""
     measured: dict[str, float] = field(default_factory=dict)
     """Of a real run: `before`, `peak` and `after` in bytes by PyTorch's allocator, `reserved` bytes, `step_seconds`."""
     seconds: float = 0.0

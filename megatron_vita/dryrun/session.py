@@ -18,6 +18,7 @@ from megatron_vita.dryrun.memory import Memory
 from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs
 from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
+from megatron_vita.kernels import kernel_table
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
 from megatron_vita.parallel.groups import Groups
@@ -118,6 +119,7 @@ class Watch:
             host_syncs=self.mode.host_syncs,
             operations=sum(self.mode.operations.values()),
             attention_calls=self.mode.attention_calls,
+            kernels=[str(row) for row in kernel_table(self._job.stage)],
             measured=self._measured,
             seconds=time.monotonic() - self._began,
             **values,

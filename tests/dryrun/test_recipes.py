@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,9 @@ def test_the_command(tmp_path: Path) -> None:
     result = _run([*command, "--stage", "1", "--world-size", "8", "--steps", "1", "--json", str(tmp_path / "r.json")])
     assert result.returncode == 0, result.stderr
     assert "stage1: 32,768 tokens, 8 ranks" in result.stdout
+    assert re.search(
+        r"^  attention of packed documents +(PyTorch flash|flash-attn \d), varlen", result.stdout, re.MULTILINE
+    )
     assert "fits:" in result.stdout
     assert result.stdout.splitlines()[-1].endswith("ranks of 1 stages ran and fit")
     assert '"peak_bytes"' in (tmp_path / "r.json").read_text()
