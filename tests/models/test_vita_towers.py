@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, ParallelConfig
-from megatron_vita.models.vision.micro_batches import split_tiles
+from megatron_vita.models.vision.micro_batches import encode_in_micro_batches, split_tiles
 from megatron_vita.parallel.groups import destroy_groups
 from tests.checkpoint import tiny
 from tests.models.parity import (
@@ -111,6 +111,19 @@ def test_encoder_micro_batches_partition_the_tiles_of_all_ranks(counts: list[int
     assert sizes == [at_once] * (sum(counts) // at_once) + [sum(counts) % at_once] * (sum(counts) % at_once > 0)
     if len(set(counts)) == 1:
         assert all(max(one.counts) - min(one.counts) <= 1 for one in by_rank[0])
+
+
+def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
+    """Each is bfloat16; so would a sum be that forgets the later ones."""
+    count = 200
+    projector = torch.nn.Linear(3, 5, dtype=torch.bfloat16)
+    states = torch.rand(count, 4, 3).bfloat16() + 1
+    grad = torch.rand(count, 4, 5).bfloat16() + 1
+    micro_batches = split_tiles(torch.arange(count), [count], 1)
+    out = encode_in_micro_batches(lambda one: states[one.tiles], projector, micro_batches, (4, 5), [])
+    out.backward(grad)
+    each = torch.einsum("ntd,nth->ndh", grad, states).float()
+    torch.testing.assert_close(projector.weight.grad, each.sum(0).bfloat16(), rtol=2**-8, atol=0)
 
 
 @pytest.mark.slow
