@@ -146,6 +146,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, bool]:
 
 _INPUTS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale")
 _RESULTS = ("dout", "out", "softmax_lse", "dq", "dk", "dv")
+_SWITCHES = ("dropout_p", "causal", "window_size_left", "window_size_right", "softcap", "alibi_slopes")
 _PACKAGES: dict[Attention, tuple[str, dict[str, Sequence[str]]]] = {
     Attention.FLASH_ATTN_3: (
         "flash_attn_interface",
@@ -156,7 +157,10 @@ _PACKAGES: dict[Attention, tuple[str, dict[str, Sequence[str]]]] = {
     ),
     Attention.FLASH_ATTN_2: (
         "flash_attn.flash_attn_interface",
-        {"_flash_attn_varlen_forward": (), "_flash_attn_varlen_backward": ()},
+        {
+            "_flash_attn_varlen_forward": (*_INPUTS, *_SWITCHES),  # before 2.7 other names
+            "_flash_attn_varlen_backward": (*_INPUTS, *_RESULTS, *_SWITCHES, "deterministic"),
+        },
     ),
 }
 """Kernel -> its module, and the functions of it that parallel/flash.py calls with the arguments that they must take."""

@@ -88,7 +88,30 @@ def hopper_package(record: Any, *, latest: bool) -> ModuleType:
     return _module(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
 
 
-FLASH_2 = _module(_flash_attn_varlen_forward=lambda: None, _flash_attn_varlen_backward=lambda: None)
+def _flash_attn_varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+):  # fmt: skip
+    """As flash-attn 2.7 to 2.8 have it."""
+    return q, q[..., 0].t(), None, None
+
+
+def _flash_attn_varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    """As flash-attn 2.7 to 2.8 have it."""
+
+
+def _of_an_older_release(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+                         causal, window_size, softcap, alibi_slopes, return_softmax):  # fmt: skip
+    """As flash-attn 2.6 has it."""
+
+
+FLASH_2 = _module(
+    _flash_attn_varlen_forward=_flash_attn_varlen_forward, _flash_attn_varlen_backward=_flash_attn_varlen_backward
+)
+FLASH_2_OLD = _module(_flash_attn_varlen_forward=_of_an_older_release)
 FLASH_3 = hopper_package(None, latest=True)
 
 
@@ -119,6 +142,7 @@ def test_other_dtypes_and_head_sizes_take_the_reference(dtype: torch.dtype, head
         ((9, 0), {"flash_attn": FLASH_2}, Attention.FLASH_ATTN_2, "flash_attn_interface is not installed"),
         ((8, 0), {"flash_attn_interface": FLASH_3, "flash_attn": FLASH_2}, Attention.FLASH_ATTN_2, "needs 9"),
         ((10, 0), {"flash_attn_interface": FLASH_3}, Attention.TORCH_FLASH, "compute capability 10.0, needs 9"),
+        ((9, 0), {"flash_attn": FLASH_2_OLD}, Attention.TORCH_FLASH, "has no window_size_left"),
         ((9, 0), {"flash_attn_interface": FLASH_2}, Attention.TORCH_FLASH, "has no q"),
         ((9, 0), {"flash_attn": None}, Attention.TORCH_FLASH, "cannot be imported"),
         ((7, 5), {"flash_attn": FLASH_2}, Attention.REFERENCE, "compute capability 7.5, needs 8"),
@@ -157,6 +181,16 @@ def test_flash_attn_3_is_called_by_the_names_of_its_release(machine: Any, latest
     assert backward["dout"] is grad
     assert torch.equal(backward["softmax_lse"], lse)
     assert all(backward[name] is one for name, one in zip(("dq", "dk", "dv"), grads, strict=True))
+
+
+def test_flash_attn_2_is_called_as_its_signature_says(machine: Any) -> None:
+    machine((8, 0), flash_attn=FLASH_2)
+    bounds = torch.tensor([0, 2, 6]), torch.tensor([0, 3, 5])
+    q, k, v, grad = torch.randn(6, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(6, 4, 8)
+    out, lse = flash.forward(Attention.FLASH_ATTN_2, q, k, v, bounds, (4, 3), causal=False, scale=0.5)
+    assert out is q
+    grads = flash.backward(Attention.FLASH_ATTN_2, grad, q, k, v, out, lse, bounds, (4, 3), causal=False, scale=0.5)
+    assert [one.shape for one in grads] == [q.shape, k.shape, v.shape]
 
 
 def test_a_custom_operators_names_are_read() -> None:
