@@ -170,12 +170,12 @@ def _layout(
 def least_recomputation(layout: StageConfig, request: Request) -> Candidate:
     """The layout with the least recomputation that fits; with the most, if none does.
 
-    In order: none; the core attention; n layers of each pipeline stage (`block`), for the smallest n.
+    None, or n layers of each model chunk (`block`) for the smallest n. Not the core attention (`selective`): what its
+    recomputation keeps, the joint projection and the queries copied out of it, is as much as what it saves.
     """
-    for settings in ({}, {"recompute_granularity": "selective"}):
-        found = request.judge(recomputing(layout, **settings))
-        if found.fits:
-            return found
+    found = request.judge(recomputing(layout))
+    if found.fits:
+        return found
     deepest = max(pipeline_split(layout.parallel, layout.model.num_layers).layers)
     found = request.judge(_block(layout, deepest))
     low, high = 0, deepest  # the smallest number that fits lies in (low, high]
