@@ -26,6 +26,8 @@ _READS = {
     "aten::masked_select": "needs the number of selected elements",
     "aten::equal": "compares on the host",
     "aten::is_nonzero": "reads a scalar",
+    "aten::_unique2": "needs the number of different elements",
+    "aten::bincount": "needs the largest element",
 }
 _COPIES = ("aten::_to_copy", "aten::copy_")
 _PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmm_")
@@ -107,10 +109,17 @@ class DryRunMode(TorchDispatchMode):
             what = self._copy(name, args, kwargs)
         elif name in ("aten::index", "aten::index_put_", "aten::index_put") and self._on(args[0]):
             masks = [one for one in tree_leaves(args[1]) if isinstance(one, torch.Tensor) and one.dtype == torch.bool]
-            filled = len(args) > 2 and args[2].numel() == 1  # PyTorch then calls masked_fill
+            # A number of the host: PyTorch then calls masked_fill.
+            filled = len(args) > 2 and args[2].numel() == 1 and not self._on(args[2])
             what = "a mask as an index needs its number of elements" if masks and not filled else None
+        elif name == "aten::repeat_interleave" and len(args) == 1 and self._on(args[0]):
+            what = None if kwargs.get("output_size") is not None else "needs the number of repeated elements"
         if what is not None:
-            self._syncs[what, _line(), self.phase] += 1
+            self.add_sync(what)
+
+    def add_sync(self, what: str) -> None:
+        """Count a host synchronisation of the line that is running."""
+        self._syncs[what, _line(), self.phase] += 1
 
     def _copy(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """What makes the host wait in a copy between host and device; None: nothing."""

@@ -149,6 +149,7 @@ def _scopes(modules: ModulePath, mode: DryRunMode, *, fake: bool) -> Iterator[No
     ]
     if fake:
         replaced.append((F, "scaled_dot_product_attention", _sdpa))
+        replaced.append((torch.cuda, "synchronize", lambda *_: mode.add_sync("waits for all kernels")))
     plain = [getattr(where, name) for where, name, _ in replaced]
     for where, name, new in replaced:
         setattr(where, name, new)
