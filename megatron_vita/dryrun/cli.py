@@ -43,17 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--rank", type=int, help="this rank alone")
     which.add_argument("--ranks", choices=("all-kinds",), default="all-kinds", help="one rank of every kind")
     parser.add_argument("--steps", type=int, default=2, help="steps to run; the last one is reported")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=0,
+        help="not a training step: prefill a prompt of so many tokens and decode, in the layout of the stage",
+    )  # fmt: skip
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="memory of one GPU in GiB")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="ranks that are tried at once")
     parser.add_argument("--json", type=Path, help="write the reports to this file too")
     arguments, flags = parser.parse_known_args(argv)
     try:
         stages = _stages(arguments, flags)
-        jobs = [
-            DryRunJob(stage=stage, world_size=arguments.world_size, rank=rank, steps=arguments.steps)
-            for stage in stages
-            for rank in ([arguments.rank] if arguments.rank is not None else kinds(stage, arguments.world_size))
-        ]
+        jobs = [job for stage in stages for job in _jobs(stage, arguments)]
         reports = _run(jobs, arguments)
     except VitaError as error:
         print(f"pretrain_vita --dry-run: {error}", file=sys.stderr)
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _stages(arguments: argparse.Namespace, flags: Sequence[str]) -> list[StageConfig]:
     """The stages to run, checked as a real run checks them."""
     run = load_run(arguments.config, flags, expand=False)
-    if arguments.world_size < 1 or arguments.steps < 1 or arguments.workers < 1:
-        raise ConfigError("--world-size, --steps and --workers must be at least 1.")
+    if min(arguments.world_size, arguments.steps, arguments.workers) < 1 or arguments.prompt_tokens < 0:
+        raise ConfigError("--world-size, --steps, --workers and --prompt-tokens must be at least 1.")
     if arguments.stage is not None and not 1 <= arguments.stage <= len(run.stages):
         raise ConfigError(f"--stage {arguments.stage}: the recipe has stages 1 to {len(run.stages)}.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world_size:
@@ -88,6 +88,22 @@ def _stages(arguments: argparse.Namespace, flags: Sequence[str]) -> list[StageCo
     return [run.stages[arguments.stage - 1]] if arguments.stage else list(run.stages)
 
 
+def _jobs(stage: StageConfig, arguments: argparse.Namespace) -> list[DryRunJob]:
+    """The ranks of a stage; of inference those of one replica."""
+    world, prompt = arguments.world_size, arguments.prompt_tokens
+    if prompt > stage.model.max_position_embeddings:
+        raise ConfigError(
+            f"--prompt-tokens {prompt} exceeds model.max_position_embeddings={stage.model.max_position_embeddings}."
+        )
+    if prompt:
+        world = stage.parallel.replica_size
+    ranks = [arguments.rank % world] if arguments.rank is not None else kinds(stage, world)
+    return [
+        DryRunJob(stage=stage, world_size=world, rank=rank, steps=arguments.steps, prompt_tokens=prompt)
+        for rank in ranks
+    ]
+
+
 def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Report]:
     reports: list[Report] = []
     shown: StageConfig | None = None
@@ -97,6 +113,8 @@ def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Repor
                 heading = [stage_line(job.stage, job.world_size), *(f"  {line}" for line in report.kernels)]
                 bar.write("\n".join(heading), file=sys.stdout)
                 shown = job.stage
+            if report.kernels and not any(one.kernels for one in reports):
+                bar.write("\n".join(["kernels:", *(f"  {line}" for line in report.kernels)]), file=sys.stdout)
             bar.write("\n".join(lines(report, arguments.gpu_memory)), file=sys.stdout)
             bar.update()
             reports.append(report)

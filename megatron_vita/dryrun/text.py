@@ -47,11 +47,10 @@ def lines(report: Report, gpu_memory: float) -> Iterator[str]:
     if report.error is not None:
         yield f"    FAILED: {report.error}"
         return
-    yield (
-        f"    {report.parameters:,} parameters, {report.trainable:,} trained; row of {report.documents} documents, "
-        f"{report.tiles} tiles and {report.labelled:,} labelled tokens on this rank; {report.micro_batches} of "
-        f"{report.micro_batches_in_step} micro-batches"
-    )
+    row = f"row of {report.documents} documents, {report.tiles} tiles and {report.labelled:,} labelled tokens"
+    yield f"    {report.parameters:,} parameters, {report.trainable:,} trained; {row} on this rank"
+    if report.micro_batches_in_step:
+        yield f"    {report.micro_batches} of {report.micro_batches_in_step} micro-batches of a step"
     yield "    GiB     " + "".join(f"{name:>9}" for name in _COLUMNS)
     for name, parts in (("before", report.before), ("peak", report.peak), ("after", report.after)):
         values = [parts.get(part, 0) for part in _PARTS]

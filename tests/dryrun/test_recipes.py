@@ -132,6 +132,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("--rank", "64"), "64 ranks are 0 to 63"),
         (("--stage", "5"), "the recipe has stages 1 to 4"),
         (("--steps", "0"), "must be at least 1"),
+        (("--prompt-tokens", "2000000"), "exceeds model.max_position_embeddings"),
         (("--tensor-model-parallel-size", "3", "--world-size", "48"), "is not a multiple of"),
         (("--no-such-flag", "1"), "unknown flag"),
     ],
