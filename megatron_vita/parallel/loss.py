@@ -58,7 +58,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         losses = hidden.new_empty(len(hidden), dtype=_wide(hidden))
         lse = torch.empty_like(losses)
-        wanted = ctx.needs_input_grad[:2] if grad_enabled else (False, False)
+        wanted = ctx.needs_input_grad[:2] if grad_enabled and len(hidden) else (False, False)
         d_hidden, d_weight = _gradient_buffers(hidden, weight, *wanted)
         for chunk in _chunks(hidden, weight):
             logits = _logits(hidden[chunk], weight, columns)
@@ -100,9 +100,11 @@ class _Loss(torch.autograd.Function):
 def _gradient_buffers(
     hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient buffers: empty in the dtype of `hidden`, zeros in float32 or wider for `weight`; None if not wanted."""
+    """Gradient buffers; None if not wanted. That of `hidden` is empty, in its dtype; that of `weight` is zeros, in
+    float32 or wider if there are tokens to add up."""
     d_hidden = torch.empty_like(hidden) if wants_hidden else None
-    return d_hidden, torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
+    dtype = _wide(weight) if len(hidden) else weight.dtype
+    return d_hidden, torch.zeros_like(weight, dtype=dtype) if wants_weight else None
 
 
 def _add_gradients(

@@ -11,6 +11,7 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.parallel import loss as loss_module
 from megatron_vita.parallel.groups import build_groups, destroy_groups
 from megatron_vita.parallel.loss import vocab_parallel_loss
+from tests.models.watch import Watch
 from tests.ranks import run_ranks
 
 
@@ -96,6 +97,26 @@ def _check_bfloat16_gradients() -> None:
 
 def test_bfloat16_gradients() -> None:
     run_ranks(1, _check_bfloat16_gradients)
+
+
+def _check_no_labels() -> None:
+    groups = build_groups(ParallelConfig())
+    hidden = torch.randn(0, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    with Watch() as watch:
+        labels = torch.zeros(0, dtype=torch.int64)
+        losses = vocab_parallel_loss(hidden, weight, labels, vocab_size=64, group=groups.collection.tp)
+        assert watch.live < weight.nbytes, "nothing is kept for the backward"
+        losses.sum().backward()
+    assert watch.peak < 1.5 * weight.nbytes, "the gradient of the weight, once, in its dtype"
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert hidden.grad is not None
+    destroy_groups()
+
+
+def test_without_labels_the_gradient_is_zeros_made_in_the_backward() -> None:
+    run_ranks(1, _check_no_labels)
 
 
 def _check_twice_and_never() -> None:
