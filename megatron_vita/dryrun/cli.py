@@ -113,8 +113,6 @@ def _run(jobs: Sequence[DryRunJob], arguments: argparse.Namespace) -> list[Repor
                 heading = [stage_line(job.stage, job.world_size), *(f"  {line}" for line in report.kernels)]
                 bar.write("\n".join(heading), file=sys.stdout)
                 shown = job.stage
-            if report.kernels and not any(one.kernels for one in reports):
-                bar.write("\n".join(["kernels:", *(f"  {line}" for line in report.kernels)]), file=sys.stdout)
             bar.write("\n".join(lines(report, arguments.gpu_memory)), file=sys.stdout)
             bar.update()
             reports.append(report)

@@ -45,8 +45,6 @@ class Report:
     """What kind of rank it is: coordinates by name."""
     error: str | None = None
     """What a GPU would refuse, and where; the other fields are then empty."""
-    kernels: list[str] = field(default_factory=list)
-    """What computes what: lines of megatron_vita.kernels.kernel_table."""
     parameters: int = 0
     """Parameters of this rank."""
     trainable: int = 0

@@ -104,7 +104,6 @@ class Watch:
             world_size=self._job.world_size,
             rank=self._job.rank,
             kind=kind_of(groups),
-            kernels=[str(row) for row in kernel_table(self._job.stage)],
             parameters=sum(one.numel() for one in parameters),
             trainable=sum(one.numel() for one in parameters if one.requires_grad),
             build_peak=self._build_peak,
