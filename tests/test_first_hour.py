@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ def test_every_section_runs_and_reports(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr + "".join(log.read_text() for log in tmp_path.glob("*.log"))
     measured = {}
-    for part, count in ((1, 5), (2, 3)):
+    for part, count in ((1, 5), (2, 4)):
         report = json.loads((tmp_path / f"part{part}.json").read_text())
         assert (report["part"], report["size"], len(report["sections"])) == (part, "tiny", count)
         measured |= {one["name"]: {figure["name"]: figure for figure in one["figures"]} for one in report["sections"]}
@@ -46,6 +47,7 @@ def test_every_section_runs_and_reports(tmp_path: Path) -> None:
     assert measured["machine"]["kernel: attention of packed documents"]["value"]
     for name in ("training at 16K", "training at 128K"):
         assert {"loss", "step", "MFU", "model FLOPs", "busy", "peak memory"} <= measured[name].keys()
+    assert measured["a rank alone"]["stage2: dry run, peak"]["value"] > 0
     assert measured["save and resume"]["weights, master weights, moments"]["ok"] is True
     assert measured["schedules"]["p2p against one call: gradient of k"]["ok"] is True
     assert measured["prefill at 128K"]["prefill speed"]["value"] > 0
@@ -181,3 +183,21 @@ def test_what_is_said_on_a_gpu(gpu_modules: Any, monkeypatch: pytest.MonkeyPatch
     assert memory["dry run: peak memory"].value < 130
     facts = {figure.name: figure.value for figure in gpu_modules.attention.machine(size, 1.0)}
     assert (facts["GPU"], facts["GPUs"], facts["memory of the GPU"]) == ("NVIDIA H200", 1, 150.0)
+
+
+@pytest.mark.slow
+def test_a_rank_alone_is_compared_with_its_dry_run(gpu_modules: Any) -> None:
+    from megatron_vita.dryrun.report import Collective, Report
+
+    sent = Collective(kind="send", group="cp", ranks=8, phase="micro-batches", calls=4, nbytes=100)
+    dry = Report(stage="one", world_size=64, rank=1, peak_bytes=1000, collectives=[sent])
+    measured = {"peak": 1050.0, "reserved": 1300.0, "step_seconds": 0.5}
+
+    def verdicts(**changed: Any) -> dict[str, bool | None]:
+        real = dataclasses.replace(dry, **{"measured": measured, **changed})
+        return {figure.name: figure.ok for figure in gpu_modules.training._compared(dry, real)}
+
+    assert set(verdicts().values()) == {True, None}
+    assert verdicts(measured={**measured, "peak": 1200.0})["one: peak to dry run"] is False
+    assert verdicts(collectives=[])["one: same collectives"] is False
+    assert verdicts(error="a device-side assert")["one: with real tensors"] is False

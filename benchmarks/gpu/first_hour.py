@@ -5,8 +5,8 @@
 
 Part 1: the machine and its kernels; parity of every fused kernel; one step of tiny models in each dtype against plain
 PyTorch; 20 training steps of 12 layers of the 14B recipe at 16K, with MFU, memory against the dry run and a profile;
-the block schedules of all context ranks against one flash call. Part 2: training at 128K, save and resume, prefill at
-128K.
+the block schedules of all context ranks against one flash call. Part 2: training at 128K, save and resume,
+prefill at 128K, a rank of 64 alone against its dry run.
 
 Each section is a process of its own with a time limit: one that fails, dies or hangs costs the others nothing but its
 time, and what it had measured is kept. Rows and weights are made; no data is needed. OUTPUT gets part1.json, part1.md
@@ -47,9 +47,10 @@ SECTIONS = (
     Section("dtype grid", 1, 75, "Tiny models in each dtype against plain PyTorch.", attention.dtype_grid),
     Section("training at 16K", 1, 110, "12 layers of the 14B recipe, packed pictures.", training.steps_short),
     Section("schedules", 1, 30, "All context ranks' blocks against one flash call.", attention.emulation),
-    Section("training at 128K", 2, 130, "12 layers of the 14B recipe, one video.", training.steps_long),
-    Section("save and resume", 2, 80, "A checkpoint in the background, and exact resumption.", training.resume),
-    Section("prefill at 128K", 2, 75, "A long prompt through the engine.", generation.prefill),
+    Section("training at 128K", 2, 115, "12 layers of the 14B recipe, one video.", training.steps_long),
+    Section("save and resume", 2, 65, "A checkpoint in the background, and exact resumption.", training.resume),
+    Section("prefill at 128K", 2, 60, "A long prompt through the engine.", generation.prefill),
+    Section("a rank alone", 2, 80, "A rank of 64 with real tensors against its dry run.", training.rank_alone),
 )
 
 

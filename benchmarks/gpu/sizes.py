@@ -30,6 +30,9 @@ class Size:
     """Of training, at most: a section stops when its time is used up."""
     resumed: StageConfig
     """For saving and resuming."""
+    ranks_of_64: tuple[StageConfig, ...]
+    """Shallow stages whose rank is tried alone, with the collectives of `world_size` ranks answered."""
+    world_size: int
     heads: tuple[int, int]
     """Query and key/value heads of attention alone: those of a rank at TP 8."""
     head_dim: int
@@ -71,11 +74,27 @@ def _alone(stage: StageConfig, model: ModelConfig, recomputed: int, length: int 
     )
 
 
+def _shallow(stage: StageConfig, layers: int = 2) -> StageConfig:
+    """A stage of the recipe in its own layout, with few layers, so that its dry run takes seconds."""
+    parallel, vision = stage.parallel, stage.model.vision
+    assert vision is not None
+    if parallel.recompute_num_layers:
+        parallel = dataclasses.replace(parallel, recompute_num_layers=layers)
+    return dataclasses.replace(
+        stage,
+        model=dataclasses.replace(
+            stage.model, num_layers=layers, vision=dataclasses.replace(vision, num_layers=2 * layers)
+        ),
+        parallel=parallel,
+        data=dataclasses.replace(stage.data, data_path=""),
+    )
+
+
 def size_of(name: str) -> Size:
     """`real` or `tiny`."""
     for variable in ("START", "TOKENIZER", "SHARDS", "RUN"):
         os.environ.setdefault(variable, "not-used")
-    _, two, three, _ = load_run(RECIPE).stages
+    _, two, three, four = load_run(RECIPE).stages
     if name == "real":
         decoder = dataclasses.replace(two.model, num_layers=_LAYERS)
         fewer = dataclasses.replace(three.model, num_layers=_LAYERS, vocab_size=32768)
@@ -86,6 +105,8 @@ def size_of(name: str) -> Size:
             long=_alone(three, fewer, _LAYERS),
             steps=20,
             resumed=_alone(two, small, 0, 4096),
+            ranks_of_64=tuple(_shallow(one) for one in (two, four)),
+            world_size=64,
             heads=(5, 1),
             head_dim=128,
             short_row=(900, 3, 128, 500, 1, 516),
@@ -108,6 +129,13 @@ def size_of(name: str) -> Size:
         long=_alone(video, tiny, 2, 1024),
         steps=4,
         resumed=_alone(trained, tiny, 0, 1024),
+        ranks_of_64=(
+            dataclasses.replace(
+                _alone(trained, tiny, 0, 256),
+                parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+            ),
+        ),
+        world_size=2,
         heads=(4, 2),
         head_dim=16,
         short_row=(40, 3, 20, 1),

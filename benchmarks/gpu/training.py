@@ -24,6 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_vita import checkpoint, core_optimizer, device
 from megatron_vita.config import StageConfig
 from megatron_vita.data.loading.loader import StepBatches
+from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
+from megatron_vita.dryrun.report import Report
 from megatron_vita.dryrun.rows import Row, rows_of
 from megatron_vita.errors import VitaError
 from megatron_vita.parallel.groups import destroy_groups, init_distributed
@@ -234,6 +236,36 @@ def _profile(training: Training) -> Iterator[Figure]:
         yield Figure(f"`{name[:80]}`", 100 * taken / max(busy, 1e-9), "%", note=f"{count} calls, {taken / 1e3:.2f} ms")
 
 
+def rank_alone(size: Size, within_s: float) -> Iterator[Figure]:
+    """A rank of the recipe's own layout, two layers deep: a dry run, then the same step with real tensors."""
+    jobs = [DryRunJob(stage=one, world_size=size.world_size, rank=1) for one in size.ranks_of_64]
+    dry = list(run_jobs(jobs))
+    for job, report in zip(jobs, dry, strict=True):
+        if report.error:
+            raise VitaError(report.error)
+        where = f"rank 1 of {job.world_size}, {job.stage.data.seq_length} tokens"
+        yield Figure(f"{report.stage}: dry run, peak", report.peak_bytes / 2**30, "GiB", note=where)
+    if not device.num_accelerators():
+        yield Figure("with real tensors", "not run", note="no GPU")
+        return
+    for report, real in zip(dry, run_jobs(jobs, real=True), strict=True):
+        yield from _compared(report, real)
+
+
+def _compared(dry: Report, real: Report) -> Iterator[Figure]:
+    """A step with real tensors beside its dry run."""
+    if real.error:
+        yield Figure(f"{real.stage}: with real tensors", real.error, ok=False)
+        return
+    for name in ("peak", "reserved"):
+        ratio = real.measured[name] / dry.peak_bytes
+        yield Figure(f"{real.stage}: {name} to dry run", ratio, "times",
+                     abs(ratio - 1) <= _MEMORY_BOUND if name == "peak" else None)  # fmt: skip
+    yield Figure(f"{real.stage}: same collectives", real.collectives == dry.collectives,
+                 ok=real.collectives == dry.collectives)  # fmt: skip
+    yield Figure(f"{real.stage}: step", real.measured["step_seconds"], "s", note="nothing is communicated")
+
+
 def resume(size: Size, within_s: float) -> Iterator[Figure]:
     """Save in the background, load into a new model and optimizer: the same bits, and the same next step."""
     stage = size.resumed
@@ -280,8 +312,6 @@ def expect(size: Size) -> None:
     Raises:
         VitaError: a dry run is not possible here, or found a mistake.
     """
-    from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
-
     found = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     stages = size.short, size.long
     reports = run_jobs([DryRunJob(stage=one, world_size=1) for one in stages], workers=1)
