@@ -17,6 +17,8 @@ from megatron_vita.parallel.collectives import reduce_
 
 _MIN_TOKENS = 256
 """Smallest chunk in tokens: with fewer, reading the weight from memory takes longer than the matrix product."""
+_BLOCK = 16 * 1024**2
+"""Numbers of the weight's gradient that exist at once in the weight's dtype, beside the float32 gradient itself."""
 _MIN_CHUNKS = 32
 """A chunk has at most 1/32 of the labelled tokens, unless that were fewer than _MIN_TOKENS."""
 
@@ -86,7 +88,7 @@ class _Loss(torch.autograd.Function):
         if ctx.gradients is not None and len(hidden) and grad.stride(0) == 0:
             # Stride 0: an expanded scalar, as the backward of a sum returns it.
             computed, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward recomputes them
-            scaled = (None if x is None else x.mul_(grad[0]).to(weight.dtype) for x in computed)
+            scaled = (None if x is None else _narrow_(x.mul_(grad[0]), weight.dtype) for x in computed)
             return *scaled, None, None, None, None
         d_hidden, d_weight = _gradient_buffers(hidden, weight, *ctx.needs_input_grad[:2])
         for chunk in _chunks(hidden, weight):
@@ -94,7 +96,7 @@ class _Loss(torch.autograd.Function):
             _subtract_at_label(softmax, labels[chunk])
             _add_gradients(softmax.mul_(grad[chunk].unsqueeze(-1)), chunk, hidden, weight, d_hidden, d_weight)
             del softmax
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, None if d_weight is None else _narrow_(d_weight, weight.dtype), None, None, None, None
 
 
 def _gradient_buffers(
@@ -116,7 +118,21 @@ def _add_gradients(
     if d_weight is not None and d_weight.dtype == d_logits.dtype:
         d_weight.addmm_(d_logits.t(), hidden[chunk])
     elif d_weight is not None:
-        d_weight += d_logits.t() @ hidden[chunk]
+        entries = max(1, _BLOCK // d_weight.shape[1])
+        for part, d_part in zip(d_weight.split(entries), d_logits.split(entries, dim=1), strict=True):
+            part += d_part.t() @ hidden[chunk]
+
+
+def _narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor in a narrower dtype, in the first part of its own memory: a step may peak here, and need
+    not hold both."""
+    if wide.dtype == dtype:
+        return wide
+    flat = wide.view(-1)
+    narrow = flat.view(dtype)[: len(flat)]
+    for source, target in zip(flat.split(_BLOCK), narrow.split(_BLOCK), strict=True):
+        target.copy_(source.to(dtype))  # overwrites numbers up to this block's last, which have been read
+    return narrow.view(wide.shape)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

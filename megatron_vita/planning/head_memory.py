@@ -8,7 +8,7 @@ from megatron_vita.config import StageConfig
 
 _WIDE = 4
 """Bytes of a float32 number."""
-_MIN_TOKENS, _MIN_CHUNKS = 256, 32
+_MIN_TOKENS, _MIN_CHUNKS, _BLOCK = 256, 32, 16 * 1024**2
 """As in parallel/loss.py."""
 
 
@@ -22,8 +22,6 @@ class HeadMemory:
     """Most that lives in the forward."""
     backward: float
     """Most that lives in the backward."""
-    lasting: float = 0.0
-    """What lives until the backward of the whole micro-batch has ended."""
 
 
 def head_chunk(labelled: float, hidden: int, shard: float) -> float:
@@ -43,13 +41,15 @@ def head_memory(stage: StageConfig, labelled: float, tokens: float, element: int
     hidden = gathered / parallel.sequence_shards
     chunk = head_chunk(labelled, model.hidden_size, shard)
     logits = chunk * shard
-    # In float32 beside their half precision, before (logits) and after (gradient); then the weight's product.
-    of_chunk = logits * (_WIDE + element) + (weight if element < _WIDE else 0.0)
+    # The weight's gradient is float32; blocks of it are made, and given on, in the weight's dtype.
+    block = min(weight, _BLOCK * element) if element < _WIDE else 0.0
+    # In float32 beside their half precision, before (logits) and after (gradient).
+    of_chunk = logits * (_WIDE + element) + block
     kept = 2 * rows + wide_weight
     forward = 2 * hidden + max(3 * rows, kept + of_chunk)
     # The rows' gradient becomes that of all tokens: zeros, and under sequence parallelism those of all ranks' rows.
     spread = rows + hidden if parallel.sequence_parallel else 2 * gathered
-    backward = hidden + max(kept + weight, rows + weight + spread)
-    if not labelled:  # the gradient of the weight, zeros, is made again and lives until the backward has ended
-        return HeadMemory(hidden + kept, forward, backward + wide_weight, lasting=wide_weight)
+    backward = hidden + max(kept + block, rows + wide_weight + spread)
+    if not labelled:  # the weight's gradient is zeros in its own dtype, made in the backward
+        return HeadMemory(hidden, 2 * hidden, hidden + weight + spread)
     return HeadMemory(hidden + kept, forward, backward)

@@ -196,7 +196,6 @@ class _Rank:
             labelled = self._row.labelled * self._tokens / self._row.tokens
             head = head_memory(self._stage, labelled, self._tokens, self._element)
             phases.append((others + mine + chunk.kept, max(head.forward, head.backward), "head"))
-            others += head.lasting
         phases.append((others + mine, chunk.backward, "backward"))
         if encoder is not None:
             phases += [

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_vita.config import ParallelConfig
 from megatron_vita.parallel import loss as loss_module
@@ -97,6 +99,41 @@ def _check_bfloat16_gradients() -> None:
 
 def test_bfloat16_gradients() -> None:
     run_ranks(1, _check_bfloat16_gradients)
+
+
+def _check_peak() -> None:
+    """The output layer's gradient is float32 once, and no other tensor of its size exists in forward and backward."""
+    loss_module._BLOCK = 1000
+    groups = build_groups(ParallelConfig())
+    hidden = torch.randn(300, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4001, 16, dtype=torch.bfloat16, requires_grad=True)
+    exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
+    labels = torch.randint(0, 4001, (300,))
+    made: list[tuple[torch.Size, torch.dtype]] = []
+    with Watch(lambda new, _: made.append((new.shape, new.dtype)) if new.numel() >= weight.numel() else None):
+        loss = vocab_parallel_loss(hidden, weight, labels, vocab_size=4001, group=groups.collection.tp).sum()
+        (grad,) = torch.autograd.grad(loss * 0.5, weight)
+    logits = (256, 4001), (44, 4001)
+    assert [one for one in made if tuple(one[0]) not in logits] == [(weight.shape, torch.float32)]
+    assert grad.dtype == torch.bfloat16
+    (F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum") * 0.5).backward()
+    assert F.cosine_similarity(grad.double().flatten(), exact[1].grad.flatten(), dim=0) > 0.9999
+    destroy_groups()
+
+
+def test_the_output_layers_gradient_exists_once() -> None:
+    run_ranks(1, _check_peak)
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 7), block=st.integers(1, 64))
+def test_narrowing_in_place_rounds_every_number(rows: int, columns: int, block: int) -> None:
+    wide = torch.randn(rows, columns)
+    expected = wide.bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "_BLOCK", block)
+        narrow = loss_module._narrow_(wide, torch.bfloat16)
+    assert torch.equal(narrow, expected)
+    assert narrow.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
 
 
 def _check_no_labels() -> None:
