@@ -77,7 +77,7 @@ def _run(harness: Any, tmp_path: Path, run: Any, limit_s: float = 60.0) -> Any:
     class _Size:
         shortest_s = 0.0
 
-    section = harness.Section("one", 1, limit_s, "About.", run)
+    section = harness.Section("one", limit_s, "About.", run)
     return harness.run_section(section, _Size(), limit_s, tmp_path / "one.log")
 
 
@@ -140,7 +140,7 @@ def test_without_time_a_section_is_not_begun(harness: Any, tmp_path: Path) -> No
     class _Size:
         shortest_s = 15.0
 
-    section = harness.Section("one", 1, 60.0, "About.", lambda size, within_s: iter(()))
+    section = harness.Section("one", 60.0, "About.", lambda size, within_s: iter(()))
     assert harness.run_section(section, _Size(), 10.0, tmp_path / "log").status == "no time"
 
 

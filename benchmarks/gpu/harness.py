@@ -33,7 +33,6 @@ class Section:
     """A measurement that does not depend on others."""
 
     name: str
-    part: int
     limit_s: float
     """Seconds after which it is killed; its figures so far are kept."""
     about: str
