@@ -1,6 +1,6 @@
 """Sees every operation of a dry run: memory, FLOPs, host synchronisations, and mistakes of device, dtype or shape.
 
-On fake tensors it answers what only values could: a scalar that the host reads is 1.
+On fake tensors it answers what only values could: a number that the host reads is 1, a truth value is False.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -30,7 +31,12 @@ _READS = {
     "aten::bincount": "needs the largest element",
 }
 _COPIES = ("aten::_to_copy", "aten::copy_")
-_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmm_")
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_PRODUCTS = (
+    "aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_", "aten::convolution",
+)  # fmt: skip
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+"""Products that torch's table of FLOPs lacks -> those that do the same out of place."""
 
 
 class FakeOperationError(Exception):
@@ -76,16 +82,21 @@ class DryRunMode(TorchDispatchMode):
         self.last = f"{self._modules.now}, {'backward' if self._modules.in_backward else 'forward'}"
         self._find_sync(name, args, kwargs)
         if self._fake and name == "aten::_local_scalar_dense":
-            kind = args[0].dtype
-            return 1.0 if kind.is_floating_point else kind != torch.bool and 1
+            return _scalar(func, args[0])
         if name in _PRODUCTS:
             self._check_product(name, args)
         try:
             out = func(*args, **kwargs)
+        except MemoryError:
+            raise
         except Exception as error:
-            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: {error}") from error
+            needs_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+            reason = "the host would wait for values, and fake tensors have none" if needs_values else error
+            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: {reason} ({_line()})") from error
+        if kwargs.get("pin_memory"):
+            out.untyped_storage().pinned = True
         self._memory.watch(out, name, workspace=workspace_bytes(name, args))
-        if name not in _COUNTED_BY_PAIRS and (formula := flop_registry.get(func._overloadpacket)) is not None:
+        if name not in _COUNTED_BY_PAIRS and (formula := _flop_formula(func)) is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
@@ -98,7 +109,7 @@ class DryRunMode(TorchDispatchMode):
         """Shape functions of matrix products take any dtypes; cuBLAS takes one."""
         kinds = {one.dtype for one in args if isinstance(one, torch.Tensor)}
         if len(kinds) > 1:
-            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: the dtypes differ")
+            raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: the dtypes differ ({_line()})")
 
     def _on(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type == self._device.type
@@ -107,11 +118,8 @@ class DryRunMode(TorchDispatchMode):
         what = _READS.get(name) if args and self._on(args[0]) else None
         if name in _COPIES:
             what = self._copy(name, args, kwargs)
-        elif name in ("aten::index", "aten::index_put_", "aten::index_put") and self._on(args[0]):
-            masks = [one for one in tree_leaves(args[1]) if isinstance(one, torch.Tensor) and one.dtype == torch.bool]
-            # A number of the host: PyTorch then calls masked_fill.
-            filled = len(args) > 2 and args[2].numel() == 1 and not self._on(args[2])
-            what = "a mask as an index needs its number of elements" if masks and not filled else None
+        elif name in _INDEXING and self._on(args[0]):
+            what = self._index(args)
         elif name == "aten::repeat_interleave" and len(args) == 1 and self._on(args[0]):
             what = None if kwargs.get("output_size") is not None else "needs the number of repeated elements"
         if what is not None:
@@ -120,6 +128,15 @@ class DryRunMode(TorchDispatchMode):
     def add_sync(self, what: str) -> None:
         """Count a host synchronisation of the line that is running."""
         self._syncs[what, _line(), self.phase] += 1
+
+    def _index(self, args: tuple[Any, ...]) -> str | None:
+        """What makes the host wait in a selection by indices."""
+        indices = [one for one in args[1] if isinstance(one, torch.Tensor)]
+        if any(one.dtype in (torch.bool, torch.uint8) for one in indices):
+            # With a number of the host as value PyTorch calls masked_fill.
+            filled = len(args) > 2 and args[2].numel() == 1 and not self._on(args[2])
+            return None if filled else "a mask as an index needs its number of elements"
+        return None if all(map(self._on, indices)) else "copies an index from the host"
 
     def _copy(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """What makes the host wait in a copy between host and device; None: nothing."""
@@ -131,14 +148,45 @@ class DryRunMode(TorchDispatchMode):
         if not isinstance(source, torch.Tensor) or source.device.type == to.type or not source.numel():
             return None
         if source.device.type == self._device.type:
-            return None if non_blocking else "copies to the host"
+            # `to` takes page-locked memory by itself.
+            waits = not non_blocking or (name == "aten::copy_" and not _is_pinned(args[0]))
+            return "copies to the host" if waits else None
         if to.type != self._device.type:
             return None
-        with _disable_current_modes():  # a fake tensor is never pinned
-            pinned = type(source) is torch.Tensor and source.is_pinned()
+        pinned = _is_pinned(source)
         if non_blocking and pinned:
             return None
         return "copies from the host, " + ("blocking" if pinned else "from memory that is not pinned")
+
+
+def _scalar(func: Any, tensor: torch.Tensor) -> Any:
+    """The value of a tensor with one element, made up where it is not known.
+
+    Args:
+        func: the operation that reads it.
+        tensor: real, or fake; the values of some fake ones are known, as of `torch.tensor(3)`.
+    """
+    if type(tensor) is torch.Tensor and tensor.device.type == "cpu":
+        with _disable_current_modes():
+            return func(tensor)
+    try:
+        return func(tensor)
+    except DataDependentOutputException:
+        return {torch.bool: False}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    """Whether a host tensor lies in page-locked memory; of a fake one, whether that was asked for."""
+    if type(tensor) is torch.Tensor:
+        with _disable_current_modes():
+            return tensor.is_pinned()
+    return getattr(tensor.untyped_storage(), "pinned", False)
+
+
+def _flop_formula(func: Any) -> Callable[..., int] | None:
+    packet = func._overloadpacket
+    formula: Callable[..., int] | None = flop_registry.get(_IN_PLACE.get(packet, packet))
+    return formula
 
 
 def _line() -> str:
