@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_vita.dryrun.mode import fused
+
 DEVICE = torch.device("cuda", 0)
 GPUS_A_NODE = 8
 CAPABILITY = (9, 0)
@@ -124,9 +126,7 @@ def _replace_type() -> None:
 
 
 def _eager(function: Any = None, **_: Any) -> Any:
-    """torch.compile without compiling: a fused function allocates its outputs only, see memory.fused."""
-    from megatron_vita.dryrun.memory import fused
-
+    """torch.compile without compiling."""
     return fused if function is None else fused(function)
 
 

@@ -7,12 +7,11 @@ runs (`workspace_bytes`). Not counted: fragmentation, cuBLAS's and NCCL's own me
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -50,31 +49,8 @@ class Peak:
     backward: bool
 
 
-class fused:  # noqa: N801  a decorator
-    """Decorator: a function that a compiler fuses into one kernel allocates its outputs only."""
-
-    depth = 0
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        fused.depth += 1
-        try:
-            out = self._function(*args, **kwargs)
-        finally:
-            fused.depth -= 1
-        for memory in Memory.open:
-            memory.watch(out, "fused " + self._function.__name__)
-        return out
-
-
 class Memory:
-    """Live bytes of one device; a context manager."""
-
-    open: ClassVar[list[Memory]] = []
-    """Those in use, for `fused`."""
+    """Live bytes of one device."""
 
     def __init__(self, device: torch.device, modules: ModulePath) -> None:
         self._device, self._modules = device, modules
@@ -85,13 +61,6 @@ class Memory:
         self.peak = Peak(0, {}, OUTSIDE, "", False)
         self._highest = 0
         modules.clock = lambda: self._serial
-
-    def __enter__(self) -> Memory:
-        Memory.open.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Memory.open.remove(self)
 
     @property
     def highest(self) -> int:
@@ -106,20 +75,21 @@ class Memory:
 
     def watch(self, out: Any, operation: str, *, workspace: int = 0) -> None:
         """Count the storages of an operation's outputs, and its workspace while it ran."""
-        if fused.depth:
-            return
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device.type:
                 self._count(tensor)
         self._reach(workspace, operation)
 
     def part(self, tensors: Iterable[torch.Tensor | None], name: str) -> None:
-        """Say which part the storages of some tensors belong to."""
+        """Say which part the storages of some tensors belong to.
+
+        Weights, gradients and optimizer state stay what they are where communication fills them.
+        """
         for tensor in tensors:
             if tensor is not None and tensor.device.type == self._device.type:
                 self._count(tensor)
                 storage = self._live.get(tensor.untyped_storage()._cdata)
-                if storage is not None:
+                if storage is not None and not (name == "communication" and storage.part in PERSISTENT):
                     storage.part = name
 
     def parts(self) -> dict[str, int]:
@@ -142,16 +112,18 @@ class Memory:
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
-        if known is not None and known.reference() is not None:
-            return
         nbytes = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        if known is not None and known.reference() is not None:
+            self.now += nbytes - known.nbytes  # `out=` may have made it larger
+            known.nbytes = nbytes
+            return
         self._serial += 1
 
         def gone(reference: Any) -> None:
             entry = self._live.get(key)
             if entry is not None and entry.reference is reference:
                 del self._live[key]
-                self.now -= nbytes
+                self.now -= entry.nbytes
 
         reference = weakref.ref(storage, gone)
         backward = self._modules.in_backward

@@ -5,6 +5,7 @@ On fake tensors it answers what only values could: a number that the host reads 
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -56,6 +61,7 @@ class DryRunMode(TorchDispatchMode):
         self.phase = "build"
         self.last = ""
         """Where the last operation ran: module and direction."""
+        self._in_fused = False
 
     def restart(self) -> None:
         """Forget what was counted."""
@@ -95,9 +101,21 @@ class DryRunMode(TorchDispatchMode):
             raise FakeOperationError(f"{self.last}: {name} of {_described(args)}: {reason} ({_line()})") from error
         if kwargs.get("pin_memory"):
             out.untyped_storage().pinned = True
-        self._memory.watch(out, name, workspace=workspace_bytes(name, args))
+        if not self._in_fused:
+            self._memory.watch(out, name, workspace=workspace_bytes(name, args))
         if name not in _COUNTED_BY_PAIRS and (formula := _flop_formula(func)) is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def run_fused(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that a compiler makes one kernel of: it allocates its outputs only."""
+        outer, self._in_fused = self._in_fused, True
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self._in_fused = outer
+        if not outer:
+            self._memory.watch(out, f"fused {function.__name__}")
         return out
 
     def add_attention(self, flops: int) -> None:
@@ -157,6 +175,17 @@ class DryRunMode(TorchDispatchMode):
         if non_blocking and pinned:
             return None
         return "copies from the host, " + ("blocking" if pinned else "from memory that is not pinned")
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator in torch.compile's place: the function is one kernel for the DryRunMode in which it is called."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mode = next((one for one in _get_current_dispatch_mode_stack() if isinstance(one, DryRunMode)), None)
+        return function(*args, **kwargs) if mode is None else mode.run_fused(function, *args, **kwargs)
+
+    return call
 
 
 def _scalar(func: Any, tensor: torch.Tensor) -> Any:

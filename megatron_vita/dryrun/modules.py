@@ -73,7 +73,7 @@ class ModulePath:
     def __enter__(self) -> ModulePath:
         self._hooks = [
             register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave),
+            register_module_forward_hook(self._leave, always_call=True),  # recomputation ends in an exception
         ]
         return self
 

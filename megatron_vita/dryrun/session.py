@@ -50,7 +50,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         faking = FakeTensorMode(allow_non_fake_inputs=True) if self._fake else contextlib.nullcontext()
-        for one in (self._modules, self.memory, faking, self.mode, _scopes(self._modules, self.mode, fake=self._fake)):
+        for one in (self._modules, faking, self.mode, _scopes(self._modules, self.mode, fake=self._fake)):
             self._stack.enter_context(one)
         self._counted.buffer = lambda tensor: self.memory.part([tensor], "communication")
         return self
