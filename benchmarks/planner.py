@@ -50,6 +50,7 @@ class Case:
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further settings of `parallel`."""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seq_length: int | None = None
 
     def config(self, layers: int) -> StageConfig:
         """The recipe's stage in this layout, each model chunk `layers` deep; 0: as deep as the recipe's."""
@@ -70,8 +71,9 @@ class Case:
                 parallel = dataclasses.replace(
                     parallel, recompute_num_layers=min(layers, parallel.recompute_num_layers or 1)
                 )
+        data = dataclasses.replace(stage.data, seq_length=self.seq_length or stage.data.seq_length)
         return dataclasses.replace(
-            stage, model=model, parallel=parallel, train=dataclasses.replace(stage.train, **self.train)
+            stage, data=data, model=model, parallel=parallel, train=dataclasses.replace(stage.train, **self.train)
         )
 
     @property

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types
 
 from megatron_vita.dryrun.mode import fused
 
@@ -90,6 +91,8 @@ def install(memory_bytes: int) -> None:
     torch.compile = _eager  # type: ignore[assignment]
     _set_rng_of_megatron()
     _register_rms_norm()
+    # AdamW's foreach kernels, which it chooses for CUDA tensors, hold the root of the second moment of all of them.
+    _foreach_supported_types.append(FakeTensor)
     _skip_the_first_reduction_of_tied_weights()
 
 

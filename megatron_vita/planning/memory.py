@@ -161,6 +161,7 @@ class _Rank:
         self.weights = counted.total * self._element
         self.gradients = trained * 4
         self._shard = trained / (dp * cp)
+        self._tower_shard = 0 if stage.train.freeze_vision_model else counted.tower / (dp * cp)
         self.optimizer = self._shard * (12 if stage.train.bf16 else 8)
         micro_batches = max(1, stage.train.global_batch_size // (dp * stage.train.micro_batch_size))
         self._outstanding = in_flight(self._pp, self._virtual, pp_rank, micro_batches)
@@ -190,19 +191,20 @@ class _Rank:
             others += self._outstanding * self._layer.hidden  # outputs, until their gradients arrive
         if not self._first:
             others += self._layer.hidden  # the gradient that was sent last
-        mine = self._batch() + tower_kept
-        phases = [(others + mine, chunk.forward, "forward"), (0.0, self._optimizer_step(), "optimizer")]
+        mine = others + self._batch() + tower_kept
+        in_forward = mine + (encoder.pixels if encoder else 0.0)
+        phases = [(in_forward, chunk.forward, "forward"), (0.0, self._optimizer_step(), "optimizer")]
         if self._last:
             labelled = self._row.labelled * self._tokens / self._row.tokens
             head = head_memory(self._stage, labelled, self._tokens, self._element)
-            phases.append((others + mine + chunk.kept, max(head.forward, head.backward), "head"))
-        phases.append((others + mine, chunk.backward, "backward"))
+            phases += [(in_forward + chunk.kept, head.forward, "head"), (mine + chunk.kept, head.backward, "head")]
+        phases.append((mine, chunk.backward, "backward"))
         if encoder is not None:
             phases += [
                 (others + self._batch(), encoder.forward, "tower"),
                 (others + self._batch(), encoder.backward, "tower"),
             ]
-            phases.append((others + mine, self._embedding(), "embedding"))
+            phases.append((mine, self._embedding(), "embedding"))
         kept, beside, where = max(phases, key=lambda one: one[0] + one[1])
         if where in ("forward", "backward"):
             more = min(chunk.kept, beside)
@@ -217,5 +219,10 @@ class _Rank:
         return max(2 * gathered + hidden, hidden + gathered + (0 if frozen else table))
 
     def _optimizer_step(self) -> float:
-        """Temporaries of AdamW."""
-        return self._shard * 4 * 2
+        """PyTorch's foreach AdamW holds the root of the second moment of a whole parameter group.
+
+        The tower's layers are groups of their own if they have learning rates of their own.
+        """
+        settings = self._stage.optimizer
+        own = settings.vision_model_lr_mult != 1 or settings.vision_model_lr_decay_rate != 1
+        return (self._shard - self._tower_shard * own) * 4

@@ -32,14 +32,16 @@ class Encoder:
     """All tiles of a micro-batch on a rank of the first pipeline stage."""
 
     def __init__(self, stage: StageConfig, row: Row, element: int) -> None:
-        """Compute, in bytes, `kept` until the backward, and the most in `forward` and `backward`, kept included.
+        """Compute, in bytes, what is `kept` until the backward, and the most in `forward` and `backward` with it.
+
+        `pixels` live until the forward of the whole model has ended; 0 where they are kept anyway.
 
         Args:
             stage: the merged settings of the training stage.
             row: the micro-batch; of its tiles this rank encodes an even share, rounded up.
             element: bytes of a number of weights and activations.
         """
-        self.kept = self.forward = self.backward = 0.0
+        self.kept = self.forward = self.backward = self.pixels = 0.0
         model, train, parallel, vision = stage.model, stage.train, stage.parallel, stage.model.vision
         if vision is None or not row.tiles:
             return
@@ -58,18 +60,18 @@ class Encoder:
         tower_trained, projector_trained = not train.freeze_vision_model, not train.freeze_vision_projection
         trained = counted.tower * tower_trained + counted.projector * projector_trained
         gradients = trained * (element + (_WIDE if again else 0))  # those of micro-batches are summed in float32
-        turn_kept, working, kept = 0.0, 0.0, pixels  # the batch's pixels live until its backward has ended
+        turn_kept = working = kept = 0.0
         if tower_trained:
             turn_kept, working = tower.kept + projector.kept, max(tower.backward, projector.backward)
+            kept = pixels if again else turn_kept
         elif projector_trained:
             turn_kept, working = projector.kept, projector.backward
-            kept += states * again
-        if not again:
-            kept += turn_kept
+            kept = states if again else turn_kept
+        self.pixels = pixels * (kept != pixels)
         trains = tower_trained or projector_trained
         # index_copy keeps the visual tokens that it writes into the embeddings.
         self.kept = kept + received * (trains or not train.freeze_language_model)
-        self.forward = kept + max(tower.forward, projector.forward + 2 * features + received)
+        self.forward = self.pixels + kept + max(tower.forward, projector.forward + 2 * features + received)
         if trains:
             self.backward = kept + turn_kept * again + received + 2 * features + working + gradients
 
