@@ -5,11 +5,14 @@ Whatever Linux has and macOS lacks is asked for here alone, each with its fallba
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import itertools
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ BLOCK_BYTES = 1 << 20
 """Bytes of a file that are read or written and hashed at once: few enough to stay in a core's cache between the two."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -49,6 +54,12 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends, in whatever way; no effect on macOS."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # ---- what the disk has ----

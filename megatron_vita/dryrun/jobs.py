@@ -6,6 +6,7 @@ not import for each, and a job that fails or exhausts the memory takes no other 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from megatron_vita.config.load import stage_from_dict
 from megatron_vita.dryrun import library
 from megatron_vita.dryrun.report import Report
 from megatron_vita.errors import VitaError
+from megatron_vita.files import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,7 @@ def run_jobs(jobs: Sequence[DryRunJob], *, workers: int | None = None, real: boo
         VitaError: the process ended before it had answered.
     """
     compiled = None if real else library.build()
-    at_once = 1 if real else workers or os.cpu_count() or 1
+    at_once = 1 if real else workers or usable_cores()
     settings = json.dumps({"library": compiled and str(compiled), "workers": at_once, "real": real})
     command = [sys.executable, "-m", "megatron_vita.dryrun.worker", settings]
     root = str(Path(__file__).resolve().parents[2])
@@ -72,18 +74,23 @@ def run_jobs(jobs: Sequence[DryRunJob], *, workers: int | None = None, real: boo
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            json.dump([job.to_json() for job in jobs], process.stdin)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its answers end too
+                process.stdin.write(json.dumps([job.to_json() for job in jobs]))
+                process.stdin.close()
             for line in process.stdout:
                 answer = json.loads(line)
                 waiting[answer["job"]] = Report.from_json(answer["report"])
                 while following in waiting:
                     yield waiting.pop(following)
                     following += 1
+            process.wait()
         finally:
             process.kill()
     if following < len(jobs):
-        raise VitaError(f"the dry run's process ended after {following} of {len(jobs)} ranks; its messages are above.")
+        raise VitaError(
+            f"the dry run's process ended with status {process.returncode} after {following} of {len(jobs)} ranks; its "
+            "messages are above. If it was killed (-9), this machine may have too little memory: use fewer workers."
+        )
 
 
 def failed(job: DryRunJob, error: str) -> Report:

@@ -18,6 +18,7 @@ from megatron_vita.dryrun.memory import Memory
 from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs
 from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
+from megatron_vita.errors import VitaError
 from megatron_vita.kernels import kernel_table
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
@@ -58,7 +59,7 @@ class Watch:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Raises FakeOperationError: the program failed; names the module that ran."""
         self._stack.__exit__(kind, error, trace)
-        if isinstance(error, Exception) and not isinstance(error, FakeOperationError | MemoryError):
+        if isinstance(error, Exception) and not isinstance(error, FakeOperationError | MemoryError | VitaError):
             raise FakeOperationError(f"{self.mode.last}: {kind.__name__}: {error}") from error
 
     def built(self, chunks: Iterable[torch.nn.Module]) -> None:
@@ -134,7 +135,7 @@ def kind_of(groups: Groups) -> str:
 
 
 def _group_names(groups: Groups) -> dict[Any, str]:
-    names = ("dp", "dp_cp", "tp", "cp", "pp", "tp_cp")
+    names = ("dp", "dp_cp", "tp", "cp", "pp", "tp_cp", "mp")
     return {getattr(groups.collection, name): name for name in names if hasattr(groups.collection, name)}
 
 

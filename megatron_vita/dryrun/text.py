@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vita.config import StageConfig
+from megatron_vita.dryrun.jobs import DryRunJob
 from megatron_vita.dryrun.report import Report
 
 GIB = 1024**3
@@ -24,15 +24,18 @@ _PARTS = (
 _COLUMNS = ("weights", "grads", "optim.", "kept", "working", "tiles", "head", "comm.", "cache", "total")
 
 
-def stage_line(stage: StageConfig, world_size: int) -> str:
-    """A stage's name, length and layout."""
+def stage_line(job: DryRunJob) -> str:
+    """Name, length and layout of a job's stage."""
+    stage, world_size = job.stage, job.world_size
     parallel = stage.parallel
-    recompute = parallel.recompute_granularity or "no"
+    tokens, after = f"{stage.data.seq_length:,}", f", {parallel.recompute_granularity or 'no'} recomputation"
+    if job.prompt_tokens:
+        tokens, after = f"a prompt of {job.prompt_tokens:,}", ", inference"
     return (
-        f"{stage.name}: {stage.data.seq_length:,} tokens, {world_size} ranks: "
+        f"{stage.name}: {tokens} tokens, {world_size} ranks: "
         f"tp{parallel.tensor_model_parallel_size} pp{parallel.pipeline_model_parallel_size} "
-        f"cp{parallel.context_parallel_size} ({parallel.cp_comm_type}) dp{parallel.data_parallel_size(world_size)}, "
-        f"{recompute} recomputation"
+        f"cp{parallel.context_parallel_size} ({parallel.cp_comm_type}) dp{parallel.data_parallel_size(world_size)}"
+        f"{after}"
     )
 
 
@@ -43,7 +46,7 @@ def lines(report: Report, gpu_memory: float) -> Iterator[str]:
         report: of a rank.
         gpu_memory: memory of a GPU in GiB.
     """
-    yield f"  rank {report.rank} ({report.kind})"
+    yield f"  rank {report.rank}" + (f" ({report.kind})" if report.kind else "")
     if report.error is not None:
         yield f"    FAILED: {report.error}"
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_vita.dryrun import library
+from megatron_vita.files import end_with_parent
 
 MEMORY_BYTES = 80 * 1024**3
 """Memory that torch.cuda reports; nothing is decided by it."""
@@ -28,6 +30,8 @@ def main(compiled: Path | None, workers: int, *, real: bool) -> None:
         workers: children at once.
         real: tensors are real, on this process's device.
     """
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which says so
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, prints to the log
     jobs = json.load(sys.stdin)
@@ -60,6 +64,7 @@ def _start(number: int, content: dict[str, Any], counted: Any, *, fake: bool) ->
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        end_with_parent()
         os.close(reading)
         with os.fdopen(writing, "w") as answer:
             json.dump(_answer(content, counted, fake=fake), answer)
@@ -73,11 +78,12 @@ def _answer(content: dict[str, Any], counted: Any, *, fake: bool) -> dict[str, A
     from megatron_vita.dryrun.jobs import DryRunJob, failed
     from megatron_vita.dryrun.mode import FakeOperationError
     from megatron_vita.dryrun.train_steps import train
+    from megatron_vita.errors import VitaError
 
     job = DryRunJob.from_json(content)
     try:
         return (generate if job.prompt_tokens else train)(job, counted, fake=fake).to_json()
-    except FakeOperationError as error:
+    except (FakeOperationError, VitaError) as error:
         return failed(job, str(error)).to_json()
     except MemoryError:
         return failed(job, "this machine has too little memory for the dry run itself. Use fewer workers.").to_json()
@@ -95,11 +101,14 @@ def _collect(running: dict[int, tuple[int, IO[str]]], jobs: list[dict[str, Any]]
     with answer:
         text = answer.read()
     _, status = os.waitpid(child, 0)
-    if not text:
+    code = os.waitstatus_to_exitcode(status)
+    if code:
         from megatron_vita.dryrun.jobs import DryRunJob, failed
 
-        code = os.waitstatus_to_exitcode(status)
-        reason = f"the process of this rank ended with status {code}: this machine may have too little memory"
+        reason = (
+            f"the process of this rank ended with status {code}: this machine may have too little memory. Use fewer "
+            "workers."
+        )
         report = failed(DryRunJob.from_json(jobs[number]), reason).to_json()
     else:
         report = json.loads(text)
@@ -107,5 +116,7 @@ def _collect(running: dict[int, tuple[int, IO[str]]], jobs: list[dict[str, Any]]
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("This is the process behind `pretrain_vita.py --config RUN.yaml --dry-run`, which starts it.")
     settings = json.loads(sys.argv[1])
     main(settings["library"] and Path(settings["library"]), settings["workers"], real=settings["real"])

@@ -132,6 +132,8 @@ def test_the_command(tmp_path: Path) -> None:
         (("--rank", "64"), "64 ranks are 0 to 63"),
         (("--stage", "5"), "the recipe has stages 1 to 4"),
         (("--steps", "0"), "must be at least 1"),
+        (("--gpu-memory", "nan"), "must be more than 0 GiB"),
+        (("--json", "/no/folder/reports.json"), "cannot be written"),
         (("--prompt-tokens", "2000000"), "exceeds model.max_position_embeddings"),
         (("--tensor-model-parallel-size", "3", "--world-size", "48"), "is not a multiple of"),
         (("--no-such-flag", "1"), "unknown flag"),
@@ -145,6 +147,34 @@ def test_a_usage_error_is_one_line(flags: Sequence[str], words: str, capsys: pyt
     error = capsys.readouterr().err
     assert words in error
     assert len(error.splitlines()) == 1
+
+
+def test_ranks_of_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_vita.dryrun.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["--config", str(ROOT / "examples/long_vita_14b/run.yaml"), "--dry-run"]) == 2
+    assert "Start it with python" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_vita.dryrun import cli
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_stages", interrupt)
+    assert cli.main(["--config", "run.yaml", "--dry-run"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "pretrain_vita --dry-run: interrupted.\n"
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    program = (
+        "from megatron_vita.dryrun import cli; cli._dry_run = lambda *_: print('line\\n' * 99999);"
+        "raise SystemExit(cli.main(['--config', 'run.yaml', '--dry-run']))"
+    )
+    done = _run(["bash", "-c", f'"{sys.executable}" -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'])
+    assert (done.returncode, done.stdout, done.stderr) == (1, "line\n", "")
 
 
 def test_a_real_run_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
