@@ -102,7 +102,10 @@ def _stages(arguments: argparse.Namespace, flags: Sequence[str]) -> list[StageCo
         raise ConfigError(f"--stage {arguments.stage}: the recipe has stages 1 to {len(run.stages)}.")
     if arguments.rank is not None and not 0 <= arguments.rank < arguments.world_size:
         raise ConfigError(f"--rank {arguments.rank}: {arguments.world_size} ranks are 0 to {arguments.world_size - 1}.")
-    run.check(arguments.world_size)
+    try:
+        run.check(arguments.world_size)
+    except ConfigError as error:
+        raise ConfigError(f"{error} The ranks are those of --world-size {arguments.world_size}.") from None
     if arguments.dry_run == "real":
         from megatron_vita import device
 

@@ -66,9 +66,10 @@ class Collectives:
     def counted(self, names: dict[Any, str]) -> list[Collective]:
         """What was counted, largest first; `names` gives process groups a name."""
         found = [
-            Collective(kind, names.get(group, "world" if group is None else "other"),
-                       dist.get_world_size(group), phase, self._calls[kind, group, phase], nbytes)
+            Collective(kind, names.get(group, "world" if ranks == dist.get_world_size() else "other"),
+                       ranks, phase, self._calls[kind, group, phase], nbytes)
             for (kind, group, phase), nbytes in self._bytes.items()
+            for ranks in [dist.get_world_size(group)]
         ]  # fmt: skip
         return sorted(found, key=lambda one: -one.nbytes)
 
@@ -83,7 +84,7 @@ class Collectives:
         self._replace("all_reduce", lambda tensor, op=None, **_: ("all_reduce", tensor))
         self._replace("broadcast", lambda tensor, src=None, **_: ("broadcast", tensor))
         self._replace("all_to_all_single", lambda output, input, *_, **__: self._exchanged(output, input))
-        self._replace("all_gather", lambda tensor_list, tensor, **_: ("all_gather", tensor_list[0]))
+        self._replace("all_gather", lambda tensor_list, tensor, **_: self._listed(tensor_list, tensor))
         self._replace("barrier", lambda *_, **__: ("barrier", None))
         for name in ("send", "isend"):
             self._replace(name, lambda tensor, *_, **__: ("send", tensor))
@@ -124,6 +125,12 @@ class Collectives:
             out.view(-1, local.numel()).copy_(local.reshape(1, -1).expand(out.numel() // local.numel(), -1))
         self.buffer(out)
         return "all_gather", out
+
+    def _listed(self, outs: list[torch.Tensor], local: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if self._real:
+            for out in outs:
+                out.copy_(local)
+        return "all_gather", local.detach().expand(len(outs), *local.shape)
 
     def _scattered(self, out: torch.Tensor, whole: torch.Tensor) -> tuple[str, torch.Tensor]:
         if self._real:

@@ -66,6 +66,7 @@ def run_jobs(jobs: Sequence[DryRunJob], *, workers: int | None = None, real: boo
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCH_DISTRIBUTED_DEBUG", None)  # DETAIL asks process groups for what fake ones do not have
     waiting: dict[int, Report] = {}
     following = 0
     with subprocess.Popen(

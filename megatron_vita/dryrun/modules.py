@@ -55,17 +55,23 @@ class ModulePath:
                 return entered
         return self._backward[1]
 
-    def scope(self, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that counts as a module of its own."""
+    def scope(self, path: str | Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts as a module of its own.
+
+        Args:
+            path: the module's path, or a function of the arguments that gives it.
+            function: what is called.
+        """
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            self._stack.append((path, self.clock()))
+            here = path if isinstance(path, str) else path(*args, **kwargs)
+            self._stack.append((here, self.clock()))
             try:
                 out = function(*args, **kwargs)
             finally:
                 self._stack.pop()
-            self._watch(path, out)
+            self._watch(here, out)
             return out
 
         return inside

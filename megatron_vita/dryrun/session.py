@@ -20,6 +20,7 @@ from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
 from megatron_vita.errors import VitaError
 from megatron_vita.kernels import kernel_table
+from megatron_vita.models.cached_forward import CachedForward
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel import block_kernels
 from megatron_vita.parallel.groups import Groups
@@ -142,7 +143,14 @@ def _group_names(groups: Groups) -> dict[Any, str]:
 @contextlib.contextmanager
 def _scopes(modules: ModulePath, mode: DryRunMode, *, fake: bool) -> Iterator[None]:
     """Name what is no module, count attention's FLOPs, and take the kernel that PyTorch would on a GPU."""
+
+    def of_layer(part: str) -> Callable[..., str]:
+        return lambda self, layer, *_: f"language_model.decoder.layers.{self._layers.index(layer)}.{part}"
+
     replaced: list[tuple[Any, str, Any]] = [
+        (CachedForward, "_run_layers", modules.scope("language_model.decoder", CachedForward._run_layers)),
+        (CachedForward, "_attention", modules.scope(of_layer("self_attention"), CachedForward._attention)),
+        (CachedForward, "_mlp", modules.scope(of_layer("mlp"), CachedForward._mlp)),
         (VitaModel, "_visual_tokens", modules.scope("vision", VitaModel._visual_tokens)),
         (VitaModel, "_losses", modules.scope("language_model.output_layer", VitaModel._losses)),
         (block_kernels, "forward", counting_pairs(mode, block_kernels.forward, products=2)),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vita.dryrun.memory import Memory
 from megatron_vita.dryrun.mode import DryRunMode, fused
-from megatron_vita.dryrun.modules import ModulePath
+from megatron_vita.dryrun.modules import OUTSIDE, ModulePath
 
 META = torch.device("meta")
 UNIT = 4096
@@ -126,6 +126,15 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.fc(x))
+
+
+def test_a_function_is_a_module() -> None:
+    modules = ModulePath()
+    run = modules.scope(
+        "decoder", lambda layer: modules.scope(lambda n: f"decoder.layers.{n}", lambda _: modules.now)(layer)
+    )
+    assert run(3) == "decoder.layers.3"
+    assert modules.now == OUTSIDE
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vita.config import load_run
+from megatron_vita.dryrun.collectives import Collectives
 from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
 from megatron_vita.dryrun.report import Report
 from megatron_vita.dryrun.text import comparison
@@ -49,3 +51,10 @@ def test_the_comparison_names_ratios() -> None:
     real = Report(stage="s", world_size=1, rank=0, peak_bytes=210, measured={"before": 110.0, "peak": 230.0})
     assert "before 1.100, peak 1.150" in comparison(dry, real)
     assert "nothing to compare" in comparison(dry, Report(stage="s", world_size=1, rank=0))
+
+
+def test_a_list_of_outputs_counts_whole() -> None:
+    outs = [torch.zeros(2, 3) for _ in range(4)]
+    kind, counted = Collectives(real=True)._listed(outs, torch.ones(2, 3))
+    assert (kind, counted.numel()) == ("all_gather", 24)
+    assert all(bool(out.all()) for out in outs)
