@@ -112,7 +112,7 @@ class Memory:
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
-        nbytes = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        nbytes = _up(storage.nbytes(), _BLOCK)
         if known is not None and known.reference() is not None:
             self.now += nbytes - known.nbytes  # `out=` may have made it larger
             known.nbytes = nbytes
@@ -155,17 +155,29 @@ class Memory:
 
 
 def workspace_bytes(name: str, args: Any) -> int:
-    """Bytes that a kernel allocates for itself, and frees before it returns.
+    """Bytes that a kernel allocates for itself, and frees before it returns: flash attention's backward.
 
-    Variable-length flash attention's backward (pytorch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp,
-    mha_varlen_bwd): a float32 accumulator of the queries' gradient and a float32 row sum, both with 128 more rows a
-    sequence, and, where key/value heads are shared, gradients of keys and values for every query head.
+    A float32 accumulator of the queries' gradient and a float32 row sum; heads are padded to a multiple of 32. Of
+    batches (pytorch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd) the tokens are padded to
+    a multiple of 128; of documents (mha_varlen_bwd) 128 more rows each, and, where key/value heads are shared,
+    gradients of keys and values for every query head.
+
+    Args:
+        name: the operation's name.
+        args: its arguments; query and key are `[batch, heads, tokens, head size]` or `[tokens, heads, head size]`.
     """
+    if name == "aten::_scaled_dot_product_flash_attention_backward":
+        batch, heads, tokens, size = args[1].shape
+        return int(4 * batch * heads * _up(tokens, 128) * (_up(size, 32) + 1))
     if name != "aten::_flash_attention_backward":
         return 0
     query, key, bounds = args[1], args[2], args[6]
-    heads, size = query.shape[1], -(-query.shape[2] // 32) * 32
-    rows = query.shape[0] + 128 * (len(bounds) - 1)
-    wide = 4 * rows * heads * (size + 1)
+    tokens, heads, size = query.shape
+    wide = 4 * (tokens + 128 * (len(bounds) - 1)) * heads * (_up(size, 32) + 1)
     expanded = 0 if key.shape[1] == heads else 2 * key.shape[0] * heads * key.shape[2] * key.element_size()
     return int(wide + expanded)
+
+
+def _up(value: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-value // step) * step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vita.dryrun.memory import Memory
+from megatron_vita.dryrun.memory import Memory, workspace_bytes
 from megatron_vita.dryrun.mode import DryRunMode, fused
 from megatron_vita.dryrun.modules import OUTSIDE, ModulePath
 
@@ -109,6 +109,15 @@ def test_live_bytes(program: Callable[[], object], after: int, peak: int) -> Non
         del kept
         assert memory.now == 0
         assert memory.highest == peak * UNIT
+
+
+def test_workspace_of_flash_attention() -> None:
+    dense = torch.empty(2, 3, 129, 40, device=META)
+    assert workspace_bytes("aten::_scaled_dot_product_flash_attention_backward", (dense,) * 4) == 4 * 2 * 3 * 256 * 65
+    query, key = torch.empty(100, 4, 64, device=META), torch.empty(100, 2, 64, dtype=torch.bfloat16, device=META)
+    args = (query, query, key, key, query, None, [0, 30, 100])
+    assert workspace_bytes("aten::_flash_attention_backward", args) == 4 * 4 * (100 + 256) * 65 + 2 * 100 * 4 * 64 * 2
+    assert workspace_bytes("aten::mm", (query, key)) == 0
 
 
 def test_a_weight_that_communication_fills_is_a_weight() -> None:
