@@ -1,9 +1,10 @@
 """The planner's closed formulas beside dry runs: memory at the peak and FLOPs of one rank, for 20 layouts of 4 models.
 
-    python benchmarks/planner.py [--layers 4] [--only 14B] [--workers 2]
+    python benchmarks/planner.py [--layers 4] [--tower-layers 4] [--only 14B] [--workers 2]
 
-Needs no GPU; the dry run needs a C++ compiler. `--layers` is the depth of every pipeline rank's model chunk, so that a
-row takes seconds; 0 is the full depth. What counts is the last column: the formula over the dry run.
+Needs no GPU; the dry run needs a C++ compiler. `--layers` is the depth of every pipeline rank's model chunk, and
+`--tower-layers` that of the tower, so that a row takes seconds; 0 is the full depth. Few layers are the harder case:
+what layers keep, which is easily counted, is a smaller part of the peak.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Case:
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     seq_length: int | None = None
 
-    def config(self, layers: int) -> StageConfig:
-        """The recipe's stage in this layout, each model chunk `layers` deep; 0: as deep as the recipe's."""
+    def config(self, layers: int, tower_layers: int = 0) -> StageConfig:
+        """The recipe's stage in this layout, each model chunk `layers` deep, the tower `tower_layers`; 0: as the
+        recipe's."""
         recipe = {"0.5B": "0.5b", "7B": "7b"}.get(self.model, "14b")
         stage = load_run(EXAMPLES / f"long_vita_{recipe}/run.yaml").stages[self.stage - 1]
         model = stage.model if self.model != "72B" else dataclasses.replace(stage.model, **QWEN_72B)
@@ -64,6 +66,8 @@ class Case:
         kept = () if "recompute_granularity" in self.more else ("granularity", "method", "num_layers")
         fields |= {f"recompute_{name}": getattr(stage.parallel, f"recompute_{name}") for name in kept}
         parallel = dataclasses.replace(type(stage.parallel)(), **{**fields, **self.more})
+        if tower_layers and model.vision is not None:
+            model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, num_layers=tower_layers))
         if layers:
             chunks = len(pipeline_split(parallel, model.num_layers).layers)
             model = dataclasses.replace(model, num_layers=layers * chunks)
@@ -138,13 +142,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--layers", type=int, default=4, help="layers of a model chunk; 0: the full depth")
+    parser.add_argument("--tower-layers", type=int, default=4, help="layers of the tower; 0: the full depth")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--workers", type=int, default=None, help="dry runs at once")
     arguments = parser.parse_args()
     for variable in ("RUN", "SHARDS", "START", "TOKENIZER"):
         os.environ.setdefault(variable, "/nowhere")
     cases = [case for case in CASES if arguments.only in str(case)]
-    stages = [case.config(arguments.layers) for case in cases]
+    stages = [case.config(arguments.layers, arguments.tower_layers) for case in cases]
     jobs = [
         DryRunJob(stage=stage, world_size=case.gpus, rank=case.rank) for case, stage in zip(cases, stages, strict=True)
     ]

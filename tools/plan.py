@@ -37,8 +37,8 @@ def main() -> int:
         efficiency = Efficiency(matrices=reached, attention=reached) if reached else Efficiency()
         memory = (arguments.gpu_memory or hardware.memory_gib) * text.GIB
         run = load_run(arguments.config, flags)
-        run.check(arguments.gpus)
         stages = _chosen(run.stages, arguments.stage)
+        dataclasses.replace(run, stages=tuple(stages)).check(arguments.gpus)
         counted = count_parameters(stages[0].model)
         print(f"decoder {counted.decoder:,}  tower {counted.tower:,}  projector {counted.projector:,} parameters")
         print(text.assumptions(hardware, efficiency))

@@ -22,6 +22,8 @@ class HeadMemory:
     """Most that lives in the forward."""
     backward: float
     """Most that lives in the backward."""
+    lasting: float = 0.0
+    """A tied weight's gradient, which waits for the embedding's until the end of the backward."""
 
 
 def head_chunk(labelled: float, hidden: int, shard: float) -> float:
@@ -39,6 +41,7 @@ def head_memory(stage: StageConfig, labelled: float, tokens: float, element: int
     rows = labelled * model.hidden_size * element
     gathered = tokens * model.hidden_size * element
     hidden = gathered / parallel.sequence_shards
+    tied = parallel.pipeline_model_parallel_size == 1 and not model.untie_embeddings_and_output_weights
     chunk = head_chunk(labelled, model.hidden_size, shard)
     logits = chunk * shard
     # The weight's gradient is float32; blocks of it are made, and given on, in the weight's dtype.
@@ -51,5 +54,5 @@ def head_memory(stage: StageConfig, labelled: float, tokens: float, element: int
     spread = rows + hidden if parallel.sequence_parallel else 2 * gathered
     backward = hidden + max(kept + block, rows + wide_weight + spread)
     if not labelled:  # the weight's gradient is zeros in its own dtype, made in the backward
-        return HeadMemory(hidden, 2 * hidden, hidden + weight + spread)
-    return HeadMemory(hidden + kept, forward, backward)
+        return HeadMemory(hidden, 2 * hidden, hidden + weight + spread, weight * tied)
+    return HeadMemory(hidden + kept, forward, backward, wide_weight * tied)

@@ -198,6 +198,7 @@ class _Rank:
             labelled = self._row.labelled * self._tokens / self._row.tokens
             head = head_memory(self._stage, labelled, self._tokens, self._element)
             phases += [(in_forward + chunk.kept, head.forward, "head"), (mine + chunk.kept, head.backward, "head")]
+            mine += head.lasting
         phases.append((mine, chunk.backward, "backward"))
         if encoder is not None:
             phases += [

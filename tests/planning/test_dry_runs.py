@@ -33,10 +33,8 @@ def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(case: Any) -> StageConfig:
     """Two layers a chunk, and one of the tower."""
-    stage = case.config(2)
-    assert stage.model.vision is not None
-    vision = dataclasses.replace(stage.model.vision, num_layers=1)
-    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, vision=vision))
+    made: StageConfig = case.config(2, 1)
+    return made
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -47,6 +45,7 @@ CASES = (
     Case("7B", 3, 32, 0, tp=4, cp=2, more={"cp_comm_type": "all_gather", **FULL}),
     Case("7B", 2, 32, 0, tp=4, pp=2),
     Case("0.5B", 2, 8, 4, tp=2, pp=2),
+    Case("0.5B", 3, 8, 0, cp=4),
     Case("14B", 2, 8, 0, tp=8, seq_length=1024),  # the optimizer's step has the peak
 )
 

@@ -145,3 +145,12 @@ def test_a_frozen_tower_keeps_less() -> None:
     )
     assert frozen.gradients < trained.gradients
     assert frozen.total < trained.total
+
+
+def test_a_tied_weights_gradient_waits_for_the_embedding() -> None:
+    tied = dataclasses.replace(LONG_VITA_14B, untie_embeddings_and_output_weights=False)
+    for pp, waits in ((1, True), (2, False)):
+        layout = dataclasses.replace(stage(pipeline_model_parallel_size=pp), model=tied)
+        found = head_memory(layout, 1000, 32768, 2)
+        assert found.lasting == 4 * 152064 * 5120 * waits
+    assert head_memory(stage(), 1000, 32768, 2).lasting == 0
