@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_vita.dryrun import rows
 from megatron_vita.dryrun.jobs import DryRunJob, run_jobs
 from megatron_vita.layout import SequenceLayout, TileRoutes
 from megatron_vita.planning.flops import rank_flops
-from megatron_vita.planning.memory import rank_memory
+from megatron_vita.planning.memory import MemoryEstimate, rank_memory
 from megatron_vita.planning.rows import Row
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -136,6 +137,13 @@ def planned_row(stage: StageConfig, rank: int, row: rows.Row) -> tuple[Row, int]
     return Row(row.documents, len(row.first_token), count * cp), len(routes.tiles_of(rank % (tp * cp)))
 
 
+def planned_memory(case: Case, stage: StageConfig, planned: Sequence[Row]) -> MemoryEstimate:
+    """Memory by formula, of the row with the most; with several in flight, of the first, which has the most tiles."""
+    alone = case.pp_rank == case.pp - 1
+    estimates = [rank_memory(stage, case.gpus, case.pp_rank, row) for row in planned]
+    return max(estimates, key=lambda one: one.total) if alone else estimates[0]
+
+
 def main() -> int:
     """Print a line per layout; returns the exit status: 1 if a formula misses its bound."""
     parser = argparse.ArgumentParser(
@@ -163,7 +171,7 @@ def main() -> int:
             continue
         made = rows.rows_of(stage, stage.parallel.data_parallel_size(case.gpus), report.micro_batches)
         planned = [planned_row(stage, case.rank, row) for row in made]
-        estimate = rank_memory(stage, case.gpus, case.pp_rank, planned[0][0])
+        estimate = planned_memory(case, stage, [row for row, _ in planned])
         flops = sum(rank_flops(stage, case.pp_rank, row, tiles=tiles) for row, tiles in planned)
         memory, operations = estimate.total / report.peak_bytes, flops / report.flops
         missed += abs(memory - 1) > MEMORY or abs(operations - 1) > FLOPS

@@ -71,7 +71,7 @@ def test_formulas_meet_the_dry_run(case: Any, reports: Any) -> None:
     assert report.error is None, report.error
     rows = rows_of(stage, stage.parallel.data_parallel_size(case.gpus), report.micro_batches)
     planned = [benchmark.planned_row(stage, case.rank, row) for row in rows]
-    memory = rank_memory(stage, case.gpus, case.pp_rank, planned[0][0])
+    memory = benchmark.planned_memory(case, stage, [row for row, _ in planned])
     assert memory.before == pytest.approx(
         sum(report.before[part] for part in ("weights", "gradients", "optimizer")), 0.01
     )
