@@ -219,8 +219,13 @@ def _flop_formula(func: Any) -> Callable[..., int] | None:
 
 
 def _line() -> str:
-    """The line of megatron_vita or megatron-core that asked, as `package/file.py:12`."""
-    for frame in reversed(traceback.extract_stack()):
+    """The line that is running, see `line_of`."""
+    return line_of(traceback.extract_stack())
+
+
+def line_of(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line of megatron_vita or megatron-core, as `package/file.py:12`."""
+    for frame in reversed(frames):
         path = frame.filename.replace("\\", "/")
         for package in ("megatron_vita/", "megatron/"):
             start = path.rfind("/" + package)

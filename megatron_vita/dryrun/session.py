@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_vita import device
 from megatron_vita.dryrun import collectives as answered
 from megatron_vita.dryrun.jobs import DryRunJob
 from megatron_vita.dryrun.memory import Memory
-from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs
+from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, counting_pairs, line_of
 from megatron_vita.dryrun.modules import ModulePath
 from megatron_vita.dryrun.report import Report
 from megatron_vita.errors import VitaError
@@ -61,7 +62,8 @@ class Watch:
         """Raises FakeOperationError: the program failed; names the module that ran."""
         self._stack.__exit__(kind, error, trace)
         if isinstance(error, Exception) and not isinstance(error, FakeOperationError | MemoryError | VitaError):
-            raise FakeOperationError(f"{self.mode.last}: {kind.__name__}: {error}") from error
+            line = line_of(traceback.extract_tb(trace))
+            raise FakeOperationError(f"{self.mode.last}: {kind.__name__}: {error} ({line})") from error
 
     def built(self, chunks: Iterable[torch.nn.Module]) -> None:
         """The model chunks are there: name their modules and their parameters."""

@@ -28,9 +28,15 @@ def errors() -> dict[str, str | None]:
     ("mistake", "words"),
     [
         ("an index on the host", ("model, forward: aten::index_copy", "on cpu", "same device")),
-        ("float32 into a bfloat16 product", ("linear_fc1, forward: aten::mm of float32", "the dtypes differ")),
+        (
+            "float32 into a bfloat16 product",
+            ("linear_fc1, forward: aten::mm of float32", "the dtypes differ (megatron/core/"),
+        ),
         ("the wrong shape of a kernel's argument", ("core_attention, backward", "expected shape", "14, 64")),
-        ("a host buffer in a collective", ("gradients, forward", "all_reduce of a tensor [4] on cpu", "NCCL")),
+        (
+            "a host buffer in a collective",
+            ("gradients, forward", "all_reduce of a tensor [4] on cpu", "NCCL", "(megatron_vita/"),
+        ),
     ],
 )
 def test_a_planted_mistake_is_found(errors: dict[str, str | None], mistake: str, words: tuple[str, ...]) -> None:
