@@ -2,7 +2,8 @@
 
 A storage counts from the operation that returned it until its last reference is gone, in blocks of 512 bytes as
 PyTorch's caching allocator gives them. What a kernel allocates for itself and frees before it returns is added while it
-runs (`workspace_bytes`). Not counted: fragmentation, cuBLAS's and NCCL's own memory, the CUDA context.
+runs (`workspace_bytes`). Not counted: what `UntypedStorage.resize_` frees, which PyTorch does not dispatch and nothing
+here calls; fragmentation, cuBLAS's and NCCL's own memory, the CUDA context.
 """
 
 from __future__ import annotations

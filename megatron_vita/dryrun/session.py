@@ -171,8 +171,11 @@ def _scopes(modules: ModulePath, mode: DryRunMode, *, fake: bool) -> Iterator[No
             setattr(where, name, old)
 
 
-def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    """PyTorch's choice on a GPU in half precision without a mask, flash attention; fake tensors get the unfused one."""
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """PyTorch's choice on a GPU in half precision without a mask, flash attention; fake tensors get the unfused one.
+
+    In float32 a GPU takes the memory-efficient kernel, which keeps as much. A mask would be a TypeError.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    out: torch.Tensor = flash(query, key, value, scale=options.get("scale"))[0]
+    out: torch.Tensor = flash(query, key, value, scale=scale)[0]
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_vita.dryrun.memory import Memory
-from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, _is_pinned
+from megatron_vita.dryrun.mode import DryRunMode, FakeOperationError, _is_pinned, counting_pairs
 from megatron_vita.dryrun.modules import ModulePath
 
 META = torch.device("meta")
@@ -81,6 +82,13 @@ def test_products_in_place_count_as_much() -> None:
         torch.mm(a, b, out=c)
         c[None].baddbmm_(a[None], b[None])
     assert (once, mode.flops) == (2 * 2 * 3 * 4, 4 * once)
+
+
+def test_products_of_a_reference_kernel_count_once() -> None:
+    query, blocks = torch.empty(5, 2, 8, device=META), SimpleNamespace(pairs=15)
+    with _watching() as mode:
+        counting_pairs(mode, lambda query, blocks: query[:, 0] @ query[:, 0].t(), products=2)(query, blocks)
+    assert (mode.flops, mode.attention_calls) == (2 * 2 * 15 * 2 * 8, 1)
 
 
 def _watching() -> DryRunMode:
