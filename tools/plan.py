@@ -36,7 +36,7 @@ def main() -> int:
         reached = (arguments.tflops or 0) * 1e12 / hardware.bf16
         efficiency = Efficiency(matrices=reached, attention=reached) if reached else Efficiency()
         memory = (arguments.gpu_memory or hardware.memory_gib) * text.GIB
-        run = load_run(arguments.config, flags)
+        run = load_run(arguments.config, flags, expand=False)
         stages = _chosen(run.stages, arguments.stage)
         dataclasses.replace(run, stages=tuple(stages)).check(arguments.gpus)
         counted = count_parameters(stages[0].model)
