@@ -47,6 +47,7 @@ def test_command_names_what_exists(command: str) -> None:
     script, rest = words[at], words[at + 1 :]
     assert (ROOT / script).is_file(), f"{script} does not exist"
     subcommand = [word for word in rest[:1] if script.endswith("convert_ckpt.py")]
+    subcommand += [word for word in rest if word == "--dry-run"]
     known = help_of(script, *subcommand)
     takes_settings = script.endswith(("pretrain_vita.py", "plan.py"))
     for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
