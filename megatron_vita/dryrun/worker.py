@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,9 +94,7 @@ def _answer(content: dict[str, Any], counted: Any, *, fake: bool) -> dict[str, A
 
 def _collect(running: dict[int, tuple[int, IO[str]]], jobs: list[dict[str, Any]], answers: IO[str]) -> None:
     """Wait for a child and pass its answer on."""
-    import select
-
-    ready, _, _ = select.select([answer for _, answer in running.values()], [], [])
+    ready = wait([answer for _, answer in running.values()])
     child = next(one for one, (_, answer) in running.items() if answer in ready)
     number, answer = running.pop(child)
     with answer:
