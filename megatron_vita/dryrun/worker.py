@@ -94,8 +94,8 @@ def _answer(content: dict[str, Any], counted: Any, *, fake: bool) -> dict[str, A
 
 def _collect(running: dict[int, tuple[int, IO[str]]], jobs: list[dict[str, Any]], answers: IO[str]) -> None:
     """Wait for a child and pass its answer on."""
-    ready = wait([answer for _, answer in running.values()])
-    child = next(one for one, (_, answer) in running.items() if answer in ready)
+    ready = wait([answer.fileno() for _, answer in running.values()])
+    child = next(one for one, (_, answer) in running.items() if answer.fileno() in ready)
     number, answer = running.pop(child)
     with answer:
         text = answer.read()
