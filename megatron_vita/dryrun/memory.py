@@ -101,14 +101,6 @@ class Memory:
             totals[self._part_of(storage, layer, since)] += storage.nbytes
         return dict(totals)
 
-    def by_path(self) -> dict[str, int]:
-        """Live bytes of what a step allocated, by the module that allocated it."""
-        totals: Counter[str] = Counter()
-        for storage in self._live.values():
-            if storage.part not in PERSISTENT:
-                totals[storage.path] += storage.nbytes
-        return dict(totals)
-
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -27,7 +27,6 @@ class ModulePath:
         self._stack: list[tuple[str, int]] = []
         self._backward = (OUTSIDE, 0)
         self._hooks: list[Any] = []
-        self._entered = 0
         self.clock: Callable[[], int] = lambda: 0
         """Serial number of the last allocation; the time at which a module is entered."""
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_vita import device
 from megatron_vita.config import StageConfig
+from megatron_vita.core_optimizer import distributed_optimizers
 from megatron_vita.data.loading.loader import RankCoords, StepBatches
 from megatron_vita.dryrun.collectives import Collectives
 from megatron_vita.dryrun.jobs import DryRunJob
@@ -56,7 +57,7 @@ def train(job: DryRunJob, counted: Collectives, *, fake: bool) -> Report:
             tiles=max(len(one.tiles) for one in step.micro_batches),
             labelled=labelled if setup.groups.last_stage else 0,
             micro_batches=len(step.micro_batches),
-            micro_batches_in_step=stage.train.global_batch_size // (coords.dp_size * stage.train.micro_batch_size),
+            micro_batches_in_step=_micro_batches_in_step(stage, coords.dp_size),
         )
 
 
@@ -81,9 +82,12 @@ def _step(stage: StageConfig, coords: RankCoords, world_size: int) -> StepBatche
 def micro_batches_to_run(stage: StageConfig, world_size: int) -> int:
     """Micro-batches of a dry run's step: two without a pipeline, else two for each of its ranks; no more than a step
     has. Later ones reach no higher peak."""
-    parallel = stage.parallel
-    has = stage.train.global_batch_size // (parallel.data_parallel_size(world_size) * stage.train.micro_batch_size)
-    return min(has, 2 * parallel.pipeline_model_parallel_size)
+    has = _micro_batches_in_step(stage, stage.parallel.data_parallel_size(world_size))
+    return min(has, 2 * stage.parallel.pipeline_model_parallel_size)
+
+
+def _micro_batches_in_step(stage: StageConfig, dp_size: int) -> int:
+    return stage.train.global_batch_size // (dp_size * stage.train.micro_batch_size)
 
 
 def _name_parts(memory: Memory, built: ModelAndOptimizer) -> None:
@@ -92,12 +96,12 @@ def _name_parts(memory: Memory, built: ModelAndOptimizer) -> None:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             memory.part([buffer.param_data], "weights")
             memory.part([buffer.grad_data], "gradients")
-    for optimizer in getattr(built.optimizer, "chained_optimizers", [built.optimizer]):
+    weights = {one.untyped_storage()._cdata for chunk in built.models for one in chunk.parameters()}
+    for optimizer in distributed_optimizers(built.optimizer):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
             continue
         masters = [one for group in inner.param_groups for one in group["params"]]
-        weights = {one.untyped_storage()._cdata for chunk in built.models for one in chunk.parameters()}
         memory.part((one.data for one in masters if one.untyped_storage()._cdata not in weights), "optimizer")
         memory.part(
             (value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor)),
