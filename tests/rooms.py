@@ -84,8 +84,8 @@ ROOMS = (
          ("files", "config", "device", "layout", "data", "data.media", "data.text", "data.sources", "parallel",
           "models", "checkpoint", "convert")),
     Room("dryrun", "a rank's step at full size on fake CUDA tensors; a process of its own",
-         ("files", "config", "device", "kernels", "core_optimizer", "layout", "data", "data.loading", "data.shards",
-          "parallel", "models", "training", "inference")),
+         ("files", "config", "device", "kernels", "core_optimizer", "layout", "planning", "data", "data.loading",
+          "data.shards", "parallel", "models", "training", "inference")),
 )  # fmt: skip
 
 EVERYBODY = ("errors", "log", "__init__", "__version__")

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from megatron_vita.dryrun.jobs import DryRunJob
 from megatron_vita.dryrun.report import Report
+from megatron_vita.planning.hardware import USABLE
 
 GIB = 1024**3
-USABLE = 0.9
-"""Fraction of a GPU's memory that a step may take: the rest is for the CUDA context, NCCL, cuBLAS and fragmentation."""
 _PARTS = (
     "weights",
     "gradients",

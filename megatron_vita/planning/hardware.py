@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_vita.errors import ConfigError
 
+USABLE = 0.9
+"""Fraction of a GPU's memory that a step may fill: the rest is CUDA's context, NCCL, workspaces, fragmentation."""
 _TERA, _GIGA = 1e12, 1e9
 
 

@@ -15,13 +15,11 @@ from megatron_vita.config import StageConfig
 from megatron_vita.config.parallel import CP_COMM_TYPES, ParallelConfig
 from megatron_vita.config.pipeline import nearly_even, pipeline_split
 from megatron_vita.errors import ConfigError
-from megatron_vita.planning.hardware import Efficiency, Hardware
+from megatron_vita.planning.hardware import USABLE, Efficiency, Hardware
 from megatron_vita.planning.memory import MemoryEstimate, estimate_memory
 from megatron_vita.planning.rows import Row, assumed_row
 from megatron_vita.planning.timing import StepTime, step_time
 
-USABLE = 0.9
-"""Fraction of a GPU's memory that a plan may fill: the rest is CUDA's context, NCCL, workspaces, fragmentation."""
 _MICRO_BATCHES = (1, 2, 4)
 _VIRTUAL = (1, 2, 4)
 _NEAREST = 3

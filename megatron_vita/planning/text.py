@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from megatron_vita.config import StageConfig
 from megatron_vita.planning.flops import step_flops
-from megatron_vita.planning.hardware import Efficiency, Hardware
-from megatron_vita.planning.search import USABLE, Candidate, Found, Request, describe
+from megatron_vita.planning.hardware import USABLE, Efficiency, Hardware
+from megatron_vita.planning.search import Candidate, Found, Request, describe
 
 GIB = 1024**3
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import DataConfig, ModelConfig, ParallelConfig, StageConfig, TrainConfig
-from megatron_vita.planning.hardware import HARDWARE
+from megatron_vita.planning.hardware import HARDWARE, USABLE
 from megatron_vita.planning.memory import estimate_memory
 from megatron_vita.planning.search import (
-    USABLE,
     Request,
     describe,
     layouts,
