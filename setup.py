@@ -10,6 +10,8 @@ version = next(
     if line.startswith("__version__")
 )
 
+SERVE = ["fastapi", "uvicorn", "httpx", "prometheus_client", "llguidance"]
+
 setup(
     name="megatron-vita",
     version=version,
@@ -19,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vita", "megatron_vita.*"]),
-    package_data={"megatron_vita": ["**/*.yaml", "**/*.jinja", "**/*.cpp", "py.typed"]},
+    package_data={"megatron_vita": ["**/*.yaml", "**/*.jinja", "**/*.cpp", "serving/page/*", "py.typed"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",  # tried: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (3.12)
@@ -57,9 +59,12 @@ setup(
             "matplotlib",
             "scipy",
             "ray>=2.40",
+            *SERVE,
+            "openai>=1.50",
+            "playwright",  # its driver only; the browser is the system's (tests/serving/browser.py)
         ],
         "quickstart": ["transformers>=5.0", "scikit-learn", "matplotlib", "scipy"],
         "ray": ["ray>=2.40"],  # preprocess_data.py --engine ray
-        "serve": ["fastapi", "uvicorn"],
+        "serve": SERVE,  # tools/serve.py
     },
 )

@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure()
     try:
         sampling, engine = sampling_config(args), engine_settings(args)
-        from megatron_vita.inference.evaluate import EvalSettings, evaluate
-        from megatron_vita.inference.score import table
+        from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
+        from megatron_vita.evaluation.score import table
 
         settings = EvalSettings(
             task=args.task,

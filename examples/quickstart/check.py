@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita import log
-from megatron_vita.inference.score import DEPTH_BANDS, RIGHT, depth_band
+from megatron_vita.evaluation.score import DEPTH_BANDS, RIGHT, depth_band
 
 
 @dataclass(frozen=True)

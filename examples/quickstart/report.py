@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from megatron_vita.inference.score import DEPTH_BANDS, RIGHT, UNREADABLE, Tally, depth_band, wilson
+from megatron_vita.evaluation.score import DEPTH_BANDS, RIGHT, UNREADABLE, Tally, depth_band, wilson
 
 STAGE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREEN, RED, GREY = "#00795A", "#C04000", "#555555"

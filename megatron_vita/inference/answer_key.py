@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.device import torch_device
 from megatron_vita.errors import VitaError
 from megatron_vita.files import new_digest
-from megatron_vita.inference.questions import Question
 
 _FORMAT = 2
 """Incremented when a newer package answers the same question of the same model otherwise."""
@@ -40,7 +38,7 @@ def model_key(opened: OpenModel, dtype: str) -> str:
     """
     is_checkpoint = integrity.is_checkpoint(opened.path)
     text = [] if opened.tokenizer_dir == opened.path else _files(opened.tokenizer_dir, below=is_checkpoint)
-    return _digest(
+    return digest_of_parts(
         _FORMAT,
         {"megatron_vita": __version__, **{name: _version(name) for name in _PACKAGES}},
         integrity.fingerprint(opened.path) if is_checkpoint else _files(opened.path),
@@ -69,23 +67,9 @@ class MediaKeys:
         return self._known[place]
 
 
-class QuestionKeys:
-    """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
-
-    def __init__(self) -> None:
-        self._media = MediaKeys()
-
-    def key(self, question: Question) -> str:
-        """Digest of a question. A medium that cannot be read has a digest, too; reading it raises the error."""
-        sample = question.sample
-        media = [[self._media.key(one) for one in part] for part in (sample.images, sample.videos)]
-        bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)
-        return _digest(repr(bare), media, question.expected, dict(question.fields))
-
-
 def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:
     """16 hex digits that change with any part."""
-    return _digest(model, settings, question)[:16]
+    return digest_of_parts(model, settings, question)[:16]
 
 
 def _content(file: MediaFile) -> str:
@@ -93,11 +77,11 @@ def _content(file: MediaFile) -> str:
     if file.data is not None:
         return hashlib.sha256(file.data).hexdigest()
     if file.frames:
-        return _digest(file.frame_rate, *(_content(frame) for frame in file.frames))
+        return digest_of_parts(file.frame_rate, *(_content(frame) for frame in file.frames))
     assert file.path is not None
     path = Path(file.path)
     if path.is_dir():
-        return _digest(file.frame_rate, _files(path))
+        return digest_of_parts(file.frame_rate, _files(path))
     try:
         digest, left = new_digest(), file.size if file.size is not None else path.stat().st_size
         with path.open("rb") as stream:
@@ -130,5 +114,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _digest(*parts: Any) -> str:
+def digest_of_parts(*parts: Any) -> str:
+    """SHA-256, in hex, of values that JSON can write."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-LAST = ("test_engine", "test_evaluate", "test_evaluate_again", "test_chat_tool", "test_generate_tool", "test_overrides")
+LAST = ("test_engine", "test_chat_tool", "test_generate_tool", "test_overrides")
 
 
 @pytest.hookimpl(trylast=True)

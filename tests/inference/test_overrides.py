@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.prompt import Generation
 from megatron_vita.inference.sampling_config import SamplingConfig

@@ -23,12 +23,12 @@ from megatron_vita.data.loading.packed_batch import read_tiles
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.shards.reader import ShardSet
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
-from megatron_vita.inference import processes
+from megatron_vita.evaluation import processes
+from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
+from megatron_vita.evaluation.questions import read_questions
+from megatron_vita.evaluation.results import ResultFile
 from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.prompt import Request
-from megatron_vita.inference.questions import read_questions
-from megatron_vita.inference.results import ResultFile
 from megatron_vita.inference.sampling_config import GREEDY
 from megatron_vita.inference.settings import EngineSettings
 from tests.inference.tiny import SPEC, save_checkpoint, write_media

@@ -14,17 +14,18 @@ from tqdm import tqdm
 
 from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.processes import in_processes
+from megatron_vita.evaluation.question_key import QuestionKeys
+from megatron_vita.evaluation.questions import Question, read_questions
+from megatron_vita.evaluation.results import Result, ResultFile
+from megatron_vita.evaluation.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
 from megatron_vita.files import write_atomic
-from megatron_vita.inference.answer_key import QuestionKeys, model_key, run_key
+from megatron_vita.inference.answer_key import model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.leader import from_leader, leads
 from megatron_vita.inference.opening import open_for_inference
-from megatron_vita.inference.processes import in_processes
 from megatron_vita.inference.prompt import Generation, Request
-from megatron_vita.inference.questions import Question, read_questions
-from megatron_vita.inference.results import Result, ResultFile
 from megatron_vita.inference.sampling_config import GREEDY, SamplingConfig
-from megatron_vita.inference.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
 from megatron_vita.inference.settings import DEFAULT_KV_CACHE_SHARE, EngineSettings
 
 log = logging.getLogger(__name__)

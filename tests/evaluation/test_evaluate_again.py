@@ -17,12 +17,13 @@ from megatron_vita.checkpoint.integrity import INTEGRITY_FILE, Integrity, write_
 from megatron_vita.convert.exporter import export
 from megatron_vita.data.sample import MediaFile, Message, Sample, Text, Video
 from megatron_vita.errors import DataError
+from megatron_vita.evaluation import evaluate as module
+from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
+from megatron_vita.evaluation.question_key import QuestionKeys
+from megatron_vita.evaluation.questions import Question
 from megatron_vita.inference import answer_key
-from megatron_vita.inference import evaluate as module
 from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.evaluate import EvalSettings, evaluate
 from megatron_vita.inference.prompt import Request
-from megatron_vita.inference.questions import Question
 from megatron_vita.inference.sampling import SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
 from tests.data.kit import picture
@@ -295,7 +296,7 @@ def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> No
         talk = (Message("user", (Text("Which?"), *(Video(number) for number in range(len(files))))),)
         return keys.key(Question(Sample(talk, videos=files), "7", 1, {}))
 
-    keys = answer_key.QuestionKeys()
+    keys = QuestionKeys()
     here, there = (MediaFile(path=str(tmp_path / name)) for name in ("here", "there"))
     frames = MediaFile(frames=(MediaFile(path=str(tmp_path / "here/1.png")),))
     assert key(here) == key(there)
@@ -303,5 +304,5 @@ def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> No
         assert key(file) != key(replace(file, frame_rate=2.0)), "other frames are sampled of it"
     before = key(here)
     (tmp_path / "here/2.png").write_bytes(picture(16, 16, seed=2))
-    keys = answer_key.QuestionKeys()
+    keys = QuestionKeys()
     assert key(here) != before

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.inference.questions import read_questions
-from megatron_vita.inference.results import ResultFile
-from megatron_vita.inference.score import depth_band, exact_match, summarise, table, wilson
+from megatron_vita.evaluation.questions import read_questions
+from megatron_vita.evaluation.results import ResultFile
+from megatron_vita.evaluation.score import depth_band, exact_match, summarise, table, wilson
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.score import UNREADABLE
 from megatron_vita.files import write_atomic
-from megatron_vita.inference.score import UNREADABLE
 
 _HEAD = b'{"run": "'
 """How a line of results begins."""

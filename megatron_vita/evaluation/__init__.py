@@ -1,0 +1,1 @@
+"""Benchmarks: questions with reference answers, tasks that judge answers, results that survive a kill, tables."""
