@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +18,13 @@ import torch
 from megatron_vita import checkpoint
 from megatron_vita.config import ParallelConfig, StageConfig
 from megatron_vita.data.example import Example
-from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.device import empty_cache
-from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.inference.length import check_length
+from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.opening import model_name, open_for_inference
-from megatron_vita.inference.prefix_cache import Key, block_keys
+from megatron_vita.inference.prepare import Preparation, Prepared
 from megatron_vita.inference.prompt import Generation, Request
 from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
@@ -36,6 +35,20 @@ from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel
 
 __all__ = ["Engine", "Output", "model_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has to do."""
+
+    waiting: int
+    """Requests that have not begun."""
+    running: int
+    """Requests that are being computed."""
+    cache_usage: float
+    """Share of the key/value cache that requests hold, on the context rank that has fewest free blocks."""
+    preemptions: int
+    """Sequences that gave their blocks back, so far."""
 
 
 class Engine:
@@ -58,9 +71,11 @@ class Engine:
         self.spec = spec
         self.path = path
         self.settings = settings
-        self._video_backend = video_backend
         self._world = World(model.groups)
         self.worker = Worker(model, tokenizer, spec, settings, self._world, video_backend=video_backend)
+        capacity = self.worker.blocks.capacity
+        self.open = Preparation(path, self.config, tokenizer, spec, settings, capacity, video_backend)
+        """Prepares a request for `enqueue`, in any thread of the leader."""
         self._new: list[New] = []
         self._aborted: list[str] = []
         self._between_steps = True
@@ -117,53 +132,40 @@ class Engine:
         """Requests are waiting or being answered."""
         return bool(self._new or self._aborted) or self.worker.scheduler.busy
 
-    def prepare(self, request: Request) -> tuple[Example, PromptMedia]:
-        """Ids of a prompt and its media, by the functions that made the training shards. No pixels yet.
+    def stats(self) -> EngineStats:
+        """Queue and cache between two steps."""
+        scheduler, blocks = self.worker.scheduler, self.worker.blocks
+        used = 1 - blocks.free_blocks() / blocks.num_blocks
+        return EngineStats(len(self._new) + len(scheduler.waiting), len(scheduler.running), used, scheduler.preemptions)
 
-        Raises:
-            ConfigError: pictures for a model without a tower, or sampling names a token that the model does not have.
-            DataError: a damaged medium, a conversation that does not end with a question, or a prompt that is too long.
-        """
-        request.sampling.check_vocabulary(self.config.vocab_size)
-        sample = request.sample
-        if sample.messages and sample.messages[-1].role != "user":
-            raise reject("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")
-        if (sample.images or sample.videos) and self.config.vision is None:
-            raise ConfigError(
-                f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
-            )
-        example, media = PromptMedia.open(
-            sample, self.spec, tokenizer=self.tokenizer, video_backend=self._video_backend
-        )
-        try:
-            held = self.worker.blocks.capacity
-            check_length(request, len(example.tokens), positions=self.config.max_position_embeddings, held=held)
-        except DataError:
-            media.close()
-            raise
-        return example, media
+    def prepare(self, request: Request) -> tuple[Example, PromptMedia]:
+        """Ids of a prompt and its media; see `open`."""
+        prepared = self.open(request)
+        return prepared.example, prepared.media
 
     def add(self, request: Request) -> None:
         """Take a request; `step` works on it. The leader calls it.
 
         Raises:
-            ConfigError: an id that is being worked on, settings that the model does not allow, or as in `prepare`.
-            DataError: as in `prepare`.
+            ConfigError, DataError: as in `open` and `enqueue`.
         """
+        self._check_new(request)
+        self.enqueue(self.open(request))
+
+    def enqueue(self, prepared: Prepared) -> None:
+        """Take a request that `open` has prepared. The leader calls it.
+
+        Raises:
+            ConfigError: an id that is being worked on.
+        """
+        request = prepared.request
+        self._check_new(request)
+        self.worker.media[request.id] = prepared.media
+        self._new.append(New(request, prepared.example, prepared.keys))
+
+    def _check_new(self, request: Request) -> None:
         if request.id in self.worker.sequences or any(new.request.id == request.id for new in self._new):
             raise ConfigError(f"request {request.id!r} is being answered already. Give every request its own id.")
-        example, media = self.prepare(request)
-        keys: tuple[Key, ...] = ()
-        if self.settings.enable_prefix_caching and request.sampling.prompt_logprobs is None:
-            try:
-                digests = [b""] * len(example.media) if request.zero_tiles else media.digests()
-            except DataError:
-                media.close()
-                raise
-            size = self.settings.block_size
-            keys = tuple(block_keys(example.tokens, size, example.tiles, digests, self.spec.tokens_per_tile))
-        self.worker.media[request.id] = media
-        self._new.append(New(request, example, keys))
 
     def abort(self, request_id: str) -> None:
         """Give up a request; nothing more is heard of it. The leader calls it; unknown ids are ignored."""
