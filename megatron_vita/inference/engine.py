@@ -25,11 +25,11 @@ from megatron_vita.device import empty_cache
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.opening import model_name, open_for_inference
 from megatron_vita.inference.prepare import Preparation, Prepared
-from megatron_vita.inference.prompt import Generation, Request
+from megatron_vita.inference.prompt import Generation, Output, Request
 from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
-from megatron_vita.inference.worker import New, News, Output, Worker
+from megatron_vita.inference.worker import New, News, Worker
 from megatron_vita.inference.world import World, inference_groups, together
 from megatron_vita.models.build import build_model
 from megatron_vita.models.vita import VitaModel

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_vita.data.sample import Sample
-from megatron_vita.errors import ConfigError
+from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.sampling_config import SamplingConfig
 
 FinishReason = Literal["stop", "length"]
@@ -69,3 +69,16 @@ class Generation:
     def finished(self) -> bool:
         """The model ended the answer itself; otherwise it was cut at the limit."""
         return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step gave one request."""
+
+    request_id: str
+    text: str
+    """New text; all pieces together are the answer."""
+    outcome: Generation | VitaError | None = None
+    """The whole answer, or why there is none; None while it is being written."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens since the last output, if asked for; all together are the answer's."""

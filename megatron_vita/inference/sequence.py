@@ -44,6 +44,8 @@ class Sequence:
     """Of the prompt's tokens so far, if asked for."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the generated tokens, if asked for."""
+    told_logprobs: int = 0
+    """Those of `logprobs` that the caller has heard of."""
     started: float | None = None
     """Time of the first step that computed it, by this rank's monotonic clock."""
     prefill_seconds: float = 0.0

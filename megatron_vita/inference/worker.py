@@ -15,12 +15,12 @@ from megatron_vita.data.example import Example
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
 from megatron_vita.device import free_memory_bytes, torch_device
-from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.errors import ConfigError
 from megatron_vita.inference.batch import build_batch
 from megatron_vita.inference.blocks import BlockManager
 from megatron_vita.inference.detokenize import TextStream
 from megatron_vita.inference.prefix_cache import Key, PrefixCache
-from megatron_vita.inference.prompt import FinishReason, Generation, Request, TokenLogprob
+from megatron_vita.inference.prompt import FinishReason, Generation, Output, Request, TokenLogprob
 from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.runner import ModelRunner, StepResult
 from megatron_vita.inference.sampling import Sampled
@@ -31,17 +31,6 @@ from megatron_vita.inference.visual import BlackTiles, Pixels, VisualTokens
 from megatron_vita.inference.world import World
 from megatron_vita.models.vita import VitaModel
 from megatron_vita.parallel.kv_cache import KVCache
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a step gave one request."""
-
-    request_id: str
-    text: str
-    """New text; all pieces together are the answer."""
-    outcome: Generation | VitaError | None = None
-    """The whole answer, or why there is none; None while it is being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +205,7 @@ class Worker:
             reason, stopped = "stop", texts.stopped
         sequence.text += text
         if reason is None:
-            return Output(sequence.request.id, text) if text else None
+            return Output(sequence.request.id, text, None, self._new_logprobs(sequence)) if text else None
         if texts is None:
             text = sequence.text = self.tokenizer.decode(sequence.generated)
         answer = Generation(
@@ -231,7 +220,7 @@ class Worker:
             prompt_logprobs=(None, *sequence.prompt_logprobs) if config.prompt_logprobs is not None else None,
         )
         self._drop(sequence)
-        return Output(sequence.request.id, text, answer)
+        return Output(sequence.request.id, text, answer, self._new_logprobs(sequence))
 
     def _new_text(self, sequence: Sequence) -> str:
         """Text of the tokens that came since the last call, as far as it can be shown."""
@@ -241,6 +230,11 @@ class Worker:
             self._texts[sequence.request.id] = known
         new, sequence.told = sequence.generated[sequence.told :], len(sequence.generated)
         return "".join(known.append(token) for token in new)
+
+    def _new_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the tokens that came since the last call."""
+        new, sequence.told_logprobs = sequence.logprobs[sequence.told_logprobs :], len(sequence.logprobs)
+        return tuple(new)
 
     def _drop(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or given up."""

@@ -19,7 +19,7 @@ from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.engine import Engine, model_name
-from megatron_vita.inference.prompt import Generation, Request
+from megatron_vita.inference.prompt import Generation, Request, TokenLogprob
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
 from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -278,13 +278,14 @@ def test_requests_come_and_go_between_steps(
     engine: Engine, samples: list[Sample], expected: list[tuple[int, ...]]
 ) -> None:
     texts: dict[str, str] = {}
+    logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
     answers: dict[str, Any] = {}
     waiting = list(enumerate(samples))
     steps = 0
     while engine.busy or waiting:
         if waiting and steps % 2 == 0:
             number, sample = waiting.pop()
-            engine.add(Request(str(number), sample, GREEDY, max_new_tokens=7))
+            engine.add(Request(str(number), sample, SamplingConfig(logprobs=1), max_new_tokens=7))
             if number == 3:
                 with pytest.raises(ConfigError, match="own id"):
                     engine.add(Request("3", sample, GREEDY))
@@ -294,6 +295,7 @@ def test_requests_come_and_go_between_steps(
                 next(engine.run([]))
         for output in engine.step():
             texts[output.request_id] = texts.get(output.request_id, "") + output.text
+            logprobs[output.request_id] = logprobs.get(output.request_id, ()) + output.logprobs
             if output.outcome is not None:
                 answers[output.request_id] = output.outcome
         steps += 1
@@ -301,6 +303,7 @@ def test_requests_come_and_go_between_steps(
     for number, answer in answers.items():
         assert answer.ids == expected[int(number)]
         assert answer.text == texts[number]
+        assert answer.logprobs == logprobs[number]
 
 
 def test_zeroed_tiles_keep_lengths_and_change_answers(engine: Engine, samples: list[Sample]) -> None:
