@@ -1,0 +1,70 @@
+"""Where needles are put: depths of a haystack, and what is drawn at random for each question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from megatron_vita.errors import ConfigError
+
+DEPTHS = 11
+"""Depths by default: 0, 0.1, ... 1."""
+
+
+def depths_of(values: Sequence[float]) -> tuple[float, ...]:
+    """Depths of a grid, ascending, to four digits.
+
+    Args:
+        values: one whole number n >= 2, for n depths from 0 (first) to 1 (last) at equal distances; or the depths.
+
+    Raises:
+        ConfigError: a depth outside [0, 1], or none.
+    """
+    if len(values) == 1 and values[0] >= 2 and values[0] == int(values[0]):
+        last = int(values[0]) - 1
+        return tuple(round(number / last, 4) for number in range(last + 1))
+    bad = [value for value in values if not 0 <= value <= 1]
+    if bad or not values:
+        raise ConfigError(
+            f"--depths {' '.join(f'{value:g}' for value in values)}: give a number of depths (2 or more), or depths "
+            "from 0 (the beginning) to 1 (the end)."
+        )
+    return tuple(sorted({round(float(value), 4) for value in values}))
+
+
+def place(depth: float, length: int) -> int:
+    """The index in `range(length)` that is nearest to a depth in [0, 1]."""
+    return int(depth * (length - 1) + 0.5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Depths, and questions at each of them. Question i (from 0) of every depth draws alike, so depths compare."""
+
+    depths: tuple[float, ...]
+    samples: int
+    """Questions at each depth."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ConfigError(f"--samples {self.samples}: must be at least 1.")
+
+    def __len__(self) -> int:
+        return len(self.depths) * self.samples
+
+    def __iter__(self) -> Iterator[tuple[float, int]]:
+        """(depth, sample) of each question in order."""
+        yield from product(self.depths, range(self.samples))
+
+    def cell(self, index: int) -> tuple[float, int]:
+        """(depth, sample) of a question. Raises IndexError behind the last."""
+        depth, sample = divmod(range(len(self))[index], self.samples)
+        return self.depths[depth], sample
+
+    def draw(self, sample: int, purpose: int) -> np.random.Generator:
+        """What sample `sample` draws from; each purpose (a small number) has its own stream."""
+        return np.random.default_rng((self.seed, sample, purpose))
