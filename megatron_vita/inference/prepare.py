@@ -59,7 +59,8 @@ class Preparation:
             raise ConfigError(
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
             )
-        example, media = PromptMedia.open(sample, self.spec, tokenizer=self.tokenizer, video_backend=self.video_backend)
+        spec = request.preprocessing(self.spec)
+        example, media = PromptMedia.open(sample, spec, tokenizer=self.tokenizer, video_backend=self.video_backend)
         try:
             positions = self.config.max_position_embeddings
             check_length(request, len(example.tokens), positions=positions, held=self.capacity)

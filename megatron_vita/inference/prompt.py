@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_vita.data.sample import Sample
+from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.sampling_config import SamplingConfig
 
@@ -25,10 +26,16 @@ class Request:
     """Maximum tokens of the answer; None: as many as fit."""
     zero_tiles: bool = False
     """Show the model black tiles instead of the pictures'; lengths and ids stay."""
+    max_frames: int | None = None
+    """Most frames taken from each video; None: as many as the model's preprocessing says."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"request {self.id!r}: max_new_tokens={self.max_new_tokens} must be at least 1.")
+
+    def preprocessing(self, spec: PreprocessSpec) -> PreprocessSpec:
+        """A model's preprocessing, as this request wants it. Raises ConfigError for fewer than one frame."""
+        return spec if self.max_frames is None else replace(spec, max_frames=self.max_frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,8 +252,8 @@ class Worker:
         if sequence.request.zero_tiles:
             return BlackTiles(self.spec.image_size)
         if request_id not in self.media:
-            sample = sequence.request.sample
-            self.media[request_id] = PromptMedia.reopen(sample, sequence.example, self.spec, self._video_backend)
+            sample, spec = sequence.request.sample, sequence.request.preprocessing(self.spec)
+            self.media[request_id] = PromptMedia.reopen(sample, sequence.example, spec, self._video_backend)
         return self.media[request_id]
 
 

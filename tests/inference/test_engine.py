@@ -315,6 +315,19 @@ def test_zeroed_tiles_keep_lengths_and_change_answers(engine: Engine, samples: l
     assert abs(seen.logprobs[0].logprob - blind.logprobs[0].logprob) > 1e-3
 
 
+def test_a_request_says_how_many_frames_it_wants(engine: Engine, root: Path, samples: list[Sample]) -> None:
+    """The same answer as by an engine whose preprocessing says so, which also reopens media with it (decoding)."""
+    video = next(sample for sample in samples if sample.videos)
+    requests = [Request(str(most), video, GREEDY, 5, max_frames=most) for most in (1, 2, 3)]
+    answers = {int(request.id): answer for request, answer in engine.run(requests)}
+    assert [len(engine.prepare(request)[0].media) for request in requests] == [1, 2, 3]
+    (fewer,) = load(root, max_frames=2).generate([video], max_new_tokens=5)
+    assert answers[2] == fewer
+    assert isinstance(answers[3], Generation)
+    with pytest.raises(ConfigError, match="max_frames=0"):
+        engine.prepare(Request("0", video, GREEDY, max_frames=0))
+
+
 def test_ids_and_pixels_are_those_of_training(engine: Engine, samples: list[Sample]) -> None:
     for sample in samples:
         answered = Sample(
