@@ -29,6 +29,8 @@ class MediaItem:
     """File, or region of a file, that holds exactly `data`; None: nothing on disk does (embedded, made here)."""
     time: float | None = None
     """Of a video frame: seconds into the clip. (Shards do not keep it.)"""
+    max_tiles: int | None = None
+    """Most tiles of the picture, if it has a number of its own; see `MediaFile`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ class MediaFile:
     """The pictures, in order, of a folder of frames in an archive; then there is neither path nor data."""
     frame_rate: float = 1.0
     """Pictures of a folder of frames that make a second."""
+    max_tiles: int | None = None
+    """Most tiles of a picture (thumbnail not counted); None: as many as the preprocessing says."""
 
     @property
     def name(self) -> str:

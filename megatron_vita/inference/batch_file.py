@@ -26,7 +26,14 @@ from tqdm import tqdm
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.answer_file import AnswerFile
 from megatron_vita.inference.answer_key import MediaKeys, run_key
-from megatron_vita.inference.openai import ChatRequest, RequestError, chat_request, chat_response, error_object
+from megatron_vita.inference.openai import (
+    ApiRequest,
+    ReadOptions,
+    RequestError,
+    chat_request,
+    chat_response,
+    error_object,
+)
 from megatron_vita.inference.openai.fields import text
 from megatron_vita.inference.openai.response import Spell
 from megatron_vita.inference.prompt import Generation, Request
@@ -60,7 +67,7 @@ class _Asked:
     """A request whose choices are not all there."""
 
     key: str
-    chat: ChatRequest
+    chat: ApiRequest
     answers: dict[str, Generation] = field(default_factory=dict)
 
 
@@ -206,16 +213,16 @@ class BatchRun:
                         seen[custom_id] = number
                     yield number, custom_id, body
 
-    def _read(self, custom_id: str, body: Any, number: int) -> tuple[ChatRequest, str]:
+    def _read(self, custom_id: str, body: Any, number: int) -> tuple[ApiRequest, str]:
         """A request, and the digest of all that decides its answer."""
-        chat = chat_request(
-            body,
-            id=custom_id,
+        options = ReadOptions(
+            strict=True,
             media_root=self._media_root,
             vocab_size=self._vocab_size,
             source=self._source.name,
             line=number,
         )
+        chat = chat_request(body, id=custom_id, options=options)
         if chat.stream:
             raise RequestError("stream: a batch is not streamed. Remove it.", param="stream", code="invalid_value")
         sample = chat.requests[0].sample

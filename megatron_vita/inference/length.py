@@ -18,7 +18,8 @@ def check_length(request: Request, length: int, *, positions: int, held: int) ->
     Raises:
         DataError: overlong, with both numbers.
     """
-    name, asked = request.sample.id, request.max_new_tokens
+    name = request.sample.id
+    asked = None if request.clamp_length else request.max_new_tokens
     if length >= min(positions, held):
         if held <= positions:
             where = f"the key/value cache holds {held}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
-from megatron_vita.data.sample import Sample
+from megatron_vita.data.sample import MediaFile, Message, Sample
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.sampling_config import SamplingConfig
@@ -13,14 +13,36 @@ from megatron_vita.inference.sampling_config import SamplingConfig
 FinishReason = Literal["stop", "length"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawPrompt:
+    """A text that the model continues: no turns, no chat template, no media."""
+
+    text: str = ""
+    """A literal `<|im_end|>` in it stays text."""
+    ids: tuple[int, ...] | None = None
+    """Token ids in place of a text, special tokens included; nothing is put before them."""
+    source: str = ""
+    """Name of the file it came from."""
+    line: int = 0
+    """Record number inside its file, from 1."""
+    messages: ClassVar[tuple[Message, ...]] = ()
+    images: ClassVar[tuple[MediaFile, ...]] = ()
+    videos: ClassVar[tuple[MediaFile, ...]] = ()
+
+    @property
+    def id(self) -> str:
+        """Where it came from, for messages."""
+        return f"{self.source}:{self.line}"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A conversation to be answered."""
+    """A conversation to be answered, or a text to be continued."""
 
     id: str
     """Unique among the requests that an engine works on."""
-    sample: Sample
-    """Its last turn is the user's."""
+    sample: Sample | RawPrompt
+    """The last turn of a conversation is the user's."""
     sampling: SamplingConfig
     max_new_tokens: int | None = None
     """Maximum tokens of the answer; None: as many as fit."""
@@ -28,6 +50,8 @@ class Request:
     """Show the model black tiles instead of the pictures'; lengths and ids stay."""
     max_frames: int | None = None
     """Most frames taken from each video; None: as many as the model's preprocessing says."""
+    clamp_length: bool = False
+    """Lower `max_new_tokens` to what is left of the context, instead of refusing a request that asks for more."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

@@ -13,13 +13,14 @@ from itertools import accumulate, groupby
 import numpy as np
 import torch
 
-from megatron_vita.data.example import Example
+from megatron_vita.data.example import IGNORE_INDEX, Example
 from megatron_vita.data.media.on_demand import Medium, Picture, Video
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
+from megatron_vita.inference.prompt import RawPrompt
 
 
 class PromptMedia:
@@ -36,7 +37,7 @@ class PromptMedia:
 
     @classmethod
     def open(
-        cls, sample: Sample, spec: PreprocessSpec, *, tokenizer: ChatTokenizer, video_backend: str = "auto"
+        cls, sample: Sample | RawPrompt, spec: PreprocessSpec, *, tokenizer: ChatTokenizer, video_backend: str = "auto"
     ) -> tuple[Example, PromptMedia]:
         """Read the headers of a conversation's media and lay it out as a prompt.
 
@@ -44,7 +45,7 @@ class PromptMedia:
         has an index.
 
         Args:
-            sample: its last turn is the user's.
+            sample: a conversation whose last turn is the user's, or a text.
             spec: tile size, tiling, frames of a video.
             tokenizer: ids and chat template.
             video_backend: see `open_video`.
@@ -55,6 +56,9 @@ class PromptMedia:
         Raises:
             DataError: a medium that is missing or damaged, or a conversation that does not end with a question.
         """
+        if isinstance(sample, RawPrompt):
+            example = raw_example(sample, tokenizer)
+            return example, cls([], example, spec)
         sample.check()
         media = _Media(sample, spec, video_backend, proven=True)
         try:
@@ -74,7 +78,9 @@ class PromptMedia:
         return example, cls(media.in_order, example, spec)
 
     @classmethod
-    def reopen(cls, sample: Sample, example: Example, spec: PreprocessSpec, video_backend: str = "auto") -> PromptMedia:
+    def reopen(
+        cls, sample: Sample | RawPrompt, example: Example, spec: PreprocessSpec, video_backend: str = "auto"
+    ) -> PromptMedia:
         """Open on another rank what `open` has opened on the first.
 
         Args:
@@ -145,10 +151,25 @@ class PromptMedia:
             self._current = None
 
 
+def raw_example(prompt: RawPrompt, tokenizer: ChatTokenizer) -> Example:
+    """A text, or its ids, as a prompt: the ids that a document begins with in training, without its end.
+
+    Raises:
+        DataError: empty_turn, if there is no token.
+    """
+    ids = prompt.ids
+    if ids is None:
+        ids = (*tokenizer.beginning(), *tokenizer.between(prompt.text, None))
+    if not ids:
+        raise reject("empty_turn", f"{prompt.id}: the prompt has no token. Begin a text.")
+    tokens = np.array(ids, dtype=np.int32)
+    return Example(tokens, np.full(len(tokens), IGNORE_INDEX, dtype=np.int32))
+
+
 class _Media:
     """The opened media of a Sample."""
 
-    def __init__(self, sample: Sample, spec: PreprocessSpec, backend: str, *, proven: bool) -> None:
+    def __init__(self, sample: Sample | RawPrompt, spec: PreprocessSpec, backend: str, *, proven: bool) -> None:
         self.images: list[Picture] = []
         self.videos: list[Video] = []
         try:

@@ -62,6 +62,8 @@ class SamplingConfig:
     """Report log-probabilities of the chosen token and of this many most likely ones; None: none."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    guide: str | None = None
+    """JSON schema, as JSON, that the answer must match; None: any text."""
 
     def __post_init__(self) -> None:
         self._check("temperature", _is_number, 0, "0 (greedy) or a positive number")

@@ -19,7 +19,7 @@ from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.engine import Engine, model_name
-from megatron_vita.inference.prompt import Generation, Request, TokenLogprob
+from megatron_vita.inference.prompt import Generation, RawPrompt, Request, TokenLogprob
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
 from megatron_vita.layout import SequenceLayout, TileRoutes
@@ -69,7 +69,7 @@ def samples(media: dict[str, Path]) -> list[Sample]:
 
 
 @torch.no_grad()
-def plain_logits(engine: Engine, sample: Sample, more: Sequence[int]) -> torch.Tensor:
+def plain_logits(engine: Engine, sample: Sample | RawPrompt, more: Sequence[int]) -> torch.Tensor:
     """Logits after the prompt and `more`, by one pass over all of it, without a cache; [v]."""
     example, media = engine.prepare(Request("plain", sample, GREEDY))
     tokens = torch.from_numpy(np.concatenate([example.tokens, more]).astype(np.int64))
@@ -86,7 +86,7 @@ def plain_logits(engine: Engine, sample: Sample, more: Sequence[int]) -> torch.T
     return logits[0]
 
 
-def plain_greedy(engine: Engine, sample: Sample, count: int) -> tuple[int, ...]:
+def plain_greedy(engine: Engine, sample: Sample | RawPrompt, count: int) -> tuple[int, ...]:
     said: list[int] = []
     for _ in range(count):
         said.append(int(plain_logits(engine, sample, said).argmax()))
@@ -326,6 +326,35 @@ def test_a_request_says_how_many_frames_it_wants(engine: Engine, root: Path, sam
     assert isinstance(answers[3], Generation)
     with pytest.raises(ConfigError, match="max_frames=0"):
         engine.prepare(Request("0", video, GREEDY, max_frames=0))
+
+
+def test_an_answer_is_as_long_as_the_context_allows_if_that_is_asked_for(root: Path, samples: list[Sample]) -> None:
+    """VLMEvalKit asks for 32,768 tokens of any model."""
+    small = load(root, max_position_embeddings=48, kv_cache_memory="16KiB")
+    length = len(small.prepare(Request("0", samples[0], GREEDY))[0].tokens)
+    outcomes = dict(small.run([Request("clamped", samples[0], GREEDY, 32768, clamp_length=True)]))
+    (answer,) = outcomes.values()
+    assert isinstance(answer, Generation)
+    assert (answer.finish_reason, len(answer.ids)) == ("length", small.worker.longest - length)
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens, but the .* \d+"):
+        small.prepare(Request("1", question("the " * 60), GREEDY, 32768, clamp_length=True))
+
+
+def test_a_text_is_continued_without_a_chat_template(engine: Engine) -> None:
+    ids = tuple(engine.tokenizer.encode("Which digit", first=True))
+    (text, same, special) = (
+        RawPrompt(text="Which digit"), RawPrompt(ids=ids), RawPrompt(ids=(*ids, engine.tokenizer.eos_id)),
+    )  # fmt: skip
+    requests = [Request(str(place), one, GREEDY, 4) for place, one in enumerate((text, same, special))]
+    prompts = [tuple(engine.prepare(request)[0].tokens) for request in requests]
+    assert prompts == [ids, ids, (*ids, engine.tokenizer.eos_id)]
+    answers = {request.id: answer for request, answer in engine.run(requests)}
+    first = answers["0"]
+    assert isinstance(first, Generation)
+    assert first == answers["1"] != answers["2"]
+    assert first.ids == plain_greedy(engine, text, 4)
+    with pytest.raises(DataError, match="empty_turn"):
+        engine.prepare(Request("3", RawPrompt(), GREEDY))
 
 
 def test_ids_and_pixels_are_those_of_training(engine: Engine, samples: list[Sample]) -> None:

@@ -16,9 +16,10 @@ from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, MediaFile, Text, Video
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.openai import RequestError, chat_request, chat_response, error_object
+from megatron_vita.inference.openai import ApiRequest, ReadOptions, RequestError, chat_response, error_object
+from megatron_vita.inference.openai import chat_request as read_chat
 from megatron_vita.inference.openai import messages as messages_module
-from megatron_vita.inference.openai.request import seed_of
+from megatron_vita.inference.openai.sampling import seed_of
 from megatron_vita.inference.prompt import Generation, TokenLogprob
 from megatron_vita.inference.sampling import SamplingConfig
 from tests.data.kit import picture
@@ -28,6 +29,11 @@ USER = [{"role": "user", "content": "Why?"}]
 
 def body(**more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": USER, **more}
+
+
+def chat_request(body: Any, *, id: str, **options: Any) -> ApiRequest:
+    """As a line of a batch file is read."""
+    return read_chat(body, id=id, options=ReadOptions(strict=True, **options))
 
 
 def refused(body: Any, **more: Any) -> RequestError:
@@ -109,7 +115,7 @@ def test_choices_differ_in_their_seeds_alone() -> None:
         ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"), ({"n": 0}, "n"), ({"n": 129}, "n"),
         ({"stream": 1}, "stream"), ({"model": 3}, "model"), ({"model": "\ud800"}, "model"),
         ({"tools": [{}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"), ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"), ({"modalities": ["audio"]}, "modalities"),
+        ({"response_format": {"type": "grammar"}}, "response_format"), ({"modalities": ["audio"]}, "modalities"),
         ({"best_of": 3}, "best_of"), ({"reasoning_effort": "low"}, "reasoning_effort"), ({"echo": True}, "echo"),
         ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": "Why?"}, "messages"),
     ],

@@ -6,6 +6,7 @@ import os
 import pickle
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
+from megatron_vita.inference.prefix_cache import block_keys
 from megatron_vita.inference.prompt_media import PromptMedia
 from tests.data.kit import picture, tokenizer_folder
 from tests.data.videos import write_numbered
@@ -142,6 +144,30 @@ def test_every_tile_is_that_of_training(
     media.close()
     assert np.array_equal(media.tiles(3, 60).numpy(), pixels[3:60])
     media.close()
+
+
+@pytest.mark.parametrize("most", [1, 2, 12])
+def test_a_picture_may_have_a_number_of_tiles_of_its_own(
+    files: dict[str, MediaFile], tokenizer: VitaTokenizer, most: int
+) -> None:
+    """Tokens, pixels and keys are those of a model whose preprocessing has that number, on every rank."""
+    names = ("wide", "tall", "bytes")
+    own = conversation(*((Image, replace(files[name], max_tiles=most)) for name in names))
+    spec = replace(SPEC, max_tiles=most)
+    expected, pixels = at_once(conversation(*((Image, files[name]) for name in names)), tokenizer, spec)
+    trained, pixels_trained = at_once(conversation(*((Image, files[name]) for name in names)), tokenizer)
+    example, media = PromptMedia.open(own, SPEC, tokenizer=tokenizer)
+    assert np.array_equal(example.tokens, expected.tokens)
+    assert example.tiles == expected.tiles != trained.tiles
+    assert np.array_equal(at_once(own, tokenizer)[0].tokens, expected.tokens)
+    other = PromptMedia.reopen(*pickle.loads(pickle.dumps((own, example))), SPEC)
+    assert np.array_equal(other.tiles(0, len(example.tiles)).numpy(), pixels)
+    keys, keys_trained = (
+        block_keys(one.tokens, 4, one.tiles, media.digests(), SPEC.tokens_per_tile) for one in (example, trained)
+    )
+    shared = sum(one == same for one, same in zip(keys, keys_trained, strict=False))
+    assert shared * 4 <= example.tiles[0].first_token, "a block with pixels of another grid must not be shared"
+    assert not np.array_equal(pixels, pixels_trained)
 
 
 def test_any_range_in_any_order(files: dict[str, MediaFile], tokenizer: VitaTokenizer) -> None:

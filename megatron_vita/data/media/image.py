@@ -102,7 +102,8 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
     data = _bytes(file)
     try:
         header = read_header(data)
-        item = MediaItem(data, header.width, header.height, origin=file if file.data is None else None)
+        origin = file if file.data is None else None
+        item = MediaItem(data, header.width, header.height, origin=origin, max_tiles=file.max_tiles)
         whole = is_whole(header.format, data)
         if whole is False:
             raise reject("media_truncated", "the file ends before the picture does. Fetch it again or drop the sample.")

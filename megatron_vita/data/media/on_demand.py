@@ -99,7 +99,7 @@ class Picture(Medium):
         super().__init__(file)
         with self._unchanged([file]):
             item = read_image(file)
-        self.items = [MediaItem(b"", item.width, item.height)]
+        self.items = [MediaItem(b"", item.width, item.height, max_tiles=item.max_tiles)]
         self._tiles: PictureTiles | None = None
 
     def render(self, slots: Sequence[TileSlot], first_media: int, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -96,6 +97,8 @@ def plan_tiles(item: MediaItem, media: int, spec: PreprocessSpec) -> tuple[TileS
         media: its index in the Example.
         spec: layout and tile counts.
     """
+    if item.max_tiles is not None:
+        spec = replace(spec, max_tiles=item.max_tiles, min_tiles=min(spec.min_tiles, item.max_tiles))
     cols, rows = (1, 1) if item.frame else grid_for(item.width, item.height, spec)
     grid = tuple(TileSlot(0, media, row, col, rows, cols) for row in range(rows) for col in range(cols))
     if len(grid) == 1:

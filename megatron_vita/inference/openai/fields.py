@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,19 +27,54 @@ def wrong_type(place: str, value: Any, wanted: str) -> RequestError:
     return RequestError(f"{place} must be {wanted}, not {kind_of(value)}.", param=place, code="invalid_type")
 
 
-def known_keys(value: Mapping[str, Any], known: Iterable[str], place: str) -> None:
-    """Refuse an object that has other keys than these with a value that is not null.
+_MOST_WARNINGS = 32
+"""Of one request: a client could invent names of fields for ever."""
+_SHOWN = 80
+"""Characters of a client's value that a message repeats."""
 
-    Raises:
-        RequestError: naming the first.
-    """
-    names = set(known)
-    for key, one in value.items():
-        if key not in names and one is not None:
-            where = f"{place}.{key}" if place else key
-            raise RequestError(
-                f"{where!a}: this field is not supported. Remove it.", param=where, code="unknown_parameter"
-            )
+
+class Unread:
+    """Fields that are not read: an error where reading is strict, else a warning."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self.strict = strict
+        self._warnings: dict[str, None] = {}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was ignored, each once."""
+        return tuple(self._warnings)
+
+    def keys(self, value: Mapping[str, Any], known: Iterable[str], place: str) -> None:
+        """Look for keys besides these whose value is not null.
+
+        Raises:
+            RequestError: strict, and there is one; it names the first.
+        """
+        names = set(known)
+        for key, one in value.items():
+            if key not in names and one is not None:
+                self.field(f"{place}.{shown(key)}" if place else shown(key))
+
+    def field(self, place: str, why: str = "this field is not supported") -> None:
+        """A field that is not read.
+
+        Raises:
+            RequestError: strict; it names the field.
+        """
+        if self.strict:
+            raise RequestError(f"{place!a}: {why}. Remove it.", param=place, code="unknown_parameter")
+        self.warn(f"{place!a}: {why}; it is ignored.")
+
+    def warn(self, message: str) -> None:
+        """Something else that is not as the client may think. Numbers of list entries are left out."""
+        if len(self._warnings) < _MOST_WARNINGS:
+            self._warnings[re.sub(r"\[[0-9]+\]", "[]", message)] = None
+
+
+def shown(value: str) -> str:
+    """A client's text as it may stand in a message: not too much of it."""
+    return value if len(value) <= _SHOWN else f"{value[: _SHOWN // 2]}...{value[-_SHOWN // 4 :]}"
 
 
 def text(value: Any, place: str) -> str:
@@ -68,7 +104,9 @@ def whole(value: Any, place: str, low: int, high: int, *, param: str | None = No
         raise wrong_type(place, value, "a whole number")
     if not low <= value <= high:
         raise RequestError(
-            f"{place}={value} must lie between {low} and {high}.", param=param or place, code="invalid_value"
+            f"{place}={shown(str(value))} must lie between {low} and {high}.",
+            param=param or place,
+            code="invalid_value",
         )
     return value
 

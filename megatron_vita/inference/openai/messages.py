@@ -2,82 +2,80 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from megatron_vita.data.media.names import locate
 from megatron_vita.data.rejects import code_of
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Role, Sample, Text, Video
 from megatron_vita.errors import DataError
+from megatron_vita.inference.openai.data_url import DataUrl
 from megatron_vita.inference.openai.errors import RequestError
-from megatron_vita.inference.openai.fields import array, known_keys, mapping, text, wrong_type
+from megatron_vita.inference.openai.fields import Unread, array, mapping, shown, text, whole, wrong_type
+from megatron_vita.inference.openai.limits import Limits
+from megatron_vita.inference.openai.media import Fetch, find_medium
 
 MAX_DATA_BYTES = 256 << 20
-"""Most bytes of a picture or video within a request."""
+"""Most bytes of a picture or video within a request, where no other limit is given."""
+IMAGE_TOKEN = "<IMAGE_TOKEN>"
+"""A picture's place in a text, as lmdeploy has it and VLMEvalKit's prompts for InternVL write it."""
 
+_PLACE = re.compile("(?:<img>)?<IMAGE_TOKEN>(?:</img>)?")
 _ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _HARMLESS = ("name", "annotations")
 """Fields of a message that change no answer: who a participant is called, what an earlier answer cited."""
 _EMPTY = ("tool_calls", "refusal", "function_call", "audio", "reasoning_content", "reasoning")
 """Fields of an earlier answer that servers write also where there is nothing to say; then they may stand there."""
+_CALLS = ("tool_calls", "function_call")
 _MEDIA = {"image_url": "image", "video_url": "video"}
 """Type of a part -> media type of its data URIs."""
 _PARTS = ("text", *_MEDIA)
+_TILES = "max_dynamic_patch"
+"""Most tiles of a picture, as InternVL's servers call it."""
 
 
-def conversation(messages: Any, *, media_root: Path | None, source: str, line: int) -> Sample:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaOptions:
+    """Which media may be read, and how much of them is looked at where a part does not say."""
+
+    media_root: Path | None = None
+    """Folder that media paths are relative to, and that none may leave; None: no path is opened."""
+    fetch: Fetch | None = None
+    """Downloads http(s) addresses; None: they are refused."""
+    limits: Limits | None = None
+    max_tiles: int | None = None
+    """Most tiles of a picture; None: as the model was trained."""
+
+
+def conversation(messages: Any, options: MediaOptions, unread: Unread, *, source: str, line: int) -> Sample:
     """The Sample of a request's messages. Pictures and videos are found, not opened.
 
     A text right behind a picture begins with a line break, as the datasets have it that a model learnt from; where the
-    chat template writes one itself, it stays one.
+    chat template writes one itself, it stays one. Unless reading is strict, each `<IMAGE_TOKEN>` in a user's texts
+    takes the next picture of the message; its pictures then do not stand where their parts do.
 
     Args:
         messages: as OpenAI's chat completions take them: roles system (or developer), user, assistant; content a text,
-            or parts `text`, `image_url`, `video_url`. A URL is a path below media_root, `file://` and such a path, or a
-            data URI in base64 (`video/jpeg`: frames of one second each, separated by commas).
-        media_root: folder that media paths are relative to, and that none may leave; None: no path is opened.
+            or parts `text`, `image_url`, `video_url`. A URL is a path below the media root, `file://` and such a path,
+            or a data URI in base64 (`video/jpeg`: frames of one second each, separated by commas).
+        options: where media may come from, and limits.
+        unread: takes fields that are not read.
         source: name of the file that holds the request, for messages.
         line: its line.
 
     Raises:
         RequestError: what is wrong and in which field.
     """
-    images: list[MediaFile] = []
-    videos: list[MediaFile] = []
-    turns: list[Message] = []
     if not array(messages, "messages"):
         raise RequestError("messages: there is none. End with the user's.", param="messages", code="invalid_value")
-    for number, message in enumerate(messages):
-        place = f"messages[{number}]"
-        fields = {name: one for name, one in mapping(message, place).items() if one or name not in _EMPTY}
-        role = text(fields.get("role"), f"{place}.role")
-        if role not in _ROLES:
-            raise RequestError(
-                f"{place}.role is {role!a}; there are {', '.join(_ROLES)}.", param=f"{place}.role", code="invalid_value"
-            )
-        known_keys(fields, ("role", "content", *_HARMLESS), place)
-        parts: list[Part] = []
-        content = fields.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        elif not isinstance(content, list):
-            raise wrong_type(f"{place}.content", content, "a string or an array of parts")
-        for which, part in enumerate(content):
-            _append(
-                parts,
-                mapping(part, f"{place}.content[{which}]"),
-                f"{place}.content[{which}]",
-                media_root,
-                images,
-                videos,
-            )
-        turns.append(Message(_ROLES[role], tuple(parts)))
-    sample = Sample(tuple(turns), tuple(images), tuple(videos), source=source, line=line)
+    reader = _Reader(options, unread)
+    read = [reader.message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    if options.limits is not None:
+        reader.check(options.limits, read)
+    turns = tuple(Message(one.role, tuple(reader.parts(one))) for one in read)
+    sample = Sample(turns, tuple(reader.images), tuple(reader.videos), source=source, line=line)
     try:
         sample.check()
     except DataError as error:
@@ -88,88 +86,153 @@ def conversation(messages: Any, *, media_root: Path | None, source: str, line: i
     return sample
 
 
-def _append(
-    parts: list[Part], part: Mapping[str, Any], place: str, media_root: Path | None,
-    images: list[MediaFile], videos: list[MediaFile],
-) -> None:  # fmt: skip
-    kind = text(part.get("type"), f"{place}.type")
-    if kind not in _PARTS:
-        raise RequestError(
-            f"{place}.type is {kind!a}, which is not supported; there are {', '.join(_PARTS)}.",
-            param=f"{place}.type",
-            code="unsupported_content",
-        )
-    known_keys(part, ("type", kind), place)
-    if kind == "text":
-        words = text(part.get("text"), f"{place}.text")
-        if parts and not isinstance(parts[-1], Text) and not words.startswith("\n"):
-            words = "\n" + words
-        if parts and isinstance(parts[-1], Text):
-            words = parts.pop().text + words  # type: ignore[union-attr]
-        parts.append(Text(words))
-        return
-    inside = mapping(part.get(kind), f"{place}.{kind}")
-    known_keys(inside, ("url", "detail"), f"{place}.{kind}")  # the tiling is the model's: `detail` changes nothing
-    where = f"{place}.{kind}.url"
-    media = images if kind == "image_url" else videos
-    parts.append((Image if kind == "image_url" else Video)(len(media)))
-    media.append(_medium(text(inside.get("url"), where), where, _MEDIA[kind], media_root))
+@dataclass(frozen=True, slots=True)
+class _Medium:
+    """A part that is a picture or video, not decoded yet."""
+
+    place: str
+    kind: str
+    url: str | DataUrl
+    max_tiles: int | None
 
 
-def _medium(url: str, place: str, kind: str, media_root: Path | None) -> MediaFile:
-    """The picture or video that a URL names."""
-    scheme = url[: url.index(":")].lower() if ":" in url[:12] else ""
-    if scheme == "data":
-        return _data(url, place, kind)
-    if scheme in ("http", "https", "ftp", "s3"):
-        raise RequestError(
-            f"{place} is an address on the network ({scheme}); nothing is downloaded. Give a path below the media "
-            "root, or a data URI.",
-            param=place,
-            code="media_remote",
-        )
-    path = url
-    if scheme == "file":
-        parsed = urlsplit(url)
-        if parsed.netloc not in ("", "localhost"):
-            raise RequestError(f"{place} names a file of another host.", param=place, code="media_remote")
-        path = unquote(parsed.path)
-    if media_root is None:
-        raise RequestError(
-            f"{place} is a path, but no folder of media is open. Set --media-root, or give a data URI.",
-            param=place,
-            code="media_missing",
-        )
-    try:
-        found = locate(os.path.realpath(media_root), path)
-    except DataError as error:
-        code, message = code_of(error)
-        raise RequestError(f"{place}: {message}", param=place, code=code) from None
-    if found is None:
-        raise RequestError(f"{place}: {path!a} is not there.", param=place, code="media_missing")
-    return MediaFile(path=found, label=path)
+@dataclass(frozen=True, slots=True)
+class _Message:
+    place: str
+    role: Role
+    parts: list[str | _Medium]
 
 
-def _data(url: str, place: str, kind: str) -> MediaFile:
-    """The medium in a data URI (RFC 2397) in base64; `video/jpeg` holds frames, separated by commas, as vLLM has it."""
-    head, comma, content = url[len("data:") :].partition(",")
-    media_type, *options = head.split(";")
-    if not comma or "base64" not in options:
-        raise RequestError(f"{place}: the data URI is not in base64.", param=place, code="media_broken")
-    if not media_type.lower().startswith(f"{kind}/"):
-        raise RequestError(
-            f"{place}: the data URI is of type {media_type[:40]!a}, not {kind}/...", param=place, code="media_broken"
-        )
-    if len(content) // 4 * 3 > MAX_DATA_BYTES:
-        raise RequestError(
-            f"{place}: the data URI holds more than {MAX_DATA_BYTES >> 20} MiB. Put the file below the media root.",
-            param=place,
-            code="media_bomb",
-        )
-    try:
-        if media_type.lower() == "video/jpeg":
-            frames = (base64.b64decode(one, validate=True) for one in content.split(","))
-            return MediaFile(frames=tuple(MediaFile(data=one, label=place) for one in frames), label=place)
-        return MediaFile(data=base64.b64decode(content, validate=True), label=place)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{place}: the data URI is no base64: {error}.", param=place, code="media_broken") from None
+@dataclass(slots=True)
+class _Reader:
+    """Reads messages twice: first what there is, then, if that is not too much, the media."""
+
+    options: MediaOptions
+    unread: Unread
+    images: list[MediaFile] = field(default_factory=list)
+    videos: list[MediaFile] = field(default_factory=list)
+
+    def message(self, message: Any, place: str) -> _Message:
+        """One message."""
+        fields = {name: one for name, one in mapping(message, place).items() if one or name not in _EMPTY}
+        role = text(fields.get("role"), f"{place}.role")
+        if role not in _ROLES:
+            raise RequestError(
+                f"{place}.role is {shown(role)!a}; there are {', '.join(_ROLES)}.",
+                param=f"{place}.role",
+                code="invalid_value",
+            )
+        for name in _CALLS:
+            if name in fields:
+                raise RequestError(
+                    f"{place}.{name}: no tool can be called. Remove it.",
+                    param=f"{place}.{name}",
+                    code="unsupported_parameter",
+                )
+        self.unread.keys(fields, ("role", "content", *_HARMLESS), place)
+        content = fields.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        elif not isinstance(content, list):
+            raise wrong_type(f"{place}.content", content, "a string or an array of parts")
+        parts = [self._part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
+        return _Message(place, _ROLES[role], parts)
+
+    def check(self, limits: Limits, messages: list[_Message]) -> None:
+        """Refuse more than a request may hold, before anything is decoded."""
+        parts = [part for message in messages for part in message.parts]
+        media = [part for part in parts if isinstance(part, _Medium)]
+        videos = [one.url for one in media if one.kind == "video"]
+        limits.check("messages", len(messages), param="messages")
+        limits.check("text_characters", sum(len(part) for part in parts if isinstance(part, str)), param="messages")
+        limits.check("pictures", len(media), param="messages")
+        limits.check("videos", len(videos), param="messages")
+        urls = (DataUrl.parse(one) if isinstance(one, str) and one.startswith("data:") else one for one in videos)
+        frames = sum(one.frames() for one in urls if isinstance(one, DataUrl))
+        limits.check("frames", frames, param="messages")
+
+    def parts(self, message: _Message) -> list[Part]:
+        """Its parts, with media found or decoded."""
+        texts = [part for part in message.parts if isinstance(part, str)]
+        pictures = [part for part in message.parts if isinstance(part, _Medium) and part.kind == "image"]
+        named = 0
+        if message.role == "user" and not self.unread.strict:
+            named = sum(len(_PLACE.findall(one)) for one in texts)
+            if named and not pictures:
+                self.unread.warn(f"{message.place} has {IMAGE_TOKEN} in a text but no picture: it stays text.")
+                named = 0
+            elif named and named != len(pictures):
+                raise RequestError(
+                    f"{message.place}: its texts name {named} places of pictures ({IMAGE_TOKEN}), but it has "
+                    f"{len(pictures)}. Give each picture its place, or none.",
+                    param=f"{message.place}.content",
+                    code="media_count",
+                )
+        parts: list[Part] = []
+        waiting = iter(pictures)
+        for part in message.parts:
+            if isinstance(part, _Medium):
+                if part.kind == "video" or not named:
+                    parts.append(self._found(part))
+                continue
+            for number, piece in enumerate(_PLACE.split(part) if named else [part]):
+                if number:
+                    parts.append(self._found(next(waiting)))
+                if piece or not named:
+                    _append_text(parts, piece)
+        return parts
+
+    def _part(self, value: Any, place: str) -> str | _Medium:
+        part = mapping(value, place)
+        kind = text(part.get("type"), f"{place}.type")
+        if kind not in _PARTS:
+            raise RequestError(
+                f"{place}.type is {shown(kind)!a}, which is not supported; there are {', '.join(_PARTS)}.",
+                param=f"{place}.type",
+                code="unsupported_content",
+            )
+        beside = () if self.unread.strict or kind == "text" else ("detail", _TILES)
+        self.unread.keys(part, ("type", kind, *beside), place)
+        if kind == "text":
+            return text(part.get("text"), f"{place}.text")
+        inside = part.get(kind)
+        if isinstance(inside, str | DataUrl) and not self.unread.strict:
+            inside = {"url": inside}
+        inside = mapping(inside, f"{place}.{kind}")
+        # the tiling is the model's, or the number of tiles is given: `detail` changes nothing
+        self.unread.keys(inside, ("url", "detail", *beside), f"{place}.{kind}")
+        url = inside.get("url")
+        if not isinstance(url, DataUrl):
+            url = text(url, f"{place}.{kind}.url")
+        return _Medium(f"{place}.{kind}.url", _MEDIA[kind], url, self._tiles(part, inside, place, kind))
+
+    def _tiles(self, part: Mapping[str, Any], inside: Mapping[str, Any], place: str, kind: str) -> int | None:
+        """Most tiles that a part asks for; what stands inside it goes before what stands beside it."""
+        if self.unread.strict or kind != "image_url":
+            return None
+        most = self.options.limits.picture_tiles if self.options.limits is not None else 1 << 10
+        for where, one in ((f"{place}.{kind}", inside), (place, part)):
+            if one.get(_TILES) is not None:
+                return whole(one[_TILES], f"{where}.{_TILES}", 1, most)
+        return None
+
+    def _found(self, part: _Medium) -> Image | Video:
+        limits = self.options.limits
+        most_bytes = MAX_DATA_BYTES if limits is None else limits.picture_bytes
+        file = find_medium(
+            part.url, part.place, part.kind, media_root=self.options.media_root, fetch=self.options.fetch,
+            most_bytes=most_bytes,
+        )  # fmt: skip
+        if part.kind == "image":
+            self.images.append(replace(file, max_tiles=part.max_tiles or self.options.max_tiles))
+            return Image(len(self.images) - 1)
+        self.videos.append(file)
+        return Video(len(self.videos) - 1)
+
+
+def _append_text(parts: list[Part], words: str) -> None:
+    if parts and not isinstance(parts[-1], Text) and not words.startswith("\n"):
+        words = "\n" + words
+    if parts and isinstance(parts[-1], Text):
+        words = parts.pop().text + words  # type: ignore[union-attr]
+    parts.append(Text(words))

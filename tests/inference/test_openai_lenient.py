@@ -1,0 +1,218 @@
+"""Bodies as a server reads them: what clients of the field send is taken, with a warning where it changes nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from megatron_vita.data.sample import Image, MediaFile, Text
+from megatron_vita.inference.openai import (
+    ApiRequest,
+    LimitError,
+    Limits,
+    ReadOptions,
+    RequestError,
+    chat_request,
+    completion_request,
+    error_object,
+    parse_body,
+    status_of,
+)
+from megatron_vita.inference.prompt import RawPrompt
+from tests.data.kit import picture
+
+USER = [{"role": "user", "content": "Why?"}]
+PNG = picture(4, 4, seed=1)
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+def chat(body: dict[str, Any], **options: Any) -> ApiRequest:
+    return chat_request(body, id="r", options=ReadOptions(strict=False, limits=Limits(), **options))
+
+
+def ask(*content: Any, **more: Any) -> ApiRequest:
+    return chat({"messages": [{"role": "user", "content": list(content)}], **more})
+
+
+def refused(body: dict[str, Any], **options: Any) -> RequestError:
+    with pytest.raises(RequestError) as error:
+        chat(body, **options)
+    assert status_of(error.value) == error.value.status
+    return error.value
+
+
+def shows(url: Any = URL, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def says(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+# ---- fields ----
+
+
+def test_what_the_harnesses_send_is_taken() -> None:
+    read = chat(
+        {
+            "model": "m", "messages": USER, "n": 1, "max_tokens": 32768, "max_completion_tokens": 20, "temperature": 0,
+            "top_k": 5, "repetition_penalty": 1.2, "min_p": 0.1, "stop": ["\n"], "seed": 1, "logprobs": True,
+            "top_logprobs": 3, "stream": True, "stream_options": {"include_usage": True},
+            "response_format": {"type": "text"}, "tools": [{"type": "function"}], "tool_choice": "auto",
+            "chat_template_kwargs": {"enable_thinking": False}, "media_io_kwargs": {"video": {"num_frames": 4}},
+            "retry": 3,
+        }
+    )  # fmt: skip
+    (request,) = read.requests
+    assert (request.max_new_tokens, request.clamp_length, request.max_frames) == (20, True, 4)
+    assert (request.sampling.temperature, request.sampling.logprobs, request.sampling.guide) == (0, 3, None)
+    assert (read.stream, read.include_usage) == (True, True)
+    named = {warning.partition("'")[2].partition("'")[0] for warning in read.warnings}
+    assert named == {"tools", "chat_template_kwargs.enable_thinking", "retry"}
+
+
+def test_an_answer_in_json_follows_a_schema() -> None:
+    assert chat({"messages": USER, "response_format": {"type": "json_object"}}).requests[0].sampling.guide == (
+        '{"type": "object"}'
+    )
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert json.loads(chat({"messages": USER, "response_format": wanted}).requests[0].sampling.guide or "") == schema
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"media_io_kwargs": {"video": {"num_frames": 0}}}, "media_io_kwargs.video.num_frames"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": [*USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}, *USER]},
+         "messages[1].tool_calls"),
+        ({"messages": [*USER, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+    ],
+)  # fmt: skip
+def test_what_a_client_cannot_do_without_is_refused(more: dict[str, Any], param: str) -> None:
+    assert refused({"messages": USER, **more}).param == param
+
+
+# ---- pictures ----
+
+
+def test_each_marker_takes_the_next_picture() -> None:
+    other = "data:image/webp;base64," + base64.b64encode(b"other").decode()
+    read = ask(shows(), shows(other), says("Image-1: <IMAGE_TOKEN>\nImage-2: <img><IMAGE_TOKEN></img>\nSame?"))
+    sample = read.requests[0].sample
+    assert sample.messages[0].parts == (
+        Text("Image-1: "), Image(0), Text("\nImage-2: "), Image(1), Text("\nSame?"),
+    )  # fmt: skip
+    assert [file.data for file in sample.images] == [PNG, b"other"]
+
+
+def test_markers_and_pictures_must_be_equally_many() -> None:
+    error = refused({"messages": [{"role": "user", "content": [shows(), says("<IMAGE_TOKEN> <IMAGE_TOKEN>")]}]})
+    assert (error.param, error.code) == ("messages[0].content", "media_count")
+    read = ask(says("What is <IMAGE_TOKEN>?"))
+    assert read.requests[0].sample.messages[0].parts == (Text("What is <IMAGE_TOKEN>?"),)
+    assert len(read.warnings) == 1
+
+
+def test_pictures_say_their_most_tiles() -> None:
+    read = ask(
+        shows(max_dynamic_patch=3, detail="low"), {**shows(), "max_dynamic_patch": 4, "uuid": "x"}, shows(), says("?"),
+        mm_processor_kwargs={"max_dynamic_patch": 2},
+    )  # fmt: skip
+    assert [file.max_tiles for file in read.requests[0].sample.images] == [3, 4, 2]
+    assert read.warnings == ("'messages[].content[].uuid': this field is not supported; it is ignored.",)
+    error = refused({"messages": [{"role": "user", "content": [shows(max_dynamic_patch=41)]}]})
+    assert error.param == "messages[0].content[0].image_url.max_dynamic_patch"
+
+
+def test_an_address_is_fetched_only_if_that_is_allowed() -> None:
+    body = {"messages": [{"role": "user", "content": [shows("https://x/a.png"), says("?")]}]}
+    assert refused(body).code == "media_remote"
+    sample = chat(body, fetch=lambda url, kind: f"{kind} {url}".encode()).requests[0].sample
+    assert sample.images[0].data == b"image https://x/a.png"
+
+
+# ---- limits ----
+
+
+@pytest.mark.parametrize(
+    ("limits", "content", "more"),
+    [
+        ({"pictures": 2}, [shows(), shows(), shows()], {}),
+        ({"videos": 1}, [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,QQ=="}}] * 2, {}),
+        ({"frames": 2},
+         [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,QQ==,QQ==,QQ=="}}], {}),
+        ({"text_characters": 3}, [says("four")], {}),
+        ({"list_entries": 1}, [says("x")], {"stop": ["a", "b"]}),
+        ({"stop_characters": 1}, [says("x")], {"stop": "ab"}),
+        ({"choices": 2}, [says("x")], {"n": 3}),
+    ],
+)  # fmt: skip
+def test_limits_are_named_before_anything_is_decoded(
+    limits: dict[str, int], content: list[Any], more: dict[str, Any]
+) -> None:
+    options = ReadOptions(strict=False, limits=Limits(**limits))
+    with pytest.raises(LimitError) as error:
+        chat_request({"messages": [{"role": "user", "content": content}], **more}, id="r", options=options)
+    ((name, value),) = limits.items()
+    assert f"{name}={value} is the limit" in str(error.value)
+    assert error_object(error.value)["code"] == f"{name}_limit"
+
+
+# ---- completions ----
+
+
+def complete(body: Any, **options: Any) -> ApiRequest:
+    return completion_request(body, id="r", options=ReadOptions(strict=False, limits=Limits(), **options))
+
+
+def test_a_completion_continues_texts_or_ids() -> None:
+    (one,) = complete({"prompt": "Once"}).requests
+    assert (one.sample, one.max_new_tokens) == (RawPrompt(text="Once", source="request", line=1), 16)
+    several = complete({"prompt": ["a", [1, 2]], "n": 2, "logprobs": 0, "seed": 5})
+    assert [request.id for request in several.requests] == ["r-0", "r-1", "r-2", "r-3"]
+    assert [request.sampling.seed for request in several.requests] == [5, 6, 5, 6]
+    assert (several.prompts, several.requests[0].sampling.logprobs) == (2, 0)
+    assert complete({"prompt": [1, 2]}).requests[0].sample == RawPrompt(ids=(1, 2), source="request", line=1)
+
+
+@pytest.mark.parametrize("prompt", [None, [], 3, {}, [{}], [True], [1, "x"], ["x", 1], [[1.5]], [99], "\ud800"])
+def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError) as error:
+        complete({"prompt": prompt}, vocab_size=99)
+    assert (error.value.param or "").startswith("prompt")
+
+
+# ---- the bytes of a body ----
+
+
+def test_a_data_url_stays_in_the_body() -> None:
+    raw = json.dumps({"messages": [{"role": "user", "content": [shows(), says("x")]}], "stop": [URL]}).encode()
+    body = parse_body(raw)
+    assert body["stop"] == [URL]
+    assert body["messages"][0]["content"][0]["image_url"]["url"].content.obj is raw
+    assert chat(body).requests[0].sample.images == (MediaFile(data=PNG, label="messages[0].content[0].image_url.url"),)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"\xff", b"{", b"[]", b"3", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}',
+        b'{"a": ' + b"9" * 50 + b"}",
+        b'{"a": 1, "a": 2}', b"[" * 100_000, b'{"a":' * 70 + b"1" + b"}" * 70, b'\xef\xbb\xbf{}',
+        b'{"url":"data:image/png;base64,AAAA', b'{"url":"data:image/png;base64,AA\\', b'["a"url":"data:x,AAAA"]',
+    ],
+)  # fmt: skip
+def test_a_bad_body_is_named(raw: bytes) -> None:
+    with pytest.raises(RequestError) as error:
+        parse_body(raw)
+    assert (error.value.code, len(str(error.value)) < 300) == ("invalid_json", True)
