@@ -152,12 +152,12 @@ def draw_loss(ledgers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
 
 def needle_cells(results: Iterable[Result]) -> dict[tuple[int, int], Tally]:
     """(frames, depth band) -> answers counted, over the needle sets among the results."""
-    cells: dict[tuple[int, int], list[str]] = {}
+    cells: dict[tuple[int, int], list[Result]] = {}
     for result in results:
         if kind_of(result).startswith("needle"):
             fields = result["fields"]
-            cells.setdefault((fields["frames"], depth_band(fields["depth"])), []).append(result["verdict"])
-    return {key: Tally.of(verdicts) for key, verdicts in cells.items()}
+            cells.setdefault((fields["frames"], depth_band(fields["depth"])), []).append(result)
+    return {key: Tally.of(members) for key, members in cells.items()}
 
 
 def draw_needle(results: Sequence[Result], name: str, path: Path) -> None:
@@ -244,7 +244,7 @@ def long_curves(results: Iterable[Result]) -> dict[str, list[LongPoint]]:
     curves: dict[str, list[LongPoint]] = {}
     for (scaling, frames), members in sorted(groups.items()):
         tokens, seconds = ([r[key] for r in members] for key in ("prompt_tokens", "prefill_seconds"))
-        tally = Tally.of(r["verdict"] for r in members)
+        tally = Tally.of(members)
         point = LongPoint(frames, tally, float(np.mean(tokens)), float(np.median(seconds)))
         curves.setdefault(scaling or "as trained", []).append(point)
     return curves
@@ -447,15 +447,15 @@ def draw_answers(results: Sequence[Result], name: str, data: Path, path: Path) -
 
 def accuracy_table(results: Sequence[Result]) -> tuple[str, list[dict[str, Any]]]:
     """Accuracy after each stage, as Markdown and as plain numbers."""
-    groups: dict[tuple[str, bool], dict[str, list[str]]] = {}
+    groups: dict[tuple[str, bool], dict[str, list[Result]]] = {}
     for result in results:
         by_stage = groups.setdefault((kind_of(result), result["zero_tiles"]), {})
-        by_stage.setdefault(result["name"], []).append(result["verdict"])
+        by_stage.setdefault(result["name"], []).append(result)
     stages = stages_of(results)
     rows, numbers = [], []
     for kind, zero in sorted(groups, key=lambda key: (key[1], _length_rank(key[0]), natural(key[0]))):
         by_stage = groups[kind, zero]
-        counts = sorted({len(verdicts) for verdicts in by_stage.values()})
+        counts = sorted({len(members) for members in by_stage.values()})
         asked = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0])  # earlier stages may be asked fewer
         cells = []
         for stage in stages:

@@ -70,6 +70,12 @@ class MediaFile:
     """Pictures of a folder of frames that make a second."""
     max_tiles: int | None = None
     """Most tiles of a picture (thumbnail not counted); None: as many as the preprocessing says."""
+    start: float = 0.0
+    """Of a video: where the part that is asked for begins, in seconds."""
+    end: float | None = None
+    """Of a video: where that part ends, in seconds; None: with the video. What is shown at either end is part of it."""
+    max_frames: int | None = None
+    """Of a video in a prompt: most frames that are sampled of it; None: as the preprocessing settings say."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Evaluate models on questions of JSONL files and score the answers; every answer is written as soon as it is known."""
+"""Evaluate models on questions and score the answers; every answer is written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.processes import in_processes
 from megatron_vita.evaluation.question_key import QuestionKeys
-from megatron_vita.evaluation.questions import Question, read_questions
+from megatron_vita.evaluation.questions import Question, QuestionSet, read_questions
 from megatron_vita.evaluation.results import Result, ResultFile
-from megatron_vita.evaluation.score import RIGHT, TASKS, UNREADABLE, WRONG, summarise
+from megatron_vita.evaluation.score import UNREADABLE, score_of, summarise, verdict
+from megatron_vita.evaluation.tasks import TASKS
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
@@ -36,7 +37,7 @@ class EvalSettings:
     """Settings that determine an answer, besides the model and the question."""
 
     task: str = "exact_match"
-    """Task that scores answers, a key of score.TASKS."""
+    """Task that scores answers of questions that name none, a key of tasks.TASKS."""
     zero_tiles: bool = False
     """Replace every tile with black, to measure answers without vision."""
     max_new_tokens: int = 32
@@ -85,7 +86,7 @@ class _Plan:
 
 def evaluate(
     models: Sequence[str],
-    data: Sequence[str],
+    data: Sequence[str | QuestionSet],
     output: Path,
     settings: EvalSettings,
     *,
@@ -100,11 +101,11 @@ def evaluate(
 
     Args:
         models: checkpoints or Hugging Face folders.
-        data: JSONL files in Long-VITA's messages form; the last assistant turn is the reference answer.
+        data: question sets (each name once), or paths of files that `read_questions` reads.
         output: folder of the results.
         settings: what decides an answer.
-        media_root: folder that media paths are relative to; by default each data file's own.
-        limit: only the first so many lines of each file.
+        media_root: of data files: folder that media paths are relative to; by default each file's own.
+        limit: only the first so many questions of each set.
         workers: processes that share the questions; each loads the model.
 
     Returns:
@@ -139,7 +140,7 @@ def evaluate(
 
 def _plan(
     models: Sequence[str],
-    data: Sequence[str],
+    data: Sequence[str | QuestionSet],
     output: Path,
     settings: EvalSettings,
     media_root: Path | None,
@@ -152,9 +153,11 @@ def _plan(
         results = stack.enter_context(closing(ResultFile(output / "results.jsonl")))
         files: dict[str, list[tuple[str, Question]]] = {}
         keys = QuestionKeys()
-        for path in dict.fromkeys(data):
-            read = read_questions(Path(path), media_root=media_root, limit=results.limit_for(path, limit))
-            files[path] = [(keys.key(question), question) for question in read]
+        for one in data:
+            questions = one if isinstance(one, QuestionSet) else _file(one, media_root)
+            if questions.name not in files:
+                read = questions.read(results.limit_for(questions.name, limit))
+                files[questions.name] = [(keys.key(question), question) for question in read]
         current = {
             (m, d, settings.zero_tiles): {q.line: run_key(known[m], settings.deciding(), key) for key, q in files[d]}
             for m in names
@@ -177,6 +180,10 @@ def _plan(
     return _Plan(results, tuple(parts), total, frozenset(current))
 
 
+def _file(path: str, media_root: Path | None) -> QuestionSet:
+    return QuestionSet(path, lambda limit: read_questions(Path(path), media_root=media_root, limit=limit))
+
+
 def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
     """Answer all remaining questions, appending each answer; a progress bar on standard error."""
     results, total = plan.results, plan.total
@@ -195,12 +202,12 @@ def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
             settings = replace(settings, engine=replace(settings.engine, kv_cache_memory=share))
         answers = in_processes(workers, lambda rank: _answer([_share(p, rank, workers) for p in parts], settings))
     with tqdm(total=total, initial=total - left, unit="q", smoothing=0.1, mininterval=0.5) as bar:
-        right = 0
+        score = 0.0
         for asked, result in enumerate(answers, 1):
             results.add(result)
-            right += result["verdict"] == RIGHT
+            score += score_of(result)
             bar.set_description(result["name"], refresh=False)
-            bar.set_postfix_str(f"right {right / asked:.1%}", refresh=False)
+            bar.set_postfix_str(f"score {score / asked:.1%}", refresh=False)
             bar.update()
 
 
@@ -211,7 +218,6 @@ def _share(part: _Part, rank: int, workers: int) -> _Part:
 
 def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
     """Load each model in turn and answer its questions; in the order in which they are finished."""
-    judge = TASKS[settings.task]
     for part in parts:
         if not part.questions:
             continue
@@ -222,12 +228,14 @@ def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
         )
         for request, outcome in engine.run(requests):
             key, data, question = part.questions[int(request.id)]
-            result: Result = {"run": key, "model": part.model, "name": part.name, "task": settings.task}
+            task = question.task or settings.task
+            result: Result = {"run": key, "model": part.model, "name": part.name, "task": task}
             result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
             result |= {"overrides": settings.engine.overrides}
             if isinstance(outcome, Generation):
-                verdict = RIGHT if judge(outcome.text, question.expected) else WRONG
-                result |= {"answer": outcome.text.strip(), "expected": question.expected, "verdict": verdict}
+                score = TASKS[task](outcome.text, question)
+                result |= {"answer": outcome.text.strip(), "expected": question.expected}
+                result |= {"verdict": verdict(score.value), "score": score.value, "extracted": score.extracted}
                 result |= {"finished": outcome.finished, "fields": question.fields}
                 result |= {"prompt_tokens": outcome.prompt_tokens, "prefill_seconds": outcome.prefill_seconds}
             elif isinstance(outcome, DataError):

@@ -9,7 +9,7 @@ from megatron_vita.inference.answer_key import MediaKeys, digest_of_parts
 
 
 class QuestionKeys:
-    """Digests of questions: their turns, reference answer, carried fields, and the bytes of their media."""
+    """Digests of questions: turns, task, gold answers, options, carried fields, and the bytes of their media."""
 
     def __init__(self) -> None:
         self._media = MediaKeys()
@@ -19,4 +19,5 @@ class QuestionKeys:
         sample = question.sample
         media = [[self._media.key(one) for one in part] for part in (sample.images, sample.videos)]
         bare = dataclasses.replace(sample, images=(), videos=(), source="", line=0)
-        return digest_of_parts(repr(bare), media, question.expected, dict(question.fields))
+        gold = [question.expected, question.answers, question.options, question.task]
+        return digest_of_parts(repr(bare), media, gold, dict(question.fields))

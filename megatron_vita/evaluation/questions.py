@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,41 @@ class Question:
     line: int
     """Record number in the file, from 1."""
     fields: Mapping[str, Any]
-    """Other scalar fields of the record (`frames`, `depth`, ...)."""
+    """Other scalar fields of the record (`frames`, `depth`, ...); by `category` and `duration` results are grouped."""
+    answers: tuple[str, ...] = ()
+    """Gold answers, where there are several; `expected` is the first."""
+    options: tuple[str, ...] = ()
+    """Of a multiple-choice question: the texts of the options A, B, ..."""
+    task: str = ""
+    """Task that judges its answer, a key of TASKS; empty: the evaluation's."""
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """Every gold answer, at least one."""
+        return self.answers or (self.expected,)
+
+    def with_max_frames(self, max_frames: int) -> Question:
+        """The question with at most so many frames of each video, instead of as many as the model was trained with."""
+        videos = tuple(replace(video, max_frames=max_frames) for video in self.sample.videos)
+        return replace(self, sample=replace(self.sample, videos=videos))
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """Questions under one name: a data file, a benchmark, a part of a sweep."""
+
+    name: str
+    """Its name in results and tables."""
+    read: Callable[[int | None], Sequence[Question]]
+    """The first so many questions; all for None. Raises as `read_questions` does."""
 
 
 def read_questions(path: Path, *, media_root: Path | None = None, limit: int | None = None) -> list[Question]:
     """Read a file of questions; no medium is opened yet, but each must exist.
 
     Args:
-        path: JSON lines in Long-VITA's messages form, or any other file and form that the dataset table knows.
+        path: JSON lines in Long-VITA's messages form, parquet, or any other file and form that the dataset table knows.
+            A record may have `answers` (texts, if several are right) and `options` (texts, of multiple choice).
         media_root: folder of the media; by default the file's own. Nothing outside it is read.
         limit: only the first so many records.
 
@@ -49,7 +76,9 @@ def read_questions(path: Path, *, media_root: Path | None = None, limit: int | N
         if not isinstance(sample, Sample) or sample.messages[-1].role != "assistant":
             raise DataError(f"{path}, record {sample.line}: must end with an assistant turn, the reference answer.")
         expected = "".join(part.text for part in sample.messages[-1].parts if isinstance(part, Text))
-        questions.append(Question(without_answer(sample), expected, sample.line, _plain(record)))
+        fields, where = _plain(record), f"{path}, record {sample.line}"
+        answers, options = (_texts(record, key, where) for key in ("answers", "options"))
+        questions.append(Question(without_answer(sample), expected, sample.line, fields, answers, options))
     if not questions:
         raise ConfigError(f"{path}: no questions in it. Check --data and --limit.")
     return questions
@@ -61,3 +90,13 @@ def _plain(record: Any) -> dict[str, Any]:
         return {}
     kinds = (str, int, float, bool, type(None))
     return {key: value for key, value in record.items() if key not in _MEDIA_KEYS and isinstance(value, kinds)}
+
+
+def _texts(record: Any, key: str, where: str) -> tuple[str, ...]:
+    """A list of texts of a record; empty where there is none."""
+    values = record.get(key) if isinstance(record, dict) else None
+    if values is None:
+        return ()
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise DataError(f"{where}: `{key}` must be a list of texts.")
+    return tuple(values)

@@ -21,9 +21,10 @@ Result = dict[str, Any]
 class ResultFile:
     """Append-only results that know which questions are answered.
 
-    A line is {run, model, name, task, data, line, zero_tiles, answer, expected, verdict, finished, fields}. `run` is a
-    digest of all that decides the answer (`answer_key`): a result counts as finished only under the same one, so a
-    model retrained at the same path is evaluated again, and a question whose picture was replaced is asked again.
+    A line is {run, model, name, task, data, line, zero_tiles, answer, extracted, expected, verdict, score, finished,
+    fields}. `run` is a digest of all that decides the answer (`answer_key`): a result counts as finished only under the
+    same one, so a model retrained at the same path is evaluated again, and a question whose picture was replaced is
+    asked again.
     """
 
     def __init__(self, path: Path) -> None:

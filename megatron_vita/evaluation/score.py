@@ -1,33 +1,37 @@
-"""Scoring of answers and its statistics: pure functions of text and numbers."""
+"""Statistics of scores: pure functions of numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
-"""Verdicts of a result line. Unreadable: a medium or line was damaged, so nothing was asked; counts as wrong."""
+RIGHT, PARTIAL, WRONG, UNREADABLE = "right", "partial", "wrong", "unreadable"
+"""Verdicts of a result line. Partial: a score between 0 and 1. Unreadable: a medium or line was damaged, so nothing was
+asked; counts as wrong."""
 
 DEPTH_BANDS = 5
 """Equal parts of a video or text that a needle's depth (0 first, 1 last) is counted in."""
 
 
-def exact_match(answer: str, expected: str) -> bool:
-    """Whether two texts are equal, except for white space at both ends and its amount between words."""
-    return answer.split() == expected.split()
+def verdict(score: float) -> str:
+    """The verdict on an answer of this score."""
+    return RIGHT if score == 1 else WRONG if score == 0 else PARTIAL
 
 
-TASKS: Mapping[str, Callable[[str, str], bool]] = {"exact_match": exact_match}
-"""Task name -> judge of (answer, expected answer)."""
+def score_of(result: Mapping[str, Any]) -> float:
+    """Score of a result line; those written before there were scores have verdicts alone."""
+    return float(result.get("score", result["verdict"] == RIGHT))
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a proportion (95% by default); it stays within [0, 1] and is sound for few trials.
 
+    For a mean of scores between 0 and 1 it is wide enough: none of that mean has more variance than zeros and ones.
+
     Args:
-        right: successes, 0 <= right <= count.
+        right: successes, or the sum of the scores, 0 <= right <= count.
         count: trials; 0 gives (0, 1), for nothing is known.
     """
     if count == 0:
@@ -50,22 +54,27 @@ class Tally:
 
     count: int
     right: int
+    """Answers of score 1."""
     unreadable: int = 0
+    score: float = 0.0
+    """Sum of the scores."""
 
     @classmethod
-    def of(cls, verdicts: Iterable[str]) -> Tally:
-        """Count verdicts."""
-        found = list(verdicts)
-        return cls(len(found), found.count(RIGHT), found.count(UNREADABLE))
+    def of(cls, results: Iterable[Mapping[str, Any]]) -> Tally:
+        """Count result lines."""
+        found = list(results)
+        verdicts = [result["verdict"] for result in found]
+        total = math.fsum(map(score_of, found))
+        return cls(len(found), verdicts.count(RIGHT), verdicts.count(UNREADABLE), total)
 
     @property
     def accuracy(self) -> float:
-        """Right answers over all questions, unreadable ones included; 0 without questions."""
-        return self.right / self.count if self.count else 0.0
+        """Mean score over all questions, unreadable ones included (as 0); 0 without questions."""
+        return self.score / self.count if self.count else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a summary: counts, accuracy and its 95% Wilson interval."""
-        low, high = wilson(self.right, self.count)
+        low, high = wilson(self.score, self.count)
         return {
             "count": self.count,
             "right": self.right,
@@ -88,14 +97,12 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (model, data, zero_tiles), members in groups.items():
         row = {"model": model, "name": members[0]["name"], "task": members[0]["task"]}
-        row |= {"data": data, "zero_tiles": zero_tiles} | Tally.of(m["verdict"] for m in members).to_dict()
+        row |= {"data": data, "zero_tiles": zero_tiles} | Tally.of(members).to_dict()
         row["unfinished"] = sum(not m["finished"] for m in members)
         depths = [m["fields"].get("depth") for m in members]
         if all(isinstance(depth, (int, float)) and 0 <= depth <= 1 for depth in depths):
             row["depth_bands"] = [
-                Tally.of(
-                    m["verdict"] for m, d in zip(members, depths, strict=True) if depth_band(float(d)) == band
-                ).to_dict()
+                Tally.of(m for m, d in zip(members, depths, strict=True) if depth_band(float(d)) == band).to_dict()
                 for band in range(DEPTH_BANDS)
             ]
         rows.append(row)

@@ -58,7 +58,13 @@ class MediaKeys:
         self._known: dict[tuple[str | None, int, int | None, float], str] = {}
 
     def key(self, file: MediaFile) -> str:
-        """Digest of a medium's bytes. One that cannot be read has a digest, too; reading it raises the error."""
+        """Digest of a medium's bytes, and of the part and frames that are asked for. One that cannot be read has a
+        digest, too; reading it raises the error."""
+        asked = (file.start, file.end, file.max_frames)
+        content = self._content(file)
+        return content if asked == (0.0, None, None) else digest_of_parts(content, *asked)
+
+    def _content(self, file: MediaFile) -> str:
         if file.data is not None or file.frames:
             return _content(file)
         place = (file.path, file.offset, file.size, file.frame_rate)

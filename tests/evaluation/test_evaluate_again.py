@@ -301,7 +301,8 @@ def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> No
     frames = MediaFile(frames=(MediaFile(path=str(tmp_path / "here/1.png")),))
     assert key(here) == key(there)
     for file in (here, frames):
-        assert key(file) != key(replace(file, frame_rate=2.0)), "other frames are sampled of it"
+        for other in ({"frame_rate": 2.0}, {"start": 1.0}, {"end": 2.0}, {"max_frames": 3}):
+            assert key(file) != key(replace(file, **other)), "other frames are sampled of it"  # type: ignore[arg-type]
     before = key(here)
     (tmp_path / "here/2.png").write_bytes(picture(16, 16, seed=2))
     keys = QuestionKeys()

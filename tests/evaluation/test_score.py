@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,22 +14,15 @@ from hypothesis import strategies as st
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.questions import read_questions
 from megatron_vita.evaluation.results import ResultFile
-from megatron_vita.evaluation.score import depth_band, exact_match, summarise, table, wilson
+from megatron_vita.evaluation.score import Tally, depth_band, summarise, table, verdict, wilson
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected", "same"),
-    [
-        ("7", "7", True),
-        (" 7\n", "7", True),
-        ("A  temple", "A temple", True),
-        ("a temple", "A temple", False),
-        ("", "7", False),
-        ("77", "7", False),
-    ],
-)
-def test_exact_match(answer: str, expected: str, same: bool) -> None:
-    assert exact_match(answer, expected) is same
+def test_partial_scores_are_averaged_and_never_right() -> None:
+    lines = [result(1, "right") | {"score": 1.0}, result(2, "partial") | {"score": 0.75}, result(3, "wrong")]
+    tally = Tally.of([*lines, result(4, "right"), result(5, "unreadable")])  # lines without scores: of earlier versions
+    assert (tally.count, tally.right, tally.unreadable) == (5, 2, 1)
+    assert tally.accuracy == (1 + 0.75 + 0 + 1 + 0) / 5
+    assert [verdict(score) for score in (1.0, 0.75, 0.0)] == ["right", "partial", "wrong"]
 
 
 @given(st.integers(0, 500), st.integers(0, 500))
@@ -145,6 +140,27 @@ def test_bad_questions_name_their_record(tmp_path: Path, line: str, says: str) -
     with pytest.raises(DataError, match=f"record 2: .*{says}"):
         read_questions(tmp_path / "q.jsonl")
     assert len(read_questions(tmp_path / "q.jsonl", limit=1)) == 1
+
+
+def test_options_and_several_answers(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "B"}]
+    record = {
+        "messages": talk,
+        "options": ["cat", "dog"],
+        "answers": ["B", "dog"],
+        "category": "pets",
+        "duration": 12.5,
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")
+    (question,) = read_questions(tmp_path / "q.jsonl")
+    assert (question.options, question.golds) == (("cat", "dog"), ("B", "dog"))
+    assert question.fields == {"category": "pets", "duration": 12.5}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "q.parquet")
+    (same,) = read_questions(tmp_path / "q.parquet")
+    assert (same.options, same.golds, dict(same.fields)) == (question.options, question.golds, dict(question.fields))
+    (tmp_path / "q.jsonl").write_text(json.dumps(record | {"options": "cat, dog"}) + "\n")
+    with pytest.raises(DataError, match="record 1: `options` must be a list of texts"):
+        read_questions(tmp_path / "q.jsonl")
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_vita.data.media.names import locate
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import plan_tiles, render_tiles
 from megatron_vita.data.media.video import clip as video_file
-from megatron_vita.data.media.video.clip import count_frames, sample_frames
+from megatron_vita.data.media.video.choice import count_frames, sample_frames
 from megatron_vita.data.media.video.decode import natural_key
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video

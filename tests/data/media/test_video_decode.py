@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as Pil
 
 from megatron_vita.data.media.image import decode
-from megatron_vita.data.media.video.clip import count_frames, frame_rate, sample_frames
+from megatron_vita.data.media.video.choice import count_frames, frame_rate, sample_frames
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vita.data.media.video.clip import VideoFile, is_even
+from megatron_vita.data.media.video.choice import is_even
+from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.rejects import code_of
 from megatron_vita.data.sample import MediaFile

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.data.example import MediaItem
-from megatron_vita.data.media.video.clip import count_frames, sample_frames
+from megatron_vita.data.media.video.choice import count_frames, sample_frames
 from megatron_vita.data.media.video.open import open_video
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.data.spec import PreprocessSpec

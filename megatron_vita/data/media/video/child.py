@@ -126,7 +126,7 @@ def _open(videos: dict[int, VideoFile], request: dict[str, Any], blobs: list[byt
         return MediaFile(path=place["path"], data=data, offset=place["offset"], size=place["size"], label=name)
 
     file = MediaFile(label=name, frames=tuple(map(medium, frames))) if frames else medium(request)
-    file = dataclasses.replace(file, frame_rate=request["frame_rate"])
+    file = dataclasses.replace(file, frame_rate=request["frame_rate"], start=request["start"], end=request["end"])
     video = open_here(file, request["backend"])
     videos[request["video"]] = video
     return {"fps": video.fps}, [np.asarray(video.times, dtype="<f8").tobytes()]

@@ -13,7 +13,8 @@ from PIL import Image
 
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.video.child import Reply
-from megatron_vita.data.media.video.clip import Times, VideoFile
+from megatron_vita.data.media.video.choice import Times
+from megatron_vita.data.media.video.clip import VideoFile
 from megatron_vita.data.media.video.worker import VideoLimits, decoder
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -37,6 +38,7 @@ class ChildVideo(VideoFile):
         self._planned: dict[str, Any] | None = None
         self._last = -1
         super().__init__(file.name, *self._open_there())
+        self.limit_to(file.start, file.end)
 
     def frames(self, spec: PreprocessSpec, max_frames: int) -> list[MediaItem]:
         """See `VideoFile.frames`.
@@ -117,7 +119,7 @@ class ChildVideo(VideoFile):
             for one in (file, *file.frames)
         ]
         message: dict[str, Any] = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
-        message["frame_rate"] = file.frame_rate
+        message |= {"frame_rate": file.frame_rate, "start": file.start, "end": file.end}
         answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
         self._where = decoder.started
         return np.frombuffer(blobs[0], dtype="<f8"), float(answer["fps"])

@@ -9,23 +9,25 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from megatron_vita.data.example import MediaItem
 from megatron_vita.data.media.image import MAX_PIXELS
 from megatron_vita.data.media.tiling import shrink_frame
+from megatron_vita.data.media.video.choice import (
+    MILLISECOND,
+    Times,
+    count_frames,
+    frame_rate,
+    is_even,
+    sample_frames,
+    thinned,
+)
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.spec import PreprocessSpec
 
 PNG_MOST_PIXELS = 64 * 64
 """Frames up to this size are stored as PNG (lossless, and so small no larger), larger ones as JPEG 95, full chroma."""
-_ROUNDED = 0.01
-"""Frames: many containers round times to milliseconds, and ten seconds must stay ten frames at one a second."""
-_MILLISECOND = 1.001e-3
-
-Times = npt.NDArray[np.float64]
-Numbers = npt.NDArray[np.int64]
 
 
 class MissedError(Exception):
@@ -67,6 +69,7 @@ class VideoFile(ABC):
     """An opened video; use it as a context manager."""
 
     _reading: Reading | None = None
+    _part: tuple[float, float | None] = (0.0, None)
 
     def __init__(self, name: str, times: Times, fps: float | None = None) -> None:
         self.name = name
@@ -85,6 +88,34 @@ class VideoFile(ABC):
         """Frames a second; 0 if that cannot be said."""
         self._reading = None  # it was begun with other times
 
+    def limit_to(self, start: float, end: float | None) -> VideoFile:
+        """Sample frames of a part alone: those shown from `start` to `end` (in seconds, both included; None: the end).
+
+        Numbers and times stay those of the whole clip.
+
+        Raises:
+            DataError: video_broken, if the part begins behind the last frame.
+        """
+        if (start, end) != (0.0, None):
+            if not 0 <= start <= self.times[-1] + 1 / (self.fps or 1) or (end is not None and end < start):
+                raise reject(
+                    "video_broken",
+                    f"{self.name}: seconds {start:g} to {'the end' if end is None else f'{end:g}'} are no part of it: "
+                    f"its last frame is shown at {self.times[-1]:g}.",
+                )
+            self._part = (start, end)
+        return self
+
+    def _shown(self) -> tuple[int, Times, float]:
+        """(number of the first frame of the part that is sampled, times of its frames, frames a second)."""
+        start, end = self._part
+        if (start, end) == (0.0, None):
+            return 0, self.times, self.fps
+        first = max(int(np.searchsorted(self.times, start + MILLISECOND, side="right")) - 1, 0)  # shown at `start`
+        stop = self.total if end is None else int(np.searchsorted(self.times, end + MILLISECOND, side="right"))
+        times = self.times[first : max(stop, first + 1)]
+        return first, times, frame_rate(times)
+
     def __enter__(self) -> VideoFile:
         return self
 
@@ -97,16 +128,18 @@ class VideoFile(ABC):
 
     def count(self, spec: PreprocessSpec, max_frames: int) -> int:
         """Number of frames to sample: at most `max_frames`, and at most `spec.max_fps` a second, at least one."""
-        if is_even(self.times):
-            return count_frames(self.total, self.fps, max_frames, spec.max_fps)
-        return max(1, min(len(thinned(self.times, spec.max_fps)), max_frames))
+        _, times, fps = self._shown()
+        if is_even(times):
+            return count_frames(len(times), fps, max_frames, spec.max_fps)
+        return max(1, min(len(thinned(times, spec.max_fps)), max_frames))
 
     def numbers(self, spec: PreprocessSpec, count: int) -> list[int]:
         """Numbers of the frames that `frames` takes if it takes `count`."""
-        if is_even(self.times):
-            return sample_frames(self.total, count)
-        kept = thinned(self.times, spec.max_fps)
-        return [int(kept[place]) for place in sample_frames(len(kept), min(count, len(kept)))]
+        first, times, _ = self._shown()
+        if is_even(times):
+            return [first + number for number in sample_frames(len(times), count)]
+        kept = thinned(times, spec.max_fps)
+        return [first + int(kept[place]) for place in sample_frames(len(kept), min(count, len(kept)))]
 
     def times_of(self, spec: PreprocessSpec, count: int) -> list[float]:
         """When these frames are shown; seconds into the clip."""
@@ -220,56 +253,6 @@ class VideoFile(ABC):
         """
         if width * height > MAX_PIXELS:
             raise reject("media_bomb", f"{self.name}: {width} x {height} pixels; at most {MAX_PIXELS} are decoded.")
-
-
-# ---------------------------------------------------------------------------------------- which frames are sampled
-
-
-def count_frames(total: int, fps: float, max_frames: int, max_fps: float) -> int:
-    """Frames taken of a clip of constant rate: at most `max_fps` a second, at most `max_frames`, at least one."""
-    by_time = int(total * max_fps / fps + _ROUNDED) if fps > 0 else total
-    return max(1, min(total, by_time, max_frames))
-
-
-def sample_frames(total: int, count: int) -> list[int]:
-    """`count` frame numbers spread evenly over a clip of `total` frames, first and last included; ascending.
-
-    One frame is the middle one.
-    """
-    if count == 1:
-        return [total // 2]
-    return [(2 * k * (total - 1) + count - 1) // (2 * (count - 1)) for k in range(count)]
-
-
-def frame_rate(times: Sequence[float] | Times) -> float:
-    """Frames a second of a clip, from when each frame is shown; 0 if that says nothing.
-
-    Headers name rates of their own, which decoders read differently; from the times all get the same.
-    """
-    span = float(times[-1] - times[0]) if len(times) > 1 else 0.0
-    return (len(times) - 1) / span if span > 0 else 0.0
-
-
-def is_even(times: Times) -> bool:
-    """Whether the clip has a constant rate: each time is within half a frame of that at the mean rate."""
-    if len(times) < 3:
-        return True
-    places = np.linspace(times[0], times[-1], len(times))
-    return bool(np.abs(times - places).max() <= max(_MILLISECOND, (times[-1] - times[0]) / (len(times) - 1) / 2))
-
-
-def thinned(times: Times, max_fps: float) -> Numbers:
-    """Numbers of frames that are at least 1 / `max_fps` seconds apart, as many as there can be, the last one included.
-
-    Of a clip of variable rate frames are sampled among these, so that a burst of frames yields no more than a still
-    scene of the same length.
-    """
-    gap = 1 / max_fps - _MILLISECOND
-    kept = [0]
-    while (place := max(int(np.searchsorted(times, times[kept[-1]] + gap)), kept[-1] + 1)) < len(times):
-        kept.append(place)
-    kept[-1] = len(times) - 1 if len(kept) > 1 else len(times) // 2
-    return np.array(kept, dtype=np.int64)
 
 
 def encode_frame(picture: Image.Image) -> MediaItem:

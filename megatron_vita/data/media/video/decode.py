@@ -81,7 +81,7 @@ def frames_of(path: str) -> list[MediaFile]:
 
 
 def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
-    """Open a video file, a region of one, video bytes, or a folder of frames, in this process.
+    """Open a video file, a region of one, video bytes, or a folder of frames, or a part of these, in this process.
 
     Args:
         file: where the clip lies.
@@ -92,6 +92,10 @@ def open_here(file: MediaFile, backend: str = "auto") -> VideoFile:
         ConfigError: the named backend is not installed.
     """
     _check_backend(backend)
+    return _open(file, backend).limit_to(file.start, file.end)
+
+
+def _open(file: MediaFile, backend: str) -> VideoFile:
     if file.frames:
         return _Folder(file.name, file.frames, file.frame_rate)
     if file.path is not None and os.path.isdir(file.path):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_vita.data.media.video.clip import MissedError, Numbers, Times, VideoFile
+from megatron_vita.data.media.video.choice import Numbers, Times
+from megatron_vita.data.media.video.clip import MissedError, VideoFile
 from megatron_vita.data.media.video.display import Display
 from megatron_vita.data.rejects import reject
 
@@ -268,8 +269,7 @@ def _nal_kinds(data: bytes, extra: bytes, codec: str) -> Iterator[int]:
     """NAL unit types of a packet, by ISO/IEC 14496-15 or Annex B of ITU-T H.264 and H.265."""
     place = 21 if codec == "hevc" else 4
     if len(extra) > place and extra[0] == 1:
-        width, at = (extra[place] & 3) + 1, 0
-        starts = []
+        width, at, starts = (extra[place] & 3) + 1, 0, []
         while at + width < len(data):
             starts.append(at + width)
             at += width + int.from_bytes(data[at : at + width], "big")
