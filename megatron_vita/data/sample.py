@@ -74,8 +74,6 @@ class MediaFile:
     """Of a video: where the part that is asked for begins, in seconds."""
     end: float | None = None
     """Of a video: where that part ends, in seconds; None: with the video. What is shown at either end is part of it."""
-    max_frames: int | None = None
-    """Of a video in a prompt: most frames that are sampled of it; None: as the preprocessing settings say."""
 
     @property
     def name(self) -> str:

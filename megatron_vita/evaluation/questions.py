@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,6 @@ class Question:
     def golds(self) -> tuple[str, ...]:
         """Every gold answer, at least one."""
         return self.answers or (self.expected,)
-
-    def with_max_frames(self, max_frames: int) -> Question:
-        """The question with at most so many frames of each video, instead of as many as the model was trained with."""
-        videos = tuple(replace(video, max_frames=max_frames) for video in self.sample.videos)
-        return replace(self, sample=replace(self.sample, videos=videos))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,11 +58,10 @@ class MediaKeys:
         self._known: dict[tuple[str | None, int, int | None, float], str] = {}
 
     def key(self, file: MediaFile) -> str:
-        """Digest of a medium's bytes, and of the part and frames that are asked for. One that cannot be read has a
-        digest, too; reading it raises the error."""
-        asked = (file.start, file.end, file.max_frames)
+        """Digest of a medium's bytes, and of the part that is asked for. One that cannot be read has a digest, too;
+        reading it raises the error."""
         content = self._content(file)
-        return content if asked == (0.0, None, None) else digest_of_parts(content, *asked)
+        return content if (file.start, file.end) == (0.0, None) else digest_of_parts(content, file.start, file.end)
 
     def _content(self, file: MediaFile) -> str:
         if file.data is not None or file.frames:

@@ -28,6 +28,7 @@ from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
 from megatron_vita.evaluation.questions import read_questions
 from megatron_vita.evaluation.results import ResultFile
 from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prepare import Preparation
 from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.sampling_config import GREEDY
 from megatron_vita.inference.settings import EngineSettings
@@ -82,13 +83,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
     """Every sample an engine of this process is asked."""
     seen: list[Sample] = []
-    plain = Engine.prepare
+    plain = Preparation.__call__
 
-    def prepare(self: Engine, request: Request) -> Any:
+    def prepare(self: Preparation, request: Request) -> Any:
         seen.append(request.sample)
         return plain(self, request)
 
-    monkeypatch.setattr(Engine, "prepare", prepare)
+    monkeypatch.setattr(Preparation, "__call__", prepare)
     return seen
 
 

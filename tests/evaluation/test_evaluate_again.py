@@ -21,8 +21,9 @@ from megatron_vita.evaluation import evaluate as module
 from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
 from megatron_vita.evaluation.question_key import QuestionKeys
 from megatron_vita.evaluation.questions import Question
+from megatron_vita.evaluation.tasks import Score
 from megatron_vita.inference import answer_key
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prepare import Preparation
 from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.sampling import SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
@@ -90,13 +91,13 @@ class Place:
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     shutil.copytree(made, tmp_path / "copy")
     seen: list[Sample] = []
-    plain = Engine.prepare
+    plain = Preparation.__call__
 
-    def prepare(self: Engine, request: Request) -> Any:
+    def prepare(self: Preparation, request: Request) -> Any:
         seen.append(request.sample)
         return plain(self, request)
 
-    monkeypatch.setattr(Engine, "prepare", prepare)
+    monkeypatch.setattr(Preparation, "__call__", prepare)
     return Place(tmp_path / "copy", seen)
 
 
@@ -165,7 +166,7 @@ def test_how_answers_are_generated(settings: EvalSettings, place: Place) -> None
 
 
 def test_another_judge(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.TASKS, "always", lambda answer, expected: True)  # type: ignore[arg-type]
+    monkeypatch.setitem(module.TASKS, "always", lambda answer, question: Score(1.0))  # type: ignore[arg-type]
     assert place.asked() == 4
     assert place.asked(settings=EvalSettings(max_new_tokens=2, task="always")) == 4
 
@@ -271,16 +272,16 @@ def test_what_could_not_be_read_is_tried_again(place: Place, monkeypatch: pytest
 
 def test_a_medium_that_was_only_out_of_reach_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a byte of it changes: a network file system was away."""
-    kept = Engine.prepare
+    kept = Preparation.__call__
 
-    def prepare(self: Engine, request: Request) -> Any:
+    def prepare(self: Preparation, request: Request) -> Any:
         if request.sample.images and request.sample.images[0].name.endswith("square.png"):
             raise DataError("media_missing: away for a moment")
         return kept(self, request)
 
-    monkeypatch.setattr(Engine, "prepare", prepare)
+    monkeypatch.setattr(Preparation, "__call__", prepare)
     place.asked()
-    monkeypatch.setattr(Engine, "prepare", kept)
+    monkeypatch.setattr(Preparation, "__call__", kept)
     assert [one["verdict"] for one in place.results()].count("unreadable") == 1
     assert place.asked() == 1
     assert [one["verdict"] for one in place.results()].count("unreadable") == 0
@@ -301,7 +302,7 @@ def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> No
     frames = MediaFile(frames=(MediaFile(path=str(tmp_path / "here/1.png")),))
     assert key(here) == key(there)
     for file in (here, frames):
-        for other in ({"frame_rate": 2.0}, {"start": 1.0}, {"end": 2.0}, {"max_frames": 3}):
+        for other in ({"frame_rate": 2.0}, {"start": 1.0}, {"end": 2.0}):
             assert key(file) != key(replace(file, **other)), "other frames are sampled of it"  # type: ignore[arg-type]
     before = key(here)
     (tmp_path / "here/2.png").write_bytes(picture(16, 16, seed=2))

@@ -135,7 +135,7 @@ class Video(Medium):
 
         Args:
             file: where it lies.
-            spec: frames a second, and most frames where `file` does not say.
+            spec: frames a second and most frames.
             backend: see `open_video`.
             proven: decode as many frames as it takes to be sure of all; else the container is believed.
 
@@ -146,7 +146,7 @@ class Video(Medium):
         with self._unchanged([file]):
             self._video = open_video(file, backend)
             try:
-                most = file.max_frames or spec.max_frames
+                most = spec.max_frames
                 self._numbers = (
                     self._video.plan(spec, most) if proven else self._video.numbers(spec, self._video.count(spec, most))
                 )

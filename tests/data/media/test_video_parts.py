@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pil
 
-from megatron_vita.data.media.on_demand import Video
 from megatron_vita.data.media.video.open import VideoLimits, open_video
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.spec import PreprocessSpec
@@ -56,13 +55,9 @@ def test_no_part_of_the_video(film: MediaFile, limits: VideoLimits | None, start
         open_video(replace(film, start=start, end=end), limits=limits)
 
 
-def test_a_part_of_a_folder_and_frames_that_the_question_asks_for(tmp_path: Path) -> None:
+def test_a_part_of_a_folder_of_frames(tmp_path: Path) -> None:
     for number in range(1, 31):
         Pil.new("RGB", (16, 16), (number * 8,) * 3).save(tmp_path / f"{number:05}.jpg")
     folder = MediaFile(path=str(tmp_path), frame_rate=3.0, start=2.0, end=6.0)
     with open_video(folder) as video:
         assert video.plan(SPEC, 4) == [6, 10, 14, 18]
-    spec = replace(SPEC, max_frames=2)
-    assert len(Video(folder, spec, "auto", proven=True).items) == 2
-    asked = Video(replace(folder, max_frames=5), spec, "auto", proven=True)
-    assert [round(item.time * 3) for item in asked.items] == [6, 9, 12, 15, 18]
