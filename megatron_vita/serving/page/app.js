@@ -1,0 +1,278 @@
+// The page: what a person does, and what follows from it.
+
+import { ask, info as askInfo, ApiError } from "./api.js";
+import { Conversation, finished, statistics } from "./conversation.js";
+import { el } from "./dom.js";
+import { ACCEPT, checkTotal, read, release, size, thumbnail } from "./media.js";
+import { ApiKey, Settings } from "./settings.js";
+
+const byId = (id) => document.getElementById(id);
+const [main, list, input, send, files, strip, alerts, status] = [
+  "main", "conversation", "input", "send", "files", "strip", "alerts", "status",
+].map(byId); // prettier-ignore
+
+const settings = new Settings();
+const key = new ApiKey();
+let server = null; // what /info says; null: not reached
+let media = []; // what will be sent with the next question
+let running = null; // AbortController of the answer that is being written
+const conversation = new Conversation(list, { edit, retry });
+
+// ------------------------------------------------------------------------------------------------ the server
+
+async function connect() {
+  try {
+    server = await askInfo();
+  } catch (error) {
+    byId("model").textContent = "not connected";
+    document.body.dataset.server = "gone";
+    complain(`${error.message} Trying again.`, "connection");
+    setTimeout(connect, 2000);
+    return;
+  }
+  retract("connection");
+  document.body.dataset.server = server.state ?? "ready";
+  if (server.state === "loading") {
+    byId("model").textContent = `${server.model} is loading`;
+    server = null;
+    setTimeout(connect, 1000);
+    return;
+  }
+  document.body.dataset.vision = server.vision === false ? "no" : "yes";
+  byId("model").textContent = server.model;
+  document.title = server.model;
+  settings.limit(server.max_model_len);
+  byId("open-key").hidden = !server.api_key;
+  if (server.api_key && !key.value) key.ask();
+  showSamples();
+  refresh();
+}
+
+async function showSamples() {
+  if (server.vision === false || byId("samples").childElementCount) return;
+  const samples = await (await fetch("page/samples.json")).json();
+  for (const { file, title, question } of samples) {
+    const address = `page/${file}`;
+    const view = file.endsWith(".mp4") ? el("video", { src: address, muted: true, preload: "metadata" }) : el("img", { src: address, alt: "" });
+    const words = el("span", {}, el("b", { text: title }), el("span", { text: question }));
+    const choose = async () => {
+      const content = await (await fetch(address)).blob();
+      await add([new File([content], file, { type: content.type })]);
+      input.value = question;
+      refresh();
+      input.focus();
+    };
+    byId("samples").append(el("button", { type: "button", class: "sample", on: { click: choose } }, view, words));
+  }
+  byId("credit").hidden = false;
+}
+
+// ------------------------------------------------------------------------------------------------ words to people
+
+function complain(message, about = "other") {
+  retract(about);
+  const close = el("button", { type: "button", class: "remove", "aria-label": "Dismiss", text: "×", on: { click: () => retract(about) } });
+  alerts.append(el("div", { class: "alert", "data-about": about }, el("p", { text: message }), close));
+}
+
+function retract(about) {
+  for (const one of [...alerts.children]) if (one.dataset.about === about) one.remove();
+}
+
+// ------------------------------------------------------------------------------------------------ pictures and videos
+
+async function add(chosen) {
+  retract("media");
+  const refused = [];
+  if (server?.vision === false) return complain("This model reads text only.", "media");
+  for (const file of chosen) {
+    try {
+      const medium = await read(file, server?.limits ?? {});
+      try {
+        checkTotal([...conversation.media, ...media, medium], server?.limits ?? {});
+      } catch (error) {
+        release(medium);
+        throw error;
+      }
+      media.push(medium);
+    } catch (error) {
+      refused.push(error.message);
+    }
+    refresh();
+  }
+  if (refused.length) complain(refused.slice(0, 5).join(" "), "media");
+}
+
+let over = 0;
+addEventListener("dragenter", (event) => {
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  over++;
+  document.body.classList.add("dropping");
+});
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("dragleave", () => {
+  over = Math.max(0, over - 1);
+  if (!over) document.body.classList.remove("dropping");
+});
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  over = 0;
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer?.files.length) add([...event.dataTransfer.files]);
+});
+addEventListener("paste", (event) => {
+  if (!event.clipboardData?.files.length) return;
+  event.preventDefault();
+  add([...event.clipboardData.files]);
+});
+files.accept = ACCEPT;
+files.addEventListener("change", () => {
+  add([...files.files]);
+  files.value = "";
+});
+byId("attach").addEventListener("click", () => files.click());
+
+// ------------------------------------------------------------------------------------------------ the composer
+
+function refresh() {
+  strip.replaceChildren(
+    ...media.map((medium) =>
+      thumbnail(medium, () => {
+        media = media.filter((one) => one !== medium);
+        release(medium);
+        refresh();
+        input.focus();
+      }),
+    ),
+  );
+  strip.hidden = media.length === 0;
+  byId("welcome").hidden = conversation.exchanges.length > 0;
+  byId("clear").disabled = conversation.exchanges.length === 0;
+  document.body.classList.toggle("answering", running !== null);
+  send.disabled = running === null && (server === null || (input.value.trim() === "" && media.length === 0));
+  send.setAttribute("aria-label", running ? "Stop" : "Send");
+  send.title = running ? "Stop (Escape)" : "Send (Enter)";
+  input.style.height = "auto";
+  input.style.height = `${Math.min(input.scrollHeight, innerHeight / 3)}px`;
+}
+
+input.addEventListener("input", refresh);
+input.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!running && !send.disabled) submit();
+});
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort();
+});
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) running.abort();
+  else if (!send.disabled) submit();
+});
+byId("clear").addEventListener("click", () => {
+  running?.abort();
+  conversation.clear();
+  refresh();
+  input.focus();
+});
+
+function submit() {
+  const exchange = conversation.add(input.value.trim(), media);
+  input.value = "";
+  media = [];
+  answer(exchange);
+}
+
+function edit(exchange) {
+  running?.abort();
+  media.forEach(release);
+  media = exchange.media;
+  input.value = exchange.text;
+  conversation.cut(exchange, { kept: exchange });
+  refresh();
+  input.focus();
+}
+
+function retry(exchange) {
+  if (running) return;
+  conversation.cut(exchange, { kept: exchange });
+  answer(conversation.add(exchange.text, exchange.media));
+}
+
+// ------------------------------------------------------------------------------------------------ an answer
+
+async function answer(exchange) {
+  const controller = (running = new AbortController());
+  const times = { asked: performance.now(), first: 0, ended: 0, usage: null };
+  let [note, failed, locked] = ["", false, false];
+  retract("media");
+  refresh();
+  follow();
+  status.textContent = "Answering";
+  const painter = paint(exchange);
+  try {
+    const messages = [...settings.messages, ...conversation.messages(exchange)];
+    const json = JSON.stringify({ messages, ...settings.body, stream: true, stream_options: { include_usage: true } });
+    const body = new Blob([json], { type: "application/json" });
+    const most = server.limits?.body_bytes;
+    if (body.size > most) {
+      throw new ApiError(`This chat has ${size(body.size)}; the server takes ${size(most)}. Start a new one, or send fewer files.`);
+    }
+    for await (const { text, finish, usage } of ask(body, key.value, controller.signal)) {
+      if (text) {
+        times.first ||= performance.now();
+        exchange.answer += text;
+        painter.touch();
+      }
+      if (finish) note = finished(finish);
+      if (usage) times.usage = usage;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") note = "Stopped.";
+    else {
+      [note, failed] = [error instanceof ApiError ? error.message : `The page failed: ${error.message}`, true];
+      locked = error.status === 401;
+    }
+  }
+  times.ended = performance.now();
+  painter.stop();
+  const near = nearEnd();
+  if (!note && !exchange.answer) note = "The model answered nothing.";
+  exchange.close({ note, failed, stats: failed ? "" : statistics(times) });
+  status.textContent = failed ? "" : `${note} ${exchange.answer.slice(0, 2000)}`.trim();
+  if (running === controller) running = null;
+  refresh();
+  if (near) follow();
+  if (locked) {
+    const words = key.value ? "The server does not take this key." : "";
+    key.forget();
+    key.ask(words, () => retry(exchange));
+  }
+}
+
+/** Paints a growing answer at most once a frame. */
+function paint(exchange) {
+  let frame = 0;
+  return {
+    touch() {
+      frame ||= requestAnimationFrame(() => {
+        frame = 0;
+        const near = nearEnd();
+        exchange.show();
+        if (near) follow();
+      });
+    },
+    stop: () => cancelAnimationFrame(frame),
+  };
+}
+
+const nearEnd = () => main.scrollHeight - main.scrollTop - main.clientHeight < 96;
+
+/** Shows the end. Asked for only where it was in view: a reader who has scrolled away stays where he is. */
+const follow = () => (main.scrollTop = main.scrollHeight);
+
+refresh();
+connect();
+input.focus();

@@ -1,0 +1,130 @@
+// One conversation: what was asked and answered, how it looks, and what of it is sent again.
+
+import { button, copyButton, el, icon } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
+import { part, release, thumbnail } from "./media.js";
+
+const FINISHED = { length: "The answer stopped at the length that the settings allow.", abort: "The server stopped this answer." };
+
+/** A question with its answer, in state and view. */
+class Exchange {
+  constructor(text, media, actions) {
+    this.text = text;
+    this.media = media;
+    this.answer = "";
+    this.actions = actions;
+    this.body = el("div", { class: "markdown" });
+    this.note = el("p", { class: "note", hidden: true });
+    this.stats = el("span", { class: "stats" });
+    this.tools = el("div", { class: "tools", hidden: true });
+    this.reply = el(
+      "section",
+      { class: "answer waiting", "aria-label": "Answer", "aria-busy": "true" },
+      el("p", { class: "dots", "aria-hidden": "true" }, el("i"), el("i"), el("i")),
+      this.body,
+      this.note,
+      el("footer", {}, this.tools, this.stats),
+    );
+    const edit = el("button", { type: "button", class: "quiet edit", "aria-label": "Edit this question", title: "Edit", on: { click: () => actions.edit(this) } }, icon("edit"));
+    this.element = el(
+      "article",
+      { class: "exchange" },
+      el(
+        "section",
+        { class: "question", "aria-label": "Question" },
+        media.length ? el("div", { class: "media" }, media.map((one) => thumbnail(one))) : null,
+        el("div", { class: "said" }, edit, text ? el("p", { class: "bubble", text }) : null),
+      ),
+      this.reply,
+    );
+    this.view = new MarkdownView(this.body);
+  }
+
+  /** Shows the answer as far as it has come. */
+  show() {
+    this.reply.classList.toggle("waiting", this.answer === "");
+    this.view.update(this.answer);
+  }
+
+  /** Ends the answer, with words on what went wrong or was cut, if anything. */
+  close({ note = "", failed = false, stats = "" } = {}) {
+    this.show();
+    this.reply.classList.remove("waiting");
+    this.reply.setAttribute("aria-busy", "false");
+    this.note.textContent = note;
+    this.note.hidden = note === "";
+    this.note.classList.toggle("error", failed);
+    if (failed) this.note.setAttribute("role", "alert");
+    this.stats.textContent = stats;
+    this.tools.replaceChildren();
+    if (this.answer) this.tools.append(copyButton(() => this.answer, { class: "quiet copy" }));
+    this.tools.append(button(failed ? "Try again" : "Retry", "retry", () => this.actions.retry(this), { class: "quiet retry" }));
+    this.tools.hidden = false;
+  }
+
+  /** The messages of this exchange; none where nothing was answered, unless it is the one that is asked now. */
+  messages(asked) {
+    const content = this.media.length ? [...this.media.map(part), { type: "text", text: this.text }] : this.text;
+    const user = { role: "user", content };
+    if (this === asked) return [user];
+    return this.answer ? [user, { role: "assistant", content: this.answer }] : [];
+  }
+}
+
+export class Conversation {
+  /** @param actions {edit(exchange), retry(exchange)}: what the buttons of an exchange do */
+  constructor(list, actions) {
+    this.list = list;
+    this.actions = actions;
+    this.exchanges = [];
+  }
+
+  add(text, media) {
+    const exchange = new Exchange(text, media, this.actions);
+    this.exchanges.push(exchange);
+    this.list.append(exchange.element);
+    return exchange;
+  }
+
+  /** Takes out an exchange and all behind it; pictures of `kept` stay usable. */
+  cut(exchange, { kept = null } = {}) {
+    for (const one of this.exchanges.splice(this.exchanges.indexOf(exchange))) {
+      one.element.remove();
+      if (one !== kept) one.media.forEach(release);
+    }
+  }
+
+  clear() {
+    if (this.exchanges.length) this.cut(this.exchanges[0]);
+  }
+
+  /** Pictures and videos of all exchanges. */
+  get media() {
+    return this.exchanges.flatMap((one) => one.media);
+  }
+
+  /** The messages that ask an exchange's question, with all that was said before. */
+  messages(asked) {
+    return this.exchanges.slice(0, this.exchanges.indexOf(asked) + 1).flatMap((one) => one.messages(asked));
+  }
+}
+
+/** Why an answer ended, where that is worth a word. */
+export const finished = (reason) => FINISHED[reason] ?? "";
+
+/** Tokens and seconds of an answer, for people; times in milliseconds. */
+export function statistics({ asked, first, ended, usage }) {
+  const seconds = (from, to) => `${((to - from) / 1000).toFixed(to - from < 10000 ? 2 : 1)} s`;
+  const words = [];
+  if (usage) {
+    const { prompt_tokens: prompt, completion_tokens: tokens } = usage;
+    words.push(`${prompt.toLocaleString("en")} tokens read`, `${tokens.toLocaleString("en")} written`);
+    if (first && tokens > 1 && ended > first) {
+      const rate = ((tokens - 1) / (ended - first)) * 1000;
+      words.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en")} tokens/s`);
+    }
+  }
+  if (first) words.push(`first after ${seconds(asked, first)}`);
+  words.push(`${seconds(asked, ended)} in all`);
+  return words.map((one) => one.replaceAll(" ", "\u00a0")).join(" · "); // a line breaks between facts only
+}
