@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_vita.config import ModelConfig
@@ -12,6 +13,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.length import check_length
+from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.inference.prefix_cache import Key, block_keys
 from megatron_vita.inference.prompt import Request
 from megatron_vita.inference.prompt_media import PromptMedia
@@ -44,12 +46,17 @@ class Preparation:
     """Tokens that the cache holds for one sequence."""
     video_backend: str = "auto"
 
-    def __call__(self, request: Request) -> Prepared:
+    def __call__(self, request: Request, limits: Limits | None = None) -> Prepared:
         """Ids of a prompt and its media, by the functions that made the training shards. No pixels yet.
+
+        Args:
+            request: what is asked.
+            limits: of pixels, frames, seconds and tokens, which only the media's headers tell.
 
         Raises:
             ConfigError: pictures for a model without a tower, or sampling names a token that the model does not have.
             DataError: a damaged medium, a conversation that does not end with a question, or a prompt that is too long.
+            LimitError: a prompt that holds too much.
         """
         request.sampling.check_vocabulary(self.config.vocab_size)
         sample = request.sample
@@ -60,10 +67,19 @@ class Preparation:
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
             )
         spec = request.preprocessing(self.spec)
-        example, media = PromptMedia.open(sample, spec, tokenizer=self.tokenizer, video_backend=self.video_backend)
+        fits = partial(check_length, request, positions=self.config.max_position_embeddings, held=self.capacity)
+        example, media = PromptMedia.open(
+            sample,
+            spec,
+            tokenizer=self.tokenizer,
+            video_backend=self.video_backend,
+            limits=limits,
+            check=partial(fits, whole=False),
+        )
         try:
-            positions = self.config.max_position_embeddings
-            check_length(request, len(example.tokens), positions=positions, held=self.capacity)
+            if limits is not None:
+                limits.check("prompt_tokens", len(example.tokens))
+            fits(len(example.tokens))
             return Prepared(request, example, media, self._keys(request, example, media))
         except BaseException:
             media.close()

@@ -7,19 +7,23 @@ each medium once, also where it is asked for every second range only, as the ran
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby
 
 import numpy as np
 import torch
 
-from megatron_vita.data.example import IGNORE_INDEX, Example
+from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
+from megatron_vita.data.media.image import PictureHeader
 from megatron_vita.data.media.on_demand import Medium, Picture, Video
+from megatron_vita.data.media.tiling import count_picture_tokens, spec_of
+from megatron_vita.data.media.video.open import VideoFile
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
+from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.inference.prompt import RawPrompt
 
 
@@ -37,7 +41,14 @@ class PromptMedia:
 
     @classmethod
     def open(
-        cls, sample: Sample | RawPrompt, spec: PreprocessSpec, *, tokenizer: ChatTokenizer, video_backend: str = "auto"
+        cls,
+        sample: Sample | RawPrompt,
+        spec: PreprocessSpec,
+        *,
+        tokenizer: ChatTokenizer,
+        video_backend: str = "auto",
+        limits: Limits | None = None,
+        check: Callable[[int], None] | None = None,
     ) -> tuple[Example, PromptMedia]:
         """Read the headers of a conversation's media and lay it out as a prompt.
 
@@ -49,19 +60,25 @@ class PromptMedia:
             spec: tile size, tiling, frames of a video.
             tokenizer: ids and chat template.
             video_backend: see `open_video`.
+            limits: of pictures and videos.
+            check: is called with the tokens of pictures and frames before the prompt is written, and may raise.
 
         Returns:
             (what training would make of it, with media that hold no bytes; their tiles).
 
         Raises:
             DataError: a medium that is missing or damaged, or a conversation that does not end with a question.
+            LimitError: pictures or videos that are too large.
         """
         if isinstance(sample, RawPrompt):
             example = raw_example(sample, tokenizer)
             return example, cls([], example, spec)
         sample.check()
-        media = _Media(sample, spec, video_backend, proven=True)
+        media = _Media(sample, spec, video_backend, proven=True, limits=limits)
         try:
+            if check is not None:
+                frames = sum(len(video.items) for video in media.videos)
+                check(sum(_tokens(one.items[0], spec) for one in media.images) + frames * (spec.tokens_per_tile + 2))
             example = build_example(
                 sample,
                 [source.items[0] for source in media.images],
@@ -166,16 +183,57 @@ def raw_example(prompt: RawPrompt, tokenizer: ChatTokenizer) -> Example:
     return Example(tokens, np.full(len(tokens), IGNORE_INDEX, dtype=np.int32))
 
 
+def _tokens(item: MediaItem, spec: PreprocessSpec) -> int:
+    return count_picture_tokens(item.width, item.height, spec_of(item, spec))
+
+
+class _Used:
+    """Adds up what a request's media have, as their headers say it."""
+
+    def __init__(self, limits: Limits | None, spec: PreprocessSpec) -> None:
+        self._limits, self._spec = limits, spec
+        self._pixels = self._frames = 0
+        self._seconds = 0.0
+
+    def picture(self, header: PictureHeader) -> None:
+        """One more picture. Raises LimitError."""
+        if self._limits is None:
+            return
+        pixels = header.width * header.height
+        self._limits.check("picture_pixels", pixels)
+        self._pixels += pixels
+        self._limits.check("pixels", self._pixels)
+
+    def video(self, video: VideoFile) -> None:
+        """One more video. Raises LimitError."""
+        if self._limits is None:
+            return
+        self._seconds += float(video.times[-1])
+        self._limits.check("video_seconds", self._seconds)
+        self._frames += video.count(self._spec, self._spec.max_frames)
+        self._limits.check("frames", self._frames)
+
+
 class _Media:
     """The opened media of a Sample."""
 
-    def __init__(self, sample: Sample | RawPrompt, spec: PreprocessSpec, backend: str, *, proven: bool) -> None:
+    def __init__(
+        self,
+        sample: Sample | RawPrompt,
+        spec: PreprocessSpec,
+        backend: str,
+        *,
+        proven: bool,
+        limits: Limits | None = None,
+    ) -> None:
         self.images: list[Picture] = []
         self.videos: list[Video] = []
+        used = _Used(limits, spec)
         try:
-            self.images += [Picture(file) for file in sample.images]
+            for file in sample.images:
+                self.images.append(Picture(file, check=used.picture))
             for file in sample.videos:
-                self.videos.append(Video(file, spec, backend, proven=proven))
+                self.videos.append(Video(file, spec, backend, proven=proven, check=used.video))
         except BaseException:
             self.close()
             raise

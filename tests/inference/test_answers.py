@@ -118,6 +118,16 @@ def test_the_chunks_of_all_choices_are_the_response(kind: Kind, data: st.DataObj
         assert got == choice
 
 
+def test_a_completion_may_begin_with_its_prompt() -> None:
+    answers = [Generation("b", (98,), "stop"), Generation("d", (100,), "stop")]
+    body = response("completion", answers, id="x", model="m", spell=spell, prompts=2, echo=("a", "c"))
+    assert [choice["text"] for choice in body["choices"]] == ["ab", "cd"]
+    assert body["usage"]["completion_tokens"] == 2
+    opened = Chunks("completion", id="x", model="m", spell=spell, prompts=2, echo=("a", "c")).open(1)
+    assert opened is not None
+    assert opened["choices"][0] == {"index": 1, "text": "c", "logprobs": None, "finish_reason": None}
+
+
 def test_a_completion_has_its_own_logprobs() -> None:
     tokens = (
         TokenLogprob(0, -0.5, ((0, -0.5), (1, -1.5))), TokenLogprob(2, -2.0, ((0, -0.25),)),

@@ -185,6 +185,15 @@ def test_a_completion_continues_texts_or_ids() -> None:
     assert complete({"prompt": [1, 2]}).requests[0].sample == RawPrompt(ids=(1, 2), source="request", line=1)
 
 
+def test_a_completion_begins_with_its_prompt_if_asked_to() -> None:
+    assert complete({"prompt": ["a", "b"], "n": 2, "echo": True}).echo == ("a", "a", "b", "b")
+    assert complete({"prompt": "a", "echo": False}).echo == ()
+    for more in ({"logprobs": 1}, {"prompt": [1, 2]}):
+        with pytest.raises(RequestError) as error:
+            complete({"prompt": "a", "echo": True, **more})
+        assert error.value.param == "echo"
+
+
 @pytest.mark.parametrize("prompt", [None, [], 3, {}, [{}], [True], [1, "x"], ["x", 1], [[1.5]], [99], "\ud800"])
 def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(RequestError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.data.example import Example
-from megatron_vita.data.media import on_demand, tiling
+from megatron_vita.data.media import image, on_demand, tiling
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import render_tiles
+from megatron_vita.data.media.video.child_video import ChildVideo
 from megatron_vita.data.media.video.open import VideoFile
 from megatron_vita.data.media.video.worker import decoder
 from megatron_vita.data.sample import Image, MediaFile, Message, Sample, Text, Video
@@ -27,6 +29,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import DataError
+from megatron_vita.inference.openai import LimitError, Limits
 from megatron_vita.inference.prefix_cache import block_keys
 from megatron_vita.inference.prompt_media import PromptMedia
 from tests.data.kit import picture, tokenizer_folder
@@ -91,6 +94,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MediaFile]:
         path.write_bytes(picture(width, height, seed=len(found), kind=kind))
         found[name] = MediaFile(path=str(path))
     found["bytes"] = MediaFile(data=picture(90, 31, seed=7))
+    found["tiff"] = MediaFile(data=picture(60, 22, seed=7, kind="TIFF"))
     ultrafast = {"preset": "ultrafast"}
     for name, count, more in (
         ("h264.mp4", 30, {"options": ultrafast}),
@@ -168,6 +172,54 @@ def test_a_picture_may_have_a_number_of_tiles_of_its_own(
     shared = sum(one == same for one, same in zip(keys, keys_trained, strict=False))
     assert shared * 4 <= example.tiles[0].first_token, "a block with pixels of another grid must not be shared"
     assert not np.array_equal(pixels, pixels_trained)
+
+
+def no_pixels(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("decoded")
+
+
+@pytest.mark.parametrize(
+    ("media", "limits", "value"),
+    [
+        ([(Image, "wide")], {"picture_pixels": 1319}, 1320), ([(Image, "tiff")], {"picture_pixels": 1319}, 1320),
+        ([(Image, "wide"), (Image, "tall")], {"pixels": 6519}, 6520),
+        ([(Video, "members")], {"frames": 2}, 3),
+        ([(Video, "folder")], {"video_seconds": 9.5}, 10), ([(Video, "h264.mp4")], {"video_seconds": 5.7}, 5.8),
+    ],
+)  # fmt: skip
+def test_limits_hold_before_a_pixel_is_decoded(
+    files: dict[str, MediaFile],
+    tokenizer: VitaTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    media: list[tuple[type[Image] | type[Video], str]],
+    limits: dict[str, float],
+    value: float,
+) -> None:
+    sample = conversation(*((kind, files[name]) for kind, name in media))
+    ((name, most),) = limits.items()
+    generous = Limits(**{name: value})  # type: ignore[arg-type]
+    PromptMedia.open(sample, SPEC, tokenizer=tokenizer, limits=generous)[1].close()
+    for module, called in ((image, "decode"), (tiling, "decode"), (VideoFile, "plan"), (ChildVideo, "plan")):
+        monkeypatch.setattr(module, called, no_pixels)
+    with pytest.raises(LimitError, match=f"{value}.*{name}={most} is the limit"):
+        PromptMedia.open(sample, SPEC, tokenizer=tokenizer, limits=Limits(**limits))  # type: ignore[arg-type]
+
+
+def test_tokens_of_media_are_counted_before_a_prompt_is_written(
+    files: dict[str, MediaFile], tokenizer: VitaTokenizer
+) -> None:
+    sample = conversation(*((kind, files[name]) for kind, name in (*ALL[:6], (Image, "bytes"))))
+    counted: list[int] = []
+    for spec in SPECS:
+        example, media = PromptMedia.open(sample, spec, tokenizer=tokenizer, check=counted.append)
+        media.close()
+        assert len(example.tiles) * spec.tokens_per_tile < counted[-1] < len(example.tokens)
+
+    def refuse(tokens: int) -> None:
+        raise DataError(f"{tokens}")
+
+    with pytest.raises(DataError, match=str(counted[0])):
+        PromptMedia.open(sample, SPEC, tokenizer=tokenizer, check=refuse)
 
 
 def test_any_range_in_any_order(files: dict[str, MediaFile], tokenizer: VitaTokenizer) -> None:

@@ -10,6 +10,8 @@ import importlib
 import io
 import struct
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
@@ -89,19 +91,25 @@ class PictureHeader:
     """Pixels, after the EXIF orientation is applied."""
 
 
-def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
+def read_image(
+    file: MediaFile, *, verify: str = "structure", check: Callable[[PictureHeader], None] | None = None
+) -> MediaItem:
     """Read a picture's bytes and, from its header, its size.
 
     Args:
         file: a path, a region of a file, or bytes.
         verify: `structure` proves that header and end are there, `decode` that the whole picture can be decoded, too.
+        check: is called with the header before a pixel is decoded; what it raises is raised.
 
     Raises:
         DataError: beginning with media_missing, media_broken, media_truncated, media_bomb or media_size.
     """
     data = _bytes(file)
-    try:
+    with _named(file):
         header = read_header(data)
+    if check is not None:
+        check(header)
+    with _named(file):
         origin = file if file.data is None else None
         item = MediaItem(data, header.width, header.height, origin=origin, max_tiles=file.max_tiles)
         whole = is_whole(header.format, data)
@@ -109,12 +117,19 @@ def read_image(file: MediaFile, *, verify: str = "structure") -> MediaItem:
             raise reject("media_truncated", "the file ends before the picture does. Fetch it again or drop the sample.")
         if whole is None or verify == "decode":
             decode(item)
+    return item
+
+
+@contextmanager
+def _named(file: MediaFile) -> Iterator[None]:
+    """Errors say which picture they are about."""
+    try:
+        yield
     except DataError as error:
         code, _, message = str(error).partition(": ")
         raise reject(code, f"{file.name}: {message}") from None
     except MemoryError:
         raise reject("media_bomb", f"{file.name}: decoding it asks for more memory than there is.") from None
-    return item
 
 
 def read_header(data: bytes) -> PictureHeader:

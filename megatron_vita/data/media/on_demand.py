@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_vita.data.example import MediaItem, TileSlot
-from megatron_vita.data.media.image import read_image
+from megatron_vita.data.media.image import PictureHeader, read_image
 from megatron_vita.data.media.tiling import PictureTiles, render_tiles
 from megatron_vita.data.media.video.decode import frames_of
-from megatron_vita.data.media.video.open import open_video
+from megatron_vita.data.media.video.open import VideoFile, open_video
 from megatron_vita.data.media.window import open_window
 from megatron_vita.data.rejects import code_of, reject
 from megatron_vita.data.sample import MediaFile
@@ -90,15 +90,19 @@ class Medium(ABC):
 class Picture(Medium):
     """A picture, decoded once while its tiles are asked for one after the other."""
 
-    def __init__(self, file: MediaFile) -> None:
+    def __init__(self, file: MediaFile, *, check: Callable[[PictureHeader], None] | None = None) -> None:
         """Read its header.
+
+        Args:
+            file: where it lies.
+            check: see `read_image`.
 
         Raises:
             DataError: see `read_image`.
         """
         super().__init__(file)
         with self._unchanged([file]):
-            item = read_image(file)
+            item = read_image(file, check=check)
         self.items = [MediaItem(b"", item.width, item.height, max_tiles=item.max_tiles)]
         self._tiles: PictureTiles | None = None
 
@@ -130,7 +134,15 @@ class Picture(Medium):
 class Video(Medium):
     """A video, whose decoding goes on where the tiles asked for last ended."""
 
-    def __init__(self, file: MediaFile, spec: PreprocessSpec, backend: str, *, proven: bool) -> None:
+    def __init__(
+        self,
+        file: MediaFile,
+        spec: PreprocessSpec,
+        backend: str,
+        *,
+        proven: bool,
+        check: Callable[[VideoFile], None] | None = None,
+    ) -> None:
         """Choose its frames.
 
         Args:
@@ -138,6 +150,7 @@ class Video(Medium):
             spec: frames a second and most frames.
             backend: see `open_video`.
             proven: decode as many frames as it takes to be sure of all; else the container is believed.
+            check: is called with the opened video before a frame of it is decoded; what it raises is raised.
 
         Raises:
             DataError: see `open_video`.
@@ -146,6 +159,8 @@ class Video(Medium):
         with self._unchanged([file]):
             self._video = open_video(file, backend)
             try:
+                if check is not None:
+                    check(self._video)
                 most = spec.max_frames
                 self._numbers = (
                     self._video.plan(spec, most) if proven else self._video.numbers(spec, self._video.count(spec, most))

@@ -87,6 +87,13 @@ def count_picture_tokens(width: int, height: int, spec: PreprocessSpec) -> int:
     return tiles * (spec.tokens_per_tile + 2) + (rows if tiles > 1 else 0)
 
 
+def spec_of(item: MediaItem, spec: PreprocessSpec) -> PreprocessSpec:
+    """The preprocessing of a picture, which may have a number of tiles of its own."""
+    if item.max_tiles is None:
+        return spec
+    return replace(spec, max_tiles=item.max_tiles, min_tiles=min(spec.min_tiles, item.max_tiles))
+
+
 def plan_tiles(item: MediaItem, media: int, spec: PreprocessSpec) -> tuple[TileSlot, ...]:
     """Tiles of one picture or frame in token order, their `first_token` still 0.
 
@@ -97,9 +104,7 @@ def plan_tiles(item: MediaItem, media: int, spec: PreprocessSpec) -> tuple[TileS
         media: its index in the Example.
         spec: layout and tile counts.
     """
-    if item.max_tiles is not None:
-        spec = replace(spec, max_tiles=item.max_tiles, min_tiles=min(spec.min_tiles, item.max_tiles))
-    cols, rows = (1, 1) if item.frame else grid_for(item.width, item.height, spec)
+    cols, rows = (1, 1) if item.frame else grid_for(item.width, item.height, spec_of(item, spec))
     grid = tuple(TileSlot(0, media, row, col, rows, cols) for row in range(rows) for col in range(cols))
     if len(grid) == 1:
         return grid

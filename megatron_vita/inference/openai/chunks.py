@@ -21,7 +21,15 @@ class Chunks:
     """
 
     def __init__(
-        self, kind: Kind, *, id: str, model: str, spell: Spell, include_usage: bool = False, prompts: int = 1
+        self,
+        kind: Kind,
+        *,
+        id: str,
+        model: str,
+        spell: Spell,
+        include_usage: bool = False,
+        prompts: int = 1,
+        echo: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -32,15 +40,19 @@ class Chunks:
             include_usage: OpenAI's `stream_options.include_usage`: a chunk of its own has the usage, which is null in
                 the others.
             prompts: prompts of the request; see `response`.
+            echo: what the text of each choice of a completion begins with.
         """
         self._kind, self._spell, self._prompts = kind, spell, prompts
         self._head = {"id": id, "object": _OBJECTS[kind], "created": int(time.time()), "model": model}
         self._include_usage = include_usage
+        self._echo = echo
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     def open(self, index: int) -> dict[str, Any] | None:
-        """The chunk that begins a choice: the role of a chat's; None for a completion."""
-        return self._chunk(index, "", role="assistant") if self._kind == "chat" else None
+        """The chunk that begins a choice: the role of a chat's; a completion's prompt, or None if none is echoed."""
+        if self._kind == "chat":
+            return self._chunk(index, "", role="assistant")
+        return self._chunk(index, self._echo[index]) if self._echo else None
 
     def piece(self, index: int, output: Output) -> dict[str, Any] | None:
         """The chunk of what a step gave a choice; None if that is nothing to be seen."""

@@ -87,6 +87,8 @@ class ApiRequest:
     """What was ignored."""
     prompts: int = 1
     """Prompts of a completion."""
+    echo: tuple[str, ...] = ()
+    """The text of each of `requests` that its answer begins with, if that is asked for."""
 
 
 def chat_request(body: Any, *, id: str, options: ReadOptions) -> ApiRequest:
@@ -138,7 +140,18 @@ def completion_request(body: Any, *, id: str, options: ReadOptions) -> ApiReques
         logprobs = sampling.most_alternatives(logprobs, "logprobs")
     if not {"max_tokens", "max_completion_tokens"} & set(given):
         given["max_tokens"] = COMPLETION_TOKENS
-    return _request(given, id, _prompts(given.get("prompt"), options), logprobs, options, unread)
+    prompts = _prompts(given.get("prompt"), options)
+    read_body = _request(given, id, prompts, logprobs, options, unread)
+    if not read.boolean(given.get("echo", False), "echo"):
+        return read_body
+    if logprobs is not None or any(one.ids is not None for one in prompts):
+        raise RequestError(
+            "echo: neither with logprobs nor of token ids. `prompt_logprobs` has those of the prompt.",
+            param="echo",
+            code="unsupported_parameter",
+        )
+    each = len(read_body.requests) // len(prompts)
+    return replace(read_body, echo=tuple(one.text for one in prompts for _ in range(each)))
 
 
 def _given(body: Any, known: tuple[str, ...], unread: Unread) -> dict[str, Any]:

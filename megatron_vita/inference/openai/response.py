@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from megatron_vita.inference.prompt import Generation, TokenLogprob
@@ -24,7 +25,14 @@ def chat_response(choices: Sequence[Generation], *, model: str, spell: Spell) ->
 
 
 def response(
-    kind: Kind, answers: Sequence[Generation], *, id: str, model: str, spell: Spell, prompts: int = 1
+    kind: Kind,
+    answers: Sequence[Generation],
+    *,
+    id: str,
+    model: str,
+    spell: Spell,
+    prompts: int = 1,
+    echo: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The body of a response.
 
@@ -35,11 +43,14 @@ def response(
         model: the model's name, as the client calls it.
         spell: bytes of a token, for log-probabilities.
         prompts: prompts of the request (/v1/completions takes several), each with equally many answers.
+        echo: what the text of each choice of a completion begins with.
 
     Returns:
         OpenAI's `chat.completion` or `text_completion` object, with vLLM's `stop_reason` and, if asked for,
         `prompt_logprobs` (beside the choices of a chat, within each choice of a completion).
     """
+    if echo:
+        answers = [replace(one, text=text + one.text) for text, one in zip(echo, answers, strict=True)]
     body: dict[str, Any] = {
         "id": id,
         "object": OBJECTS[kind],
