@@ -25,6 +25,10 @@ WIDE = f"""{"wide" * 60}
     - [3](https://example.org)"""
 
 
+def _data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
 def test_a_dropped_picture_is_asked_about_in_several_turns(desk: Visit, server: FakeServer, tmp_path: Path) -> None:
     server.answers["Which digit?"] = "It is a **3**."
     desk.drop("three.png", "image/png", DIGIT)
@@ -35,7 +39,7 @@ def test_a_dropped_picture_is_asked_about_in_several_turns(desk: Visit, server: 
     desk.ask("Sure?")
     assert desk.answer(2) == "You said: Sure?"
     first, second = server.bodies
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(DIGIT).decode()}"}}
+    picture = {"type": "image_url", "image_url": {"url": _data_url(DIGIT)}}
     question = {"role": "user", "content": [picture, {"type": "text", "text": "Which digit?"}]}
     assert first["messages"] == [question]
     assert (first["stream"], first["stream_options"]) == (True, {"include_usage": True})
@@ -123,15 +127,15 @@ def test_keyboard_alone_is_enough(desk: Visit, server: FakeServer) -> None:
     desk.page.wait_for_selector("#settings[open]")
     for key in ("ArrowRight", "ArrowRight", "Tab"):
         press(key)
-    desk.page.keyboard.type("7")
-    press("Tab")
-    desk.page.keyboard.type("5")
+    for key in "7", "Tab", "9", "Tab", "5":
+        press(key)
     press("Escape")
     desk.page.wait_for_selector("#settings:not([open])", state="attached")
     desk.ask("Again")
     desk.answer(2)
     asked = server.bodies[1]
     assert (asked["temperature"], asked["max_completion_tokens"], asked["seed"]) == (0.2, 7, 5)
+    assert asked["media_io_kwargs"] == {"video": {"num_frames": 9}}
     assert desk.page.inner_text("#status") == "You said: Again"
 
 
@@ -142,11 +146,18 @@ def test_a_question_is_edited_an_answer_tried_again_the_chat_cleared(desk: Visit
         desk.ask(question)
         desk.answer(number)
     desk.page.hover(".question")
+    for give_up in (lambda: desk.page.keyboard.press("Escape"), lambda: desk.page.click("#keep")):
+        desk.page.click(".exchange:first-child .edit")
+        assert desk.page.input_value("#input") == "One"
+        assert desk.page.is_visible("#editing")
+        desk.page.click(".strip .remove")
+        give_up()
+        assert (desk.page.input_value("#input"), desk.page.locator(".strip .medium").count()) == ("", 0)
+    assert desk.page.locator(".exchange").count() == 2
     desk.page.click(".exchange:first-child .edit")
-    assert desk.page.input_value("#input") == "One"
-    assert desk.page.locator(".exchange").count() == 0
     desk.ask("Uno")
     assert desk.answer() == "You said: Uno"
+    assert desk.page.locator(".exchange").count() == 1
     desk.page.click(".retry")
     desk.page.wait_for_selector(".answer[aria-busy=false]")
     assert server.bodies[-1] == server.bodies[-2]
@@ -157,6 +168,33 @@ def test_a_question_is_edited_an_answer_tried_again_the_chat_cleared(desk: Visit
     desk.ask("New")
     desk.answer()
     assert len(server.bodies[-1]["messages"]) == 1
+
+
+def test_many_pictures_are_chosen_and_pasted(desk: Visit, server: FakeServer) -> None:
+    frames = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": DIGIT} for i in range(14)]
+    desk.page.set_input_files("#files", frames)
+    desk.page.wait_for_selector(".strip .medium:nth-child(14)")
+    desk.drop("15.png", "", DIGIT, kinds=("paste",))
+    desk.page.wait_for_selector(".strip .medium:nth-child(15)")
+    desk.page.click(".strip .medium:first-child .remove")
+    desk.ask("medium-1 \u2028 😀")
+    assert desk.answer() == "You said: medium-1 \u2028 😀"
+    content = server.bodies[0]["messages"][0]["content"]
+    assert [one["type"] for one in content] == ["image_url"] * 14 + ["text"]
+    assert {one["image_url"]["url"] for one in content[:-1]} == {_data_url(DIGIT)}
+    assert desk.page.locator(".question .medium").count() == 12
+    assert desk.page.inner_text(".more") == "and 2 more"
+
+
+def test_answers_and_code_are_copied(desk: Visit, server: FakeServer) -> None:
+    desk.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    server.answers["Code"] = "Look:\n```\na <b>\n```"
+    desk.ask("Code")
+    desk.answer()
+    for button, text in ((".bar button", "a <b>"), (".copy", server.answers["Code"])):
+        desk.page.click(button)
+        desk.page.wait_for_selector(f"{button}:has-text('Copied')")
+        assert desk.page.evaluate("navigator.clipboard.readText()") == text
 
 
 def test_what_the_limits_forbid_is_refused_before_it_is_sent(

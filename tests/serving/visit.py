@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 LISTEN = "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective));"
-DROP = """([name, type, content]) => {
+DROP = """([name, type, content, kinds]) => {
   const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
   const data = new DataTransfer();
   data.items.add(new File([bytes], name, { type }));
-  for (const kind of ["dragenter", "dragover", "drop"])
-    document.querySelector("main").dispatchEvent(
-      new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+  const options = { dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true };
+  for (const kind of kinds)
+    document.querySelector("main").dispatchEvent(new (kind == "paste" ? ClipboardEvent : DragEvent)(kind, options));
 }"""
 
 
@@ -25,9 +25,11 @@ class Visit:
         self.page = page
         page.set_default_timeout(8000)
 
-    def drop(self, name: str, kind: str, content: bytes) -> None:
-        """Drop a file on the page."""
-        self.page.evaluate(DROP, [name, kind, base64.b64encode(content).decode()])
+    def drop(
+        self, name: str, kind: str, content: bytes, kinds: tuple[str, ...] = ("dragenter", "dragover", "drop")
+    ) -> None:
+        """Drop a file on the page, or paste it."""
+        self.page.evaluate(DROP, [name, kind, base64.b64encode(content).decode(), kinds])
 
     def ask(self, question: str) -> None:
         """Type a question and send it."""

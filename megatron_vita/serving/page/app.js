@@ -3,7 +3,7 @@
 import { ask, info as askInfo, ApiError } from "./api.js";
 import { Conversation, finished, statistics } from "./conversation.js";
 import { el } from "./dom.js";
-import { ACCEPT, checkTotal, read, release, size, thumbnail } from "./media.js";
+import { ACCEPT, bodyOf, checkTotal, read, size, thumbnail } from "./media.js";
 import { ApiKey, Settings } from "./settings.js";
 
 const byId = (id) => document.getElementById(id);
@@ -15,6 +15,7 @@ const settings = new Settings();
 const key = new ApiKey();
 let server = null; // what /info says; null: not reached
 let media = []; // what will be sent with the next question
+let editing = null; // the exchange that the next question takes the place of
 let running = null; // AbortController of the answer that is being written
 const conversation = new Conversation(list, { edit, retry });
 
@@ -88,19 +89,26 @@ async function add(chosen) {
   for (const file of chosen) {
     try {
       const medium = await read(file, server?.limits ?? {});
-      try {
-        checkTotal([...conversation.media, ...media, medium], server?.limits ?? {});
-      } catch (error) {
-        release(medium);
-        throw error;
-      }
-      media.push(medium);
+      const before = editing ? conversation.before(editing) : conversation.media;
+      checkTotal([...before, ...media, medium], server?.limits ?? {});
+      attach(medium);
     } catch (error) {
       refused.push(error.message);
     }
     refresh();
   }
   if (refused.length) complain(refused.slice(0, 5).join(" "), "media");
+}
+
+function attach(medium) {
+  media.push(medium);
+  const view = thumbnail(medium, () => {
+    media = media.filter((one) => one !== medium);
+    view.remove();
+    refresh();
+    input.focus();
+  });
+  strip.append(view);
 }
 
 let over = 0;
@@ -136,17 +144,8 @@ byId("attach").addEventListener("click", () => files.click());
 // ------------------------------------------------------------------------------------------------ the composer
 
 function refresh() {
-  strip.replaceChildren(
-    ...media.map((medium) =>
-      thumbnail(medium, () => {
-        media = media.filter((one) => one !== medium);
-        release(medium);
-        refresh();
-        input.focus();
-      }),
-    ),
-  );
   strip.hidden = media.length === 0;
+  byId("editing").hidden = editing === null;
   byId("welcome").hidden = conversation.exchanges.length > 0;
   byId("clear").disabled = conversation.exchanges.length === 0;
   document.body.classList.toggle("answering", running !== null);
@@ -164,40 +163,50 @@ input.addEventListener("keydown", (event) => {
   if (!running && !send.disabled) submit();
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort();
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (running) running.abort();
+  else if (editing) compose("", []);
 });
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) running.abort();
   else if (!send.disabled) submit();
 });
+byId("keep").addEventListener("click", () => compose("", []));
 byId("clear").addEventListener("click", () => {
   running?.abort();
   conversation.clear();
+  if (editing) compose("", []);
   refresh();
   input.focus();
 });
 
-function submit() {
-  const exchange = conversation.add(input.value.trim(), media);
-  input.value = "";
+/** Puts a question into the composer, to take the place of another's or none's. */
+function compose(text, chosen, instead = null) {
+  editing = instead;
   media = [];
-  answer(exchange);
-}
-
-function edit(exchange) {
-  running?.abort();
-  media.forEach(release);
-  media = exchange.media;
-  input.value = exchange.text;
-  conversation.cut(exchange, { kept: exchange });
+  strip.replaceChildren();
+  chosen.forEach(attach);
+  input.value = text;
   refresh();
   input.focus();
 }
 
+function submit() {
+  const [text, chosen, instead] = [input.value.trim(), media, editing];
+  compose("", []);
+  if (instead) conversation.cut(instead);
+  answer(conversation.add(text, chosen));
+}
+
+function edit(exchange) {
+  running?.abort();
+  compose(exchange.text, exchange.media, exchange);
+}
+
 function retry(exchange) {
   if (running) return;
-  conversation.cut(exchange, { kept: exchange });
+  conversation.cut(exchange);
   answer(conversation.add(exchange.text, exchange.media));
 }
 
@@ -212,10 +221,10 @@ async function answer(exchange) {
   follow();
   status.textContent = "Answering";
   const painter = paint(exchange);
+  const clock = setInterval(() => exchange.wait(Math.round((performance.now() - times.asked) / 1000)), 1000);
   try {
     const messages = [...settings.messages, ...conversation.messages(exchange)];
-    const json = JSON.stringify({ messages, ...settings.body, stream: true, stream_options: { include_usage: true } });
-    const body = new Blob([json], { type: "application/json" });
+    const body = bodyOf({ messages, ...settings.body, stream: true, stream_options: { include_usage: true } });
     const most = server.limits?.body_bytes;
     if (body.size > most) {
       throw new ApiError(`This chat has ${size(body.size)}; the server takes ${size(most)}. Start a new one, or send fewer files.`);
@@ -223,6 +232,7 @@ async function answer(exchange) {
     for await (const { text, finish, usage } of ask(body, key.value, controller.signal)) {
       if (text) {
         times.first ||= performance.now();
+        clearInterval(clock);
         exchange.answer += text;
         painter.touch();
       }
@@ -238,6 +248,7 @@ async function answer(exchange) {
   }
   times.ended = performance.now();
   painter.stop();
+  clearInterval(clock);
   const near = nearEnd();
   if (!note && !exchange.answer) note = "The model answered nothing.";
   exchange.close({ note, failed, stats: failed ? "" : statistics(times) });

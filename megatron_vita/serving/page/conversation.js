@@ -4,6 +4,8 @@ import { button, copyButton, el, icon } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 import { part, release, thumbnail } from "./media.js";
 
+const SHOWN = 12; // pictures of a question; a thousand frames would fill the page
+
 const FINISHED = { length: "The answer stopped at the length that the settings allow.", abort: "The server stopped this answer." };
 
 /** A question with its answer, in state and view. */
@@ -17,10 +19,11 @@ class Exchange {
     this.note = el("p", { class: "note", hidden: true });
     this.stats = el("span", { class: "stats" });
     this.tools = el("div", { class: "tools", hidden: true });
+    this.waited = el("span");
     this.reply = el(
       "section",
       { class: "answer waiting", "aria-label": "Answer", "aria-busy": "true" },
-      el("p", { class: "dots", "aria-hidden": "true" }, el("i"), el("i"), el("i")),
+      el("p", { class: "dots", "aria-hidden": "true" }, el("i"), el("i"), el("i"), this.waited),
       this.body,
       this.note,
       el("footer", {}, this.tools, this.stats),
@@ -32,7 +35,8 @@ class Exchange {
       el(
         "section",
         { class: "question", "aria-label": "Question" },
-        media.length ? el("div", { class: "media" }, media.map((one) => thumbnail(one))) : null,
+        media.length ? el("div", { class: "media" }, media.slice(0, SHOWN).map((one) => thumbnail(one))) : null,
+        media.length > SHOWN ? el("p", { class: "more", text: `and ${media.length - SHOWN} more` }) : null,
         el("div", { class: "said" }, edit, text ? el("p", { class: "bubble", text }) : null),
       ),
       this.reply,
@@ -44,6 +48,11 @@ class Exchange {
   show() {
     this.reply.classList.toggle("waiting", this.answer === "");
     this.view.update(this.answer);
+  }
+
+  /** Says how many seconds nothing has come, once they are worth a word. */
+  wait(seconds) {
+    if (seconds >= 3) this.waited.textContent = `${seconds} s`;
   }
 
   /** Ends the answer, with words on what went wrong or was cut, if anything. */
@@ -86,21 +95,25 @@ export class Conversation {
     return exchange;
   }
 
-  /** Takes out an exchange and all behind it; pictures of `kept` stay usable. */
-  cut(exchange, { kept = null } = {}) {
-    for (const one of this.exchanges.splice(this.exchanges.indexOf(exchange))) {
-      one.element.remove();
-      if (one !== kept) one.media.forEach(release);
-    }
+  /** Takes out an exchange and all behind it; returns their media, which may still be shown. */
+  cut(exchange) {
+    const gone = this.exchanges.splice(this.exchanges.indexOf(exchange));
+    for (const one of gone) one.element.remove();
+    return gone.flatMap((one) => one.media);
   }
 
   clear() {
-    if (this.exchanges.length) this.cut(this.exchanges[0]);
+    if (this.exchanges.length) release(this.cut(this.exchanges[0]));
   }
 
   /** Pictures and videos of all exchanges. */
   get media() {
     return this.exchanges.flatMap((one) => one.media);
+  }
+
+  /** Pictures and videos of what was said before an exchange. */
+  before(exchange) {
+    return this.exchanges.slice(0, this.exchanges.indexOf(exchange)).flatMap((one) => one.media);
   }
 
   /** The messages that ask an exchange's question, with all that was said before. */
@@ -119,7 +132,7 @@ export function statistics({ asked, first, ended, usage }) {
   if (usage) {
     const { prompt_tokens: prompt, completion_tokens: tokens } = usage;
     words.push(`${prompt.toLocaleString("en")} tokens read`, `${tokens.toLocaleString("en")} written`);
-    if (first && tokens > 1 && ended > first) {
+    if (first && tokens > 1 && ended - first > 20) {
       const rate = ((tokens - 1) / (ended - first)) * 1000;
       words.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en")} tokens/s`);
     }

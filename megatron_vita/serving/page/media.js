@@ -20,7 +20,10 @@ export function size(bytes) {
   return `${bytes < 10 && unit ? bytes.toFixed(1) : Math.round(bytes)} ${units[unit]}`;
 }
 
-/** A picture or a video, ready to be shown and sent: {kind, name, bytes, url (data URL), preview (object URL)}. */
+/**
+ * A picture or a video, ready to be shown and sent: {kind, name, bytes, seconds, preview (object URL), data (its data URL,
+ * as a Blob: a conversation may hold more than the longest string of a browser)}.
+ */
 export async function read(file, limits) {
   const type = PICTURES.includes(file.type) || file.type.startsWith("video/") ? file.type : BY_SUFFIX[suffix(file.name)];
   const name = file.name || "picture";
@@ -37,8 +40,8 @@ export async function read(file, limits) {
     if (facts.pixels > limits.picture_pixels) {
       throw new Error(`${name} has ${count(facts.pixels)} pixels; the server takes ${count(limits.picture_pixels)}.`);
     }
-    const url = await dataUrl(file, type);
-    return { kind, name, bytes: file.size, url, preview, small: facts.side < 64, seconds: facts.seconds || 0 };
+    const data = new Blob([await dataUrl(file, type)]);
+    return { kind, name, bytes: file.size, data, preview, small: facts.side < 64, seconds: facts.seconds || 0 };
   } catch (error) {
     URL.revokeObjectURL(preview);
     throw error;
@@ -97,8 +100,17 @@ function dataUrl(file, type) {
   });
 }
 
-/** A medium as a part of a message, in OpenAI's form. */
-export const part = ({ kind, url }) => ({ type: `${kind}_url`, [`${kind}_url`]: { url } });
+/** A request's body. Where the JSON holds a medium, its data URL stands. */
+export function bodyOf(request) {
+  const media = [];
+  const secret = `medium-${crypto.getRandomValues(new Uint32Array(4)).join("-")}-`; // no text of a person holds it
+  const json = JSON.stringify(request, (_, value) => (value?.data instanceof Blob ? `${secret}${media.push(value.data) - 1}` : value));
+  const pieces = json.split(new RegExp(`(?<=")${secret}(\\d+)(?=")`));
+  return new Blob(pieces.map((one, i) => (i % 2 ? media[Number(one)] : one)), { type: "application/json" });
+}
+
+/** A medium as a part of a message, in OpenAI's form; `bodyOf` puts its data in. */
+export const part = (medium) => ({ type: `${medium.kind}_url`, [`${medium.kind}_url`]: { url: { data: medium.data } } });
 
 /** A small view of a medium; with `remove`, a button that takes it away. */
 export function thumbnail(medium, remove = null) {
@@ -117,5 +129,5 @@ export function thumbnail(medium, remove = null) {
   );
 }
 
-/** Lets go of what a medium holds beside its data. */
-export const release = (medium) => URL.revokeObjectURL(medium.preview);
+/** Lets go of views. */
+export const release = (media) => media.forEach((one) => URL.revokeObjectURL(one.preview));

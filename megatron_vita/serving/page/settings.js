@@ -14,17 +14,16 @@ function dialog(id) {
   return element;
 }
 
-/** Fields of the settings dialog: temperature, length, seed, instructions. */
+const FIELDS = ["temperature", "length", "seed", "frames", "instructions"];
+
+/** Fields of the settings dialog. */
 export class Settings {
   constructor() {
     this.dialog = dialog("settings");
     this.form = byId("settings-form");
-    this.temperature = byId("temperature");
-    this.length = byId("length");
-    this.seed = byId("seed");
-    this.instructions = byId("instructions");
     const stored = JSON.parse(sessionStorage.getItem(SETTINGS) ?? "{}");
-    for (const name of ["temperature", "length", "seed", "instructions"]) {
+    for (const name of FIELDS) {
+      this[name] = byId(name);
       if (name in stored) this[name].value = stored[name];
       this[name].addEventListener("input", () => this.changed());
     }
@@ -37,10 +36,8 @@ export class Settings {
   }
 
   changed() {
-    const { temperature, length, seed, instructions } = this;
-    byId("temperature-value").textContent = Number(temperature.value).toFixed(1);
-    const stored = { temperature: temperature.value, length: length.value, seed: seed.value, instructions: instructions.value };
-    sessionStorage.setItem(SETTINGS, JSON.stringify(stored));
+    byId("temperature-value").textContent = Number(this.temperature.value).toFixed(1);
+    sessionStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(FIELDS.map((name) => [name, this[name].value]))));
   }
 
   /** The longest answer is what fits into the model. */
@@ -53,7 +50,13 @@ export class Settings {
   /** Fields of the request's body; what is no number falls back to what the server does by default. */
   get body() {
     const whole = (field) => (/^\d{1,15}$/.test(field.value.trim()) ? Number(field.value) : undefined);
-    return { temperature: Number(this.temperature.value), max_completion_tokens: whole(this.length) || undefined, seed: whole(this.seed) };
+    const frames = whole(this.frames) || undefined;
+    return {
+      temperature: Number(this.temperature.value),
+      max_completion_tokens: whole(this.length) || undefined,
+      seed: whole(this.seed),
+      media_io_kwargs: frames && { video: { num_frames: frames } },
+    };
   }
 
   /** The system message, if there is one. */
