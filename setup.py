@@ -10,7 +10,7 @@ version = next(
     if line.startswith("__version__")
 )
 
-SERVE = ["fastapi", "uvicorn", "httpx", "prometheus_client", "llguidance"]
+SERVE = ["fastapi", "uvicorn", "httpcore", "httpx", "prometheus_client", "llguidance"]
 
 setup(
     name="megatron-vita",

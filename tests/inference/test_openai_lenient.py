@@ -135,10 +135,20 @@ def test_pictures_say_their_most_tiles() -> None:
 
 
 def test_an_address_is_fetched_only_if_that_is_allowed() -> None:
-    body = {"messages": [{"role": "user", "content": [shows("https://x/a.png"), says("?")]}]}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": [shows("https://x/a.png"), says("?")]}]}
     assert refused(body).code == "media_remote"
     sample = chat(body, fetch=lambda url, kind: f"{kind} {url}".encode()).requests[0].sample
     assert sample.images[0].data == b"image https://x/a.png"
+
+    def gone(url: str, kind: str) -> bytes:
+        raise RequestError("gone", code="media_remote")
+
+    assert str(refused(body, fetch=gone)) == "messages[0].content[0].image_url.url: gone"
+    for name in ("fetches", "fetched_bytes"):
+        options = ReadOptions(strict=False, limits=Limits(**{name: 1}), fetch=lambda url, kind: b"x")
+        body["messages"][0]["content"] = [shows("HTTP://x/a.png"), shows("http://x/b.png")]
+        with pytest.raises(LimitError, match=f"{name}=1 is the limit"):
+            chat_request(body, id="r", options=options)
 
 
 # ---- limits ----

@@ -47,6 +47,10 @@ class Limits:
     """Frames that are looked at, of all videos together."""
     video_seconds: float = 6 * 3600.0
     """Seconds of all videos together."""
+    fetches: int = 32
+    """Pictures and videos that are downloaded."""
+    fetched_bytes: int = 256 << 20
+    """Bytes of them together; the last one may be more than is left."""
     prompt_tokens: int | None = None
     """Tokens of the prompt; None: as many as the model and its cache hold."""
 

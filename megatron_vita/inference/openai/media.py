@@ -19,6 +19,11 @@ Fetch = Callable[[str, str], bytes]
 """(http or https address, `image` or `video`) -> the bytes there. Raises RequestError."""
 
 
+def is_address(url: str | DataUrl) -> bool:
+    """Whether a URL would be fetched."""
+    return isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
+
+
 def find_medium(
     url: str | DataUrl, place: str, kind: str, *, media_root: Path | None, fetch: Fetch | None, most_bytes: int
 ) -> MediaFile:
@@ -41,7 +46,10 @@ def find_medium(
     if scheme == "data":
         return DataUrl.parse(url).medium(place, kind, most_bytes)
     if scheme in ("http", "https") and fetch is not None:
-        return MediaFile(data=fetch(url, kind), label=place)
+        try:
+            return MediaFile(data=fetch(url, kind), label=place)
+        except RequestError as error:
+            raise RequestError(f"{place}: {error}", param=place, code=error.code) from None
     if scheme in ("http", "https", "ftp", "s3"):
         raise RequestError(
             f"{place} is an address on the network ({scheme}); nothing is downloaded. Give a path below the media "

@@ -15,7 +15,7 @@ from megatron_vita.inference.openai.data_url import DataUrl
 from megatron_vita.inference.openai.errors import RequestError
 from megatron_vita.inference.openai.fields import Unread, array, mapping, shown, text, whole, wrong_type
 from megatron_vita.inference.openai.limits import Limits
-from megatron_vita.inference.openai.media import Fetch, find_medium
+from megatron_vita.inference.openai.media import Fetch, find_medium, is_address
 
 MAX_DATA_BYTES = 256 << 20
 """Most bytes of a picture or video within a request, where no other limit is given."""
@@ -111,6 +111,8 @@ class _Reader:
     unread: Unread
     images: list[MediaFile] = field(default_factory=list)
     videos: list[MediaFile] = field(default_factory=list)
+    fetched: int = 0
+    """Bytes that were downloaded."""
 
     def message(self, message: Any, place: str) -> _Message:
         """One message."""
@@ -147,6 +149,7 @@ class _Reader:
         limits.check("text_characters", sum(len(part) for part in parts if isinstance(part, str)), param="messages")
         limits.check("pictures", len(media), param="messages")
         limits.check("videos", len(videos), param="messages")
+        limits.check("fetches", sum(is_address(one.url) for one in media), param="messages")
         urls = (DataUrl.parse(one) if isinstance(one, str) and one.startswith("data:") else one for one in videos)
         frames = sum(one.frames() for one in urls if isinstance(one, DataUrl))
         limits.check("frames", frames, param="messages")
@@ -223,6 +226,10 @@ class _Reader:
             part.url, part.place, part.kind, media_root=self.options.media_root, fetch=self.options.fetch,
             most_bytes=most_bytes,
         )  # fmt: skip
+        if is_address(part.url):
+            self.fetched += len(file.data or b"")
+            if limits is not None:
+                limits.check("fetched_bytes", self.fetched, param=part.place)
         if part.kind == "image":
             self.images.append(replace(file, max_tiles=part.max_tiles or self.options.max_tiles))
             return Image(len(self.images) - 1)
