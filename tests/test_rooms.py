@@ -221,6 +221,10 @@ _TAKES_ANY_ERROR = {
     "checkpoint/inert.py": "what a stranger's pickle asks for, memory too, is its own fault",
     "checkpoint/pickles.py": "the same",
     "checks/fused.py": "an error is a verdict, and is printed with its type",
+    "serving/answer.py": "it is raised again, or told to the client as what it is",
+    "serving/app.py": "the same",
+    "serving/jobs.py": "it is raised again by those who wait for the answer",
+    "serving/run.py": "the main thread raises it again",
 }
 """Handlers of any Exception that may take a MemoryError for a fault of what was read."""
 

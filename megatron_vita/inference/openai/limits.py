@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vita.errors import ConfigError
@@ -59,6 +60,29 @@ class Limits:
             value = getattr(self, field.name)
             if value is not None and value <= 0:
                 raise ConfigError(f"limit {field.name}={value} must be positive.")
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Limits:
+        """Limits from `NAME=NUMBER` on a command line; the others keep their defaults.
+
+        Raises:
+            ConfigError: another form, an unknown name, or a number that cannot be.
+        """
+        types = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        given: dict[str, float] = {}
+        for text in texts:
+            name, equals, number = text.partition("=")
+            if not equals or name not in types:
+                raise ConfigError(f"--limit {text}: give NAME=NUMBER, with one of the names {', '.join(types)}.")
+            try:
+                given[name] = float(number) if types[name] is float else int(number)
+            except ValueError:
+                raise ConfigError(f"--limit {text}: {number!r} is no whole number.") from None
+        return cls(**given)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Names and values."""
+        return dataclasses.asdict(self)
 
     def check(self, name: str, value: float, *, param: str | None = None, status: int = 400) -> None:
         """Refuse more than a limit allows.

@@ -89,6 +89,8 @@ class ApiRequest:
     """Prompts of a completion."""
     echo: tuple[str, ...] = ()
     """The text of each of `requests` that its answer begins with, if that is asked for."""
+    seeded: bool = False
+    """The body has a seed, so the same body has the same answers."""
 
 
 def chat_request(body: Any, *, id: str, options: ReadOptions) -> ApiRequest:
@@ -206,7 +208,9 @@ def _request(
         for place, prompt in enumerate(prompts)
         for choice in range(choices)
     )
-    return ApiRequest(requests, model, stream, include_usage and stream, unread.warnings, len(prompts))
+    return ApiRequest(
+        requests, model, stream, include_usage and stream, unread.warnings, len(prompts), seeded="seed" in given
+    )
 
 
 def _prompts(prompt: Any, options: ReadOptions) -> list[RawPrompt]:

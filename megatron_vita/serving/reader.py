@@ -1,0 +1,91 @@
+"""Bodies become prepared prompts in a few threads, beside the thread in which the engine works."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+from megatron_vita.inference.openai import ApiRequest, ReadOptions, chat_request, completion_request, parse_body
+from megatron_vita.inference.prepare import Prepared
+from megatron_vita.inference.prompt import Request
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["chat", "completion"]
+THREADS = 2
+"""Requests that are read at once; each may hold a body, its text and its media in memory."""
+_MOST_WARNED = 1000
+"""Field names that are warned of; a hostile client could invent names for ever."""
+
+
+class Reader:
+    """Reads and prepares requests."""
+
+    def __init__(self, prepare: Callable[[Request], Prepared], options: ReadOptions) -> None:
+        """Start no thread yet.
+
+        Args:
+            prepare: `Engine.open`.
+            options: how bodies are read.
+        """
+        self._prepare, self._options = prepare, options
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
+        self._warned: set[str] = set()
+
+    async def read(self, kind: Kind, box: list[bytes], id: str) -> tuple[ApiRequest, list[Prepared]]:
+        """Read a body and prepare its requests.
+
+        Args:
+            kind: of the endpoint.
+            box: holds the body, which is taken out of it: bytes that are read are not kept.
+            id: of the job.
+
+        Raises:
+            VitaError: what is wrong with it.
+        """
+        abandoned = asyncio.Event()
+        future = self._pool.submit(self._read, kind, box, id, abandoned)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            abandoned.set()
+            future.add_done_callback(_close)
+            raise
+
+    def close(self) -> None:
+        """Let the threads end; what waits is not read."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(
+        self, kind: Kind, box: list[bytes], id: str, abandoned: asyncio.Event
+    ) -> tuple[ApiRequest, list[Prepared]]:
+        if abandoned.is_set():
+            return ApiRequest((), None, False), []
+        body = parse_body(box.pop())
+        request = (chat_request if kind == "chat" else completion_request)(body, id=id, options=self._options)
+        del body
+        for warning in request.warnings:
+            if warning not in self._warned and len(self._warned) < _MOST_WARNED:
+                self._warned.add(warning)
+                log.warning("%s (said once)", warning)
+        prepared: list[Prepared] = []
+        try:
+            for one in request.requests:
+                if abandoned.is_set():
+                    break
+                prepared.append(self._prepare(one))
+        except BaseException:
+            for one_prepared in prepared:
+                one_prepared.media.close()
+            raise
+        return request, prepared
+
+
+def _close(future: Future[tuple[ApiRequest, list[Prepared]]]) -> None:
+    """Let go of the media of a request that nobody waits for."""
+    if not future.cancelled() and future.exception() is None:
+        for prepared in future.result()[1]:
+            prepared.media.close()
