@@ -127,7 +127,7 @@ def test_keyboard_alone_is_enough(desk: Visit, server: FakeServer) -> None:
     desk.page.wait_for_selector("#settings[open]")
     for key in ("ArrowRight", "ArrowRight", "Tab"):
         press(key)
-    for key in "7", "Tab", "9", "Tab", "5":
+    for key in "7", "Tab", "5", "Tab", "9":
         press(key)
     press("Escape")
     desk.page.wait_for_selector("#settings:not([open])", state="attached")
@@ -184,6 +184,24 @@ def test_many_pictures_are_chosen_and_pasted(desk: Visit, server: FakeServer) ->
     assert {one["image_url"]["url"] for one in content[:-1]} == {_data_url(DIGIT)}
     assert desk.page.locator(".question .medium").count() == 12
     assert desk.page.inner_text(".more") == "and 2 more"
+
+
+def test_the_end_stays_in_view_unless_the_reader_has_left_it(desk: Visit, server: FakeServer) -> None:
+    server.answers["Long"] = "\n\n".join(map(str, range(200)))
+    desk.ask("Long")
+    desk.answer()
+    main = desk.page.locator("main")
+    below = "(main) => Math.round(main.scrollHeight - main.scrollTop - main.clientHeight)"
+    frame = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    for number, place in enumerate((0, main.evaluate("(main) => main.scrollHeight") // 2), 1):
+        if place:
+            main.evaluate("(main, place) => main.scrollTop = place", place)
+        desk.page.evaluate(frame)
+        for name in "ab":
+            desk.drop(f"{name}.png", "image/png", DIGIT)
+        desk.page.wait_for_selector(f".strip .medium:nth-child({2 * number})")
+        desk.page.evaluate(frame)
+        assert main.evaluate("(main) => main.scrollTop") == place if place else main.evaluate(below) == 0
 
 
 def test_answers_and_code_are_copied(desk: Visit, server: FakeServer) -> None:

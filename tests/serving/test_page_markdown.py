@@ -72,7 +72,7 @@ HUGE = """async () => {
     "http://", "![", "~~a", "a\\n", "\\n", "- a\\n\\n", "> a\\n", "1. a\\n", "|a|b|\\n", "```\\n", "(((", "|-", "a (http://b(",
     "\\t", " "];
   for (const one of parts) {
-    const text = one.repeat(Math.ceil(50000 / one.length));
+    const text = one.repeat(Math.ceil(20000 / one.length));
     new MarkdownView(document.createElement("div")).update(text);
   }
   return true;

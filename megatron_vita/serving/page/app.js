@@ -218,6 +218,7 @@ async function answer(exchange) {
   let [note, failed, locked] = ["", false, false];
   retract("media");
   refresh();
+  atEnd = true;
   follow();
   status.textContent = "Answering";
   const painter = paint(exchange);
@@ -249,13 +250,11 @@ async function answer(exchange) {
   times.ended = performance.now();
   painter.stop();
   clearInterval(clock);
-  const near = nearEnd();
   if (!note && !exchange.answer) note = "The model answered nothing.";
   exchange.close({ note, failed, stats: failed ? "" : statistics(times) });
   status.textContent = failed ? "" : `${note} ${exchange.answer.slice(0, 2000)}`.trim();
   if (running === controller) running = null;
   refresh();
-  if (near) follow();
   if (locked) {
     const words = key.value ? "The server does not take this key." : "";
     key.forget();
@@ -270,19 +269,20 @@ function paint(exchange) {
     touch() {
       frame ||= requestAnimationFrame(() => {
         frame = 0;
-        const near = nearEnd();
         exchange.show();
-        if (near) follow();
       });
     },
     stop: () => cancelAnimationFrame(frame),
   };
 }
 
-const nearEnd = () => main.scrollHeight - main.scrollTop - main.clientHeight < 96;
-
-/** Shows the end. Asked for only where it was in view: a reader who has scrolled away stays where he is. */
-const follow = () => (main.scrollTop = main.scrollHeight);
+// The end stays in view while it grows; a reader who has scrolled away from it stays where he is.
+let atEnd = true;
+const follow = () => atEnd && (main.scrollTop = main.scrollHeight);
+main.addEventListener("scroll", () => (atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 96));
+const sizes = new ResizeObserver(follow);
+sizes.observe(main);
+sizes.observe(list);
 
 refresh();
 connect();

@@ -119,7 +119,7 @@ export function thumbnail(medium, remove = null) {
   const view =
     kind === "image"
       ? el("img", { src: preview, alt: label, class: small ? "small" : undefined })
-      : el("video", { src: preview, "aria-label": label, preload: "metadata", muted: true, controls: remove ? undefined : true });
+      : el("video", { src: preview, class: small ? "small" : undefined, "aria-label": label, preload: "auto", muted: true, controls: remove ? undefined : true });
   return el(
     "figure",
     { class: `medium ${kind}${small ? " small" : ""}`, title: label },
