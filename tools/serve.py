@@ -49,6 +49,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--served-model-name", help="name of the model for clients (default: its stage or folder)")
     add("--media-root", type=Path, help="folder of media that requests may name by file:// and relative paths")
     add("--allow-fetch", action="store_true", help="download http(s) media, never from private addresses")
+    add(
+        "--fetch-timeout",
+        type=float,
+        default=default.fetch_timeout,
+        help="seconds for all downloads of a request (default: %(default)s)",
+    )
     add("--max-queue", type=int, default=default.max_queue, help="requests that may wait (default: %(default)s)")
     add(
         "--max-pending-bytes",
@@ -104,6 +110,7 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         model_name=args.served_model_name,
         media_root=args.media_root,
         allow_fetch=args.allow_fetch,
+        fetch_timeout=args.fetch_timeout,
         limits=Limits.parse(args.limit),
         max_queue=args.max_queue,
         max_pending_bytes=args.max_pending_bytes,

@@ -14,6 +14,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.serving.answer import answer
 from megatron_vita.serving.errors import HttpError, status_and_object
 from megatron_vita.serving.guard import Guard
+from megatron_vita.serving.page import page_router
 from megatron_vita.serving.reader import Kind
 from megatron_vita.serving.service import Service
 
@@ -22,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
     """The routes over a service; its model may still be loading."""
     app = FastAPI(title="megatron_vita", docs_url=None, redoc_url=None, openapi_url=None)
     settings = service.settings
+    app.include_router(page_router())
     app.add_middleware(Guard, api_key=settings.api_key)
     if settings.loopback:  # a page of another site must not reach it under a name that points to this machine
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
-from megatron_vita.inference.openai import ApiRequest, ReadOptions, chat_request, completion_request, parse_body
+from megatron_vita.inference.openai import ApiRequest, Limits, ReadOptions, chat_request, completion_request, parse_body
 from megatron_vita.inference.prepare import Prepared
 from megatron_vita.inference.prompt import Request
+from megatron_vita.serving.fetch import fetch
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +28,17 @@ _MOST_WARNED = 1000
 class Reader:
     """Reads and prepares requests."""
 
-    def __init__(self, prepare: Callable[[Request], Prepared], options: ReadOptions) -> None:
+    def __init__(
+        self, prepare: Callable[[Request], Prepared], options: ReadOptions, *, fetch_timeout: float | None = None
+    ) -> None:
         """Start no thread yet.
 
         Args:
             prepare: `Engine.open`.
             options: how bodies are read.
+            fetch_timeout: seconds for all downloads of a request; None: nothing is downloaded.
         """
-        self._prepare, self._options = prepare, options
+        self._prepare, self._options, self._fetch_timeout = prepare, options, fetch_timeout
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
         self._warned: set[str] = set()
 
@@ -46,7 +53,7 @@ class Reader:
         Raises:
             VitaError: what is wrong with it.
         """
-        abandoned = asyncio.Event()
+        abandoned = threading.Event()
         future = self._pool.submit(self._read, kind, box, id, abandoned)
         try:
             return await asyncio.wrap_future(future)
@@ -60,12 +67,12 @@ class Reader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(
-        self, kind: Kind, box: list[bytes], id: str, abandoned: asyncio.Event
+        self, kind: Kind, box: list[bytes], id: str, abandoned: threading.Event
     ) -> tuple[ApiRequest, list[Prepared]]:
         if abandoned.is_set():
             return ApiRequest((), None, False), []
         body = parse_body(box.pop())
-        request = (chat_request if kind == "chat" else completion_request)(body, id=id, options=self._options)
+        request = (chat_request if kind == "chat" else completion_request)(body, id=id, options=self._own_options())
         del body
         for warning in request.warnings:
             if warning not in self._warned and len(self._warned) < _MOST_WARNED:
@@ -82,6 +89,18 @@ class Reader:
                 one_prepared.media.close()
             raise
         return request, prepared
+
+    def _own_options(self) -> ReadOptions:
+        """Options of one request, whose downloads share their time."""
+        if self._fetch_timeout is None:
+            return self._options
+        end = time.monotonic() + self._fetch_timeout
+        most = (self._options.limits or Limits()).picture_bytes
+
+        def download(url: str, kind: str) -> bytes:
+            return fetch(url, kind, limit_bytes=most, timeout=max(0.1, end - time.monotonic()))
+
+        return replace(self._options, fetch=download)
 
 
 def _close(future: Future[tuple[ApiRequest, list[Prepared]]]) -> None:

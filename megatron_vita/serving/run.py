@@ -193,7 +193,8 @@ class _EngineThread(threading.Thread):
             vocab_size=engine.config.vocab_size,
         )
         loop = self._loop = EngineLoop(engine, self._post)
-        self._post(lambda: self._service.attach(engine, loop, Reader(engine.open, options)))
+        reader = Reader(engine.open, options, fetch_timeout=settings.fetch_timeout if settings.allow_fetch else None)
+        self._post(lambda: self._service.attach(engine, loop, reader))
         log.info("%s is loaded in %.1f s and ready", self._service.model, time.monotonic() - begun)
         if self._ending.is_set():
             loop.stop()

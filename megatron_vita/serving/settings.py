@@ -26,6 +26,8 @@ class ServerSettings:
     """Folder that `file://` addresses are below; None: they are refused."""
     allow_fetch: bool = False
     """Download http(s) addresses of pictures and videos, never from private addresses."""
+    fetch_timeout: float = 60.0
+    """Seconds that all downloads of a request may take together."""
     limits: Limits = field(default_factory=Limits)
     """What one request may hold."""
     max_queue: int = 256
@@ -53,7 +55,7 @@ class ServerSettings:
         for name in ("max_queue", "max_pending_bytes", "max_connections", "body_rate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1.")
-        for name in ("header_timeout", "drain_timeout"):
+        for name in ("fetch_timeout", "header_timeout", "drain_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: seconds, at least 0.")
         if self.media_root is not None and not self.media_root.is_dir():
