@@ -63,6 +63,7 @@ setup(
             "openai>=1.50",
             "playwright",  # its driver only; the browser is the system's (tests/serving/browser.py)
         ],
+        "evaluate": ["matplotlib"],  # plots of tools/evaluate.py
         "quickstart": ["transformers>=5.0", "scikit-learn", "matplotlib", "scipy"],
         "ray": ["ray>=2.40"],  # preprocess_data.py --engine ray
         "serve": SERVE,  # tools/serve.py

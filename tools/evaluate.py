@@ -1,15 +1,21 @@
-"""Ask models the questions of JSONL files and count the right answers.
+"""Ask models questions and score the answers: files of questions, published benchmarks, needles in haystacks.
 
-    python tools/evaluate.py --model HF_DIR_or_CKPT [...] --task exact_match --data FILE [...] --output DIR
+    python tools/evaluate.py --model HF_DIR_or_CKPT [...] --data FILE [...] [--task exact_match] --output DIR
+    python tools/evaluate.py --model ... --data videos.jsonl --frames 8 64 256 --output DIR
+    python tools/evaluate.py --model ... --needle visual --frames 8 64 4096 --depths 11 --output DIR
+    python tools/evaluate.py --model ... --needle text --lengths 4096 131072 --output DIR
     torchrun --nproc-per-node 2 tools/evaluate.py --context-parallel-size 2 --model ... --data ... --output DIR
 
 A data file holds one record a line in Long-VITA's `messages` form; its last assistant turn is the reference answer, its
-media paths are relative to the file (or to --media-root). Other keys of a record (`frames`, `depth`, ...) go along into
-the results.
+media paths are relative to the file (or to --media-root). Other keys of a record (`category`, `duration`, ...) go along
+into the results, and the report has a table by each of these two.
 
-Writes DIR/results.jsonl, a line an answer as it comes, and DIR/summary.json. Run again after a kill, and only what is
-not answered yet is asked, and what could not be read. Where anything changed that decides an answer (model, tokenizer,
-template, preprocessing, settings, question, media, packages), it is asked anew.
+A needle is a picture of a video, or a sentence of a text, that is asked for. Without --needles and --haystack they are
+drawn and written by the program. docs/evaluate.md has the forms of the files.
+
+Writes DIR/results.jsonl, a line an answer as it comes, then DIR/summary.json, DIR/report.md and its plots. Run again
+after a kill, and only what is not answered yet is asked, and what could not be read. Where anything changed that
+decides an answer (model, tokenizer, template, preprocessing, settings, question, media, packages), it is asked anew.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vita import log
 from megatron_vita.errors import VitaError
@@ -30,6 +37,9 @@ from megatron_vita.inference.arguments import (
 )
 from megatron_vita.inference.leader import fail, leads
 
+if TYPE_CHECKING:
+    from megatron_vita.evaluation.questions import QuestionSet
+
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -39,23 +49,61 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", nargs="+", action="extend", required=True, help="checkpoints or Hugging Face folders"
     )
-    parser.add_argument("--task", default="exact_match", help="how answers are judged")
-    parser.add_argument("--data", nargs="+", action="extend", required=True, help="JSONL files of questions")
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and summary.json")
-    parser.add_argument("--media-root", type=Path, help="folder of the media (default: each data file's own)")
-    parser.add_argument("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
-    parser.add_argument("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
-    parser.add_argument("--limit", type=int, help="only the first so many lines of each file")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the questions")
+    add = parser.add_argument
+    add("--task", help="how answers to --data are judged (default: exact_match)")
+    add("--data", nargs="+", action="extend", default=[], help="files of questions: JSONL, or parquet")
+    add("--needle", nargs="+", choices=("visual", "text"), default=[], help="ask for a needle in a haystack")
+    add("--output", type=Path, required=True, help="folder for results.jsonl, summary.json and report.md")
+    add("--frames", type=int, nargs="+", default=[], help="most frames of each video; every number is asked in turn")
+    add("--lengths", type=int, nargs="+", default=[], help="tokens of the texts of --needle text")
+    add("--depths", type=float, nargs="+", default=[11], help="a number of depths, or depths from 0 to 1 (default: 11)")
+    add("--samples", type=int, default=5, help="needles of each length and depth (default: 5)")
+    add("--needles", type=Path, help="JSONL of {image or text, question, answer} (default: generated)")
+    add("--haystack", type=Path, help="folder of frames or video; or text file (default: generated)")
+    add("--media-root", type=Path, help="folder of the media (default: each data file's own)")
+    add("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
+    add("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
+    add("--limit", type=int, help="only the first so many questions of each set")
+    add("--max-new-tokens", type=int, default=32, help="longest answer")
+    add("--workers", type=int, default=1, help="processes that share the questions")
     add_sampling_arguments(parser)
     add_engine_arguments(parser)
     args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "workers"):
+    for name in ("limit", "max_new_tokens", "workers", "samples"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not args.data and not args.needle:
+        parser.error("nothing to ask: give --data or --needle")
+    if "visual" in args.needle and not args.frames:
+        parser.error("--needle visual: give the lengths of the clips with --frames")
+    if ("text" in args.needle) != bool(args.lengths):
+        parser.error("--needle text and --lengths, the tokens of its texts, go together")
+    if not args.needle and (args.needles or args.haystack):
+        parser.error("--needles and --haystack go with --needle")
+    if len(args.needle) > 1 and (args.needles or args.haystack):
+        parser.error("--needles and --haystack fit one kind of needle: give --needle visual or --needle text")
     return args
+
+
+def question_sets(args: argparse.Namespace) -> list[QuestionSet]:
+    """What the command line asks; nothing is read yet. Raises ConfigError for a grid that cannot be."""
+    from megatron_vita.evaluation.needle.grid import Grid, depths_of
+    from megatron_vita.evaluation.needle.sets import text_sets, visual_sets
+    from megatron_vita.evaluation.questions import data_file
+
+    sets = [data_file(path, args.media_root) for path in args.data]
+    if args.frames:
+        sets = [one for whole in sets for one in whole.sweep(args.frames)]
+    if args.needle:
+        grid = Grid(depths=depths_of(args.depths), samples=args.samples, seed=args.seed)
+        given = {"haystack": args.haystack, "needles": args.needles}
+        if "visual" in args.needle:
+            folder = args.output / "needle"
+            sets += visual_sets(args.frames, grid, folder, media_root=args.media_root, **given)
+        if "text" in args.needle:
+            sets += text_sets(args.lengths, grid, args.model, **given)
+    return sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,25 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sampling, engine = sampling_config(args), engine_settings(args)
         from megatron_vita.evaluation.evaluate import EvalSettings, evaluate
-        from megatron_vita.evaluation.score import table
+        from megatron_vita.evaluation.report.summary import table
 
         settings = EvalSettings(
-            task=args.task,
+            task=args.task or "exact_match",
             zero_tiles=args.zero_tiles,
             video_backend=args.video_backend,
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
             engine=engine,
         )
-        rows = evaluate(
-            args.model,
-            args.data,
-            args.output,
-            settings,
-            media_root=args.media_root,
-            limit=args.limit,
-            workers=args.workers,
-        )
+        rows = evaluate(args.model, question_sets(args), args.output, settings, limit=args.limit, workers=args.workers)
     except VitaError as error:
         return fail("evaluate", error)
     except KeyboardInterrupt:
@@ -103,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"evaluate: {unreadable} questions could not be read and count as wrong (see `error` in the results)",
             file=sys.stderr,
         )
-    print(f"wrote {args.output / 'results.jsonl'} and {args.output / 'summary.json'}")
+    print(f"wrote {', '.join(str(args.output / name) for name in ('results.jsonl', 'summary.json', 'report.md'))}")
     return 1 if unreadable else 0
 
 

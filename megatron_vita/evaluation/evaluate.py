@@ -16,9 +16,11 @@ from megatron_vita.data.media.video.open import decoder_name
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.processes import in_processes
 from megatron_vita.evaluation.question_key import QuestionKeys
-from megatron_vita.evaluation.questions import Question, QuestionSet, read_questions
-from megatron_vita.evaluation.results import Result, ResultFile
-from megatron_vita.evaluation.score import UNREADABLE, score_of, summarise, verdict
+from megatron_vita.evaluation.questions import Question, QuestionSet, data_file
+from megatron_vita.evaluation.report.summary import summarise
+from megatron_vita.evaluation.report.write import write_report
+from megatron_vita.evaluation.results import Part, Result, ResultFile, part_of
+from megatron_vita.evaluation.score import UNREADABLE, score_of, verdict
 from megatron_vita.evaluation.tasks import TASKS
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import model_key, run_key
@@ -62,14 +64,31 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Asked:
+    """A question that has no answer yet."""
+
+    run: str
+    """Key of the answer."""
+    line: int
+    set: QuestionSet
+    questions: Sequence[Question]
+    """Those of the set."""
+    index: int
+
+    @property
+    def question(self) -> Question:
+        """The question, which may be made only now: all long texts together would not fit into memory."""
+        return self.questions[self.index]
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
     """One model and its unanswered questions."""
 
-    model: str
-    """The path as it was given."""
+    path: str
+    """As it was given."""
     name: str
-    questions: tuple[tuple[str, str, Question], ...]
-    """(key of the answer, data file as it was given, question)."""
+    asked: tuple[_Asked, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +96,11 @@ class _Plan:
     """What is to be asked."""
 
     results: ResultFile
-    parts: tuple[_Part, ...]
+    models: tuple[_Model, ...]
     total: int
     """Questions, answered ones included."""
-    rows: frozenset[tuple[str, str, bool]]
-    """(model, data file, zero tiles) of every part."""
+    parts: frozenset[Part]
+    """Of this evaluation."""
 
 
 def evaluate(
@@ -94,14 +113,15 @@ def evaluate(
     limit: int | None = None,
     workers: int = 1,
 ) -> list[dict[str, Any]]:
-    """Answer every question by every model, except those in `output/results.jsonl`; then write `output/summary.json`.
+    """Answer every question by every model, except those in `output/results.jsonl`; then write `output/summary.json`
+    and `output/report.md` with its plots.
 
     An answer on disk counts only while all that decides it is what it was (`answer_key`): the model, how it reads text
     and pictures, the settings, the question with its media. What could not be read is tried again.
 
     Args:
         models: checkpoints or Hugging Face folders.
-        data: question sets (each name once), or paths of files that `read_questions` reads.
+        data: question sets (each name once with a number of frames), or paths of files that `read_questions` reads.
         output: folder of the results.
         settings: what decides an answer.
         media_root: of data files: folder that media paths are relative to; by default each file's own.
@@ -109,7 +129,7 @@ def evaluate(
         workers: processes that share the questions; each loads the model.
 
     Returns:
-        A summary row (see `summarise`) for each model and data file of this call, over all answers so far; on ranks
+        A summary row (see `summarise`) for each model and set of this call, over all answers so far; on ranks
         other than the first, nothing. Every rank of a layout calls it.
 
     Raises:
@@ -119,8 +139,9 @@ def evaluate(
     plans: list[_Plan] = []
 
     def prepare() -> list[str]:
-        plans.append(_plan(models, data, output, settings, media_root, limit))
-        return [part.model for part in plans[0].parts if part.questions]
+        sets = [one if isinstance(one, QuestionSet) else data_file(one, media_root) for one in data]
+        plans.append(_plan(models, sets, output, settings, limit))
+        return [model.path for model in plans[0].models if model.asked]
 
     if workers > 1 and settings.engine.world_size > 1:
         raise ConfigError(f"workers={workers}: each of them has one rank; {settings.engine.world_size} are asked for.")
@@ -135,72 +156,61 @@ def evaluate(
         plan.results.close()
     summary = summarise(plan.results.results)
     write_atomic(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return [row for row in summary if (row["model"], row["data"], row["zero_tiles"]) in plan.rows]
+    write_report(output, plan.results.results)
+    return [row for row in summary if part_of(row) in plan.parts]
 
 
 def _plan(
-    models: Sequence[str],
-    data: Sequence[str | QuestionSet],
-    output: Path,
-    settings: EvalSettings,
-    media_root: Path | None,
-    limit: int | None,
+    models: Sequence[str], sets: Sequence[QuestionSet], output: Path, settings: EvalSettings, limit: int | None
 ) -> _Plan:
     """Read questions and results, and drop what no longer holds. Raises as `evaluate` does."""
     names = _names(models)
     known = {model: model_key(open_for_inference(model, settings.engine), settings.engine.dtype) for model in names}
     with ExitStack() as stack:
         results = stack.enter_context(closing(ResultFile(output / "results.jsonl")))
-        files: dict[str, list[tuple[str, Question]]] = {}
+        current: dict[Part, dict[int, str]] = {}
+        wanted: dict[str, list[_Asked]] = {model: [] for model in names}
         keys = QuestionKeys()
-        for one in data:
-            questions = one if isinstance(one, QuestionSet) else _file(one, media_root)
-            if questions.name not in files:
-                read = questions.read(results.limit_for(questions.name, limit))
-                files[questions.name] = [(keys.key(question), question) for question in read]
-        current = {
-            (m, d, settings.zero_tiles): {q.line: run_key(known[m], settings.deciding(), key) for key, q in files[d]}
-            for m in names
-            for d in files
-        }
+        for one in {(one.name, one.max_frames): one for one in sets}.values():
+            questions = one.read(results.limit_for(one.name, limit))
+            digests = [(question.line, keys.key(question)) for question in questions]
+            deciding = settings.deciding() | {"max_frames": one.max_frames}
+            for model in names:
+                runs = {line: run_key(known[model], deciding, digest) for line, digest in digests}
+                current[model, one.name, settings.zero_tiles, one.max_frames] = runs
+                lines = enumerate(line for line, _ in digests[:limit])
+                wanted[model] += [_Asked(runs[line], line, one, questions, index) for index, line in lines]
         stale, unread = results.forget(current)
         if stale:
             log.info("%s: dropped %d answers given under another model, question or setting", results.path, stale)
         if unread:
             log.info("%s: %d questions that could not be read are tried again", results.path, unread)
         finished = results.finished()
-        parts = []
-        total = 0
-        for model, name in names.items():
-            runs = {d: current[model, d, settings.zero_tiles] for d in files}
-            wanted = [(runs[d][q.line], d, q) for d, questions in files.items() for _, q in questions[:limit]]
-            parts.append(_Part(model, name, tuple(w for w in wanted if (w[0], w[1], w[2].line) not in finished)))
-            total += len(wanted)
+        left = [
+            _Model(path, name, tuple(a for a in wanted[path] if (a.run, a.set.name, a.line) not in finished))
+            for path, name in names.items()
+        ]
         stack.pop_all()
-    return _Plan(results, tuple(parts), total, frozenset(current))
-
-
-def _file(path: str, media_root: Path | None) -> QuestionSet:
-    return QuestionSet(path, lambda limit: read_questions(Path(path), media_root=media_root, limit=limit))
+    return _Plan(results, tuple(left), sum(map(len, wanted.values())), frozenset(current))
 
 
 def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
     """Answer all remaining questions, appending each answer; a progress bar on standard error."""
     results, total = plan.results, plan.total
-    parts = [part for part in plan.parts if part.questions]
-    left = sum(len(part.questions) for part in parts)
+    models = [model for model in plan.models if model.asked]
+    left = sum(len(model.asked) for model in models)
     if left < total:
         log.info("%s: %d of %d answers are there already", results.path, total - left, total)
     if not left:
         return
-    workers = max(1, min(workers, max(len(part.questions) for part in parts)))
+    workers = max(1, min(workers, max(len(model.asked) for model in models)))
     if workers == 1:
-        answers = _answer(parts, settings)
+        answers = _answer(models, settings)
     else:
         if settings.engine.kv_cache_memory is None:
             share = str(float(DEFAULT_KV_CACHE_SHARE / workers))
             settings = replace(settings, engine=replace(settings.engine, kv_cache_memory=share))
-        answers = in_processes(workers, lambda rank: _answer([_share(p, rank, workers) for p in parts], settings))
+        answers = in_processes(workers, lambda rank: _answer([_share(m, rank, workers) for m in models], settings))
     with tqdm(total=total, initial=total - left, unit="q", smoothing=0.1, mininterval=0.5) as bar:
         score = 0.0
         for asked, result in enumerate(answers, 1):
@@ -211,27 +221,35 @@ def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
             bar.update()
 
 
-def _share(part: _Part, rank: int, workers: int) -> _Part:
-    """Every `workers`-th question: neighbours in a file cost alike, so this balances the workers."""
-    return _Part(part.model, part.name, part.questions[rank::workers])
+def _share(model: _Model, rank: int, workers: int) -> _Model:
+    """Every `workers`-th question: neighbours in a set cost alike, so this balances the workers."""
+    return replace(model, asked=model.asked[rank::workers])
 
 
-def _answer(parts: Sequence[_Part], settings: EvalSettings) -> Iterator[Result]:
+def _answer(models: Sequence[_Model], settings: EvalSettings) -> Iterator[Result]:
     """Load each model in turn and answer its questions; in the order in which they are finished."""
-    for part in parts:
-        if not part.questions:
+    for model in models:
+        if not model.asked:
             continue
-        engine = Engine.load(part.model, settings.engine, video_backend=settings.video_backend)
+        engine = Engine.load(model.path, settings.engine, video_backend=settings.video_backend)
         requests = (
-            Request(str(index), question.sample, settings.sampling, settings.max_new_tokens, settings.zero_tiles)
-            for index, (_, _, question) in enumerate(part.questions)
+            Request(
+                str(index),
+                asked.question.sample,
+                settings.sampling,
+                settings.max_new_tokens,
+                settings.zero_tiles,
+                max_frames=asked.set.max_frames,
+            )
+            for index, asked in enumerate(model.asked)
         )
         for request, outcome in engine.run(requests):
-            key, data, question = part.questions[int(request.id)]
+            asked = model.asked[int(request.id)]
+            question = asked.question
             task = question.task or settings.task
-            result: Result = {"run": key, "model": part.model, "name": part.name, "task": task}
-            result |= {"data": data, "line": question.line, "zero_tiles": settings.zero_tiles}
-            result |= {"overrides": settings.engine.overrides}
+            result: Result = {"run": asked.run, "model": model.path, "name": model.name, "task": task}
+            result |= {"data": asked.set.name, "line": question.line, "zero_tiles": settings.zero_tiles}
+            result |= {"max_frames": asked.set.max_frames, "overrides": settings.engine.overrides}
             if isinstance(outcome, Generation):
                 score = TASKS[task](outcome.text, question)
                 result |= {"answer": outcome.text.strip(), "expected": question.expected}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,33 @@ class QuestionSet:
     name: str
     """Its name in results and tables."""
     read: Callable[[int | None], Sequence[Question]]
-    """The first so many questions; all for None. Raises as `read_questions` does."""
+    """The first so many questions; all for None. They may be made when they are looked at. Raises as `read_questions`
+    does."""
+    max_frames: int | None = None
+    """Most frames that are taken of each video; None: as many as the model was trained with."""
+
+    def sweep(self, frames: Sequence[int]) -> list[QuestionSet]:
+        """The same questions with at most so many frames of each video, a set for each number.
+
+        Raises:
+            ConfigError: a number below 1; when it is read, a set without a video.
+        """
+        if any(most < 1 for most in frames):
+            raise ConfigError(f"--frames {' '.join(map(str, frames))}: a video has at least one frame.")
+
+        @cache
+        def read(limit: int | None) -> Sequence[Question]:
+            questions = self.read(limit)
+            if not any(question.sample.videos for question in questions):
+                raise ConfigError(f"{self.name}: no question of it shows a video. Leave out --frames.")
+            return questions
+
+        return [QuestionSet(self.name, read, most) for most in sorted(set(frames))]
+
+
+def data_file(path: str, media_root: Path | None = None) -> QuestionSet:
+    """The questions of a file, see `read_questions`; its path is their name."""
+    return QuestionSet(path, lambda limit: read_questions(Path(path), media_root=media_root, limit=limit))
 
 
 def read_questions(path: Path, *, media_root: Path | None = None, limit: int | None = None) -> list[Question]:

@@ -16,15 +16,22 @@ _HEAD = b'{"run": "'
 """How a line of results begins."""
 
 Result = dict[str, Any]
+Part = tuple[str, str, bool, int | None]
+"""(model, set of questions, zero tiles, most frames of a video): what is asked and counted together."""
+
+
+def part_of(result: Mapping[str, Any]) -> Part:
+    """The part that a result line, or a row of a summary, belongs to."""
+    return result["model"], result["data"], result["zero_tiles"], result.get("max_frames")
 
 
 class ResultFile:
     """Append-only results that know which questions are answered.
 
-    A line is {run, model, name, task, data, line, zero_tiles, answer, extracted, expected, verdict, score, finished,
-    fields}. `run` is a digest of all that decides the answer (`answer_key`): a result counts as finished only under the
-    same one, so a model retrained at the same path is evaluated again, and a question whose picture was replaced is
-    asked again.
+    A line is {run, model, name, task, data, line, zero_tiles, max_frames, answer, extracted, expected, verdict, score,
+    finished, fields}. `run` is a digest of all that decides the answer (`answer_key`): a result counts as finished only
+    under the same one, so a model retrained at the same path is evaluated again, and a question whose picture was
+    replaced is asked again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,18 +74,18 @@ class ResultFile:
         known which of them still hold."""
         return None if limit is None else max(limit, *(r["line"] for r in self.results if r["data"] == data), 0)
 
-    def forget(self, current: Mapping[tuple[str, str, bool], Mapping[int, str]]) -> tuple[int, int]:
+    def forget(self, current: Mapping[Part, Mapping[int, str]]) -> tuple[int, int]:
         """Drop what no longer holds where questions are asked now, and what could not be read.
 
         Args:
-            current: (model, data, zero_tiles) of every part of this evaluation -> line -> `run`.
+            current: every part of this evaluation -> line -> `run`.
 
         Returns:
             (results of an earlier model, question or setting; unreadable ones) that were dropped.
         """
         kept, unread = [], 0
         for result in self.results:
-            runs = current.get((result["model"], result["data"], result["zero_tiles"]))
+            runs = current.get(part_of(result))
             if runs is None or (runs.get(result["line"]) == result["run"] and result["verdict"] != UNREADABLE):
                 kept.append(result)
             else:

@@ -64,7 +64,9 @@ class MediaKeys:
         return content if (file.start, file.end) == (0.0, None) else digest_of_parts(content, file.start, file.end)
 
     def _content(self, file: MediaFile) -> str:
-        if file.data is not None or file.frames:
+        if file.frames:  # clips that share their frames read them once
+            return digest_of_parts(file.frame_rate, *map(self._content, file.frames))
+        if file.data is not None:
             return _content(file)
         place = (file.path, file.offset, file.size, file.frame_rate)
         if place not in self._known:
@@ -81,8 +83,6 @@ def _content(file: MediaFile) -> str:
     """Digest of a medium's bytes; of a folder of frames, of their names, bytes and rate."""
     if file.data is not None:
         return hashlib.sha256(file.data).hexdigest()
-    if file.frames:
-        return digest_of_parts(file.frame_rate, *(_content(frame) for frame in file.frames))
     assert file.path is not None
     path = Path(file.path)
     if path.is_dir():

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.questions import read_questions
+from megatron_vita.evaluation.report.summary import summarise, table
 from megatron_vita.evaluation.results import ResultFile
-from megatron_vita.evaluation.score import Tally, depth_band, summarise, table, verdict, wilson
+from megatron_vita.evaluation.score import Tally, depth_band, verdict, wilson
 
 
 def test_partial_scores_are_averaged_and_never_right() -> None:
@@ -86,7 +87,7 @@ def test_results_of_another_run_are_forgotten_only_where_the_new_run_stands(tmp_
         file.add(result(line, "right", run="old"))
         file.add(result(line, "right", run="other", model="n"))
     file.add(result(3, "unreadable", run="new"))
-    assert file.forget({("m", "d.jsonl", False): {1: "new", 3: "new"}}) == (2, 1)
+    assert file.forget({("m", "d.jsonl", False, None): {1: "new", 3: "new"}}) == (2, 1)
     file.add(result(1, "wrong", run="new"))
     file.close()
     assert ResultFile(tmp_path / "results.jsonl").finished() == {

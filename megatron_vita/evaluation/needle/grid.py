@@ -12,18 +12,20 @@ from megatron_vita.errors import ConfigError
 
 DEPTHS = 11
 """Depths by default: 0, 0.1, ... 1."""
+_MOST = 1001
 
 
 def depths_of(values: Sequence[float]) -> tuple[float, ...]:
     """Depths of a grid, ascending, to four digits.
 
     Args:
-        values: one whole number n >= 2, for n depths from 0 (first) to 1 (last) at equal distances; or the depths.
+        values: one whole number n from 2 to 1,001, for n depths from 0 (first) to 1 (last) at equal distances; or the
+            depths.
 
     Raises:
         ConfigError: a depth outside [0, 1], or none.
     """
-    if len(values) == 1 and values[0] >= 2 and values[0] == int(values[0]):
+    if len(values) == 1 and 2 <= values[0] <= _MOST and float(values[0]).is_integer():
         last = int(values[0]) - 1
         return tuple(round(number / last, 4) for number in range(last + 1))
     bad = [value for value in values if not 0 <= value <= 1]

@@ -15,6 +15,8 @@ from megatron_vita.evaluation.needle.grid import Grid
 from megatron_vita.files import write_atomic
 
 Kind = Literal["visual", "text"]
+NEEDLE = "needle"
+"""Task that judges the answers."""
 HIDDEN: dict[Kind, str] = {"visual": "image", "text": "text"}
 """Key of a needles file that holds what is hidden."""
 CITIES = (

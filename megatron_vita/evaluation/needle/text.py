@@ -14,7 +14,7 @@ from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.needle.grid import Grid
-from megatron_vita.evaluation.needle.needles import Needle
+from megatron_vita.evaluation.needle.needles import NEEDLE, Needle
 from megatron_vita.evaluation.questions import Question
 
 _SENTENCES = 4096
@@ -55,8 +55,7 @@ class TextNeedles(Sequence[Question]):
         sentences: Sequence[str],
         needle: Callable[[int], Needle],
         tokenizer: ChatTokenizer,
-        *,
-        costs: npt.NDArray[np.int64] | None = None,
+        costs: npt.NDArray[np.int64],
     ) -> None:
         """No text is made.
 
@@ -67,14 +66,14 @@ class TextNeedles(Sequence[Question]):
                 behind the last.
             needle: the needle of each sample.
             tokenizer: counts.
-            costs: what `costs_of(sentences, tokenizer)` gives, where that is known.
+            costs: what `costs_of(sentences, tokenizer)` gives.
 
         Raises:
             ConfigError: a needle that is longer than the text.
         """
         self._grid, self._tokens, self._sentences, self._needle = grid, tokens, sentences, needle
         self._tokenizer = tokenizer
-        self._costs = costs_of(sentences, tokenizer) if costs is None else costs
+        self._costs = costs
         for sample in range(grid.samples):
             if (cost := self._cost(needle(sample))) > tokens:
                 raise ConfigError(f"--lengths {tokens}: the needle {needle(sample).text!r} alone has {cost} tokens.")
@@ -104,6 +103,7 @@ class TextNeedles(Sequence[Question]):
             needle.answer,
             index + 1,
             {"needle": "text", "tokens": self._tokens, "depth": depth, "sample": sample},
+            task=NEEDLE,
         )
 
     def _cost(self, needle: Needle) -> int:

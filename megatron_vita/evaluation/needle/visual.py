@@ -15,7 +15,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.needle.drawing import SIDE, draw_scene
 from megatron_vita.evaluation.needle.grid import Grid, place
-from megatron_vita.evaluation.needle.needles import Needle
+from megatron_vita.evaluation.needle.needles import NEEDLE, Needle
 from megatron_vita.evaluation.questions import Question
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import MediaKeys
@@ -69,6 +69,7 @@ class VisualNeedles(Sequence[Question]):
             needle.answer,
             index + 1,
             {"needle": "visual", "frames": self._frames, "depth": depth, "sample": sample},
+            task=NEEDLE,
         )
 
 

@@ -9,7 +9,7 @@ from megatron_vita.evaluation.tasks.mmmu import mmmu
 from megatron_vita.evaluation.tasks.multiple_choice import multiple_choice
 from megatron_vita.evaluation.tasks.numbers import relaxed_accuracy
 from megatron_vita.evaluation.tasks.score import Score
-from megatron_vita.evaluation.tasks.text import anls, exact_match, ocrbench
+from megatron_vita.evaluation.tasks.text import anls, exact_match, needle, ocrbench
 
 __all__ = ["TASKS", "Score", "Task"]
 
@@ -23,5 +23,6 @@ TASKS: Mapping[str, Task] = {
     "multiple_choice": multiple_choice,
     "mmmu": mmmu,
     "ocrbench": ocrbench,
+    "needle": needle,
 }
 """Task name -> judge."""

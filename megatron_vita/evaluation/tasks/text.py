@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_vita.evaluation.questions import Question
 from megatron_vita.evaluation.tasks.score import Score
 
@@ -45,6 +47,24 @@ def ocrbench(answer: str, question: Question) -> Score:
 
     found = plain(answer)
     return Score(float(any(gold and gold in found for gold in map(plain, question.golds))), found)
+
+
+def needle(answer: str, question: Question) -> Score:
+    """1 if a gold answer is contained in the answer as whole words, whatever the letter case: the needle was found.
+
+    Numbers may be written in groups of thousands: 7,305 is 7305. A part of a longer word or number is not enough.
+    """
+    found = _ungrouped(answer)
+    return Score(float(any(_holds(found, _ungrouped(gold)) for gold in question.golds)), found)
+
+
+def _ungrouped(text: str) -> str:
+    return _words(re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
+
+
+def _holds(text: str, wanted: str) -> bool:
+    pattern = rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w|\.\d)"
+    return bool(wanted) and re.search(pattern, text, re.IGNORECASE) is not None
 
 
 def _words(text: str) -> str:
