@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_vita.data.sample import Image, MediaFile, Text
 from megatron_vita.inference.openai import (
@@ -17,6 +20,7 @@ from megatron_vita.inference.openai import (
     RequestError,
     chat_request,
     completion_request,
+    data_url,
     error_object,
     parse_body,
     status_of,
@@ -235,3 +239,87 @@ def test_a_bad_body_is_named(raw: bytes) -> None:
     with pytest.raises(RequestError) as error:
         parse_body(raw)
     assert (error.value.code, len(str(error.value)) < 300) == ("invalid_json", True)
+
+
+@given(raw=st.binary(max_size=40) | st.text(alphabet='{}[]":,\\ url0deltima/;bs64A', max_size=60).map(str.encode))
+def test_any_bytes_are_a_body_or_refused(raw: bytes) -> None:
+    try:
+        assert parse_body(raw) == json.loads(raw)
+    except RequestError as error:
+        json.dumps(error_object(error)).encode()
+
+
+leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+    | st.sampled_from([
+        "user", "text", "image_url", "video_url", URL, "data:", "data:,", "data:image/png;base64,A", "https://[",
+        "<IMAGE_TOKEN>", "file:///etc/passwd", "json_schema", -1, 0, 1, 10**30, "data:video/jpeg;base64,QQ==,,QQ==",
+    ])
+)  # fmt: skip
+FIELDS = [
+    "messages", "model", "n", "stop", "logit_bias", "seed", "temperature", "logprobs", "top_logprobs", "tools", "x",
+    "tool_choice", "functions", "stop_token_ids", "max_tokens", "max_completion_tokens", "top_k", "top_p", "min_p",
+    "min_tokens", "stream", "stream_options", "metadata", "response_format", "chat_template_kwargs", "media_io_kwargs",
+    "mm_processor_kwargs", "prompt", "echo", "suffix", "best_of", "modalities", "repetition_penalty", "ignore_eos",
+    "role", "content", "type", "text", "image_url", "video_url", "url", "detail", "max_dynamic_patch", "tool_calls",
+    "name", "include_usage", "video", "num_frames", "json_schema", "schema", "17",
+]  # fmt: skip
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+parts = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("type", "text", "image_url", "video_url", "max_dynamic_patch", "x"), values)
+) | st.builds(lambda text: says(text), leaves) | st.builds(shows, leaves, max_dynamic_patch=values)  # fmt: skip
+talks = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.just("user") | leaves, "content": st.lists(parts, max_size=3) | values}, optional={"x": values}
+    ),
+    max_size=2,
+)
+
+
+@given(
+    more=st.dictionaries(st.sampled_from(FIELDS), values, max_size=4),
+    messages=talks | values,
+    prompt=values | st.lists(st.integers(), max_size=3) | st.lists(st.text(max_size=3), max_size=3),
+)
+def test_any_json_is_read_or_refused(more: dict[str, Any], messages: Any, prompt: Any) -> None:
+    options = ReadOptions(strict=False, limits=Limits(), vocab_size=99, media_root=Path(__file__).parent)
+    for read, body in ((chat_request, {"messages": messages}), (completion_request, {"prompt": prompt})):
+        raw = json.dumps({**body, **more}).encode()
+        try:
+            asked = read(parse_body(raw), id="r", options=options)
+        except RequestError as error:
+            json.dumps(error_object(error)).encode()
+            seen = status_of(error), str(error)
+        else:
+            seen = 200, "".join(asked.warnings)
+        assert seen[0] in (200, 400)
+        seen[1].encode()
+
+
+@settings(max_examples=40)
+@given(
+    content=st.binary(max_size=40),
+    head=st.sampled_from(["image/png;base64", "image/jpeg;charset=x;base64", "IMAGE/webp;base64"]),
+    piece=st.sampled_from([4, 8, 1 << 20]),
+)
+def test_base64_is_decoded_alike_in_pieces_and_at_once(content: bytes, head: str, piece: int) -> None:
+    url = f"data:{head},{base64.b64encode(content).decode()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_url, "_PIECE", piece)
+        for body in (
+            parse_body(json.dumps({"messages": [{"role": "user", "content": [shows(url)]}]}).encode()),
+            {"messages": [{"role": "user", "content": [shows(url)]}]},
+        ):
+            if content:
+                assert chat(body).requests[0].sample.images[0].data == content
+            else:
+                refused(body)
+        for wrong in (url[:-1] + "!", url + "A", url[:-4] + "=" + url[-3:]):
+            with pytest.raises(RequestError):
+                ask(shows(wrong), says("?"))

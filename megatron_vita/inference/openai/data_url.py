@@ -16,7 +16,7 @@ from megatron_vita.data.sample import MediaFile
 from megatron_vita.inference.openai.errors import RequestError
 from megatron_vita.inference.openai.fields import shown
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Characters of base64 that are decoded at once; a multiple of 4."""
 _FRAMES = "video/jpeg"
 """Media type of frames of one second each, separated by commas, as vLLM has it."""
