@@ -84,7 +84,7 @@ ROOMS = (
          ("files", "config", "device", "layout", "data", "data.media", "data.text", "data.sources", "parallel",
           "models", "checkpoint", "convert")),
     Room("evaluation", "benchmarks: questions, tasks that judge answers, results that survive a kill, tables",
-         ("files", "config", "data", "data.media", "data.text", "data.sources", "inference")),
+         ("files", "config", "data", "data.media", "data.text", "data.sources", "data.sources.readers", "inference")),
     Room("serving", "OpenAI's HTTP API over the engine, its web page, metrics",
          ("files", "config", "data", "data.media", "inference")),
     Room("dryrun", "a rank's step at full size on fake CUDA tensors; a process of its own",

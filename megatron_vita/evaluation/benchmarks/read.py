@@ -1,0 +1,185 @@
+"""Reads a benchmark from local files, row by row; its pictures go into one file beside the results."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+from megatron_vita.data.media.names import locate
+from megatron_vita.data.rejects import counted, reject
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.benchmarks.item import to_question
+from megatron_vita.evaluation.benchmarks.pictures import MOST_REFERENCE, PictureFile, read_pictures
+from megatron_vita.evaluation.benchmarks.prompts import STYLES, Style
+from megatron_vita.evaluation.benchmarks.rows import read_rows
+from megatron_vita.evaluation.benchmarks.table import BENCHMARKS, Benchmark, ImageReader
+from megatron_vita.evaluation.benchmarks.videos import VideoReader
+from megatron_vita.evaluation.questions import Question
+
+
+def read_benchmark(
+    name: str,
+    root: Path,
+    *,
+    work: Path,
+    style: Style = "long_vita",
+    subtitles: bool = False,
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Question]:
+    """The questions of a published benchmark.
+
+    Args:
+        name: a key of BENCHMARKS.
+        root: folder that it was downloaded into, or one of its data files (another split or language).
+        work: folder for NAME.pictures, which holds the pictures of tables; every rank must see it.
+        style: how the prompt is worded, one of STYLES.
+        subtitles: of videos: list the subtitles before the question.
+        categories: only questions of these.
+        limit: only the first so many questions.
+
+    Returns:
+        Questions in the files' order, each with its task, gold answers, options, and `category` and `duration` among
+        its fields.
+
+    Raises:
+        ConfigError: an unknown name, style or category; no data file, or no medium, where it belongs.
+        DataError: a damaged file or row, naming it.
+    """
+    benchmark = find_benchmark(name)
+    if style not in STYLES:
+        raise ConfigError(f"prompt style {style!r} is not known. Choose one of {', '.join(STYLES)}.")
+    if subtitles and not benchmark.subtitles:
+        raise ConfigError(f"{name} has no subtitles. Leave --subtitles out.")
+    files = _files(name, benchmark, root)
+    folder = _folder(benchmark, root)
+    questions: Iterator[Question]
+    if benchmark.media == "videos":
+        questions = _videos(name, benchmark, files, folder, style, subtitles)
+        found = _chosen(name, questions, categories, limit)
+        _check_videos(name, benchmark, folder, found)
+    else:
+        with PictureFile(work / f"{name}.pictures") as pictures:
+            found = _chosen(name, _pictures(name, benchmark, files, folder, style, pictures), categories, limit)
+    return found
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """A benchmark by name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    if name not in BENCHMARKS:
+        close = difflib.get_close_matches(name.lower().replace("-", ""), BENCHMARKS, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(BENCHMARKS)}."
+        raise ConfigError(f"no benchmark {name!r}. {hint}")
+    return BENCHMARKS[name]
+
+
+def _files(name: str, benchmark: Benchmark, root: Path) -> list[Path]:
+    """Its data files."""
+    if root.is_file():
+        return [root]
+    for pattern in benchmark.files:
+        if found := sorted(path for path in root.glob(pattern) if path.is_file()):
+            return found
+    raise ConfigError(
+        f"{root}: no data file of {name} ({', '.join(benchmark.files)}). Download {benchmark.source}; then give that "
+        "folder, or a data file, with --root."
+    )
+
+
+def _folder(benchmark: Benchmark, root: Path) -> Path:
+    """The folder that media are relative to: the root, or of a data file the one that its pattern starts in."""
+    if not root.is_file():
+        return root.resolve()
+    depth = next((pattern.count("/") for pattern in benchmark.files if root.resolve().match(pattern)), 0)
+    return root.resolve().parents[depth]
+
+
+def _chosen(name: str, questions: Iterator[Question], categories: Sequence[str], limit: int | None) -> list[Question]:
+    wanted = frozenset(categories)
+    seen: set[str] = set()
+
+    def some() -> Iterator[Question]:
+        for question in questions:
+            category = str(question.fields.get("category", ""))
+            seen.add(category)
+            if not wanted or category in wanted:
+                yield question
+
+    found = list(islice(some(), limit))
+    if not found:
+        raise ConfigError(
+            f"{name}: no question in it{f' of {sorted(wanted)}; it has {sorted(seen)}' if wanted else ''}."
+        )
+    return found
+
+
+def _pictures(
+    name: str, benchmark: Benchmark, files: Sequence[Path], folder: Path, style: Style, pictures: PictureFile
+) -> Iterator[Question]:
+    """Questions of tables that hold their pictures."""
+    read = cast(ImageReader, benchmark.read)
+    by_index: dict[str, list[MediaFile]] = {}
+
+    def find(path: str) -> MediaFile:
+        found = locate(str(folder), path)
+        if found is None:
+            raise reject("media_missing", f"{path} does not exist under {folder}, and its row holds no picture.")
+        return MediaFile(path=found, label=path)
+
+    for number, where, row in read_rows(files):
+        try:
+            item = read(row, style)
+            cell = item.pictures if item else row.get("image")
+            index = str(row.get("index", number))
+            if isinstance(cell, str) and 0 < len(cell) <= MOST_REFERENCE and re.fullmatch(r"[\w.-]+", cell):
+                if cell not in by_index:
+                    raise DataError(f"its picture is that of row `{cell}`, which does not stand before it.")
+                media = by_index[cell]
+            else:
+                media = read_pictures(cell, pictures, find, f"{files[0].name}, row {number}")
+            if "index" in row:
+                by_index[index] = media
+            if item is not None:
+                yield to_question(item, media, video=False, task=benchmark.task, source=name, line=number)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def _videos(
+    name: str, benchmark: Benchmark, files: Sequence[Path], folder: Path, style: Style, subtitles: bool
+) -> Iterator[Question]:
+    """Questions about videos in folders; one that is not there has no path yet, for all are named at once."""
+    read = cast(VideoReader, benchmark.read)
+    number = 0
+    for file in files:
+        for _, where, row in read_rows([file]):
+            number += 1
+            try:
+                item, place = read(row, style, folder, subtitles, file)
+                if not item.golds:
+                    raise DataError("it has no answer. Splits without answers are scored by their publisher.")
+                media = place.find(folder) or MediaFile(label=place.paths[0])
+                yield to_question(item, [media], video=True, task=benchmark.task, source=name, line=number)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+
+
+def _check_videos(name: str, benchmark: Benchmark, folder: Path, questions: Sequence[Question]) -> None:
+    """Raise a ConfigError that says which videos are missing and where they belong."""
+    missing = {str(q.sample.videos[0].label): q for q in questions if q.sample.videos[0].path is None}
+    if missing:
+        first = next(iter(missing))
+        categories = sorted({str(question.fields["category"]) for question in missing.values()})
+        raise ConfigError(
+            f"{name}: {counted(len(missing), 'video')} missing below {folder}, the first is {first} (categories: "
+            f"{', '.join(categories)}). Download {benchmark.source}; or ask for other categories."
+        )
