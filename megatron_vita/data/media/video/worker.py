@@ -126,7 +126,8 @@ class _Decoder:
     """The child of this process, started when it is first needed and again after it was lost."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while the child is asked, and by who asks several things of the same child."""
         self._child: _Child | None = None
         self._open = 0
         self.started = 0
@@ -140,7 +141,7 @@ class _Decoder:
         Raises:
             DataError: video_timeout, video_memory, media_crash, or what the child rejected.
         """
-        with self._lock:
+        with self.lock:
             child = self.child(limits)
             deadline, peak = time.monotonic() + seconds, 0
 
@@ -175,7 +176,7 @@ class _Decoder:
 
     def child(self, limits: VideoLimits) -> _Child:
         """The child, started if there is none with this limit of memory."""
-        with self._lock:
+        with self.lock:
             if self._child is not None and self._child.memory != limits.memory:
                 self.stop()
             if self._child is None:
@@ -185,7 +186,7 @@ class _Decoder:
 
     def tidy(self, limits: VideoLimits) -> None:
         """Between two clips: a child whose decoder has kept much memory is replaced, so that each clip has its own."""
-        with self._lock:
+        with self.lock:
             try:
                 if self._child is not None and self._child.used() > (limits.memory << 20) // 4:
                     self.stop()
@@ -194,7 +195,7 @@ class _Decoder:
 
     def stop(self) -> None:
         """End the child; the next clip gets a new one."""
-        with self._lock:
+        with self.lock:
             if self._child is not None:
                 self._child.end()
                 self._child = None
@@ -203,7 +204,7 @@ class _Decoder:
         """In a forked copy of the process: the child is the parent's."""
         if self._child is not None:
             self._child.link.close()
-        self._lock, self._child = threading.RLock(), None
+        self.lock, self._child = threading.RLock(), None
 
     def _lose(self, name: str, limits: VideoLimits, code: str, status: int = 0) -> NoReturn:
         self.stop()
