@@ -1,4 +1,4 @@
-"""The server's routes: OpenAI's chat completions, completions and models; health, readiness, metrics."""
+"""The server's routes: OpenAI's chat completions, completions and models; health, readiness, metrics; the web page."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Guard, api_key=settings.api_key)
     if settings.loopback:  # a page of another site must not reach it under a name that points to this machine
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+
+    app.include_router(page_router())
 
     async def counted(request: Request, kind: Kind) -> Response:
         status = 500

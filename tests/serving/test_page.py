@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
+from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.serving.page import FOLDER
+from tests.serving import fakes
 from tests.serving.fake_server import SLOW, FakeServer
+from tests.serving.fakes import FakeEngine
 from tests.serving.visit import Visit, visit
 
 DIGIT = (FOLDER / "digit_3.png").read_bytes()
@@ -298,3 +302,39 @@ def test_a_server_that_is_gone_or_loading_is_waited_for(browser: Any, fake: tupl
     page.wait_for_selector("body[data-server=ready]")
     assert page.inner_text("#alerts") == ""
     page.close()
+
+
+class _Engine(FakeEngine):
+    """Says when a request is given up."""
+
+    def abort(self, request_id: str) -> None:
+        super().abort(request_id)
+        self.gave_up.set()
+
+
+def test_the_server_itself_answers_the_page(browser: Any) -> None:
+    gate = threading.Semaphore(0)
+    engine = _Engine(gate=gate)
+    engine.gave_up = threading.Event()
+    limits = Limits(text_characters=60)
+    with fakes.serving(engine, api_key="secret", limits=limits) as (address, _), visit(browser, f"{address}/") as page:
+        page.page.fill("#key-field", "secret")
+        page.page.press("#key-field", "Enter")
+        page.drop("three.png", "image/png", DIGIT)
+        page.page.wait_for_selector(".strip img")
+        gate.release(2)
+        page.ask("one two three")
+        page.page.wait_for_selector(".markdown p:text-is('one two')")
+        page.page.keyboard.press("Escape")
+        assert page.note() == "Stopped."
+        assert engine.gave_up.wait(5)
+        gate.release(100)
+        page.ask("four **five**")
+        assert page.answer(2) == "four five"
+        assert [one.closed for one in engine.media] == [True, True]
+        assert "10 tokens read" in page.page.inner_text(".exchange:last-child .stats").replace("\xa0", " ")
+        page.ask("x" * 60)
+        assert "text_characters=60 is the limit" in page.note(3)
+        page.page.click("#clear")
+        page.ask("six")
+        assert page.answer() == "six"
