@@ -92,7 +92,7 @@ def question_sets(args: argparse.Namespace) -> list[QuestionSet]:
     from megatron_vita.evaluation.needle.sets import text_sets, visual_sets
     from megatron_vita.evaluation.questions import data_file
 
-    sets = [data_file(path, args.media_root) for path in args.data]
+    sets = [data_file(path, args.media_root, args.output / "media") for path in args.data]
     if args.frames:
         sets = [one for whole in sets for one in whole.sweep(args.frames)]
     if args.needle:

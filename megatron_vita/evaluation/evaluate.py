@@ -33,6 +33,9 @@ from megatron_vita.inference.settings import DEFAULT_KV_CACHE_SHARE, EngineSetti
 
 log = logging.getLogger(__name__)
 
+MEDIA = "media"
+"""Folder below the results for pictures that tables hold."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
@@ -139,7 +142,7 @@ def evaluate(
     plans: list[_Plan] = []
 
     def prepare() -> list[str]:
-        sets = [one if isinstance(one, QuestionSet) else data_file(one, media_root) for one in data]
+        sets = [one if isinstance(one, QuestionSet) else data_file(one, media_root, output / MEDIA) for one in data]
         plans.append(_plan(models, sets, output, settings, limit))
         return [model.path for model in plans[0].models if model.asked]
 

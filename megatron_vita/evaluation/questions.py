@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -13,6 +16,7 @@ from megatron_vita.data.sample import Sample, Text
 from megatron_vita.data.sources.mix import read_samples
 from megatron_vita.data.text.chat import without_answer
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.pictures import PictureFile
 
 _MEDIA_KEYS = ("image", "images", "video", "videos")
 
@@ -73,12 +77,14 @@ class QuestionSet:
         return [QuestionSet(self.name, read, most) for most in sorted(set(frames))]
 
 
-def data_file(path: str, media_root: Path | None = None) -> QuestionSet:
+def data_file(path: str, media_root: Path | None = None, work: Path | None = None) -> QuestionSet:
     """The questions of a file, see `read_questions`; its path is their name."""
-    return QuestionSet(path, lambda limit: read_questions(Path(path), media_root=media_root, limit=limit))
+    return QuestionSet(path, lambda limit: read_questions(Path(path), media_root=media_root, limit=limit, work=work))
 
 
-def read_questions(path: Path, *, media_root: Path | None = None, limit: int | None = None) -> list[Question]:
+def read_questions(
+    path: Path, *, media_root: Path | None = None, limit: int | None = None, work: Path | None = None
+) -> list[Question]:
     """Read a file of questions; no medium is opened yet, but each must exist.
 
     Args:
@@ -86,6 +92,8 @@ def read_questions(path: Path, *, media_root: Path | None = None, limit: int | N
             A record may have `answers` (texts, if several are right) and `options` (texts, of multiple choice).
         media_root: folder of the media; by default the file's own. Nothing outside it is read.
         limit: only the first so many records.
+        work: folder for pictures and videos that the records hold themselves (parquet), which every rank must see;
+            None: they stay in memory.
 
     Raises:
         ConfigError: no such file, an unknown form, or no question in it.
@@ -94,16 +102,26 @@ def read_questions(path: Path, *, media_root: Path | None = None, limit: int | N
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. Check --data.")
     questions = []
-    for sample, record in islice(read_samples(path, media_root=media_root), limit):
-        if not isinstance(sample, Sample) or sample.messages[-1].role != "assistant":
-            raise DataError(f"{path}, record {sample.line}: must end with an assistant turn, the reference answer.")
-        expected = "".join(part.text for part in sample.messages[-1].parts if isinstance(part, Text))
-        fields, where = _plain(record), f"{path}, record {sample.line}"
-        answers, options = (_texts(record, key, where) for key in ("answers", "options"))
-        questions.append(Question(without_answer(sample), expected, sample.line, fields, answers, options))
+    with ExitStack() as stack:
+        pictures: PictureFile | None = None
+        for sample, record in islice(read_samples(path, media_root=media_root), limit):
+            if not isinstance(sample, Sample) or sample.messages[-1].role != "assistant":
+                raise DataError(f"{path}, record {sample.line}: must end with an assistant turn, the reference answer.")
+            expected = "".join(part.text for part in sample.messages[-1].parts if isinstance(part, Text))
+            fields, where = _plain(record), f"{path}, record {sample.line}"
+            answers, options = (_texts(record, key, where) for key in ("answers", "options"))
+            if work is not None and any(file.path is None for file in (*sample.images, *sample.videos)):
+                pictures = pictures or stack.enter_context(PictureFile(work / f"{_name(path)}.pictures"))
+                sample = pictures.keep(sample)
+            questions.append(Question(without_answer(sample), expected, sample.line, fields, answers, options))
     if not questions:
         raise ConfigError(f"{path}: no questions in it. Check --data and --limit.")
     return questions
+
+
+def _name(path: Path) -> str:
+    """A file name for what belongs to a path: no two paths have the same."""
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
 
 
 def _plain(record: Any) -> dict[str, Any]:

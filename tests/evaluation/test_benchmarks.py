@@ -14,9 +14,9 @@ import pytest
 from megatron_vita.data.media.image import read_image
 from megatron_vita.data.sample import Image, MediaFile, Text, Video
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.evaluation.benchmarks import BENCHMARKS, STYLES, read_benchmark
+from megatron_vita.evaluation.benchmarks import BENCHMARKS, STYLES, benchmark_set, read_benchmark
 from megatron_vita.evaluation.benchmarks.videos import MVBENCH
-from megatron_vita.evaluation.questions import Question
+from megatron_vita.evaluation.questions import Question, data_file, read_questions
 from megatron_vita.evaluation.tasks import TASKS
 from tests.evaluation import published
 from tests.evaluation.published import BLUE, RED, WIDE
@@ -130,13 +130,13 @@ FIRST: list[tuple[str, Callable[[Path], None], int, Written, tuple[str, ...], tu
         "longvideobench", published.longvideobench, 1,
         [b"videos/v1.mp4", f"And then?\nA. one\nB. two\nC. three\n{LETTER}Offer a very short reply."],
         ("B",), ("one", "two", "three"),
-        {"id": "v1_0", "category": "T2E", "topic": "Lab", "duration": "180-600 s"},
+        {"id": "v1_0", "category": "T2E", "topic": "Lab", "duration": 600},
     ),
     (
         "longvideobench", published.longvideobench_parquet, 1,
         [b"videos/v1.mp4", f"And then?\nA. one\nB. two\nC. three\n{LETTER}Offer a very short reply."],
         ("B",), ("one", "two", "three"),
-        {"id": "v1_0", "category": "T2E", "topic": "Lab", "duration": "180-600 s"},
+        {"id": "v1_0", "category": "T2E", "topic": "Lab", "duration": 600},
     ),
     (
         "videomme", published.videomme, 2,
@@ -384,3 +384,28 @@ def test_the_same_files_give_the_same_questions(tmp_path: Path) -> None:
     assert (tmp_path / "work/mmbench.pictures").read_bytes() == pictures
     file = first[0].sample.images[0]
     assert dataclasses.replace(file, path=None) == MediaFile(size=len(RED), label="MMBench_DEV_EN.tsv, row 1")
+
+
+def test_a_set_reads_when_it_is_asked(tmp_path: Path) -> None:
+    ask = benchmark_set("videomme", tmp_path, work=tmp_path / "work", style="lmms_eval", subtitles=True)
+    assert ask.name == "videomme with subtitles"
+    published.videomme(tmp_path)
+    assert list(ask.read(1)) == read_benchmark(
+        "videomme", tmp_path, work=tmp_path / "work", style="lmms_eval", subtitles=True, limit=1
+    )
+    assert [one.max_frames for one in ask.sweep([8, 64])] == [8, 64]
+    with pytest.raises(ConfigError, match="no benchmark 'vqa'"):
+        benchmark_set("vqa", tmp_path, work=tmp_path)
+
+
+def test_pictures_of_the_users_own_parquet_lie_beside_the_results(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "B"}]
+    rows = [{"messages": talk, "images": [{"bytes": one, "path": None}]} for one in (RED, BLUE, RED)]
+    published.parquet(tmp_path / "own.parquet", rows)
+    held = read_questions(tmp_path / "own.parquet")
+    kept = list(data_file(str(tmp_path / "own.parquet"), work=tmp_path / "work").read(None))
+    assert [read_image(one.sample.images[0]).data for one in held] == [RED, BLUE, RED]
+    assert [read_image(one.sample.images[0]).data for one in kept] == [RED, BLUE, RED]
+    assert all(one.sample.images[0].data is None for one in kept)
+    (file,) = (tmp_path / "work").iterdir()
+    assert file.read_bytes() == RED + BLUE

@@ -36,6 +36,17 @@ def test_wilson_holds_the_share_and_stays_in_bounds(a: int, b: int) -> None:
         assert wilson(count - right, count) == pytest.approx((1 - high, 1 - low))
 
 
+def test_a_circle_is_right_if_all_of_it_is() -> None:
+    lines = [
+        result(1, "right", circle=7),
+        result(2, "wrong", circle=7),
+        result(3, "right", circle=8),
+        result(4, "right"),
+    ]
+    tally = Tally.of([*lines, result(5, "right", circle=7, model="n"), result(6, "right", circle=8)])
+    assert (tally.count, tally.right) == (4, 3), "7 of m, 8 of m, a plain line, 7 of n"
+
+
 def test_wilson_of_a_known_case() -> None:
     assert wilson(8, 10) == pytest.approx((0.4901624, 0.9433178), abs=1e-6)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vita.evaluation.benchmarks.prompts import STYLES
-from megatron_vita.evaluation.benchmarks.read import find_benchmark, read_benchmark
+from megatron_vita.evaluation.benchmarks.read import benchmark_set, find_benchmark, read_benchmark
 from megatron_vita.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 
-__all__ = ["BENCHMARKS", "STYLES", "Benchmark", "find_benchmark", "read_benchmark"]
+__all__ = ["BENCHMARKS", "STYLES", "Benchmark", "benchmark_set", "find_benchmark", "read_benchmark"]

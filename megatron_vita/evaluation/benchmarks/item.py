@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_vita.data.sample import Image, MediaFile, Message, Part, Sample, Text, Video
 from megatron_vita.errors import DataError
-from megatron_vita.evaluation.benchmarks.pictures import spelt_list
 from megatron_vita.evaluation.benchmarks.rows import Row
+from megatron_vita.evaluation.pictures import spelt_list
 from megatron_vita.evaluation.questions import Question
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

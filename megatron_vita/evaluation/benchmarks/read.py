@@ -14,12 +14,12 @@ from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.benchmarks.item import to_question
-from megatron_vita.evaluation.benchmarks.pictures import MOST_REFERENCE, PictureFile, read_pictures
 from megatron_vita.evaluation.benchmarks.prompts import STYLES, Style
 from megatron_vita.evaluation.benchmarks.rows import read_rows
 from megatron_vita.evaluation.benchmarks.table import BENCHMARKS, Benchmark, ImageReader
 from megatron_vita.evaluation.benchmarks.videos import VideoReader
-from megatron_vita.evaluation.questions import Question
+from megatron_vita.evaluation.pictures import MOST_REFERENCE, PictureFile, read_pictures
+from megatron_vita.evaluation.questions import Question, QuestionSet
 
 
 def read_benchmark(
@@ -67,6 +67,30 @@ def read_benchmark(
         with PictureFile(work / f"{name}.pictures") as pictures:
             found = _chosen(name, _pictures(name, benchmark, files, folder, style, pictures), categories, limit)
     return found
+
+
+def benchmark_set(
+    name: str,
+    root: Path,
+    *,
+    work: Path,
+    style: Style = "long_vita",
+    subtitles: bool = False,
+    categories: Sequence[str] = (),
+) -> QuestionSet:
+    """The questions of a benchmark as a set, named by the benchmark; arguments as `read_benchmark`, which reads it.
+
+    Raises:
+        ConfigError: there is no such benchmark.
+    """
+    find_benchmark(name)
+
+    def read(limit: int | None) -> list[Question]:
+        return read_benchmark(
+            name, root, work=work, style=style, subtitles=subtitles, categories=categories, limit=limit
+        )
+
+    return QuestionSet(f"{name} with subtitles" if subtitles else name, read)
 
 
 def find_benchmark(name: str) -> Benchmark:

@@ -37,8 +37,6 @@ class Benchmark:
     """It comes with subtitles."""
     category: str = ""
     """What `category` is."""
-    durations: tuple[str, ...] = ()
-    """Values of `duration`, shortest first."""
     max_new_tokens: int = 32
     """Tokens that suffice for an answer."""
 
@@ -66,7 +64,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         media="videos",
         category="question category (17)",
         subtitles=True,
-        durations=("8-15 s", "15-60 s", "180-600 s", "900-3600 s"),
     ),
     "videomme": Benchmark(
         title="Video-MME",
@@ -79,7 +76,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         read=videos.videomme,
         media="videos",
         category="domain (6)",
-        durations=("short", "medium", "long"),
     ),
     "mmmu": Benchmark(
         title="MMMU (validation)",

@@ -31,8 +31,6 @@ _SELECT_LMMS = (
     "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
     "Respond with only the letter (A, B, C, or D) of the correct option.\n"
 )
-_DURATIONS = {15: "8-15 s", 60: "15-60 s", 600: "180-600 s", 3600: "900-3600 s"}
-"""LongVideoBench's duration groups, named by their longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +134,11 @@ def longvideobench(row: Row, style: Style, root: Path, subtitles: bool, file: Pa
     asked = f"{text(row, 'question')}\n{prompts.listed(options)}\n{prompts.OPTION_LETTER}"
     asked += {"long_vita": prompts.SHORT, "vlmevalkit": "", "lmms_eval": "\n"}[style]
     spoken = _spoken(root, subtitles, f"subtitles/{text(row, 'subtitle_path')}")
-    group = row.get("duration_group")
     fields = {
         "id": text(row, "id"),
         "category": text(row, "question_category"),
         "topic": text(row, "topic_category"),
-        "duration": _DURATIONS.get(group, str(group)) if isinstance(group, int) else "",
+        "duration": row.get("duration_group"),  # seconds of the longest of the group: 15, 60, 600, 3600
     }
     item = Item(prompt=(0, spoken + asked), golds=(LETTERS[choice],), options=options, fields=fields)
     return item, Place((f"videos/{text(row, 'video_path')}",))

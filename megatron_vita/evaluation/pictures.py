@@ -1,10 +1,11 @@
-"""Pictures that a benchmark's tables hold, in one file beside the results: questions refer to regions of it."""
+"""Pictures that a table holds, in one file beside the results: questions refer to regions of it."""
 
 from __future__ import annotations
 
 import ast
 import base64
 import binascii
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.data.rejects import reject
-from megatron_vita.data.sample import MediaFile
+from megatron_vita.data.sample import MediaFile, Sample
 from megatron_vita.errors import ConfigError
 
 MOST_REFERENCE = 64
@@ -70,6 +71,21 @@ class PictureFile:
             self._size += len(data)
         offset, size = self._known[digest]
         return MediaFile(path=str(self.path), offset=offset, size=size, label=label)
+
+    def keep(self, sample: Sample) -> Sample:
+        """A sample whose media lie in the file instead of in memory.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        images, videos = (tuple(map(self._kept, files)) for files in (sample.images, sample.videos))
+        return dataclasses.replace(sample, images=images, videos=videos)
+
+    def _kept(self, file: MediaFile) -> MediaFile:
+        if file.data is not None:
+            place = self.add(file.data, file.name)
+            return dataclasses.replace(file, path=place.path, data=None, offset=place.offset, size=place.size)
+        return dataclasses.replace(file, frames=tuple(map(self._kept, file.frames))) if file.frames else file
 
 
 def read_pictures(value: Any, pictures: PictureFile, find: Callable[[str], MediaFile], label: str) -> list[MediaFile]:
