@@ -76,7 +76,7 @@ def test_an_answer_is_stopped_and_its_beginning_stays(desk: Visit, server: FakeS
 
 def test_errors_are_said_in_words_and_can_be_tried_again(desk: Visit, server: FakeServer) -> None:
     server.refusals = [
-        (429, {"error": {"message": "9 requests wait. Send this one again in 2 s."}}, {"Retry-After": "2"}),
+        (429, {"error": {"message": "request:1: 9 requests wait. Send this one again in 2 s."}}, {"Retry-After": "2"}),
         (503, {"detail": "no"}, {"Retry-After": "5"}),
         (500, {}, {}),
     ]
@@ -97,6 +97,17 @@ def test_errors_are_said_in_words_and_can_be_tried_again(desk: Visit, server: Fa
     desk.page.click(".retry")
     desk.page.wait_for_selector(".markdown p:text-is('You said: Hello')")
     assert server.bodies[-1]["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+def test_errors_name_the_file_that_is_meant(desk: Visit, server: FakeServer) -> None:
+    words = "messages[1].content[1].image_url.url: the picture is damaged; messages[9].content[0].image_url.url is not."
+    server.refusals = [(400, {"error": {"message": words}}, {})]
+    desk.page.evaluate("document.getElementById('instructions').value = 'Be brief.'")
+    for number, name in enumerate(("a.png", "b.png"), 1):
+        desk.drop(name, "image/png", DIGIT)
+        desk.page.wait_for_selector(f".strip .medium:nth-child({number})")
+    desk.ask("Hello")
+    assert desk.note() == "b.png: the picture is damaged; messages[9].content[0].image_url.url is not."
 
 
 def test_an_error_within_a_stream_is_said(desk: Visit) -> None:

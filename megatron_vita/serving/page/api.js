@@ -50,7 +50,8 @@ async function failure(response) {
   return new ApiError(message + (seconds > 0 ? ` Try again in ${seconds} s.` : ""), response.status);
 }
 
-const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1);
+/** The server's words for a programmer as a sentence for a person: without the request's name, beginning with a capital. */
+const sentence = (words) => words.replace(/^request:\d+: /, "").replace(/^[a-z]+(?= )/, (first) => first[0].toUpperCase() + first.slice(1));
 
 /**
  * Asks, and yields what comes: {text}, {finish} and at last {usage}.

@@ -3,7 +3,7 @@
 import { ask, info as askInfo, ApiError } from "./api.js";
 import { Conversation, finished, statistics } from "./conversation.js";
 import { el } from "./dom.js";
-import { ACCEPT, bodyOf, checkTotal, read, size, thumbnail } from "./media.js";
+import { ACCEPT, bodyOf, checkTotal, namingFiles, read, size, thumbnail } from "./media.js";
 import { ApiKey, Settings } from "./settings.js";
 
 const byId = (id) => document.getElementById(id);
@@ -13,6 +13,7 @@ const [main, list, input, send, files, strip, alerts, status] = [
 
 const settings = new Settings();
 const key = new ApiKey();
+const AT_ONCE = 16; // files that are read together, in their order
 let server = null; // what /info says; null: not reached
 let media = []; // what will be sent with the next question
 let editing = null; // the exchange that the next question takes the place of
@@ -86,14 +87,17 @@ async function add(chosen) {
   retract("media");
   const refused = [];
   if (server?.vision === false) return complain("This model reads text only.", "media");
-  for (const file of chosen) {
-    try {
-      const medium = await read(file, server?.limits ?? {});
-      const before = editing ? conversation.before(editing) : conversation.media;
-      checkTotal([...before, ...media, medium], server?.limits ?? {});
-      attach(medium);
-    } catch (error) {
-      refused.push(error.message);
+  for (let i = 0; i < chosen.length; i += AT_ONCE) {
+    const done = await Promise.allSettled(chosen.slice(i, i + AT_ONCE).map((file) => read(file, server?.limits ?? {})));
+    for (const { value: medium, reason } of done) {
+      try {
+        if (!medium) throw reason;
+        const before = editing ? conversation.before(editing) : conversation.media;
+        checkTotal([...before, ...media, medium], server?.limits ?? {});
+        attach(medium);
+      } catch (error) {
+        refused.push(error.message);
+      }
     }
     refresh();
   }
@@ -223,8 +227,8 @@ async function answer(exchange) {
   status.textContent = "Answering";
   const painter = paint(exchange);
   const clock = setInterval(() => exchange.wait(Math.round((performance.now() - times.asked) / 1000)), 1000);
+  const messages = [...settings.messages, ...conversation.messages(exchange)];
   try {
-    const messages = [...settings.messages, ...conversation.messages(exchange)];
     const body = bodyOf({ messages, ...settings.body, stream: true, stream_options: { include_usage: true } });
     const most = server.limits?.body_bytes;
     if (body.size > most) {
@@ -243,7 +247,7 @@ async function answer(exchange) {
   } catch (error) {
     if (error.name === "AbortError") note = "Stopped.";
     else {
-      [note, failed] = [error instanceof ApiError ? error.message : `The page failed: ${error.message}`, true];
+      [note, failed] = [error instanceof ApiError ? namingFiles(error.message, messages) : `The page failed: ${error.message}`, true];
       locked = error.status === 401;
     }
   }

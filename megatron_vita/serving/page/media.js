@@ -110,7 +110,14 @@ export function bodyOf(request) {
 }
 
 /** A medium as a part of a message, in OpenAI's form; `bodyOf` puts its data in. */
-export const part = (medium) => ({ type: `${medium.kind}_url`, [`${medium.kind}_url`]: { url: { data: medium.data } } });
+export const part = ({ kind, name, data }) => ({ type: `${kind}_url`, [`${kind}_url`]: { url: { name, data } } });
+
+/** Words of the server about messages, with the names of files where it names their places. */
+export function namingFiles(words, messages) {
+  return words.replace(/messages\[(\d+)\]\.content\[(\d+)\]\.(\w+_url)\.url/gi, (place, message, part, kind) => {
+    return messages[message]?.content[part]?.[kind]?.url.name ?? place;
+  });
+}
 
 /** A small view of a medium; with `remove`, a button that takes it away. */
 export function thumbnail(medium, remove = null) {
