@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-LAST = ("test_evaluate", "test_evaluate_again")
+LAST = ("test_evaluate", "test_evaluate_again", "test_evaluate_sweep")
 
 
 @pytest.hookimpl(trylast=True)

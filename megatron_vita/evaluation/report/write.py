@@ -77,9 +77,11 @@ def _write_set(report: _Report, data: str, lines: Sequence[Result], names: Mappi
     title = Path(data).stem if data.endswith((".json", ".jsonl", ".parquet")) else data
     models = list(dict.fromkeys(result["model"] for result in lines))
     groups = _grouped(lines, lambda r: (models.index(r["model"]), r["zero_tiles"], r.get("max_frames") or 0))
+    swept = any(frames for _, _, frames in groups)
     settings: dict[Setting, list[Result]] = {}
     for (model, zero, frames), found in sorted(groups.items()):
-        said = [f"{frames:,} frames" if frames else "", "tiles zeroed" if zero else ""]
+        shown = f"{frames:,} frames" if frames else "frames as trained" if swept else ""
+        said = [shown, "tiles zeroed" if zero else ""]
         settings[names[models[model]], ", ".join(filter(None, said))] = found
     used = [bucket for bucket in BUCKETS if any(by_bucket(found, bucket) for found in settings.values())]
     report.say(f"## {title}", f"Task {', '.join(sorted({r['task'] for r in lines}))}; accuracy in percent.")
