@@ -29,16 +29,24 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from megatron_vita.evaluation.report.plots import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    Panel,
+    draw_heat_map,
+    length_axis,
+    plain,
+    plot_accuracy,
+)
 from megatron_vita.evaluation.score import DEPTH_BANDS, RIGHT, UNREADABLE, Tally, depth_band, wilson
 
-STAGE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREEN, RED, GREY = "#00795A", "#C04000", "#555555"
+GREEN, RED = "#00795A", "#C04000"
 """Verdict colours: apart in lightness too, and always beside a sign, so that no reader depends on hue."""
 SEED = 7
 LONG = "long_needle"
@@ -118,7 +126,7 @@ def draw_loss(ledgers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
         if pairs:
             steps, losses = (np.asarray(column, dtype=float) for column in zip(*pairs, strict=True))
             losses = np.maximum(losses, 1e-6)  # a loss of 0 has no logarithm
-            colour = STAGE_COLOURS[number % len(STAGE_COLOURS)]
+            colour = COLOURS[number % len(COLOURS)]
             axes.plot(start + steps, losses, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(start + steps, smooth(losses, max(3.0, last / 40)), color=colour, linewidth=2.2)
         if number % 2:
@@ -134,9 +142,7 @@ def draw_loss(ledgers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
     axes.set_xlim(0, max(start, 1))
     axes.set_xlabel("optimizer step, counted through all stages")
     axes.set_ylabel("loss per labelled token (log scale)")
-    axes.grid(axis="y", color="#000000", alpha=0.12, linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain(axes)
     for middle, stage, last in middles:
         narrow = last < 0.08 * start  # then only the name fits above it
         axes.text(
@@ -162,57 +168,18 @@ def needle_cells(results: Iterable[Result]) -> dict[tuple[int, int], Tally]:
 
 def draw_needle(results: Sequence[Result], name: str, path: Path) -> None:
     """Accuracy of one model by frames and depth; beside it the same questions with every tile zeroed, if asked."""
-    panels = [
-        ("frames seen", needle_cells(r for r in results if not r["zero_tiles"])),
-        ("tiles zeroed", needle_cells(r for r in results if r["zero_tiles"])),
-    ]
-    panels = [(title, cells) for title, cells in panels if cells]
-    columns = [sorted({frames for frames, _ in cells}) for _, cells in panels]
-    widths = [len(frames) for frames in columns]
-    figure = Figure(figsize=(3.1 + 1.25 * sum(widths) + 0.5 * len(widths), 4.9), dpi=150, layout="constrained")
-    grid = figure.subplots(1, len(panels), width_ratios=widths, sharey=True, squeeze=False)[0]
-    colours = colormaps["cividis"]
-    image = None
-    for axes, (title, cells), frames in zip(grid, panels, columns, strict=True):
-        shares = np.full((DEPTH_BANDS, len(frames)), np.nan)
-        for (many, band), tally in cells.items():
-            shares[band, frames.index(many)] = tally.accuracy
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="auto")
-        for (many, band), tally in cells.items():
-            ink = "black" if tally.accuracy > 0.55 else "white"
-            column = frames.index(many)
-            axes.text(column, band - 0.08, f"{tally.accuracy:.0%}", ha="center", va="center", color=ink, fontsize=13)
-            axes.text(
-                column, band + 0.24, f"{tally.right} of {tally.count}", ha="center", va="center", color=ink, fontsize=8
-            )
-        labels = []
-        for many in frames:
-            column_tally = [tally for (frames_each, _), tally in cells.items() if frames_each == many]
-            right, count = sum(t.right for t in column_tally), sum(t.count for t in column_tally)
-            labels.append(f"{many}\n(all: {right / count:.1%})")
-        axes.set_xticks(range(len(frames)), labels)
-        axes.set_xlabel("frames in the video")
-        axes.set_title(title, fontsize=11)
-        axes.tick_params(length=0)
-        axes.set_xticks(np.arange(1, len(frames)) - 0.5, minor=True)
-        axes.set_yticks(np.arange(1, DEPTH_BANDS) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=2)
-        axes.tick_params(which="minor", length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+    panels = []
+    for zero, title in ((False, "frames seen"), (True, "tiles zeroed")):
+        if cells := needle_cells(r for r in results if r["zero_tiles"] == zero):
+            frames = sorted({many for many, _ in cells})
+            places = {(band, frames.index(many)): tally for (many, band), tally in cells.items()}
+            panels.append(Panel(title, [str(many) for many in frames], places))
     step = 100 // DEPTH_BANDS
     bands = [f"{band * step}–{(band + 1) * step}%" for band in range(DEPTH_BANDS)]
     bands[0] += "\n(first frames)"
     bands[-1] += "\n(last frames)"
-    grid[0].set_yticks(range(DEPTH_BANDS), bands)
-    grid[0].set_ylabel("depth of the marked frame")
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(grid), format=FuncFormatter(lambda value, _: f"{value:.0%}"), pad=0.02)
-    bar.ax.axhline(0.1, color="white", linewidth=1.5)
-    bar.set_label("accuracy (white line: chance, 10%)")
-    bar.outline.set_visible(False)
-    figure.suptitle(f"“Which digit is marked?” after {name}", fontsize=13, x=0.01, ha="left")
-    figure.savefig(path)
+    title = f"“Which digit is marked?” after {name}"
+    draw_heat_map(panels, bands, path, title=title, x="frames in the video", y="depth of the marked frame", chance=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- longer
@@ -255,24 +222,12 @@ def draw_longer(curves: Mapping[str, Sequence[LongPoint]], name: str, path: Path
     figure = Figure(figsize=(11.5, 4.7), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     ticks = sorted({point.frames for points in curves.values() for point in points})
-    for number, (label, points) in enumerate(curves.items()):
-        colour, marker = STAGE_COLOURS[number % len(STAGE_COLOURS)], "os^D"[number % 4]
-        frames = np.array([point.frames for point in points])
-        aside = 1.03 ** (number - (len(curves) - 1) / 2)  # so that no bar hides another
-        shares = np.array([point.tally.accuracy for point in points])
-        ends = np.array([wilson(point.tally.right, point.tally.count) for point in points])
-        bars = np.abs(ends - shares[:, None]).T
-        left.errorbar(frames * aside, shares, bars, color=colour, marker=marker, capsize=3, linewidth=1.8, label=label)
-        right.plot(frames, [point.seconds for point in points], color=colour, marker=marker, alpha=0.8)
-    left.axhline(0.1, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-    left.annotate(
-        "chance", (0, 0.1), (4, 3), xycoords=left.get_yaxis_transform(), textcoords="offset points", fontsize=8,
-        color=GREY,
-    )  # fmt: skip
-    left.set_ylim(0, 1.04)
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    left.set_ylabel("accuracy (bars: 95% Wilson interval)")
-    left.legend(frameon=False, fontsize=9.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(curves))
+    accuracies = {label: [(point.frames, point.tally) for point in points] for label, points in curves.items()}
+    plot_accuracy(left, accuracies, chance=0.1)
+    for number, points in enumerate(curves.values()):
+        seconds = [point.seconds for point in points]
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        right.plot([point.frames for point in points], seconds, alpha=0.8, **style)
     right.set_yscale("log")
     times = [point.seconds for points in curves.values() for point in points]
     right.set_ylim(min(times) / 2.2, max(times) * 1.5)
@@ -286,16 +241,12 @@ def draw_longer(curves: Mapping[str, Sequence[LongPoint]], name: str, path: Path
             f"{here[0].tokens:,.0f} tokens,\n{rate:,.0f} a second", (frames_each, min(p.seconds for p in here)),
             (4, -6), textcoords="offset points", fontsize=7, color=GREY, va="top",
         )  # fmt: skip
+    length_axis(right, ticks)
+    right.set_xlim(right=ticks[-1] * 1.9)  # room for the last rate
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.set_xlim(ticks[0] / 1.3, ticks[-1] * (1.3 if axes is left else 1.9))
         axes.axvspan(axes.get_xlim()[0], TRAINED_FRAMES, color="#000000", alpha=0.06, linewidth=0)
         axes.axvline(TRAINED_FRAMES, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlabel("frames in the video")
-        axes.grid(axis="y", color="#000000", alpha=0.12, linewidth=0.6)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     left.annotate(
         f"longest trained:\n{TRAINED_FRAMES} frames", (TRAINED_FRAMES, 0.3), (4, 0), textcoords="offset points",
         fontsize=8, color=GREY, va="center",

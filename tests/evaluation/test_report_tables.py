@@ -56,7 +56,7 @@ def test_names_of_durations(value: Any, name: str) -> None:
 
 @given(st.floats(0, 10_000))
 def test_a_range_holds_its_seconds(seconds: float) -> None:
-    low, name = duration(seconds)
+    (low, _), name = duration(seconds)
     assert low <= seconds
     assert name == ">3600 s" or seconds <= float(name.removesuffix(" s").split("-")[1])
     assert low in (0, *EDGES)
@@ -70,6 +70,8 @@ def test_buckets_are_in_order_and_leave_out_what_has_none() -> None:
     }  # fmt: skip
     assert list(found) == ["short", "medium", "long"]
     assert list(by_bucket([video(3600), video(10), video(200)], "duration")) == ["8-15 s", "180-600 s", "900-3600 s"]
+    named = ["180-600 s", "8-15 s", "15-60 s", "long", "short"]
+    assert list(by_bucket(map(video, named), "duration")) == ["short", "long", "8-15 s", "15-60 s", "180-600 s"]
     categories = [result(fields={"category": name}) for name in ("task 10", "task 9", "", None, "Task")]
     assert list(by_bucket(categories, "category")) == ["Task", "task 9", "task 10"]
 

@@ -17,19 +17,18 @@ EDGES = (8, 15, 60, 180, 600, 900, 3600)
 """Seconds at which ranges end. LongVideoBench's questions fall into 8-15, 15-60, 180-600 and 900-3600."""
 
 
-def duration(value: Any) -> tuple[float, str]:
+def duration(value: Any) -> tuple[Any, str]:
     """(sort key, name) of a video's duration: seconds get a range, whose upper end belongs to it; names stay.
 
-    Names are those of Video-MME in its order, then any other in alphabetical order.
+    Names are those of Video-MME in its order, then any other, 8-15 before 15-60.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         name = str(value)
-        return (NAMED.index(name) if name in NAMED else len(NAMED), name)
+        return (NAMED.index(name) if name in NAMED else len(NAMED), natural_key(name)), name
     place = bisect_left(EDGES, value)
-    if place == len(EDGES):
-        return EDGES[-1], f">{EDGES[-1]} s"
     low = EDGES[place - 1] if place else 0
-    return low, f"{low}-{EDGES[place]} s"
+    name = f"{low}-{EDGES[place]} s" if place < len(EDGES) else f">{low} s"
+    return (low, natural_key(name)), name
 
 
 def by_bucket(results: Iterable[Mapping[str, Any]], bucket: str) -> dict[str, Tally]:

@@ -135,14 +135,18 @@ def plot_accuracy(
             "chance", (0, chance), (4, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
             color=GREY,
         )  # fmt: skip
-    ticks = sorted({length for points in curves.values() for length, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_ylabel("accuracy (bars: 95% Wilson interval)")
     axes.legend(frameon=False, fontsize=9.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(curves)))
+    length_axis(axes, sorted({length for points in curves.values() for length, _ in points}))
+
+
+def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """A logarithmic axis of base 2 with these lengths; see `plain`."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
     plain(axes)
 
 
