@@ -29,7 +29,7 @@ class Reader:
     """Reads and prepares requests."""
 
     def __init__(
-        self, prepare: Callable[[Request], Prepared], options: ReadOptions, *, fetch_timeout: float | None = None
+        self, prepare: Callable[[Request, Limits | None], Prepared], options: ReadOptions, *, fetch_timeout: float | None = None
     ) -> None:
         """Start no thread yet.
 
@@ -83,7 +83,7 @@ class Reader:
             for one in request.requests:
                 if abandoned.is_set():
                     break
-                prepared.append(self._prepare(one))
+                prepared.append(self._prepare(one, self._options.limits))
         except BaseException:
             for one_prepared in prepared:
                 one_prepared.media.close()

@@ -17,6 +17,7 @@ from megatron_vita.data.example import Example
 from megatron_vita.data.sample import Text
 from megatron_vita.errors import VitaError
 from megatron_vita.inference.engine import EngineStats
+from megatron_vita.inference.openai import Limits
 from megatron_vita.inference.prepare import Prepared
 from megatron_vita.inference.prompt import Generation, Output, Request
 from megatron_vita.serving.run import serve_engine
@@ -60,7 +61,7 @@ class FakeEngine:
     steps: int = 0
     failing: Exception | None = None
 
-    def open(self, request: Request) -> Prepared:
+    def open(self, request: Request, limits: Limits | None = None) -> Prepared:
         self.media.append(FakeMedia())
         example = Example(np.zeros(10, dtype=np.int32), np.zeros(10, dtype=np.int32))
         return Prepared(request, example, self.media[-1], ())  # type: ignore[arg-type]
