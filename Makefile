@@ -11,13 +11,18 @@ PYTHON312 ?= python3.12
 NEWEST ?= .venv-newest
 NEWEST_TESTS := tests/test_device.py tests/test_core_optimizer.py tests/models tests/parallel tests/training tests/checkpoint
 
-.PHONY: quickstart quickstart-short needle test test-fast test-newest faults lint format check clean
+.PHONY: quickstart quickstart-short needle serve test test-fast test-newest faults lint format check clean
 
 quickstart: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN) $(ARGS)
 
 quickstart-short: $(BIN)/.installed
 	$(BIN)/python examples/quickstart/quickstart.py --output $(RUN)-short --short $(ARGS)
+
+# The quickstart's model in a browser, at http://127.0.0.1:8000, and for OpenAI clients; makes it first where it is not.
+serve: $(BIN)/.installed
+	test -e $(RUN)/hf/config.json || $(MAKE) quickstart
+	$(BIN)/python tools/serve.py --model $(RUN)/hf --served-model-name quickstart --enable-prefix-caching $(ARGS)
 
 # The quickstart, and its model asked about videos of up to 4,096 frames, which is 64 times the trained length.
 needle: $(BIN)/.installed

@@ -29,7 +29,11 @@ class Reader:
     """Reads and prepares requests."""
 
     def __init__(
-        self, prepare: Callable[[Request, Limits | None], Prepared], options: ReadOptions, *, fetch_timeout: float | None = None
+        self,
+        prepare: Callable[[Request, Limits | None], Prepared],
+        options: ReadOptions,
+        *,
+        fetch_timeout: float | None = None,
     ) -> None:
         """Start no thread yet.
 
