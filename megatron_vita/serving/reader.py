@@ -75,7 +75,7 @@ class Reader:
     ) -> tuple[ApiRequest, list[Prepared]]:
         if abandoned.is_set():
             return ApiRequest((), None, False), []
-        body = parse_body(box.pop())
+        body = parse_body(box.pop(), self._options.limits)
         request = (chat_request if kind == "chat" else completion_request)(body, id=id, options=self._own_options())
         del body
         for warning in request.warnings:

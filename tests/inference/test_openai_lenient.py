@@ -166,6 +166,8 @@ def test_an_address_is_fetched_only_if_that_is_allowed() -> None:
         ({"frames": 2},
          [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,QQ==,QQ==,QQ=="}}], {}),
         ({"text_characters": 3}, [says("four")], {}),
+        ({"messages": 1}, [], {"messages": USER * 2}),
+        ({"parts": 1}, [shows(), says("four")], {}),
         ({"list_entries": 1}, [says("x")], {"stop": ["a", "b"]}),
         ({"stop_characters": 1}, [says("x")], {"stop": "ab"}),
         ({"choices": 2}, [says("x")], {"n": 3}),
@@ -224,6 +226,23 @@ def test_a_data_url_stays_in_the_body() -> None:
     assert body["stop"] == [URL]
     assert body["messages"][0]["content"][0]["image_url"]["url"].content.obj is raw
     assert chat(body).requests[0].sample.images == (MediaFile(data=PNG, label="messages[0].content[0].image_url.url"),)
+
+
+def test_a_data_url_may_have_its_slashes_escaped() -> None:
+    raw = b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "%s"}}]}]}'
+    content = base64.b64encode(bytes(range(256)) * 9)
+    for url in (b"data:image\\/png;base64,%s", b"data:image/png;base64,%s"):
+        read = chat(parse_body(raw % (url % content.replace(b"/", b"\\/"))))
+        assert read.requests[0].sample.images[0].data == bytes(range(256)) * 9
+
+
+def test_json_has_a_limit_that_media_do_not_count_for() -> None:
+    raw = json.dumps({"messages": [{"role": "user", "content": [shows()]}]}).encode()
+    small = len(raw) - len(URL) + 50
+    assert parse_body(raw, Limits(json_bytes=small))
+    with pytest.raises(LimitError, match=f"json_bytes={small} is the limit") as error:
+        parse_body(raw + b" " * 100, Limits(json_bytes=small))
+    assert status_of(error.value) == 413
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ PartKind = Literal["text", "image", "video"]
 MessageShape = tuple[str, tuple[PartKind, ...]]
 """A message's role and the kinds of its parts."""
 
+_KEPT_PARTS = 256
+"""Parts and messages of the largest skeleton that is kept: thousands of larger ones would fill the memory."""
 _PLACEHOLDERS = {"<IMG_CONTEXT>": "image", "<video>": "video"}
 
 
@@ -80,7 +82,7 @@ class ChatTemplate:
             raise ConfigError(f"{where}: the chat template is not valid Jinja: {error}") from None
         names = sorted(special_tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(["\ue000\\d+:\\d+\ue001", *(re.escape(name) for name in names)]))
-        self.skeleton = lru_cache(maxsize=4096)(self._skeleton)
+        self._cached = lru_cache(maxsize=4096)(self._skeleton)
         probe: tuple[MessageShape, ...] = (
             ("user", ("text", "image", "video", "text")),
             ("assistant", ("text",)),
@@ -89,8 +91,17 @@ class ChatTemplate:
         )
         self.skeleton(probe, False)
 
+    def skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[SkeletonPart, ...]:
+        """Pieces of a conversation in order; those of few parts are kept, for these come again.
+
+        Raises:
+            ConfigError: the template does not place every part once and in order.
+        """
+        kept = sum(len(kinds) + 1 for _, kinds in shape) <= _KEPT_PARTS
+        return (self._cached if kept else self._skeleton)(shape, generation_prompt)
+
     def _skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[SkeletonPart, ...]:
-        """Pieces of a conversation in order. `self.skeleton` is the cached form.
+        """Pieces of a conversation in order.
 
         Raises:
             ConfigError: the template does not place every part once and in order.

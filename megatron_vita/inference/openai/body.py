@@ -10,11 +10,13 @@ import json
 import math
 import re
 import secrets
+from collections import Counter
 from typing import Any
 
 from megatron_vita.inference.openai.data_url import DataUrl
 from megatron_vita.inference.openai.errors import RequestError
 from megatron_vita.inference.openai.fields import kind_of, shown
+from megatron_vita.inference.openai.limits import Limits
 
 MOST_DEPTH = 64
 """Objects and arrays within each other."""
@@ -26,16 +28,18 @@ _DATA = re.compile(rb'"(?:image_|video_)?url"[ \t\r\n]*:[ \t\r\n]*"data:([^"\\,]
 that this is where it seems to be; or the body is no JSON, and is none either with another content of the string."""
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
+def parse_body(raw: bytes, limits: Limits | None = None) -> dict[str, Any]:
     """Parse the body of a request.
 
     Args:
         raw: its bytes. The media of the result refer to them.
+        limits: `json_bytes` is checked.
 
     Returns:
         The object. Data URLs under `url`, `image_url` and `video_url` are `DataUrl`.
 
     Raises:
+        LimitError: more JSON than allowed.
         RequestError: no UTF-8, no JSON, no object; NaN or an infinite or enormous number; a field that is given twice;
             or nested too deep.
     """
@@ -47,18 +51,20 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         start, end = match.start(1) - len(b"data:"), raw.find(b'"', match.end())
         if end < 0:
             break
-        if raw.find(b"\\", match.end(), end) < 0:
+        content: memoryview | bytes = view[match.end() : end]
+        if raw.find(b"\\", match.end(), end) >= 0:  # some clients escape every slash
+            content = raw[match.end() : end].replace(b"\\/", b"/")
+        if isinstance(content, memoryview) or b"\\" not in content:
             rest += raw[place:start], f"{mark}{len(urls)}".encode()
-            urls.append(DataUrl(match[1].decode("latin-1"), view[match.end() : end]))
-        else:  # escaped characters are the parser's
+            urls.append(DataUrl(match[1].decode("latin-1"), memoryview(content)))
+        else:
             rest.append(raw[place:end])
         place = end
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(found)
         if len(members) != len(found):
-            names = [name for name, _ in found]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice, _ = (Counter(name for name, _ in found).most_common(1))[0]
             raise RequestError(f"{shown(twice)!a} is given twice in one object.", code="invalid_json")
         for key in _KEYS:
             value = members.get(key)
@@ -67,6 +73,8 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         return members
 
     rest.append(raw[place:])
+    if limits is not None:
+        limits.check("json_bytes", sum(map(len, rest)), status=413)
     try:
         body = json.loads(
             b"".join(rest).decode("utf-8"),

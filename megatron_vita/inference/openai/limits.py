@@ -20,10 +20,14 @@ class Limits:
 
     body_bytes: int = 1 << 30
     """Bytes of the body. Media in base64 take four bytes of it for three of theirs."""
+    json_bytes: int = 32 << 20
+    """Bytes of the body without media in base64: parsed, JSON takes up to 25 times its size."""
     text_characters: int = 16 << 20
     """Characters of all texts together."""
     messages: int = 4096
     """Messages of a conversation."""
+    parts: int = 64 << 10
+    """Parts of all messages together."""
     choices: int = 128
     """Answers: `n` times the number of prompts."""
     list_entries: int = 1024

@@ -15,6 +15,8 @@ from megatron_vita.inference.openai.data_url import DataUrl
 from megatron_vita.inference.openai.errors import RequestError
 from megatron_vita.inference.openai.fields import shown
 
+_MOST_PATH = 4096
+"""Characters of a path: Linux takes no more bytes."""
 Fetch = Callable[[str, str], bytes]
 """(http or https address, `image` or `video`) -> the bytes there. Raises RequestError."""
 
@@ -73,10 +75,10 @@ def find_medium(
             code="media_missing",
         )
     try:
-        found = locate(os.path.realpath(media_root), path)
+        found = locate(os.path.realpath(media_root), path) if len(path) <= _MOST_PATH else None
     except DataError as error:
         code, message = code_of(error)
-        raise RequestError(f"{place}: {shown(message)}", param=place, code=code) from None
+        raise RequestError(f"{place}: {message}", param=place, code=code) from None
     if found is None:
         raise RequestError(f"{place}: {shown(path)!a} is not there.", param=place, code="media_missing")
     return MediaFile(path=found, label=path)

@@ -70,6 +70,11 @@ def conversation(messages: Any, options: MediaOptions, unread: Unread, *, source
     """
     if not array(messages, "messages"):
         raise RequestError("messages: there is none. End with the user's.", param="messages", code="invalid_value")
+    if options.limits is not None:
+        options.limits.check("messages", len(messages), param="messages")
+        contents = (one.get("content") for one in messages if isinstance(one, dict))
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        options.limits.check("parts", parts, param="messages")
     reader = _Reader(options, unread)
     read = [reader.message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     if options.limits is not None:
@@ -145,7 +150,6 @@ class _Reader:
         parts = [part for message in messages for part in message.parts]
         media = [part for part in parts if isinstance(part, _Medium)]
         videos = [one.url for one in media if one.kind == "video"]
-        limits.check("messages", len(messages), param="messages")
         limits.check("text_characters", sum(len(part) for part in parts if isinstance(part, str)), param="messages")
         limits.check("pictures", len(media), param="messages")
         limits.check("videos", len(videos), param="messages")

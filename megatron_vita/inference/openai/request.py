@@ -233,8 +233,11 @@ def _prompt(prompt: Any, place: str, options: ReadOptions) -> RawPrompt:
     if isinstance(prompt, str):
         return RawPrompt(text=read.text(prompt, place), source=options.source, line=options.line)
     most = sampling.MOST if options.vocab_size is None else options.vocab_size - 1
-    ids = tuple(read.whole(one, f"{place}: token id", 0, most, param="prompt") for one in read.array(prompt, place))
-    return RawPrompt(ids=ids, source=options.source, line=options.line)
+    ids = read.array(prompt, place)
+    if not all(type(one) is int and 0 <= one <= most for one in ids):
+        for one in ids:
+            read.whole(one, f"{place}: token id", 0, most, param="prompt")
+    return RawPrompt(ids=tuple(ids), source=options.source, line=options.line)
 
 
 def _most_frames(given: Mapping[str, Any], options: ReadOptions, unread: Unread) -> int | None:
