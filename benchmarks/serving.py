@@ -1,0 +1,192 @@
+"""The server under load: equal answers, requests a second, time to the first token, cancellation, time to start.
+
+    python benchmarks/serving.py --model runs/quickstart/hf
+
+Starts tools/serve.py on a free port of this machine and asks it, from this process:
+
+equal       64 clients at once, mixed lengths and media, greedy and seeded: the same answers as one client alone gets.
+throughput  requests a second of 32 clients, over those of one client, with the same mixture.
+first token time to it with 32 clients, streamed: half of the requests wait less than the median.
+cancel      from the client's disconnecting to an empty cache, while decoding and while the prompt is being computed.
+start       from the process's start to readiness, less the time of loading.
+
+Exit status 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+from serving_kit import CHAT, Figure, Server, chat, mixed, percentile, server
+
+CLIENTS = 32
+_TIMEOUT = httpx.Timeout(600.0)
+
+
+def ask(client: httpx.Client, body: dict[str, Any]) -> Any:
+    """The choices and the token counts of an answer."""
+    response = client.post(CHAT, json=body)
+    if response.status_code != 200:
+        raise RuntimeError(f"status {response.status_code}: {response.text[:300]}")
+    answer = response.json()
+    return answer["choices"], answer["usage"]
+
+
+def at_once(here: Server, clients: int, bodies: Sequence[dict[str, Any]], one: Callable[..., Any] = ask) -> list[Any]:
+    """What as many clients get for the bodies, each with a connection of its own."""
+    kept = threading.local()
+    opened: list[httpx.Client] = []
+
+    def work(body: dict[str, Any]) -> Any:
+        if not hasattr(kept, "client"):
+            kept.client = httpx.Client(base_url=here.url, timeout=_TIMEOUT, trust_env=False)
+            opened.append(kept.client)
+        return one(kept.client, body)
+
+    with ThreadPoolExecutor(clients) as pool:
+        try:
+            return list(pool.map(work, bodies))
+        finally:
+            for client in opened:
+                client.close()
+
+
+def first_token(client: httpx.Client, body: dict[str, Any]) -> float:
+    """Seconds from sending a request to the first piece of its answer."""
+    begun = time.monotonic()
+    with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+        response.raise_for_status()
+        seconds = None
+        for line in response.iter_lines():
+            if seconds is None and line.startswith("data: {") and _has_content(_chunk(line)):
+                seconds = time.monotonic() - begun
+    return time.monotonic() - begun if seconds is None else seconds
+
+
+def _chunk(line: str) -> dict[str, Any]:
+    chunk: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    return chunk
+
+
+def _has_content(chunk: dict[str, Any]) -> bool:
+    if "error" in chunk:
+        raise RuntimeError(str(chunk["error"]))
+    return any(choice["delta"].get("content") or choice["finish_reason"] for choice in chunk["choices"])
+
+
+def equal(here: Server, count: int) -> Iterator[Figure]:
+    """Answers of many clients at once against those of one."""
+    bodies = mixed(count, seed=1)
+    serial = at_once(here, 1, bodies)
+    together = at_once(here, count, bodies)
+    same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(serial, together, strict=True))
+    yield Figure(f"answers of {count} clients equal to serial ones", f"{same} of {count}", "all", same == count)
+
+
+def throughput(here: Server, rounds: int) -> Iterator[Figure]:
+    """Requests a second, of one client and of many."""
+    alone, many = mixed(CLIENTS, seed=2), mixed(CLIENTS * rounds, seed=3)
+    begun = time.monotonic()
+    at_once(here, 1, alone)
+    slow = len(alone) / (time.monotonic() - begun)
+    begun = time.monotonic()
+    at_once(here, CLIENTS, many)
+    fast = len(many) / (time.monotonic() - begun)
+    yield Figure("requests a second, one client", f"{slow:.2f}")
+    yield Figure(
+        f"requests a second, {CLIENTS} clients", f"{fast:.2f} ({fast / slow:.1f} times)", "3 times", fast >= 3 * slow
+    )
+
+
+def first_tokens(here: Server, rounds: int) -> Iterator[Figure]:
+    """Time to the first token, alone and under load."""
+    for clients, bodies in ((1, mixed(CLIENTS, seed=4)), (CLIENTS, mixed(CLIENTS * rounds, seed=5))):
+        seconds = at_once(here, clients, bodies, first_token)
+        figures = f"median {percentile(seconds, 0.5):.3f} s, 95 % {percentile(seconds, 0.95):.3f} s"
+        yield Figure(f"first token, {clients} client{'s' * (clients > 1)}", figures)
+
+
+def cancel(here: Server, times: int) -> Iterator[Figure]:
+    """From a disconnect to an empty cache."""
+    with httpx.Client(base_url=here.url, timeout=_TIMEOUT, trust_env=False) as client:
+        longest = client.get("/v1/models").json()["data"][0]["max_model_len"]
+        for name, decodes in (("while decoding", True), ("before the first token", False)):
+            seconds = []
+            for number in range(times):
+                words = "seven " * (8 if decodes else longest // 3)
+                body = chat(f"{number} {words}", max_tokens=longest, ignore_eos=True, temperature=1, stream=True)
+                seconds.append(_cancelled(here, client, body, decodes=decodes))
+            worst = max(seconds)
+            yield Figure(f"cache free after a disconnect {name}, worst of {times}", f"{worst:.3f} s", "1 s", worst <= 1)
+
+
+def _cancelled(here: Server, client: httpx.Client, body: dict[str, Any], *, decodes: bool) -> float:
+    cache, jobs = "vita_kv_cache_usage_ratio", "vita_requests_running"
+    with httpx.Client(base_url=here.url, timeout=_TIMEOUT, trust_env=False) as other:
+        request = other.build_request("POST", CHAT, json=body)
+        response = other.send(request, stream=True)
+        if decodes:
+            next(line for line in response.iter_lines() if line.startswith("data: {") and _has_content(_chunk(line)))
+        _until(lambda: here.metric(cache, client) > 0)
+        response.close()
+    begun = time.monotonic()
+    _until(lambda: here.metric(cache, client) == 0 and here.metric(jobs, client) == 0)
+    return time.monotonic() - begun
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    """Ask again and again, for a minute at most."""
+    end = time.monotonic() + 60
+    while not holds():
+        if time.monotonic() > end:
+            raise RuntimeError("it does not come about within a minute")
+        time.sleep(0.005)
+
+
+def start(here: Server) -> Iterator[Figure]:
+    """How long it took to be ready."""
+    loading = here.loading()
+    rest = here.seconds - loading
+    yield Figure("start to ready", f"{here.seconds:.2f} s, {loading:.2f} s of it loading", "10 s beside it", rest <= 10)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="folder that tools/serve.py takes")
+    parser.add_argument("--quick", action="store_true", help="few requests: whether it runs, not how fast")
+    args = parser.parse_args(argv)
+    count, rounds, times = (8, 1, 1) if args.quick else (64, 4, 10)
+    missed = 0
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        here = stack.enter_context(server(args.model, Path(scratch) / "serve.log"))
+        at_once(here, 4, mixed(8, seed=0))  # what is done once in a process is not measured
+        sections = (
+            ("start", start(here)),
+            ("equal", equal(here, count)),
+            ("throughput", throughput(here, rounds)),
+            ("first token", first_tokens(here, rounds)),
+            ("cancel", cancel(here, times)),
+        )
+        for name, figures in sections:
+            print(f"-- {name}", flush=True)
+            for figure in figures:
+                print(figure.line(), flush=True)
+                missed += figure.kept is False
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
