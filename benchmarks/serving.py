@@ -124,7 +124,7 @@ def cancel(here: Server, times: int) -> Iterator[Figure]:
         for name, decodes in (("while decoding", True), ("before the first token", False)):
             seconds = []
             for number in range(times):
-                words = "seven " * (8 if decodes else longest // 3)
+                words = "seven " * (8 if decodes else longest // 16)
                 body = chat(f"{number} {words}", max_tokens=longest, ignore_eos=True, temperature=1, stream=True)
                 seconds.append(_cancelled(here, client, body, decodes=decodes))
             worst = max(seconds)
@@ -136,6 +136,7 @@ def _cancelled(here: Server, client: httpx.Client, body: dict[str, Any], *, deco
     with httpx.Client(base_url=here.url, timeout=_TIMEOUT, trust_env=False) as other:
         request = other.build_request("POST", CHAT, json=body)
         response = other.send(request, stream=True)
+        response.raise_for_status()
         if decodes:
             next(line for line in response.iter_lines() if line.startswith("data: {") and _has_content(_chunk(line)))
         _until(lambda: here.metric(cache, client) > 0)

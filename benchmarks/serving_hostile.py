@@ -37,6 +37,8 @@ FLAGS = ("--header-timeout", "2")
 """Of the server: slow senders are given up soon, so that ten thousand requests take minutes."""
 _PATIENCE = 120.0
 """Seconds that a client waits for an answer."""
+_SILENCE = 1.0
+"""Seconds without more of an answer after which a client goes."""
 _MOST_BYTES = 4 << 20
 """That a client reads of an answer."""
 
@@ -47,6 +49,8 @@ class Report:
 
     answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """Kind of attack -> how it ended: an HTTP status, or what became of the connection."""
+    longest: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Kind of attack -> seconds of the one that took longest."""
     good: int = 0
     batches: int = 0
     leaked: int = 0
@@ -70,10 +74,10 @@ class Report:
         ends = sorted(
             {end for one in self.answers.values() for end in one}, key=lambda end: (not end[0].isdigit(), end)
         )
-        yield f"| kind | {' | '.join(ends)} |"
-        yield f"| --- |{' ---: |' * len(ends)}"
-        for kind, one in self.answers.items():
-            yield f"| {kind} | {' | '.join(str(one[end] or '') for end in ends)} |"
+        yield f"| kind | {' | '.join(ends)} | longest |"
+        yield f"| --- |{' ---: |' * (len(ends) + 1)}"
+        for kind, one in sorted(self.answers.items()):
+            yield f"| {kind} | {' | '.join(str(one[end] or '') for end in ends)} | {self.longest[kind]:.1f} s |"
 
 
 async def carry_out(port: int, attack: hostile.Attack) -> tuple[str, bytes]:
@@ -91,7 +95,12 @@ async def carry_out(port: int, attack: hostile.Attack) -> tuple[str, bytes]:
                 writer.write(piece)
                 await writer.drain()
             left = _MOST_BYTES if attack.reads is None else attack.reads
-            while left > 0 and (part := await reader.read(min(left, 1 << 16))):
+            while left > 0:
+                part = b""
+                with anyio.move_on_after(_SILENCE if read else _PATIENCE):  # the server may keep the connection
+                    part = await reader.read(min(left, 1 << 16))
+                if not part:
+                    break
                 read += part
                 left -= len(part)
     except TimeoutError:
@@ -113,7 +122,9 @@ async def batch(port: int, attacks: Sequence[tuple[str, hostile.Attack]], report
 
     async def work() -> None:
         for kind, attack in left:
+            begun = time.monotonic()
             end, read = await carry_out(port, attack)
+            report.longest[kind] = max(report.longest[kind], time.monotonic() - begun)
             report.answers[kind][end] += 1
             report.leaked += b"root:x:" in read
 

@@ -123,14 +123,13 @@ def server(model: str, log: Path, flags: Sequence[str] = ()) -> Iterator[Server]
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path, begun: float) -> str:
-    url = None
     with httpx.Client(trust_env=False) as client:
         while time.monotonic() - begun < _START and process.poll() is None:
             found = re.search(r"listening on (http://127\.0\.0\.1:\d+)", log.read_text(encoding="utf-8"))
             if found is not None:
-                url = found[1]
-                if client.get(f"{url}/ready").status_code == 200:
-                    return url
+                with contextlib.suppress(httpx.TransportError):  # it is bound, and not listening yet
+                    if client.get(f"{found[1]}/ready").status_code == 200:
+                        return found[1]
             time.sleep(0.02)
     raise RuntimeError(f"the server is not ready; status {process.poll()}. Its log:\n{log.read_text(encoding='utf-8')}")
 
