@@ -2,6 +2,7 @@
 
     python tools/evaluate.py --model HF_DIR_or_CKPT [...] --data FILE [...] [--task exact_match] --output DIR
     python tools/evaluate.py --model ... --data videos.jsonl --frames 8 64 256 --output DIR
+    python tools/evaluate.py --model ... --benchmark mmmu videomme --root DOWNLOADS --output DIR
     python tools/evaluate.py --model ... --needle visual --frames 8 64 4096 --depths 11 --output DIR
     python tools/evaluate.py --model ... --needle text --lengths 4096 131072 --output DIR
     torchrun --nproc-per-node 2 tools/evaluate.py --context-parallel-size 2 --model ... --data ... --output DIR
@@ -9,6 +10,9 @@
 A data file holds one record a line in Long-VITA's `messages` form; its last assistant turn is the reference answer, its
 media paths are relative to the file (or to --media-root). Other keys of a record (`category`, `duration`, ...) go along
 into the results, and the report has a table by each of these two.
+
+A benchmark is read from the files that its publisher (or VLMEvalKit) gives, and its answers are judged as the field
+does.
 
 A needle is a picture of a video, or a sentence of a text, that is asked for. Without --needles and --haystack they are
 drawn and written by the program. docs/evaluate.md has the forms of the files.
@@ -52,6 +56,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", help="how answers to --data are judged (default: exact_match)")
     add("--data", nargs="+", action="extend", default=[], help="files of questions: JSONL, or parquet")
+    add("--benchmark", nargs="+", action="extend", default=[], help="published benchmarks, see docs/evaluate.md")
+    add("--root", type=Path, help="where they lie: DIR/NAME, DIR, or a data file of the benchmark")
+    add("--prompt-style", default="long_vita", help="of benchmarks: long_vita (default), vlmevalkit or lmms_eval")
+    add("--subtitles", action="store_true", help="of benchmarks: list the subtitles before the question")
+    add("--category", nargs="+", action="extend", default=[], help="of benchmarks: only questions of these categories")
     add("--needle", nargs="+", choices=("visual", "text"), default=[], help="ask for a needle in a haystack")
     add("--output", type=Path, required=True, help="folder for results.jsonl, summary.json and report.md")
     add("--frames", type=int, nargs="+", default=[], help="most frames of each video; every number is asked in turn")
@@ -64,7 +73,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
     add("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
     add("--limit", type=int, help="only the first so many questions of each set")
-    add("--max-new-tokens", type=int, default=32, help="longest answer")
+    add("--max-new-tokens", type=int, help="longest answer (default: 32; with --benchmark 128)")
     add("--workers", type=int, default=1, help="processes that share the questions")
     add_sampling_arguments(parser)
     add_engine_arguments(parser)
@@ -73,8 +82,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if not args.data and not args.needle:
-        parser.error("nothing to ask: give --data or --needle")
+    if not args.data and not args.needle and not args.benchmark:
+        parser.error("nothing to ask: give --data, --benchmark or --needle")
+    if bool(args.benchmark) != bool(args.root):
+        parser.error("--benchmark and --root, the folder that it was downloaded into, go together")
+    if not args.benchmark and (args.subtitles or args.category):
+        parser.error("--subtitles and --category go with --benchmark")
     if "visual" in args.needle and not args.frames:
         parser.error("--needle visual: give the lengths of the clips with --frames")
     if ("text" in args.needle) != bool(args.lengths):
@@ -88,11 +101,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def question_sets(args: argparse.Namespace) -> list[QuestionSet]:
     """What the command line asks; nothing is read yet. Raises ConfigError for a grid that cannot be."""
+    from megatron_vita.evaluation.benchmarks import benchmark_set
     from megatron_vita.evaluation.needle.grid import Grid, depths_of
     from megatron_vita.evaluation.needle.sets import text_sets, visual_sets
     from megatron_vita.evaluation.questions import data_file
 
-    sets = [data_file(path, args.media_root, args.output / "media") for path in args.data]
+    work = args.output / "media"
+    sets = [data_file(path, args.media_root, work) for path in args.data]
+    worded = {"style": args.prompt_style, "subtitles": args.subtitles, "categories": args.category}
+    for name in args.benchmark:
+        root = args.root / name if (args.root / name).is_dir() else args.root
+        sets.append(benchmark_set(name, root, work=work, **worded))
     if args.frames:
         sets = [one for whole in sets for one in whole.sweep(args.frames)]
     if args.needle:
@@ -122,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task=args.task or "exact_match",
             zero_tiles=args.zero_tiles,
             video_backend=args.video_backend,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.max_new_tokens or (128 if args.benchmark else 32),
             sampling=sampling,
             engine=engine,
         )

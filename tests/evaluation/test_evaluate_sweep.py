@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from megatron_vita.data.sample import Sample
 from megatron_vita.evaluation.results import ResultFile
 from megatron_vita.inference.engine import Engine
+from tests.evaluation import published
 from tests.evaluation.test_evaluate import asked as asked
 from tests.inference.tiny import save_checkpoint, write_media
 from tests.scripts import load_script
@@ -139,6 +141,43 @@ def test_what_cannot_be_asked(
     ],
 )
 def test_flags_that_do_not_fit(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as usage:
+        TOOL.main(["--model", "m", "--output", "o", *flags])
+    assert usage.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_benchmarks_are_asked_by_their_names(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
+    """Pictures from a table, and parts of videos; answers are judged by the benchmark's task."""
+    root = tmp_path / "downloads"
+    published.mmbench_tsv(root / "mmbench")
+    published.mvbench(root / "mvbench")
+    shutil.copy(here / "video.mp4", root / "mvbench/video/star/Charades_v1_480/AB12.mp4")
+    flags = ["--benchmark", "mmbench", "mvbench", "--root", str(root), "--category", "colour", "action_sequence"]
+    lines = run(here, tmp_path / "out", *flags)
+    assert [(line["data"], line["line"], line["task"]) for line in lines] == [
+        ("mmbench", 1, "multiple_choice"), ("mmbench", 2, "multiple_choice"), ("mmbench", 3, "multiple_choice"),
+        ("mvbench", 2, "multiple_choice"),
+    ]  # fmt: skip
+    assert all(line["score"] in (0, 1) and "extracted" in line for line in lines)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert {row["data"]: (row["count"], list(row["category"])) for row in summary} == {
+        "mmbench": (2, ["colour"]), "mvbench": (1, ["action_sequence"]),
+    }  # fmt: skip
+    assert asked[-1].videos[0].start == 2.5
+    run(here, tmp_path / "out", *flags)
+    assert len(asked) == 4, "the table is read again, the answers hold"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--benchmark", "mmmu"], "--benchmark and --root"),
+        (["--data", "q.jsonl", "--subtitles"], "go with --benchmark"),
+        ([], "give --data, --benchmark or --needle"),
+    ],
+)
+def test_flags_of_benchmarks(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
         TOOL.main(["--model", "m", "--output", "o", *flags])
     assert usage.value.code == 2

@@ -52,8 +52,7 @@ def read_benchmark(
         DataError: a damaged file or row, naming it.
     """
     benchmark = find_benchmark(name)
-    if style not in STYLES:
-        raise ConfigError(f"prompt style {style!r} is not known. Choose one of {', '.join(STYLES)}.")
+    _check_style(style)
     if subtitles and not benchmark.subtitles:
         raise ConfigError(f"{name} has no subtitles. Leave --subtitles out.")
     files = _files(name, benchmark, root)
@@ -81,9 +80,10 @@ def benchmark_set(
     """The questions of a benchmark as a set, named by the benchmark; arguments as `read_benchmark`, which reads it.
 
     Raises:
-        ConfigError: there is no such benchmark.
+        ConfigError: there is no such benchmark, or style.
     """
     find_benchmark(name)
+    _check_style(style)
 
     def read(limit: int | None) -> list[Question]:
         return read_benchmark(
@@ -104,6 +104,11 @@ def find_benchmark(name: str) -> Benchmark:
         hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(BENCHMARKS)}."
         raise ConfigError(f"no benchmark {name!r}. {hint}")
     return BENCHMARKS[name]
+
+
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise ConfigError(f"prompt style {style!r} is not known. Choose one of {', '.join(STYLES)}.")
 
 
 def _files(name: str, benchmark: Benchmark, root: Path) -> list[Path]:

@@ -37,8 +37,6 @@ class Benchmark:
     """It comes with subtitles."""
     category: str = ""
     """What `category` is."""
-    max_new_tokens: int = 32
-    """Tokens that suffice for an answer."""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -104,7 +102,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         source="OCRBench.tsv of VLMEvalKit, or data/test-*.parquet of echo840/OCRBench",
         read=images.ocrbench,
         category="question type (10)",
-        max_new_tokens=128,
     ),
     "chartqa": Benchmark(
         title="ChartQA (test)",
@@ -123,7 +120,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         source="DocVQA_VAL.tsv of VLMEvalKit, or DocVQA/validation-*.parquet of lmms-lab/DocVQA",
         read=images.docvqa,
         category="first question type",
-        max_new_tokens=128,
     ),
     "ai2d": Benchmark(
         title="AI2D (test)",
