@@ -46,6 +46,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--port", type=int, default=default.port, help="0: a free one, which is logged (default: %(default)s)")
     add("--api-key", default=os.environ.get("VITA_API_KEY"), help="what clients send as bearer token (or VITA_API_KEY)")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        help="name of a reverse proxy in front; no key is needed",
+    )
     add("--served-model-name", help="name of the model for clients (default: its stage or folder)")
     add("--media-root", type=Path, help="folder of media that requests may name by file:// and relative paths")
     add("--allow-fetch", action="store_true", help="download http(s) media, never from private addresses")
@@ -107,6 +113,7 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
+        allowed_hosts=tuple(args.allowed_host),
         model_name=args.served_model_name,
         media_root=args.media_root,
         allow_fetch=args.allow_fetch,

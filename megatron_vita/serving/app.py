@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from megatron_vita.errors import VitaError
@@ -24,9 +23,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="megatron_vita", docs_url=None, redoc_url=None, openapi_url=None)
     settings = service.settings
     app.include_router(page_router())
-    app.add_middleware(Guard, api_key=settings.api_key)
-    if settings.loopback:  # a page of another site must not reach it under a name that points to this machine
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    app.add_middleware(Guard, api_key=settings.api_key, hosts=settings.hosts)
 
     app.include_router(page_router())
 

@@ -105,6 +105,7 @@ async def serve_engine(service: Service, listener: socket.socket, load: Callable
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # its warnings are of clients that speak no HTTP
             access_log=False,
             server_header=False,
             timeout_keep_alive=30,

@@ -20,6 +20,8 @@ class ServerSettings:
     """0: a free one, which is printed."""
     api_key: str | None = None
     """What a client sends as `Authorization: Bearer KEY`; None: anybody on this machine is answered."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names under which the server may be asked without a key, such as that of a reverse proxy."""
     model_name: str | None = None
     """What /v1/models calls the model; None: the name of its stage or folder."""
     media_root: Path | None = None
@@ -60,6 +62,14 @@ class ServerSettings:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: seconds, at least 0.")
         if self.media_root is not None and not self.media_root.is_dir():
             raise ConfigError(f"--media-root {self.media_root}: no such folder.")
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Names under which the server may be asked, in lower case; None: any, for a key is asked for."""
+        if self.api_key is not None:
+            return None
+        own = ("localhost", "127.0.0.1", "[::1]", self.host, f"[{self.host}]", *self.allowed_hosts)
+        return frozenset(name.lower() for name in own)
 
     @property
     def loopback(self) -> bool:

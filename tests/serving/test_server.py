@@ -90,8 +90,14 @@ def test_a_key_is_asked_for() -> None:
 
 
 def test_a_name_that_only_points_to_this_machine_is_refused() -> None:
-    with serving(FakeEngine()) as (address, _):
-        assert httpx.get(f"{address}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    with serving(FakeEngine(), allowed_hosts=("Proxy.example",)) as (address, _):
+        port = address.rpartition(":")[2]
+        for host, status in (
+            ("evil.example", 403), (f"evil.example:{port}", 403), ("", 403), (f"localhost:{port}", 200), 
+            ("[::1]:1", 200),
+            ("[::1]", 200), ("127.0.0.1", 200), ("proxy.example", 200), ("LOCALHOST", 200),
+        ):  # fmt: skip
+            assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status, host
 
 
 def test_the_same_request_joins_the_running_one() -> None:
