@@ -93,7 +93,7 @@ def test_a_name_that_only_points_to_this_machine_is_refused() -> None:
     with serving(FakeEngine(), allowed_hosts=("Proxy.example",)) as (address, _):
         port = address.rpartition(":")[2]
         for host, status in (
-            ("evil.example", 403), (f"evil.example:{port}", 403), ("", 403), (f"localhost:{port}", 200), 
+            ("evil.example", 403), (f"evil.example:{port}", 403), ("", 403), (f"localhost:{port}", 200),
             ("[::1]:1", 200),
             ("[::1]", 200), ("127.0.0.1", 200), ("proxy.example", 200), ("LOCALHOST", 200),
         ):  # fmt: skip
