@@ -388,7 +388,7 @@ def test_the_same_files_give_the_same_questions(tmp_path: Path) -> None:
 
 def test_a_set_reads_when_it_is_asked(tmp_path: Path) -> None:
     ask = benchmark_set("videomme", tmp_path, work=tmp_path / "work", style="lmms_eval", subtitles=True)
-    assert ask.name == "videomme with subtitles"
+    assert ask.name == "videomme with subtitles, prompts of lmms_eval"
     published.videomme(tmp_path)
     assert list(ask.read(1)) == read_benchmark(
         "videomme", tmp_path, work=tmp_path / "work", style="lmms_eval", subtitles=True, limit=1

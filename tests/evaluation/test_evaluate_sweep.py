@@ -103,12 +103,31 @@ def test_needles_are_asked_and_kept(
     assert len(asked) - before == 4
 
 
+def test_a_benchmark_is_asked_in_each_wording(here: Path, tmp_path: Path, asked: list[Sample]) -> None:
+    published.mmbench_tsv(tmp_path)
+    flags = ["--benchmark", "mmbench", "--root", str(tmp_path)]
+    lines = run(here, tmp_path / "out", *flags)
+    other = run(here, tmp_path / "out", *flags, "--prompt-style", "vlmevalkit", "--max-new-tokens", "3")
+    assert len(lines) == 3
+    assert len(other) == len(asked) == 6
+    assert {line["data"] for line in other} == {"mmbench", "mmbench, prompts of vlmevalkit"}
+    assert {line["task"] for line in lines} == {"multiple_choice"}
+    page = (tmp_path / "out/report.md").read_text()
+    assert "## mmbench, prompts of vlmevalkit" in page
+    assert "| questions |      2 |       2 |" in page, "a question whose options rotate is one"
+    assert "(categories_mmbench.png)" in page
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--data", "text.jsonl", "--frames", "2"], "no question of it shows a video. Leave out --frames."),
         (["--data", "q.jsonl", "--frames", "0"], "--frames 0: a video has at least one frame"),
         (["--needle", "visual", "--frames", "1"], "from 2 on"),
+        (["--benchmark", "video-mme", "--root", "."], "Did you mean videomme?"),
+        (["--benchmark", "videomme", "--root", "."], "no data file of videomme"),
+        (["--benchmark", "ai2d", "--root", ".", "--prompt-style", "own"], "prompt style 'own' is not known"),
+        (["--benchmark", "ai2d", "--root", ".", "--subtitles"], "Leave --subtitles out"),
         (["--needle", "text", "--lengths", "5"], "--lengths 5: the needle"),
         (["--needle", "visual", "--frames", "4", "--haystack", "none"], "Check --haystack"),
         (["--needle", "visual", "--frames", "4", "--depths", "1.5"], "--depths 1.5"),
@@ -132,6 +151,10 @@ def test_what_cannot_be_asked(
     ("flags", "says"),
     [
         ([], "nothing to ask"),
+        (["--benchmark", "mvbench"], "1 of --benchmark, but 0 of --root"),
+        (["--data", "q", "--root", "r"], "0 of --benchmark, but 1 of --root"),
+        (["--data", "q", "--subtitles"], "go with --benchmark"),
+        (["--data", "q", "--prompt-style", "vlmevalkit"], "go with --benchmark"),
         (["--needle", "visual"], "with --frames"),
         (["--needle", "text"], "go together"),
         (["--data", "q", "--lengths", "5"], "go together"),

@@ -77,7 +77,9 @@ def benchmark_set(
     subtitles: bool = False,
     categories: Sequence[str] = (),
 ) -> QuestionSet:
-    """The questions of a benchmark as a set, named by the benchmark; arguments as `read_benchmark`, which reads it.
+    """The questions of a benchmark as a set; arguments as `read_benchmark`, which reads it.
+
+    It is named by the benchmark, and by subtitles, prompts and categories, so that their answers stand side by side.
 
     Raises:
         ConfigError: there is no such benchmark, or style.
@@ -90,7 +92,10 @@ def benchmark_set(
             name, root, work=work, style=style, subtitles=subtitles, categories=categories, limit=limit
         )
 
-    return QuestionSet(f"{name} with subtitles" if subtitles else name, read)
+    named = [f"{name} with subtitles" if subtitles else name]
+    named += [f"prompts of {style}"] if style != "long_vita" else []
+    named += [f"only {' and '.join(categories)}"] if categories else []
+    return QuestionSet(", ".join(named), read)
 
 
 def find_benchmark(name: str) -> Benchmark:
