@@ -54,27 +54,30 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model", nargs="+", action="extend", required=True, help="checkpoints or Hugging Face folders"
     )
     add = parser.add_argument
-    add("--task", help="how answers to --data are judged (default: exact_match)")
-    add("--data", nargs="+", action="extend", default=[], help="files of questions: JSONL, or parquet")
-    add("--benchmark", nargs="+", action="extend", default=[], help="published benchmarks, see docs/evaluate.md")
-    add("--root", type=Path, help="where they lie: DIR/NAME, DIR, or a data file of the benchmark")
-    add("--prompt-style", default="long_vita", help="of benchmarks: long_vita (default), vlmevalkit or lmms_eval")
-    add("--subtitles", action="store_true", help="of benchmarks: list the subtitles before the question")
-    add("--category", nargs="+", action="extend", default=[], help="of benchmarks: only questions of these categories")
-    add("--needle", nargs="+", choices=("visual", "text"), default=[], help="ask for a needle in a haystack")
     add("--output", type=Path, required=True, help="folder for results.jsonl, summary.json and report.md")
-    add("--frames", type=int, nargs="+", default=[], help="most frames of each video; every number is asked in turn")
-    add("--lengths", type=int, nargs="+", default=[], help="tokens of the texts of --needle text")
-    add("--depths", type=float, nargs="+", default=[11], help="a number of depths, or depths from 0 to 1 (default: 11)")
-    add("--samples", type=int, default=5, help="needles of each length and depth (default: 5)")
-    add("--needles", type=Path, help="JSONL of {image or text, question, answer} (default: generated)")
-    add("--haystack", type=Path, help="folder of frames or video; or text file (default: generated)")
     add("--media-root", type=Path, help="folder of the media (default: each data file's own)")
+    add("--frames", type=int, nargs="+", default=[], help="most frames of each video; every number is asked in turn")
     add("--zero-tiles", action="store_true", help="show black tiles: what is known without looking?")
     add("--video-backend", choices=("auto", "pyav", "decord"), default="auto", help="decodes videos")
     add("--limit", type=int, help="only the first so many questions of each set")
     add("--max-new-tokens", type=int, help="longest answer (default: 32; with --benchmark 128)")
     add("--workers", type=int, default=1, help="processes that share the questions")
+    add = parser.add_argument_group("files of questions").add_argument
+    add("--data", nargs="+", action="extend", default=[], help="JSONL, or parquet")
+    add("--task", help="how answers are judged (default: exact_match)")
+    add = parser.add_argument_group("published benchmarks").add_argument
+    add("--benchmark", nargs="+", action="extend", default=[], metavar="NAME", help="see docs/evaluate.md")
+    add("--root", type=Path, help="where they lie: DIR/NAME, DIR, or a data file of the benchmark")
+    add("--prompt-style", default="long_vita", help="long_vita (default), vlmevalkit or lmms_eval")
+    add("--subtitles", action="store_true", help="list the subtitles before the question")
+    add("--category", nargs="+", action="extend", default=[], help="only questions of these categories")
+    add = parser.add_argument_group("needles in haystacks").add_argument
+    add("--needle", nargs="+", choices=("visual", "text"), default=[], help="a frame of a video, a sentence of a text")
+    add("--lengths", type=int, nargs="+", default=[], help="tokens of the texts; of videos see --frames")
+    add("--depths", type=float, nargs="+", default=[11], help="a number of depths, or depths from 0 to 1 (default: 11)")
+    add("--samples", type=int, default=5, help="needles of each length and depth (default: 5)")
+    add("--needles", type=Path, help="JSONL of {image or text, question, answer} (default: generated)")
+    add("--haystack", type=Path, help="folder of frames or video; or text file (default: generated)")
     add_sampling_arguments(parser)
     add_engine_arguments(parser)
     args = parser.parse_args(argv)
@@ -118,8 +121,7 @@ def question_sets(args: argparse.Namespace) -> list[QuestionSet]:
         grid = Grid(depths=depths_of(args.depths), samples=args.samples, seed=args.seed)
         given = {"haystack": args.haystack, "needles": args.needles}
         if "visual" in args.needle:
-            folder = args.output / "needle"
-            sets += visual_sets(args.frames, grid, folder, media_root=args.media_root, **given)
+            sets += visual_sets(args.frames, grid, work, media_root=args.media_root, **given)
         if "text" in args.needle:
             sets += text_sets(args.lengths, grid, args.model, **given)
     return sets
