@@ -46,12 +46,14 @@ class Preparation:
     """Tokens that the cache holds for one sequence."""
     video_backend: str = "auto"
 
-    def __call__(self, request: Request, limits: Limits | None = None) -> Prepared:
+    def __call__(self, request: Request, limits: Limits | None = None, like: Prepared | None = None) -> Prepared:
         """Ids of a prompt and its media, by the functions that made the training shards. No pixels yet.
 
         Args:
             request: what is asked.
             limits: of pixels, frames, seconds and tokens, which only the media's headers tell.
+            like: another choice of the same conversation with the same settings, whose ids and keys are taken over: a
+                prompt is written once, however many answers are asked for.
 
         Raises:
             ConfigError: pictures for a model without a tower, or sampling names a token that the model does not have.
@@ -67,6 +69,9 @@ class Preparation:
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
             )
         spec = request.preprocessing(self.spec)
+        if like is not None:
+            media = PromptMedia.reopen(sample, like.example, spec, self.video_backend)
+            return Prepared(request, like.example, media, like.keys)
         fits = partial(check_length, request, positions=self.config.max_position_embeddings, held=self.capacity)
         example, media = PromptMedia.open(
             sample,

@@ -30,7 +30,7 @@ class Reader:
 
     def __init__(
         self,
-        prepare: Callable[[Request, Limits | None], Prepared],
+        prepare: Callable[[Request, Limits | None, Prepared | None], Prepared],
         options: ReadOptions,
         *,
         fetch_timeout: float | None = None,
@@ -87,7 +87,8 @@ class Reader:
             for one in request.requests:
                 if abandoned.is_set():
                     break
-                prepared.append(self._prepare(one, self._options.limits))
+                like = prepared[-1] if prepared and prepared[-1].request.sample is one.sample else None
+                prepared.append(self._prepare(one, self._options.limits, like))
         except BaseException:
             for one_prepared in prepared:
                 one_prepared.media.close()

@@ -17,7 +17,7 @@ from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import render_tiles
 from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
-from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.engine import Engine, model_name
 from megatron_vita.inference.prompt import Generation, RawPrompt, Request, TokenLogprob
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
@@ -338,6 +338,30 @@ def test_an_answer_is_as_long_as_the_context_allows_if_that_is_asked_for(root: P
     assert (answer.finish_reason, len(answer.ids)) == ("length", small.worker.longest - length)
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens, but the .* \d+"):
         small.prepare(Request("1", question("the " * 60), GREEDY, 32768, clamp_length=True))
+
+
+def test_choices_share_their_ids(root: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second choice is prepared from the first, and gets the answer that it has by itself."""
+    sharing = load(root, enable_prefix_caching=True)
+    for number, sample in enumerate((*samples, RawPrompt(text="Which digit"))):
+        requests = [
+            Request(f"{number}-{place}", sample, SamplingConfig(temperature=1, seed=place), 5) for place in (0, 1)
+        ]
+        expected = {
+            request.id: answer.ids for request, answer in sharing.run(requests) if not isinstance(answer, VitaError)
+        }
+        first = sharing.open(requests[0])
+        second = sharing.open(requests[1], like=first)
+        assert second.example is first.example
+        assert second.keys == first.keys
+        for prepared in (first, second):
+            sharing.enqueue(prepared)
+        answers = {}
+        while sharing.busy:
+            for output in sharing.step(stream=False):
+                if isinstance(output.outcome, Generation):
+                    answers[output.request_id] = output.outcome.ids
+        assert answers == expected
 
 
 def test_a_text_is_continued_without_a_chat_template(engine: Engine) -> None:

@@ -171,6 +171,7 @@ def test_an_address_is_fetched_only_if_that_is_allowed() -> None:
         ({"list_entries": 1}, [says("x")], {"stop": ["a", "b"]}),
         ({"stop_characters": 1}, [says("x")], {"stop": "ab"}),
         ({"choices": 2}, [says("x")], {"n": 3}),
+        ({"opened": 5}, [shows(), shows()], {"n": 3}),
     ],
 )  # fmt: skip
 def test_limits_are_named_before_anything_is_decoded(

@@ -61,7 +61,7 @@ class FakeEngine:
     steps: int = 0
     failing: Exception | None = None
 
-    def open(self, request: Request, limits: Limits | None = None) -> Prepared:
+    def open(self, request: Request, limits: Limits | None = None, like: Prepared | None = None) -> Prepared:
         self.media.append(FakeMedia())
         example = Example(np.zeros(10, dtype=np.int32), np.zeros(10, dtype=np.int32))
         return Prepared(request, example, self.media[-1], ())  # type: ignore[arg-type]

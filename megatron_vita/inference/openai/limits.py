@@ -46,6 +46,8 @@ class Limits:
     """Pixels of all pictures together."""
     picture_tiles: int = 40
     """Tiles that `max_dynamic_patch` may ask for, the thumbnail not counted."""
+    opened: int = 32 << 10
+    """Pictures and videos times answers: each answer opens them for itself."""
     videos: int = 64
     """Videos."""
     frames: int = 16384

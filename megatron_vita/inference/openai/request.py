@@ -196,6 +196,8 @@ def _request(
     choices = read.whole(given.get("n", 1), "n", 1, MAX_CHOICES)
     if options.limits is not None:
         options.limits.check("choices", choices * len(prompts), param="n")
+        media = sum(len(prompt.images) + len(prompt.videos) for prompt in prompts)
+        options.limits.check("opened", choices * media, param="n")
     requests = tuple(
         Request(
             f"{id}-{place * choices + choice}",
