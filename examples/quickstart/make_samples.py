@@ -19,8 +19,8 @@ import numpy as np
 from make_data import ASK_DIGIT, ASK_MARKED, Sizes, draw_all, encode_picture, encode_video, invert, split_scans
 
 SEED = 1
-PICTURES = (("digit_3.png", 3, 1), ("digit_8.png", 8, 4))
-"""(file, digit, which of its held-out scans)."""
+PICTURES = (("digit_3.png", "A handwritten digit", 3, 1), ("digit_8.png", "Another digit", 8, 4))
+"""(file, title, digit, which of its held-out scans)."""
 FRAMES = ((2, 0), (7, 3), (0, 2), (9, 1), (4, 2), (6, 0), (1, 3), (5, 5), (8, 2), (3, 0), (2, 6), (0, 4))
 """(digit, which of its held-out scans) of each frame."""
 MARKED = 4
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(np.flatnonzero(stock.labels == digit)[which])
 
     samples = []
-    for name, digit, which in PICTURES:
+    for name, title, digit, which in PICTURES:
         (args.output / name).write_bytes(encode_picture(stock.picture(index(digit, which))))
-        samples.append({"file": name, "title": "A handwritten digit", "question": ASK_DIGIT})
+        samples.append({"file": name, "title": title, "question": ASK_DIGIT})
     frames = [stock.pixels[index(*one)] for one in FRAMES]
     frames[MARKED] = invert(frames[MARKED])
     encode_video(args.output / "marked.mp4", frames)

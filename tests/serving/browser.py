@@ -8,11 +8,11 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from playwright.sync_api import Browser, sync_playwright
 
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome")
 
@@ -29,11 +29,10 @@ def find_browser() -> str:
 
 
 @contextmanager
-def open_browser() -> Iterator[Any]:
-    """A headless browser, as playwright's `Browser`."""
+def open_browser() -> Iterator[Browser]:
+    """A headless browser."""
     path = find_browser()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
             yield browser

@@ -83,7 +83,7 @@ def test_markdown_becomes_elements(desk: Visit, server: FakeServer) -> None:
     server.answers["Show"] = MARKDOWN
     desk.ask("Show")
     desk.answer()
-    html = re.sub(r' (tabindex|rel|target)="[^"]*"', "", desk.page.inner_html(".markdown"))
+    html = re.sub(r' (tabindex|rel|target|role|aria-label)="[^"]*"', "", desk.page.inner_html(".markdown"))
     html = re.sub(r"<button.*?</button>", "", html)
     assert html == (
         '<h3 class="level-1">Top</h3><p>Some <strong>bold</strong>, <em>it</em>, <strong><em>both</em></strong>, '

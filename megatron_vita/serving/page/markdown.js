@@ -78,7 +78,7 @@ function readCode(lines, at, fence) {
     if (line.length >= mark.length && line === mark[0].repeat(line.length)) break;
     body.push(lines[to].slice(Math.min(indent(lines[to]), space.length)));
   }
-  return { kind: "code", language, text: body.join("\n"), to: Math.min(to + 1, lines.length) };
+  return { kind: "code", shape: language, language, text: body.join("\n"), to: Math.min(to + 1, lines.length) };
 }
 
 function readList(lines, at, depth) {
@@ -112,7 +112,8 @@ function readList(lines, at, depth) {
     to++;
   }
   const start = ordered ? Number(first[3]) : 1;
-  return { kind: "list", ordered, start, items: items.map((one) => blocks(one, depth + 1)), to };
+  const parts = items.map((one) => ({ source: one.join("\n"), build: () => item(blocks(one, depth + 1)) }));
+  return { kind: "list", shape: `${ordered}${start}`, ordered, start, parts, to };
 }
 
 function cells(line) {
@@ -142,13 +143,14 @@ function startsTable(lines, at) {
 function readTable(lines, at) {
   const head = cells(lines[at]);
   const align = cells(lines[at + 1]).map((one) => (one.endsWith(":") ? (one.startsWith(":") ? "centre" : "right") : null));
-  const rows = [];
+  const row = (tag, texts) => el("tr", {}, head.map((_, i) => withText(el(tag, { class: align[i] }), texts[i] ?? "")));
+  const parts = [];
   let to = at + 2;
-  while (to < lines.length && lines[to].includes("|")) {
-    const row = cells(lines[to++]);
-    rows.push(head.map((_, column) => row[column] ?? ""));
+  for (; to < lines.length && lines[to].includes("|"); to++) {
+    const source = lines[to];
+    parts.push({ source, build: () => row("td", cells(source)) });
   }
-  return { kind: "table", head, align, rows, to };
+  return { kind: "table", shape: lines.slice(at, at + 2).join("\n"), head: () => row("th", head), parts, to };
 }
 
 function node(block) {
@@ -164,14 +166,14 @@ function node(block) {
       return el(
         block.ordered ? "ol" : "ul",
         { start: block.start === 1 ? undefined : block.start },
-        block.items.map(item),
+        block.parts.map((part) => part.build()),
       );
     case "table":
       return table(block);
     case "code": {
       const code = el("code", { text: block.text });
       const bar = el("div", { class: "bar" }, el("span", { text: block.language || "text" }), copyButton(() => code.textContent));
-      return el("div", { class: "code" }, bar, el("pre", { tabindex: "0" }, code));
+      return el("div", { class: "code" }, bar, el("pre", { tabindex: "0", role: "region", "aria-label": "Code" }, code));
     }
     default:
       return withText(el("p"), block.lines.map((line) => line.trim()).join("\n"));
@@ -189,18 +191,28 @@ function item(inside) {
   return fill(li, rest.map(node));
 }
 
-function table({ head, align, rows }) {
-  const cell = (tag) => (text, column) => withText(el(tag, { class: align[column] }), text);
-  return el(
-    "div",
-    { class: "table", tabindex: "0" },
-    el(
-      "table",
-      {},
-      el("thead", {}, el("tr", {}, head.map(cell("th")))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell("td"))))),
-    ),
-  );
+function table({ head, parts }) {
+  const rows = el("tbody", {}, parts.map((part) => part.build()));
+  const attributes = { class: "table", tabindex: "0", role: "region", "aria-label": "Table" };
+  return el("div", attributes, el("table", {}, el("thead", {}, head()), rows));
+}
+
+/** Makes the element of a block that of its longer form, where only the end is new; says whether it could. */
+function grow(there, old, block) {
+  if (old.kind !== block.kind || old.shape === undefined || old.shape !== block.shape) return false;
+  if (block.kind === "code") {
+    const code = there.querySelector("code");
+    if (code.firstChild && block.text.startsWith(old.text)) code.firstChild.appendData(block.text.slice(old.text.length));
+    else code.textContent = block.text;
+    return true;
+  }
+  const within = block.kind === "table" ? there.querySelector("tbody") : there;
+  while (within.childNodes.length > block.parts.length) within.lastChild.remove();
+  block.parts.forEach((part, i) => {
+    if (i >= within.childNodes.length) within.append(part.build());
+    else if (part.source !== old.parts[i].source) within.childNodes[i].replaceWith(part.build());
+  });
+  return true;
 }
 
 /** A text that grows, as Markdown within an element. */
@@ -234,10 +246,8 @@ export class MarkdownView {
       this.shown[at + i] = [block, source];
       if (before === source) return;
       const there = nodes[at + i];
-      if (old?.kind === "code" && block.kind === "code" && old.language === block.language) {
-        there.querySelector("code").textContent = block.text;
-      } else if (there) there.replaceWith(node(block));
-      else this.root.append(node(block));
+      if (!there) this.root.append(node(block));
+      else if (!grow(there, old, block)) there.replaceWith(node(block));
     });
     while (nodes.length > at + found.length) nodes[nodes.length - 1].remove();
     this.shown.length = nodes.length;
