@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_vita.evaluation.questions import Question, data_file, read_questio
 from megatron_vita.evaluation.tasks import TASKS
 from tests.evaluation import published
 from tests.evaluation.published import BLUE, RED, WIDE
+from tests.scripts import ROOT
 
 Written = list[str | bytes]
 """Texts of a prompt, and in their places the bytes of pictures, or the path of a video."""
@@ -409,3 +411,11 @@ def test_pictures_of_the_users_own_parquet_lie_beside_the_results(tmp_path: Path
     assert all(one.sample.images[0].data is None for one in kept)
     (file,) = (tmp_path / "work").iterdir()
     assert file.read_bytes() == RED + BLUE
+
+
+def test_the_document_lists_every_benchmark_and_task() -> None:
+    document = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
+    for name, one in BENCHMARKS.items():
+        assert re.search(rf"^\| `{name}` \| .* \| {one.questions:,} \| `{one.task}` \|", document, re.MULTILINE), name
+    for task in TASKS:
+        assert re.search(rf"^\* `{task}`", document, re.MULTILINE), task

@@ -44,7 +44,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         title="MVBench",
         task="multiple_choice",
         questions=4000,
-        files=("json/*.json", "*.json"),
+        files=("json/*.json",),
         source="OpenGVLab/MVBench from Hugging Face: json/*.json, and the archives of video/ unpacked there "
         "(video/star/Charades_v1_480/, video/clevrer/video_validation/, ...); NTU RGB+D (video/nturgbd/) from its site",
         read=videos.mvbench,

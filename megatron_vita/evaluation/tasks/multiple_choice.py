@@ -49,6 +49,9 @@ def gold_letter(gold: str, options: Sequence[str]) -> str | None:
 def infer_option(answer: str, options: Sequence[str]) -> str | None:
     """The letter of the one option that an answer means; None if there is none, or several.
 
+    What the harnesses do where they need no judge, their differences settled; VLMEvalKit of today also asks that the
+    letter of rule 6 is among the last five words, which would leave out `B because ...`.
+
     Rules in order. In 3 to 5 the first that finds letters decides; several there are none.
 
     1. Nothing but a letter, of either case: `b`, `(B)`, `B.`. (VLMEvalKit, MVBench in lmms-eval)
