@@ -12,6 +12,7 @@ from megatron_vita.data.rejects import reject
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.grammar import check_guide
 from megatron_vita.inference.length import check_length
 from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.inference.prefix_cache import Key, block_keys
@@ -61,6 +62,8 @@ class Preparation:
             LimitError: a prompt that holds too much.
         """
         request.sampling.check_vocabulary(self.config.vocab_size)
+        if request.sampling.guide is not None:
+            check_guide(request.sampling.guide)
         sample = request.sample
         if sample.messages and sample.messages[-1].role != "user":
             raise reject("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")

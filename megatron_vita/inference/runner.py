@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.inference.batch import StepBatch
+from megatron_vita.inference.guide import Guides
 from megatron_vita.inference.prompt import TokenLogprob
 from megatron_vita.inference.sampling import Sampled, SequenceSampler, prompt_logprobs, sample
 from megatron_vita.inference.scheduler import Chunk
@@ -35,7 +36,7 @@ class StepResult:
     tokens: list[int]
     """One for each of the batch's `sampled`."""
     details: list[Sampled] | None
-    """With log-probabilities, where a sequence asks for them."""
+    """With log-probabilities or what guides say, where a sequence asks for them."""
     prompts: dict[int, list[TokenLogprob]]
     """Log-probabilities of the tokens that follow a chunk's tokens, by number of the sequence."""
 
@@ -43,18 +44,20 @@ class StepResult:
 class ModelRunner:
     """Runs steps on this rank. All ranks call its methods in the same order."""
 
-    def __init__(self, model: VitaModel, world: World, *, lm_head: str) -> None:
+    def __init__(self, model: VitaModel, world: World, guides: Guides, *, lm_head: str) -> None:
         """Run a model.
 
         Args:
             model: this rank's pipeline stage.
             world: all ranks.
+            guides: make what guides an answer.
             lm_head: `masked`, `chunked` or `full`.
         """
         self.model = model
         self.world = world
         self._compute = CachedForward(model)
         self._groups = model.groups
+        self._guides = guides
         self._head = lm_head
         self._samplers: dict[int, SequenceSampler] = {}
 
@@ -62,7 +65,8 @@ class ModelRunner:
         """Remember how a new sequence's tokens are chosen."""
         if self.world.samples:
             config, vocab_size = sequence.request.sampling, self.model.model.vocab_size
-            self._samplers[sequence.number] = SequenceSampler(config, sequence.prompt.tolist(), vocab_size, ends)
+            guide = None if config.guide is None else self._guides.begin(config.guide)
+            self._samplers[sequence.number] = SequenceSampler(config, sequence.prompt.tolist(), vocab_size, ends, guide)
 
     def forget(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or given up."""
@@ -86,7 +90,8 @@ class ModelRunner:
         tokens: list[int] = []
         if batch.sampled:
             tokens = self.world.tokens([one.token for one in chosen] if chosen else None, len(batch.sampled))
-        told = any(sequence.request.sampling.logprobs is not None for sequence in batch.sampled)
+        configs = [sequence.request.sampling for sequence in batch.sampled]
+        told = any(config.logprobs is not None or config.guide is not None for config in configs)
         if told or any(_asks_for_prompt(chunk) for chunk in batch.plan.chunks):
             chosen, prompts = self.world.details((chosen, prompts))
         return StepResult(tokens, chosen if told else None, prompts)

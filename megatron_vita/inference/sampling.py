@@ -1,7 +1,8 @@
 """Sampling of tokens from logits, without global random state. Greedy is temperature 0.
 
 The order is that of vLLM's V1 sampler (vllm/v1/sample/sampler.py): logit bias, repetition penalty, frequency and
-presence penalty, end tokens masked up to `min_tokens`, temperature, min-p, top-k, top-p. The formulas of repetition
+presence penalty, tokens masked that the guide forbids and end tokens up to `min_tokens`, temperature, min-p, top-k,
+top-p. The formulas of repetition
 penalty, temperature, min-p, top-k and top-p are those of transformers (generation/logits_process.py), whose `generate`
 applies min-p after top-p instead; frequency and presence penalty are OpenAI's: only generated tokens count.
 
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_vita.inference.guide import Guide
 from megatron_vita.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig
 
 __all__ = [
@@ -44,15 +46,24 @@ class Sampled(NamedTuple):
     """Natural logarithm of its probability, if asked for."""
     top: tuple[tuple[int, float], ...] = ()
     """(id, log-probability) of the most likely tokens, most likely first."""
+    complete: bool = False
+    """Its guide lets nothing follow it."""
+    error: str | None = None
+    """Why there is no token: its guide could not go on."""
 
 
 class SequenceSampler:
     """What sampling has to remember of one sequence."""
 
-    __slots__ = ("_tokens", "config", "ends", "generator", "history", "plain")
+    __slots__ = ("_tokens", "config", "ends", "generator", "guide", "history", "plain")
 
     def __init__(
-        self, config: SamplingConfig, prompt_ids: Sequence[int], vocab_size: int, end_ids: frozenset[int]
+        self,
+        config: SamplingConfig,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        end_ids: frozenset[int],
+        guide: Guide | None = None,
     ) -> None:
         """
         Args:
@@ -60,12 +71,14 @@ class SequenceSampler:
             prompt_ids: tokens of the prompt, below `vocab_size`.
             vocab_size: v, the width of the logits.
             end_ids: the model's own end tokens.
+            guide: of `config.guide`.
 
         Raises:
             ConfigError: see `SamplingConfig.check_vocabulary`.
         """
         config.check_vocabulary(vocab_size)
         self.config = config
+        self.guide = guide
         self.ends = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else end_ids)
         """Tokens that end the answer."""
         self.generator = torch.Generator().manual_seed(config.seed) if config.temperature > 0 else None
@@ -85,12 +98,14 @@ class SequenceSampler:
 
     def _is_plain(self) -> bool:
         config = self.config
-        changed = config.penalises or config.logit_bias or self.ends_masked
+        changed = config.penalises or config.logit_bias or self.ends_masked or self.guide is not None
         return not changed and config.temperature == 0 and config.logprobs is None
 
     def observe(self, token: int) -> None:
         """Count a token of the answer."""
         self._tokens += 1
+        if self.guide is not None:
+            self.guide.accept(token)
         if not self.plain:
             self.plain = self._is_plain()
             if self.history is not None:
@@ -129,13 +144,16 @@ def sample(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> list[Sa
             for place, row in enumerate(reported):
                 top = tuple(zip(top_ids[place], top_values[place], strict=True))[: samplers[row].config.logprobs]
                 sampled[row] = Sampled(sampled[row].token, values[place], top)
-    for sampler, one in zip(samplers, sampled, strict=True):
-        sampler.observe(one.token)
+    for row, sampler in enumerate(samplers):
+        if sampler.guide is None or sampler.guide.error is None:
+            sampler.observe(sampled[row].token)
+        if (guide := sampler.guide) is not None:
+            sampled[row] = sampled[row]._replace(complete=guide.complete, error=guide.error)
     return sampled
 
 
 def _adjust(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> torch.Tensor:
-    """Logits [n, v], at least float32, with bias and penalties, and with end tokens masked that come too early."""
+    """Logits [n, v], at least float32, with bias and penalties, and masked: see `_mask`."""
     device = logits.device
     out = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     biases = [(row, *bias) for row, sampler in enumerate(samplers) for bias in sampler.config.logit_bias]
@@ -159,11 +177,31 @@ def _adjust(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> torch.
         repeated = torch.where(part < 0, part * repetition, part / repetition)
         part = torch.where(seen > 0, repeated, part)
         out[rows] = part - frequency * counts - presence * (counts > 0)
-    masked = [(row, one) for row, sampler in enumerate(samplers) if sampler.ends_masked for one in sampler.ends]
+    _mask(out, samplers)
+    return out
+
+
+def _mask(logits: torch.Tensor, samplers: Sequence[SequenceSampler]) -> None:
+    """Rule out, in place, what guides forbid, and end tokens that come too early, unless nothing else may come."""
+    guided = [(row, one.guide) for row, one in enumerate(samplers) if one.guide is not None]
+    only_ends: set[int] = set()
+    if guided:
+        rows = [row for row, _ in guided]
+        allowed = Guide.allowed([guide for _, guide in guided], logits.shape[-1], logits.device)
+        logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+        for place, row in enumerate(rows):
+            if samplers[row].ends_masked:
+                ends = allowed[place, sorted(samplers[row].ends)].sum()
+                only_ends |= {row} if bool(ends == allowed[place].sum()) else set()
+    masked = [
+        (row, one)
+        for row, sampler in enumerate(samplers)
+        if sampler.ends_masked and row not in only_ends
+        for one in sampler.ends
+    ]
     if masked:
         places, ids = zip(*masked, strict=True)
-        out[places, ids] = float("-inf")
-    return out
+        logits[places, ids] = float("-inf")
 
 
 def distribution(logits: torch.Tensor, configs: Sequence[SamplingConfig]) -> torch.Tensor:

@@ -63,7 +63,8 @@ class SamplingConfig:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
     guide: str | None = None
-    """JSON schema, as JSON, that the answer must match; None: any text."""
+    """JSON schema, as JSON, that the answer matches unless it is cut (see guide.py); None: any text. It ends where
+    nothing can follow, also before `min_tokens`, or where the model ends it, also with `ignore_eos`."""
 
     def __post_init__(self) -> None:
         self._check("temperature", _is_number, 0, "0 (greedy) or a positive number")
@@ -86,6 +87,7 @@ class SamplingConfig:
         self._require("stop", texts, "strings that are not empty")
         self._require("stop_token_ids", _all_of(self.stop_token_ids, _is_token), "token ids, 0 or more")
         self._require("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        self._require("guide", self.guide is None or isinstance(self.guide, str), "a JSON schema, as JSON")
 
     def _check(
         self,

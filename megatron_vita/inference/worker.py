@@ -15,10 +15,11 @@ from megatron_vita.data.example import Example
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
 from megatron_vita.device import free_memory_bytes, torch_device
-from megatron_vita.errors import ConfigError
+from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.batch import build_batch
 from megatron_vita.inference.blocks import BlockManager
 from megatron_vita.inference.detokenize import TextStream
+from megatron_vita.inference.guide import Guides
 from megatron_vita.inference.prefix_cache import Key, PrefixCache
 from megatron_vita.inference.prompt import FinishReason, Generation, Output, Request, TokenLogprob
 from megatron_vita.inference.prompt_media import PromptMedia
@@ -95,7 +96,7 @@ class Worker:
             budget=settings.chunked_prefill_size * model.groups.cp_size,
             max_num_seqs=settings.max_num_seqs,
         )
-        self.runner = ModelRunner(model, world, lm_head=settings.lm_head)
+        self.runner = ModelRunner(model, world, Guides(tokenizer, self.ends), lm_head=settings.lm_head)
         self.visual: VisualTokens | None = None
         if model.vision_model is not None:
             self.visual = VisualTokens(model, spec.tokens_per_tile, self._open_media)
@@ -180,13 +181,16 @@ class Worker:
 
     def _append(self, sequence: Sequence, chosen: Sampled, *, stream: bool) -> Output | None:
         """Append a token; what the caller hears of it, if anything."""
+        if chosen.error is not None:
+            self._drop(sequence)
+            return Output(sequence.request.id, "", DataError(f"{sequence.request.sample.id}: {chosen.error}"))
         config, token = sequence.request.sampling, chosen.token
         reason: FinishReason | None = None
         stopped: str | int | None = None
         text = ""
         if not sequence.generated and sequence.started is not None:
             sequence.prefill_seconds = time.monotonic() - sequence.started
-        if token in self.ends and not config.ignore_eos:
+        if token in self.ends and not (config.ignore_eos and config.guide is None):
             reason = "stop"
         elif token in config.stop_token_ids:
             reason, stopped = "stop", token
@@ -196,7 +200,9 @@ class Worker:
                 sequence.logprobs.append(TokenLogprob(token, chosen.logprob, chosen.top))
             if stream or config.stop:
                 text = self._new_text(sequence)
-            if len(sequence.generated) >= sequence.limit:
+            if chosen.complete:
+                reason = "stop"
+            elif len(sequence.generated) >= sequence.limit:
                 reason = "length"
         texts = self._texts.get(sequence.request.id)
         if texts is not None and texts.stopped is None and reason is not None:
