@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_vita.inference.guide import Guide
+from megatron_vita.inference.logprobs import prompt_logprobs
 from megatron_vita.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig
 
 __all__ = [
@@ -34,8 +35,6 @@ __all__ = [
 ]
 _HEAD = 1024
 """Most likely tokens among which top-p looks first."""
-_ROWS = 256
-"""Rows of which `prompt_logprobs` has the whole vocabulary in memory at once."""
 
 
 class Sampled(NamedTuple):
@@ -276,28 +275,3 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     last = torch.searchsorted(total, total[..., -1:].contiguous())  # the last token that adds to the sum
     token = torch.minimum(torch.searchsorted(total, target, right=True), last)
     return token.clamp(max=weights.shape[-1] - 1).squeeze(-1)  # v where weights are NaN
-
-
-def prompt_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of given tokens and of the most likely ones.
-
-    Args:
-        logits: float [n, v].
-        targets: int64 [n], the token that came in each place.
-        top: k, at most v of them.
-
-    Returns:
-        Log-probabilities of the targets, float32 [n]; ids of the most likely tokens, int64 [n, k], most likely first;
-        their log-probabilities, float32 [n, k].
-    """
-    top = min(top, logits.shape[-1])
-    values, ids, best = [], [], []
-    for part, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
-        logprobs = torch.log_softmax(part, dim=-1, dtype=torch.float32)
-        values.append(logprobs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1))
-        most = torch.topk(logprobs, top, dim=-1)
-        ids.append(most.indices)
-        best.append(most.values)
-    return torch.cat(values), torch.cat(ids), torch.cat(best)

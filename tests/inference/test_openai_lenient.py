@@ -85,6 +85,10 @@ def test_an_answer_in_json_follows_a_schema() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert json.loads(chat({"messages": USER, "response_format": wanted}).requests[0].sampling.guide or "") == schema
+    wanted["json_schema"] = {"name": "x", "schema": {"type": "telex"}}
+    with pytest.raises(RequestError, match="cannot guide an answer: Invalid type: telex") as error:
+        chat({"messages": USER, "response_format": wanted})
+    assert error.value.param == "response_format.json_schema"
 
 
 @pytest.mark.parametrize(

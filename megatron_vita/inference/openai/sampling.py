@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.grammar import ANY_OBJECT, check_guide
 from megatron_vita.inference.openai import fields as read
 from megatron_vita.inference.openai.errors import RequestError
 from megatron_vita.inference.openai.limits import Limits
@@ -123,7 +124,7 @@ def _guide(given: Mapping[str, Any], limits: Limits | None) -> str | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return '{"type": "object"}'
+        return ANY_OBJECT
     if kind != "json_schema":
         raise RequestError(
             f"response_format.type is {read.shown(kind)!a}; there are text, json_object, json_schema.",
@@ -138,4 +139,8 @@ def _guide(given: Mapping[str, Any], limits: Limits | None) -> str | None:
         raise RequestError(f"{place}.schema is no JSON: {error}.", param=place, code="invalid_value") from None
     if limits is not None:
         limits.check("schema_characters", len(guide), param=place)
+    try:
+        check_guide(guide)
+    except ConfigError as error:
+        raise RequestError(str(error), param=place, code="invalid_value") from None
     return guide
