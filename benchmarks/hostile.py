@@ -31,6 +31,8 @@ _VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 canary = "127.0.0.1:1"
 """Address that no server may ever call, whatever a client says."""
+key = "none"
+"""API key of the server: a hostile client may have one."""
 _GONE = ("before the body", "in the body", "before the answer", "in the stream")
 
 
@@ -49,7 +51,7 @@ class Attack:
 def request(body: bytes, *, path: str = CHAT, method: str = "POST", headers: Mapping[str, str] | None = None) -> bytes:
     """A whole HTTP request that asks the server to close the connection."""
     lines = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines |= {"Connection": "close", **(headers or {})}
+    lines |= {"Connection": "close", "Authorization": f"Bearer {key}", **(headers or {})}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body
 

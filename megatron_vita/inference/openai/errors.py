@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron_vita.data.rejects import CODES, code_of
@@ -9,6 +10,8 @@ from megatron_vita.errors import ConfigError, DataError, VitaError
 
 _THEIR_CODES = {"overlong": "context_length_exceeded"}
 """Error codes that OpenAI's clients know under another name."""
+_MEDIUM = re.compile(r"messages\[\d+\]\.content\[\d+\]\.\w+\.url(?=: )")
+"""Where an error of a medium that came in a body begins: its label is its field."""
 
 
 class RequestError(DataError):
@@ -44,6 +47,8 @@ def error_object(error: VitaError) -> dict[str, Any]:
         param, code = error.param, error.code
     elif isinstance(error, DataError) and message.partition(": ")[0] in CODES:
         code, message = code_of(error)
+        named = _MEDIUM.match(message)
+        param = named[0] if named is not None else None
     return {
         "message": message,
         "type": "invalid_request_error" if status_of(error) < 500 else "server_error",
