@@ -8,9 +8,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+
 from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.serving.page import FOLDER
 from tests.serving import fakes
+from tests.serving.browser import serving
 from tests.serving.fake_server import SLOW, FakeServer
 from tests.serving.fakes import FakeEngine
 from tests.serving.visit import Visit, visit
@@ -312,7 +315,26 @@ def test_a_server_that_is_gone_or_loading_is_waited_for(browser: Any, fake: tupl
     page.clock.run_for(2100)
     page.wait_for_selector("body[data-server=ready]")
     assert page.inner_text("#alerts") == ""
+    page.route("**/*", lambda route: route.abort())
+    page.fill("#input", "Hello")
+    page.press("#input", "Enter")
+    page.wait_for_selector(".note.error:text-matches('The server cannot be reached')")
+    page.wait_for_selector("body[data-server=gone] #alerts p")
+    page.unroute("**/*")
+    page.clock.run_for(2100)
+    page.wait_for_selector("body[data-server=ready]")
+    assert page.inner_text("#alerts") == ""
     page.close()
+
+
+def test_the_page_works_below_a_prefix(browser: Any) -> None:
+    proxy = FastAPI()
+    proxy.mount("/vita", FakeServer().app())
+    with serving(proxy) as url, visit(browser, f"{url}vita/") as page:
+        page.page.click(".sample")
+        page.page.wait_for_selector(".strip img")
+        page.page.click("#send")
+        assert page.answer() == "You said: Which digit is this?"
 
 
 class _Engine(FakeEngine):

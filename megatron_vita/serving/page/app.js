@@ -22,14 +22,17 @@ const conversation = new Conversation(list, { edit, retry });
 
 // ------------------------------------------------------------------------------------------------ the server
 
+let next = 0; // timer of the next try
+
 async function connect() {
+  clearTimeout(next);
   try {
     server = await askInfo();
   } catch (error) {
     byId("model").textContent = "not connected";
     document.body.dataset.server = "gone";
     complain(`${error.message} Trying again.`, "connection");
-    setTimeout(connect, 2000);
+    next = setTimeout(connect, 2000);
     return;
   }
   retract("connection");
@@ -37,7 +40,7 @@ async function connect() {
   if (server.state === "loading") {
     byId("model").textContent = `${server.model} is loading`;
     server = null;
-    setTimeout(connect, 1000);
+    next = setTimeout(connect, 1000);
     return;
   }
   document.body.dataset.vision = server.vision === false ? "no" : "yes";
@@ -230,7 +233,7 @@ async function answer(exchange) {
   const messages = [...settings.messages, ...conversation.messages(exchange)];
   try {
     const body = bodyOf({ messages, ...settings.body, stream: true, stream_options: { include_usage: true } });
-    const most = server.limits?.body_bytes;
+    const most = server?.limits?.body_bytes;
     if (body.size > most) {
       throw new ApiError(`This chat has ${size(body.size)}; the server takes ${size(most)}. Start a new one, or send fewer files.`);
     }
@@ -249,6 +252,7 @@ async function answer(exchange) {
     else {
       [note, failed] = [error instanceof ApiError ? namingFiles(error.message, messages) : `The page failed: ${error.message}`, true];
       locked = error.status === 401;
+      if (error.status === 0 || error.status === 503) connect(); // is it still there?
     }
   }
   times.ended = performance.now();
