@@ -173,7 +173,7 @@ def _plan(
         results = stack.enter_context(closing(ResultFile(output / "results.jsonl")))
         current: dict[Part, dict[int, str]] = {}
         wanted: dict[str, list[_Asked]] = {model: [] for model in names}
-        keys = QuestionKeys()
+        keys = QuestionKeys(output / MEDIA / "digests.jsonl")
         for one in {(one.name, one.max_frames): one for one in sets}.values():
             questions = one.read(results.limit_for(one.name, limit))
             digests = [(question.line, keys.key(question)) for question in questions]

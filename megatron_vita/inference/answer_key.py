@@ -70,8 +70,11 @@ class MediaKeys:
             return _content(file)
         place = (file.path, file.offset, file.size, file.frame_rate)
         if place not in self._known:
-            self._known[place] = _content(file)
+            self._known[place] = self._read(file)
         return self._known[place]
+
+    def _read(self, file: MediaFile) -> str:
+        return _content(file)
 
 
 def run_key(model: str, settings: Mapping[str, Any], question: str) -> str:

@@ -308,3 +308,35 @@ def test_a_folder_of_frames_is_its_pictures_and_their_rate(tmp_path: Path) -> No
     (tmp_path / "here/2.png").write_bytes(picture(16, 16, seed=2))
     keys = QuestionKeys()
     assert key(here) != before
+
+
+def test_digests_of_media_are_kept_while_their_files_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    plain = answer_key._content
+
+    def content(file: MediaFile) -> str:
+        read.append(str(file.path))
+        return plain(file)
+
+    def key() -> str:
+        talk = (Message("user", (Text("Which?"), Video(0))),)
+        question = Question(Sample(talk, videos=(MediaFile(path=str(film)),)), "7", 1, {})
+        return QuestionKeys(tmp_path / "media/digests.jsonl").key(question)
+
+    monkeypatch.setattr(answer_key, "_content", content)
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"one")
+    first = key()
+    with (tmp_path / "media/digests.jsonl").open("a") as torn:
+        torn.write('["film.mp4", 3')
+    assert (key(), len(read)) == (first, 1), "read once"
+    times = film.stat().st_atime_ns, film.stat().st_mtime_ns
+    for number, text in enumerate((b"two", b"one"), 2):
+        (tmp_path / "copy").write_bytes(text)
+        os.utime(tmp_path / "copy", ns=times)
+        os.replace(tmp_path / "copy", film)
+        assert (key() == first, len(read)) == (text == b"one", number), "another file of the same size and time"
+    film.unlink()
+    assert key() != first, "one that is missing has a digest, too"
