@@ -68,7 +68,7 @@ def test_an_answer_is_stopped_and_its_beginning_stays(desk: Visit, server: FakeS
         assert desk.page.get_attribute("#send", "aria-label") == "Stop"
         stop()
         assert desk.note(number) == "Stopped."
-        assert server.left.wait(5), "the server still writes"
+        assert server.left.wait(20), "the server still writes"
         server.left.clear()
     desk.ask("And then?")
     assert desk.answer(3) == "You said: And then?"
@@ -360,7 +360,7 @@ def test_the_server_itself_answers_the_page(browser: Any) -> None:
         page.page.wait_for_selector(".markdown p:text-is('one two')")
         page.page.keyboard.press("Escape")
         assert page.note() == "Stopped."
-        assert engine.gave_up.wait(5)
+        assert engine.gave_up.wait(20)
         gate.release(100)
         page.ask("four **five**")
         assert page.answer(2) == "four five"

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from megatron_vita.serving.page import FOLDER, POLICY, page_router
+from tests.serving.browser import find_browser
 
 
 def test_files_come_with_the_policy_and_are_asked_for_again_by_tag() -> None:
@@ -62,3 +63,11 @@ def test_colours_can_be_told_apart(dark: bool) -> None:
     ]:
         dim, bright = sorted((light_of(one), light_of(ground)))
         assert (bright + 0.05) / (dim + 0.05) >= 4.5, (one, ground)
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_only_ci_insists_on_a_browser(ci: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="apt-get install chromium-headless-shell"):
+        find_browser()

@@ -23,7 +23,7 @@ class Visit:
 
     def __init__(self, page: Any) -> None:
         self.page = page
-        page.set_default_timeout(8000)
+        page.set_default_timeout(20000)
 
     def drop(
         self, name: str, kind: str, content: bytes, kinds: tuple[str, ...] = ("dragenter", "dragover", "drop")
