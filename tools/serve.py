@@ -100,6 +100,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"what one request may hold, again and again: {', '.join(Limits().to_dict())} (docs/serving.md)",
     )
     add_engine_arguments(parser)
+    parser.set_defaults(video_timeout=60.0)  # the answers of all clients wait for it
     return parser.parse_args(argv)
 
 

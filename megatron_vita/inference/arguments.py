@@ -42,6 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of the vocabulary product: only those asked for, or all for comparison (default: %(default)s)",
     )
     add("--enable-prefix-caching", action="store_true", help="requests that begin alike share keys and values")
+    add(
+        "--video-timeout",
+        type=float,
+        default=default.video_timeout,
+        help="seconds that decoding one video may take (default: %(default)s)",
+    )
     add = parser.add_argument_group("model (default: as it was trained)").add_argument
     add(
         "--rope-scaling",

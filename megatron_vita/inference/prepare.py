@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.data.example import Example
+from megatron_vita.data.media.video.open import VideoLimits
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
@@ -72,8 +73,10 @@ class Preparation:
                 f"{self.path}: a text-only model; it cannot look at pictures. Use one with a vision tower."
             )
         spec = request.preprocessing(self.spec)
+        video_limits = VideoLimits(timeout=self.settings.video_timeout)
         if like is not None:
-            media = PromptMedia.reopen(sample, like.example, spec, self.video_backend)
+            media = PromptMedia.reopen(sample, like.example, spec, self.video_backend, video_limits)
+            media.close()
             return Prepared(request, like.example, media, like.keys)
         fits = partial(check_length, request, positions=self.config.max_position_embeddings, held=self.capacity)
         example, media = PromptMedia.open(
@@ -81,6 +84,7 @@ class Preparation:
             spec,
             tokenizer=self.tokenizer,
             video_backend=self.video_backend,
+            video_limits=video_limits,
             limits=limits,
             check=partial(fits, whole=False),
         )
@@ -89,9 +93,8 @@ class Preparation:
                 limits.check("prompt_tokens", len(example.tokens))
             fits(len(example.tokens))
             return Prepared(request, example, media, self._keys(request, example, media))
-        except BaseException:
-            media.close()
-            raise
+        finally:
+            media.close()  # a prompt that waits holds no file, and the thread that reads its pixels has its own decoder
 
     def _keys(self, request: Request, example: Example, media: PromptMedia) -> tuple[Key, ...]:
         if not self.settings.enable_prefix_caching or request.sampling.prompt_logprobs is not None:

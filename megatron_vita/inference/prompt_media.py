@@ -17,7 +17,7 @@ from megatron_vita.data.example import IGNORE_INDEX, Example, MediaItem
 from megatron_vita.data.media.image import PictureHeader
 from megatron_vita.data.media.on_demand import Medium, Picture, Video
 from megatron_vita.data.media.tiling import count_picture_tokens, spec_of
-from megatron_vita.data.media.video.open import VideoFile
+from megatron_vita.data.media.video.open import VideoFile, VideoLimits
 from megatron_vita.data.rejects import reject
 from megatron_vita.data.sample import Image, Sample, Text
 from megatron_vita.data.spec import PreprocessSpec
@@ -25,6 +25,8 @@ from megatron_vita.data.text.chat import build_example
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.inference.prompt import RawPrompt
+
+_VIDEO_LIMITS = VideoLimits()
 
 
 class PromptMedia:
@@ -47,6 +49,7 @@ class PromptMedia:
         *,
         tokenizer: ChatTokenizer,
         video_backend: str = "auto",
+        video_limits: VideoLimits = _VIDEO_LIMITS,
         limits: Limits | None = None,
         check: Callable[[int], None] | None = None,
     ) -> tuple[Example, PromptMedia]:
@@ -60,6 +63,7 @@ class PromptMedia:
             spec: tile size, tiling, frames of a video.
             tokenizer: ids and chat template.
             video_backend: see `open_video`.
+            video_limits: of decoding.
             limits: of pictures and videos.
             check: is called with the tokens of pictures and frames before the prompt is written, and may raise.
 
@@ -74,7 +78,7 @@ class PromptMedia:
             example = raw_example(sample, tokenizer)
             return example, cls([], example, spec)
         sample.check()
-        media = _Media(sample, spec, video_backend, proven=True, limits=limits)
+        media = _Media(sample, spec, video_backend, video_limits, proven=True, limits=limits)
         try:
             if check is not None:
                 frames = sum(len(video.items) for video in media.videos)
@@ -96,7 +100,12 @@ class PromptMedia:
 
     @classmethod
     def reopen(
-        cls, sample: Sample | RawPrompt, example: Example, spec: PreprocessSpec, video_backend: str = "auto"
+        cls,
+        sample: Sample | RawPrompt,
+        example: Example,
+        spec: PreprocessSpec,
+        video_backend: str = "auto",
+        video_limits: VideoLimits = _VIDEO_LIMITS,
     ) -> PromptMedia:
         """Open on another rank what `open` has opened on the first.
 
@@ -105,13 +114,14 @@ class PromptMedia:
             example: as returned there.
             spec: as given there.
             video_backend: as given there.
+            video_limits: as given there.
 
         Raises:
             DataError: a medium that is missing, damaged, or another than on the first rank.
         """
         planned = [(item.width, item.height, item.time) for item in example.media]
         for proven in (False, True):  # most containers are right about their frames, which costs no decoding
-            media = _Media(sample, spec, video_backend, proven=proven)
+            media = _Media(sample, spec, video_backend, video_limits, proven=proven)
             items = [item for source in media.in_order for item in source.items]
             if [(item.width, item.height, item.time) for item in items] == planned:
                 return cls(media.in_order, example, spec)
@@ -222,6 +232,7 @@ class _Media:
         sample: Sample | RawPrompt,
         spec: PreprocessSpec,
         backend: str,
+        video_limits: VideoLimits,
         *,
         proven: bool,
         limits: Limits | None = None,
@@ -233,7 +244,7 @@ class _Media:
             for file in sample.images:
                 self.images.append(Picture(file, check=used.picture))
             for file in sample.videos:
-                self.videos.append(Video(file, spec, backend, proven=proven, check=used.video))
+                self.videos.append(Video(file, spec, backend, proven=proven, check=used.video, limits=video_limits))
         except BaseException:
             self.close()
             raise

@@ -54,6 +54,8 @@ class EngineSettings:
     """Which rows reach the vocabulary product, see LM_HEADS."""
     enable_prefix_caching: bool = False
     """Requests that begin with the same blocks of tokens and pictures share their keys and values."""
+    video_timeout: float = 600.0
+    """Seconds that decoding one video may take; meanwhile all requests of a step wait."""
     rope_scaling: Mapping[str, Any] | None = None
     """Scaling of the rotary embedding, as transformers' rope_scaling; None: the model's. See with_rope_scaling."""
     rotary_base: float | None = None
@@ -73,6 +75,8 @@ class EngineSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        if not self.video_timeout > 0:
+            raise ConfigError(f"video_timeout={self.video_timeout} must be a positive number of seconds.")
         for name, known in (("dtype", DTYPES), ("lm_head", LM_HEADS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known. Choose one of {', '.join(known)}.")

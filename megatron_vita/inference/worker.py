@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vita.data.example import Example
+from megatron_vita.data.media.video.open import VideoLimits
 from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import END_OF_TEXT, IM_END, VitaTokenizer
 from megatron_vita.device import free_memory_bytes, torch_device
@@ -82,6 +83,7 @@ class Worker:
         self.media: dict[str, PromptMedia] = {}
         """By request; the leader puts in what it opened to prepare the prompt."""
         self._video_backend = video_backend
+        self._video_limits = VideoLimits(timeout=settings.video_timeout)
         self._world = world
         self.cache = allocate_cache(model, settings, world)
         manager = PrefixCache if settings.enable_prefix_caching else BlockManager
@@ -259,7 +261,9 @@ class Worker:
             return BlackTiles(self.spec.image_size)
         if request_id not in self.media:
             sample, spec = sequence.request.sample, sequence.request.preprocessing(self.spec)
-            self.media[request_id] = PromptMedia.reopen(sample, sequence.example, spec, self._video_backend)
+            self.media[request_id] = PromptMedia.reopen(
+                sample, sequence.example, spec, self._video_backend, self._video_limits
+            )
         return self.media[request_id]
 
 

@@ -13,9 +13,11 @@ import torch
 from megatron_vita import checkpoint
 from megatron_vita.convert.identity import fingerprint
 from megatron_vita.data.example import IGNORE_INDEX
+from megatron_vita.data.media import on_demand
 from megatron_vita.data.media.open import read_items
 from megatron_vita.data.media.tiling import render_tiles
-from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.data.media.video.open import VideoFile, VideoLimits, open_video
+from megatron_vita.data.sample import MediaFile, Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.engine import Engine, model_name
@@ -338,6 +340,27 @@ def test_an_answer_is_as_long_as_the_context_allows_if_that_is_asked_for(root: P
     assert (answer.finish_reason, len(answer.ids)) == ("length", small.worker.longest - length)
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens, but the .* \d+"):
         small.prepare(Request("1", question("the " * 60), GREEDY, 32768, clamp_length=True))
+
+
+def test_decoding_a_video_has_a_time_limit_wherever_it_is_opened(
+    root: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = load(root, video_timeout=77.0)
+    seen: list[float] = []
+
+    def opened(file: MediaFile, backend: str, *, limits: VideoLimits) -> VideoFile:
+        seen.append(limits.timeout)
+        return open_video(file, backend, limits=limits)
+
+    monkeypatch.setattr(on_demand, "open_video", opened)
+    video = next(sample for sample in samples if sample.videos)
+    first = limited.open(Request("0", video, GREEDY, 2))
+    limited.open(Request("1", video, GREEDY, 2), like=first)
+    limited.enqueue(first)
+    limited.worker.media.clear()  # as on a rank that is not the leader
+    while limited.busy:
+        limited.step(stream=False)
+    assert seen == [77.0, 77.0, 77.0]
 
 
 def test_choices_share_their_ids(root: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def test_a_size_that_is_not_free_is_refused_with_both_numbers() -> None:
         ("tensor_model_parallel_size", 0), ("context_parallel_size", -1), ("pipeline_model_parallel_size", True),
         ("block_size", 0), ("chunked_prefill_size", 1.5), ("max_num_seqs", 0), ("dtype", "int8"), ("lm_head", "none"),
         ("max_frames", 0), ("max_position_embeddings", 0),
+        ("video_timeout", 0), ("video_timeout", float("nan")),
     ],
 )  # fmt: skip
 def test_bad_settings_name_the_field(name: str, value: object) -> None:
@@ -73,7 +74,7 @@ def test_every_setting_has_its_flag_and_default() -> None:
         "tensor_model_parallel_size": "2", "context_parallel_size": "4", "pipeline_model_parallel_size": "3",
         "dtype": "bfloat16", "kv_cache_memory": "4GiB", "block_size": "8", "chunked_prefill_size": "64",
         "max_num_seqs": "7", "lm_head": "chunked", "rotary_base": "2.0", "max_position_embeddings": "9",
-        "max_frames": "3",
+        "max_frames": "3", "video_timeout": "60.0",
     }  # fmt: skip
     assert {*other, "enable_prefix_caching", "rope_scaling"} == {field.name for field in fields(EngineSettings)}
     words = [word for name, value in other.items() for word in (f"--{name.replace('_', '-')}", value)]

@@ -18,7 +18,7 @@ from megatron_vita.data.example import MediaItem, TileSlot
 from megatron_vita.data.media.image import PictureHeader, read_image
 from megatron_vita.data.media.tiling import PictureTiles, render_tiles
 from megatron_vita.data.media.video.decode import frames_of
-from megatron_vita.data.media.video.open import VideoFile, open_video
+from megatron_vita.data.media.video.open import VideoFile, VideoLimits, open_video
 from megatron_vita.data.media.window import open_window
 from megatron_vita.data.rejects import code_of, reject
 from megatron_vita.data.sample import MediaFile
@@ -28,6 +28,7 @@ from megatron_vita.files import SHA256, new_digest
 
 _FRAMES = 16
 """Frames of a video that are asked of its decoder at once."""
+_LIMITS = VideoLimits()
 _BLOCK = 1 << 20
 """Bytes of a file that are hashed at once."""
 
@@ -142,6 +143,7 @@ class Video(Medium):
         *,
         proven: bool,
         check: Callable[[VideoFile], None] | None = None,
+        limits: VideoLimits = _LIMITS,
     ) -> None:
         """Choose its frames.
 
@@ -151,13 +153,14 @@ class Video(Medium):
             backend: see `open_video`.
             proven: decode as many frames as it takes to be sure of all; else the container is believed.
             check: is called with the opened video before a frame of it is decoded; what it raises is raised.
+            limits: of decoding.
 
         Raises:
             DataError: see `open_video`.
         """
         super().__init__(file)
         with self._unchanged([file]):
-            self._video = open_video(file, backend)
+            self._video = open_video(file, backend, limits=limits)
             try:
                 if check is not None:
                     check(self._video)

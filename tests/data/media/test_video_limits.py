@@ -5,7 +5,6 @@ The misbehaving decoder is an `av` of our own on the module search path, which t
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import signal
@@ -159,30 +158,26 @@ def test_videos_open_at_once_survive_the_loss_of_their_process(clips: Path) -> N
         assert len(good.frames(SPEC, 4)) == 4
 
 
-def test_no_other_thread_replaces_the_process_while_a_clip_is_asked_for(
-    clips: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server's threads read videos of their own: a child that another thread ended would not know the clip."""
-    free: list[bool] = []
-
-    def try_the_lock() -> None:
-        free.append(decoder.lock.acquire(blocking=False))
-        if free[-1]:
-            decoder.lock.release()
-
-    def look(*arguments: Any, real: Any) -> Any:
-        thread = threading.Thread(target=try_the_lock)
-        thread.start()
-        thread.join()
-        return real(*arguments)
+def test_each_thread_has_a_process_of_its_own(clips: Path) -> None:
+    """A server's threads read videos at once: one that takes long holds up no other, and a clip may change hands."""
+    limits = VideoLimits()
+    found: list[tuple[int, int]] = []
 
     with open_video(clip(clips, "open-fine.mp4"), "pyav") as video:
-        for name in ("child", "ask"):
-            monkeypatch.setattr(decoder, name, functools.partial(look, real=getattr(decoder, name)))
         numbers = video.plan(SPEC, 4)
-        assert video.frames_at(SPEC, numbers[:1])
-    assert len(free) > 4
-    assert not any(free)
+
+        def read() -> None:
+            found.append((decoder.child(limits).pid, len(video.frames_at(SPEC, numbers))))
+            video.close()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        assert len(video.frames_at(SPEC, numbers)) == len(numbers)
+    ((pid, count),) = found
+    assert count == len(numbers) > 0
+    assert pid != decoder.child(limits).pid
+    psutil.Process(pid).wait(timeout=60)  # it ends with its thread
 
 
 def test_the_time_limit_is_on_each_pass_through_a_clip(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,4 @@
-"""A video that the child process decodes; it is opened again where another clip has taken the child along.
-
-Several threads may read videos of their own: between the question whether the child still has the clip and what is
-asked of it, no other thread replaces the child.
-"""
+"""A video that the child process decodes; it is opened again where another clip has taken the child along."""
 
 from __future__ import annotations
 
@@ -58,10 +54,9 @@ class ChildVideo(VideoFile):
         Raises:
             DataError: also video_timeout, video_memory and media_crash.
         """
-        with decoder.lock:
-            self._reopen()
-            self._planned = {"do": "plan", "spec": spec.to_dict(), "max_frames": max_frames}
-            numbers = self._plan(self._planned)
+        self._reopen()
+        self._planned = {"do": "plan", "spec": spec.to_dict(), "max_frames": max_frames}
+        numbers = self._plan(self._planned)
         self._spent = 0.0  # the limit is on one pass through the clip, and reading the frames is another
         return numbers
 
@@ -84,22 +79,20 @@ class ChildVideo(VideoFile):
 
     def close(self) -> None:
         """Let go of the file."""
-        with decoder.lock:
-            if self._where == decoder.started and self._where:
-                self._where = 0
-                try:
-                    decoder.ask(self._file.name, self._limits, 10.0, {"do": "close", "video": self._number})
-                except DataError:
-                    return  # nobody waits for this clip any more
-                decoder.tidy(self._limits)
+        if self._where == decoder.started and self._where:
+            self._where = 0
+            try:
+                decoder.ask(self._file.name, self._limits, 10.0, {"do": "close", "video": self._number})
+            except DataError:
+                return  # nobody waits for this clip any more
+            decoder.tidy(self._limits)
 
     def _items(
         self, spec: PreprocessSpec, *, max_frames: int = 0, numbers: Sequence[int] | None = None
     ) -> list[MediaItem]:
-        with decoder.lock:
-            self._reopen()
-            request = {"do": "frames", "spec": spec.to_dict(), "max_frames": max_frames, "numbers": numbers}
-            answer, blobs = self._ask(request)
+        self._reopen()
+        request = {"do": "frames", "spec": spec.to_dict(), "max_frames": max_frames, "numbers": numbers}
+        answer, blobs = self._ask(request)
         return [
             MediaItem(data, int(width), int(height), frame=True, time=float(when))
             for (width, height, when), data in zip(answer["items"], blobs, strict=True)
@@ -127,16 +120,14 @@ class ChildVideo(VideoFile):
         ]
         message: dict[str, Any] = {"do": "open", **places[0], "frames": places[1:], "backend": self._backend}
         message |= {"frame_rate": file.frame_rate, "start": file.start, "end": file.end}
-        with decoder.lock:
-            answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
-            self._where = decoder.started
+        answer, blobs = self._ask(message, [one.data for one in (file, *file.frames) if one.data is not None])
+        self._where = decoder.started
         return np.frombuffer(blobs[0], dtype="<f8"), float(answer["fps"])
 
     def _ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> Reply:
-        with decoder.lock:  # waiting for another thread's clip does not count
-            start = time.monotonic()
-            left = max(0.001, self._limits.timeout - self._spent)
-            try:
-                return decoder.ask(self._file.name, self._limits, left, {**message, "video": self._number}, blobs)
-            finally:
-                self._spent += time.monotonic() - start
+        start = time.monotonic()
+        left = max(0.001, self._limits.timeout - self._spent)
+        try:
+            return decoder.ask(self._file.name, self._limits, left, {**message, "video": self._number}, blobs)
+        finally:
+            self._spent += time.monotonic() - start

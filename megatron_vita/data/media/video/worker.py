@@ -1,12 +1,14 @@
 """Decodes videos in a child process: a clip that hangs, crashes the decoder or exhausts memory is rejected alone.
 
-One child serves a process, clip after clip, so its start is paid once. It is ended when a limit is hit, after which the
-next clip gets a new one, and it ends itself when this process is gone, however that came about.
+One child serves a thread, clip after clip, so its start is paid once, and a clip that takes long holds up no other
+thread. It is ended when a limit is hit, after which the next clip gets a new one, and it ends itself when this process
+or thread is gone, however that came about.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import signal
 import subprocess
@@ -28,6 +30,7 @@ _LOOK = 0.05
 """Seconds between two looks at the child's memory."""
 _START = 120.0
 """Seconds that starting the child may take on a loaded machine."""
+_children = itertools.count(1)
 _BOOT = (
     "import sys; arguments = sys.argv[1:]; sys.path[:] = arguments[2:]; "
     "from megatron_vita.data.media.video.child import main; main(int(arguments[0]), int(arguments[1]))"
@@ -122,16 +125,13 @@ class _Child:
         return int(self._usage.memory_info().rss)
 
 
-class _Decoder:
-    """The child of this process, started when it is first needed and again after it was lost."""
+class _Decoder(threading.local):
+    """The child of the thread that uses it, started when it is first needed and again after it was lost."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        """Held while the child is asked, and by who asks several things of the same child."""
         self._child: _Child | None = None
-        self._open = 0
         self.started = 0
-        """Children so far; a video opened in an earlier one must be opened again."""
+        """Number of the child, among those of all threads; a video opened in another one must be opened again."""
 
     def ask(
         self, name: str, limits: VideoLimits, seconds: float, message: dict[str, Any], blobs: Sequence[bytes] = ()
@@ -141,70 +141,66 @@ class _Decoder:
         Raises:
             DataError: video_timeout, video_memory, media_crash, or what the child rejected.
         """
-        with self.lock:
-            child = self.child(limits)
-            deadline, peak = time.monotonic() + seconds, 0
+        child = self.child(limits)
+        deadline, peak = time.monotonic() + seconds, 0
 
-            def look() -> None:
-                nonlocal peak
-                try:
-                    peak = max(peak, child.used())
-                except psutil.Error:
-                    return  # it is gone: the link will say so
-                if peak > limits.memory << 20:
-                    self._lose(name, limits, "video_memory")
-                if time.monotonic() > deadline:
-                    self._lose(name, limits, "video_timeout")
-
+        def look() -> None:
+            nonlocal peak
             try:
-                send(child.link, {**message, "name": name, "seconds": seconds}, blobs)
-                answer, parts = child.hear(look)
-            except ClosedError:
-                status = child.last_words()
-                if status == -signal.SIGALRM:
-                    self._lose(name, limits, "video_timeout")
-                if peak > 0.8 * (limits.memory << 20):
-                    self._lose(name, limits, "video_memory")
-                self._lose(name, limits, "media_crash", status)
-            if "config" in answer:
-                raise ConfigError(answer["config"])
-            if "memory" in answer:
+                peak = max(peak, child.used())
+            except psutil.Error:
+                return  # it is gone: the link will say so
+            if peak > limits.memory << 20:
                 self._lose(name, limits, "video_memory")
-            if "rejected" in answer:
-                raise DataError(answer["rejected"])
-            return answer, parts
+            if time.monotonic() > deadline:
+                self._lose(name, limits, "video_timeout")
+
+        try:
+            send(child.link, {**message, "name": name, "seconds": seconds}, blobs)
+            answer, parts = child.hear(look)
+        except ClosedError:
+            status = child.last_words()
+            if status == -signal.SIGALRM:
+                self._lose(name, limits, "video_timeout")
+            if peak > 0.8 * (limits.memory << 20):
+                self._lose(name, limits, "video_memory")
+            self._lose(name, limits, "media_crash", status)
+        if "config" in answer:
+            raise ConfigError(answer["config"])
+        if "memory" in answer:
+            self._lose(name, limits, "video_memory")
+        if "rejected" in answer:
+            raise DataError(answer["rejected"])
+        return answer, parts
 
     def child(self, limits: VideoLimits) -> _Child:
         """The child, started if there is none with this limit of memory."""
-        with self.lock:
-            if self._child is not None and self._child.memory != limits.memory:
-                self.stop()
-            if self._child is None:
-                self._child = _Child(limits.memory)
-                self.started += 1
-            return self._child
+        if self._child is not None and self._child.memory != limits.memory:
+            self.stop()
+        if self._child is None:
+            self._child = _Child(limits.memory)
+            self.started = next(_children)
+        return self._child
 
     def tidy(self, limits: VideoLimits) -> None:
         """Between two clips: a child whose decoder has kept much memory is replaced, so that each clip has its own."""
-        with self.lock:
-            try:
-                if self._child is not None and self._child.used() > (limits.memory << 20) // 4:
-                    self.stop()
-            except psutil.Error:
+        try:
+            if self._child is not None and self._child.used() > (limits.memory << 20) // 4:
                 self.stop()
+        except psutil.Error:
+            self.stop()
 
     def stop(self) -> None:
         """End the child; the next clip gets a new one."""
-        with self.lock:
-            if self._child is not None:
-                self._child.end()
-                self._child = None
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
     def forget(self) -> None:
         """In a forked copy of the process: the child is the parent's."""
         if self._child is not None:
             self._child.link.close()
-        self.lock, self._child = threading.RLock(), None
+        self._child = None
 
     def _lose(self, name: str, limits: VideoLimits, code: str, status: int = 0) -> NoReturn:
         self.stop()
@@ -219,6 +215,6 @@ class _Decoder:
 
 
 decoder = _Decoder()
-"""The decoder of this process."""
+"""The decoder of each thread."""
 atexit.register(decoder.stop)
 os.register_at_fork(after_in_child=decoder.forget)
