@@ -21,7 +21,7 @@ from megatron_vita.evaluation.report.summary import summarise
 from megatron_vita.evaluation.report.write import write_report
 from megatron_vita.evaluation.results import Part, Result, ResultFile, part_of
 from megatron_vita.evaluation.score import UNREADABLE, score_of, verdict
-from megatron_vita.evaluation.tasks import TASKS
+from megatron_vita.evaluation.tasks import TASKS, check_gold
 from megatron_vita.files import write_atomic
 from megatron_vita.inference.answer_key import model_key, run_key
 from megatron_vita.inference.engine import Engine, model_name
@@ -176,7 +176,10 @@ def _plan(
         keys = QuestionKeys(output / MEDIA / "digests.jsonl")
         for one in {(one.name, one.max_frames): one for one in sets}.values():
             questions = one.read(results.limit_for(one.name, limit))
-            digests = [(question.line, keys.key(question)) for question in questions]
+            digests = []
+            for question in questions:
+                check_gold(question, settings.task)
+                digests.append((question.line, keys.key(question)))
             deciding = settings.deciding() | {"max_frames": one.max_frames}
             for model in names:
                 runs = {line: run_key(known[model], deciding, digest) for line, digest in digests}

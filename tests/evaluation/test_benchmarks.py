@@ -325,6 +325,7 @@ def _edit(path: Path, **changes: Any) -> None:
         ("mvbench", published.mvbench, "json/action_sequence.json", {"video": "../" * 9 + "x.mp4"}, "path_escape"),
         ("longvideobench", published.longvideobench, "lvb_val.json", {"correct_choice": 7}, "no number of one of 3"),
         ("videomme", published.videomme, "videomme/test-00000-of-00001.parquet", {"answer": ""}, "no answer"),
+        ("videomme", published.videomme, "videomme/test-00000-of-00001.parquet", {"answer": "E"}, "none of its 4"),
         ("chartqa", published.chartqa_parquet, "data/test-00000-of-00001.parquet", {"answer": None}, "no answer"),
         ("ai2d", published.ai2d_parquet, "data/test-00000-of-00001.parquet", {"answer": "9"}, "no number of one of 3"),
         (

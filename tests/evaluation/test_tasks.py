@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vita.data.sample import Message, Sample, Text
+from megatron_vita.errors import DataError
 from megatron_vita.evaluation.questions import Question
-from megatron_vita.evaluation.tasks import TASKS
+from megatron_vita.evaluation.tasks import TASKS, check_gold
 from megatron_vita.evaluation.tasks.multiple_choice import infer_option
 from megatron_vita.evaluation.tasks.numbers import to_number
 from megatron_vita.evaluation.tasks.text import levenshtein
@@ -198,6 +199,14 @@ def test_option_letters(answer: str, letter: str | None) -> None:
     assert infer_option(answer, PETS) == letter
     for gold in ("A", "B", "C", "D"):
         assert score("multiple_choice", answer, gold, options=PETS) == (gold == letter)
+
+
+def test_gold_answers_that_are_no_option_are_named() -> None:
+    for gold, options, says in (("E", PETS, "none of its 4 options"), ("dog", (), "list its `options`")):
+        with pytest.raises(DataError, match=says):
+            check_gold(Question(ASKED, gold, 1, {}, options=options), "multiple_choice")
+    check_gold(Question(ASKED, "dog", 1, {}, options=PETS), "multiple_choice")
+    check_gold(Question(ASKED, "5", 1, {}), "mmmu")
 
 
 def test_options_in_other_forms() -> None:

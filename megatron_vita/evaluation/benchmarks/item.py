@@ -12,6 +12,7 @@ from megatron_vita.errors import DataError
 from megatron_vita.evaluation.benchmarks.rows import Row
 from megatron_vita.evaluation.pictures import spelt_list
 from megatron_vita.evaluation.questions import Question
+from megatron_vita.evaluation.tasks import check_gold
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -41,7 +42,7 @@ def to_question(item: Item, media: Sequence[MediaFile], *, video: bool, task: st
         line: number of the row.
 
     Raises:
-        DataError: the prompt asks for a picture that is not there.
+        DataError: the prompt asks for a picture that is not there, or the gold answer is none of the options.
     """
     parts: list[Part] = []
     used: list[MediaFile] = []
@@ -60,7 +61,9 @@ def to_question(item: Item, media: Sequence[MediaFile], *, video: bool, task: st
     files: dict[str, Any] = {"videos" if video else "images": tuple(used)}
     sample = Sample((Message("user", tuple(parts)),), source=source, line=line, **files)
     sample.check()
-    return Question(sample, item.golds[0], line, item.fields, item.golds, item.options, task)
+    question = Question(sample, item.golds[0], line, item.fields, item.golds, item.options, task)
+    check_gold(question, task)
+    return question
 
 
 def text(row: Row, *names: str) -> str:

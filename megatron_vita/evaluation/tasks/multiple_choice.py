@@ -7,6 +7,7 @@ import string
 import unicodedata
 from collections.abc import Sequence
 
+from megatron_vita.errors import DataError
 from megatron_vita.evaluation.questions import Question
 from megatron_vita.evaluation.tasks.score import Score
 
@@ -44,6 +45,25 @@ def gold_letter(gold: str, options: Sequence[str]) -> str | None:
     if alone and alone[1].upper() in _letters(options):
         return alone[1].upper()
     return infer_option(gold, options)
+
+
+def check_gold(question: Question, task: str) -> None:
+    """Prove that a task can find an answer to a question right.
+
+    Args:
+        question: the question.
+        task: judges it where it names no task itself, a key of TASKS.
+
+    Raises:
+        DataError: a gold answer is none of the options.
+    """
+    task = question.task or task
+    if task != "multiple_choice" and not (task == "mmmu" and question.options):
+        return
+    for gold in question.golds:
+        if gold_letter(gold, question.options) is None:
+            known = f"its {len(question.options)} options" if question.options else "A to E; list its `options`"
+            raise DataError(f"{question.sample.id}: the reference answer {gold[:80]!r} is none of {known}.")
 
 
 def infer_option(answer: str, options: Sequence[str]) -> str | None:
