@@ -6,7 +6,7 @@ import { part, release, thumbnail } from "./media.js";
 
 const SHOWN = 12; // pictures of a question; a thousand frames would fill the page
 
-const FINISHED = { length: "The answer stopped at the length that the settings allow.", abort: "The server stopped this answer." };
+const FINISHED = { length: "The answer was cut at the longest length that the settings and the model allow.", abort: "The server stopped this answer." };
 
 /** A question with its answer, in state and view. */
 class Exchange {

@@ -5,11 +5,11 @@ const SETTINGS = "megatron_vita.settings";
 
 const byId = (id) => document.getElementById(id);
 
-/** A dialog that closes by its buttons, by Escape and by a press beside it. */
+/** A dialog that closes by Escape and by a press beside it. */
 function dialog(id) {
   const element = byId(id);
   element.addEventListener("click", (event) => {
-    if (event.target === element || event.target.closest("[data-close]")) element.close();
+    if (event.target === element) element.close();
   });
   return element;
 }
@@ -40,11 +40,9 @@ export class Settings {
     sessionStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(FIELDS.map((name) => [name, this[name].value]))));
   }
 
-  /** The longest answer is what fits into the model. */
+  /** Says what fits into the model; the server cuts a longer answer. */
   limit(tokens) {
-    if (!tokens) return;
-    this.length.max = tokens;
-    byId("length-hint").textContent = `Question and answer together fit ${tokens.toLocaleString("en")} tokens.`;
+    if (tokens) byId("length-hint").textContent = `Question and answer together fit ${tokens.toLocaleString("en")} tokens.`;
   }
 
   /** Fields of the request's body; what is no number falls back to what the server does by default. */
