@@ -8,6 +8,8 @@ from typing import Literal
 
 from megatron_vita.data.rejects import counted, reject
 
+TemplateOptions = tuple[tuple[str, str], ...]
+"""(variable of the chat template, its value as JSON), such as ("enable_thinking", "false")."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 _LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
@@ -108,6 +110,8 @@ class Sample:
     """Record number inside its file, from 1."""
     tools: str = ""
     """Functions that may be called, as JSON (OpenAI's `tools`)."""
+    template_options: TemplateOptions = ()
+    """What the chat template is asked for beside its defaults."""
 
     @property
     def id(self) -> str:

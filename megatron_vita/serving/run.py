@@ -193,6 +193,7 @@ class _EngineThread(threading.Thread):
             media_root=settings.media_root,
             limits=settings.limits,
             vocab_size=engine.config.vocab_size,
+            template_options=engine.tokenizer.template.options,
         )
         loop = self._loop = EngineLoop(engine, self._post)
         reader = Reader(engine.open, options, fetch_timeout=settings.fetch_timeout if settings.allow_fetch else None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vita.data.sample import Image, MediaFile, Text
+from megatron_vita.data.sample import Image, MediaFile, Sample, Text
 from megatron_vita.inference.openai import (
     ApiRequest,
     LimitError,
@@ -76,6 +76,20 @@ def test_what_the_harnesses_send_is_taken() -> None:
     assert (read.stream, read.include_usage) == (True, True)
     named = {warning.partition("'")[2].partition("'")[0] for warning in read.warnings}
     assert named == {"tools", "chat_template_kwargs.enable_thinking", "retry"}
+
+
+def test_options_of_the_chat_template_are_passed_on() -> None:
+    read = chat(
+        {"messages": USER, "chat_template_kwargs": {"thinking": False, "x": 1, "budget": {"a": [1]}}},
+        template_options={"thinking", "budget"},
+    )
+    (request,) = read.requests
+    assert isinstance(request.sample, Sample)
+    assert request.sample.template_options == (("budget", '{"a": [1]}'), ("thinking", "false"))
+    assert read.warnings == ("'chat_template_kwargs.x': the chat template has no such option; it is ignored.",)
+    for wrong in (3, {"thinking": "\ud800"}):
+        error = refused({"messages": USER, "chat_template_kwargs": wrong}, template_options={"thinking"})
+        assert (error.param or "").startswith("chat_template_kwargs")
 
 
 def test_an_answer_in_json_follows_a_schema() -> None:

@@ -52,7 +52,11 @@ class FakeEngine:
     """If set, a step that answers waits for it: the test decides when tokens come."""
     most: int = 8
     config: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=300, vision=object()))
-    tokenizer: Any = field(default_factory=lambda: SimpleNamespace(token_bytes=lambda token: bytes([token % 256])))
+    tokenizer: Any = field(
+        default_factory=lambda: SimpleNamespace(
+            token_bytes=lambda token: bytes([token % 256]), template=SimpleNamespace(options=frozenset())
+        )
+    )
     worker: Any = field(default_factory=lambda: SimpleNamespace(longest=1000))
     running: dict[str, Running] = field(default_factory=dict)
     media: list[FakeMedia] = field(default_factory=list)

@@ -161,7 +161,7 @@ def frame_costs(
 
 
 def _skeleton(sample: Sample, tokenizer: ChatTokenizer, generation_prompt: bool, layout: str) -> Sequence[SkeletonPart]:
-    pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt)
+    pieces = tokenizer.template.skeleton(shape_of(sample.messages), generation_prompt, sample.template_options)
     if layout != "long_vita":
         return pieces
     out: list[SkeletonPart] = []

@@ -16,15 +16,18 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_vita.data.sample import Image, Message, Text, Video
+from megatron_vita.data.sample import Image, Message, TemplateOptions, Text, Video
 from megatron_vita.errors import ConfigError
 
 PartKind = Literal["text", "image", "video"]
 MessageShape = tuple[str, tuple[PartKind, ...]]
 """A message's role and the kinds of its parts."""
 
+_OWN = {"messages", "add_generation_prompt", "tools"}
+"""Variables of a template that the conversation sets."""
 _KEPT_PARTS = 256
 """Parts and messages of the largest skeleton that is kept: thousands of larger ones would fill the memory."""
 _PLACEHOLDERS = {"<IMG_CONTEXT>": "image", "<video>": "video"}
@@ -78,8 +81,11 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
+            read = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ConfigError(f"{where}: the chat template is not valid Jinja: {error}") from None
+        self.options = frozenset(read) - _OWN - set(self._named) - set(environment.globals)
+        """Names of the variables that a caller may set, such as `enable_thinking`."""
         names = sorted(special_tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(["\ue000\\d+:\\d+\ue001", *(re.escape(name) for name in names)]))
         self._cached = lru_cache(maxsize=4096)(self._skeleton)
@@ -91,16 +97,25 @@ class ChatTemplate:
         )
         self.skeleton(probe, False)
 
-    def skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[SkeletonPart, ...]:
+    def skeleton(
+        self, shape: tuple[MessageShape, ...], generation_prompt: bool, options: TemplateOptions = ()
+    ) -> tuple[SkeletonPart, ...]:
         """Pieces of a conversation in order; those of few parts are kept, for these come again.
+
+        Args:
+            shape: roles and kinds of parts.
+            generation_prompt: end with the header of an answer to come.
+            options: variables of the template, see `Sample`.
 
         Raises:
             ConfigError: the template does not place every part once and in order.
         """
         kept = sum(len(kinds) + 1 for _, kinds in shape) <= _KEPT_PARTS
-        return (self._cached if kept else self._skeleton)(shape, generation_prompt)
+        return (self._cached if kept else self._skeleton)(shape, generation_prompt, options)
 
-    def _skeleton(self, shape: tuple[MessageShape, ...], generation_prompt: bool) -> tuple[SkeletonPart, ...]:
+    def _skeleton(
+        self, shape: tuple[MessageShape, ...], generation_prompt: bool, options: TemplateOptions
+    ) -> tuple[SkeletonPart, ...]:
         """Pieces of a conversation in order.
 
         Raises:
@@ -116,24 +131,38 @@ class ChatTemplate:
                     for part, kind in enumerate(kinds)
                 ]
             messages.append({"role": role, "content": content})
-        rendered = self.render(messages, generation_prompt)
+        rendered = self.render(
+            messages, generation_prompt, options={name: json.loads(value) for name, value in options}
+        )
         expected = [(n, p, kind) for n, (_, kinds) in enumerate(shape) for p, kind in enumerate(kinds)]
         return tuple(self._parse(rendered, expected, shape))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, *, tools: Any = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool,
+        *,
+        tools: Any = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render a conversation in transformers' form as stock code does.
 
         Args:
             messages: `{role, content}`, and `reasoning_content` and `tool_calls`.
             generation_prompt: end with the header of an answer to come.
             tools: functions that may be called.
+            options: variables of the template; those that are not among `options` are left out.
 
         Raises:
             ConfigError: the template cannot render it.
         """
         try:
             return self._template.render(
-                **self._named, messages=messages, add_generation_prompt=generation_prompt, tools=tools
+                **{name: value for name, value in (options or {}).items() if name in self.options},
+                **self._named,
+                messages=messages,
+                add_generation_prompt=generation_prompt,
+                tools=tools,
             )
         except MemoryError:
             raise

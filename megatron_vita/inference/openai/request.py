@@ -8,12 +8,13 @@ Read leniently (servers), it is ignored with a warning, unless the client cannot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.data.sample import Sample
+from megatron_vita.data.sample import Sample, TemplateOptions
 from megatron_vita.inference.openai import fields as read
 from megatron_vita.inference.openai import sampling
 from megatron_vita.inference.openai.errors import RequestError
@@ -64,6 +65,8 @@ class ReadOptions:
     """Ids of tokens must be below it; None: not checked."""
     fetch: Fetch | None = None
     """Downloads http(s) addresses; None: they are refused."""
+    template_options: Collection[str] = ()
+    """Variables of the chat template that `chat_template_kwargs` may set."""
     source: str = "request"
     """File that requests come from, for messages."""
     line: int = 1
@@ -116,9 +119,9 @@ def chat_request(body: Any, *, id: str, options: ReadOptions) -> ApiRequest:
     if not options.strict:
         media = replace(media, max_tiles=_most_tiles(given, options, unread))
         frames = _most_frames(given, options, unread)
-        for name in read.mapping(given.get("chat_template_kwargs", {}), "chat_template_kwargs"):
-            unread.field(f"chat_template_kwargs.{read.shown(name)}", "the chat template has no such option")
     sample = conversation(given.get("messages"), media, unread, source=options.source, line=options.line)
+    if not options.strict:
+        sample = replace(sample, template_options=_template_options(given, options, unread))
     return _request(given, id, [sample], top if logprobs else None, options, unread, max_frames=frames)
 
 
@@ -259,6 +262,16 @@ def _most_tiles(given: Mapping[str, Any], options: ReadOptions, unread: Unread) 
         return None
     most = options.limits.picture_tiles if options.limits is not None else 1 << 10
     return read.whole(kwargs["max_dynamic_patch"], "mm_processor_kwargs.max_dynamic_patch", 1, most)
+
+
+def _template_options(given: Mapping[str, Any], options: ReadOptions, unread: Unread) -> TemplateOptions:
+    """`chat_template_kwargs`, as far as the template reads them."""
+    kwargs = read.mapping(given.get("chat_template_kwargs", {}), "chat_template_kwargs")
+    for name in kwargs:
+        if name not in options.template_options:
+            unread.field(f"chat_template_kwargs.{read.shown(name)}", "the chat template has no such option")
+    known = {name: json.dumps(kwargs[name], ensure_ascii=False) for name in kwargs if name in options.template_options}
+    return tuple((name, read.text(known[name], f"chat_template_kwargs.{name}")) for name in sorted(known))
 
 
 def _part_of(

@@ -452,3 +452,24 @@ def test_a_sample_in_memory_has_the_ids_and_pixels_of_the_loader(
     rendered = [render_tiles(example.media[slot.media], [slot], spec)[0] for slot in example.tiles]
     assert np.array_equal(batch.tiles, np.stack(rendered * 2))
     assert len({tile.tobytes() for tile in rendered}) == len(rendered) > 6
+
+
+def test_a_template_may_have_options(tmp_path: Path, tok: VitaTokenizer) -> None:
+    folder = tokenizer_folder(tmp_path)
+    template = folder / "chat_template.jinja"
+    quiet = "{% if add_generation_prompt and quiet %}{{ range(0) | list | length }} hush {{ quiet }}{% endif %}"
+    template.write_text(template.read_text(encoding="utf-8") + quiet, encoding="utf-8")
+    changed = VitaTokenizer.load(folder)
+    assert (tok.template.options, changed.template.options) == (frozenset(), {"quiet"})
+    plain = without_answer(ask(Text("the"), Image(0)))
+
+    def prompt(tokenizer: VitaTokenizer, *options: tuple[str, str]) -> str:
+        sample = dataclasses.replace(plain, template_options=options)
+        items = [MediaItem(b"", 16, 16)]
+        example = build_example(sample, items, (), tokenizer=tokenizer, spec=TINY, generation_prompt=True)
+        return tokenizer.decode(example.tokens, False)
+
+    for value in ("1", "true", '"much"', "false"):
+        extra = {"1": "0 hush 1", "true": "0 hush True", '"much"': "0 hush much", "false": ""}[value]
+        assert prompt(changed, ("quiet", value)) == prompt(tok) + extra
+    assert prompt(tok, ("quiet", "1"), ("messages", "[]"), ("tools", "3")) == prompt(tok)
