@@ -63,6 +63,12 @@ def written(question: Question, root: Path) -> Written:
     return out
 
 
+def held(folder: Path) -> bytes:
+    """What is in the one file of pictures."""
+    (file,) = (folder / "work").glob("*.pictures")
+    return file.read_bytes()
+
+
 FIRST: list[tuple[str, Callable[[Path], None], int, Written, tuple[str, ...], tuple[str, ...], dict[str, Any]]] = [
     (
         "mmbench", published.mmbench_tsv, 3,
@@ -184,7 +190,8 @@ def test_the_first_question(
         assert gold.value == 1, "the gold answer is right"
         assert TASKS[question.task]("", question).value == 0
         assert all(file.data is None for file in (*question.sample.images, *question.sample.videos)), "in no memory"
-    assert read_benchmark(name, tmp_path / "root", work=tmp_path / "work", limit=1) == questions[:1]
+    (again,) = read_benchmark(name, tmp_path / "root", work=tmp_path / "work", limit=1)
+    assert (again.line, again.golds, written(again, tmp_path)) == (first.line, golds, prompt)
 
 
 def test_every_benchmark_is_tried_in_every_style(tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_rotated_questions_share_picture_and_circle(tmp_path: Path) -> None:
     assert (first.fields["circle"], rotated.fields["circle"], other.fields["circle"]) == (7, 7, 8)
     assert (rotated.golds, rotated.options) == (("B",), ("blue", "red"))
     assert other.options == ("red", "blue", "green", "none")
-    assert (tmp_path / "work/mmbench.pictures").read_bytes() == RED + BLUE, "each picture once"
+    assert held(tmp_path) == RED + BLUE, "each picture once"
 
 
 @pytest.mark.parametrize("write", [published.mvbench, published.mvbench_segments])
@@ -382,9 +389,11 @@ def test_a_picture_that_is_none_is_refused_when_it_is_read(tmp_path: Path) -> No
 
 def test_the_same_files_give_the_same_questions(tmp_path: Path) -> None:
     first = read("mmbench", published.mmbench_tsv, tmp_path)
-    pictures = (tmp_path / "work/mmbench.pictures").read_bytes()
+    pictures = held(tmp_path)
     assert read_benchmark("mmbench", tmp_path / "root", work=tmp_path / "work") == first
-    assert (tmp_path / "work/mmbench.pictures").read_bytes() == pictures
+    assert held(tmp_path) == pictures
+    read_benchmark("mmbench", tmp_path / "root", work=tmp_path / "work", limit=1)
+    assert [read_image(one.sample.images[0]).data for one in first] == [RED, RED, BLUE], "fewer do not overwrite them"
     file = first[0].sample.images[0]
     assert dataclasses.replace(file, path=None) == MediaFile(size=len(RED), label="MMBench_DEV_EN.tsv, row 1")
 
@@ -397,6 +406,8 @@ def test_a_set_reads_when_it_is_asked(tmp_path: Path) -> None:
         "videomme", tmp_path, work=tmp_path / "work", style="lmms_eval", subtitles=True, limit=1
     )
     assert [one.max_frames for one in ask.sweep([8, 64])] == [8, 64]
+    file = tmp_path / "videomme/test-00000-of-00001.parquet"
+    assert benchmark_set("videomme", file, work=tmp_path).name == "videomme, test-00000-of-00001.parquet"
     with pytest.raises(ConfigError, match="no benchmark 'vqa'"):
         benchmark_set("vqa", tmp_path, work=tmp_path)
 

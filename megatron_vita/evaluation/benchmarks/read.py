@@ -20,6 +20,7 @@ from megatron_vita.evaluation.benchmarks.table import BENCHMARKS, Benchmark, Ima
 from megatron_vita.evaluation.benchmarks.videos import VideoReader
 from megatron_vita.evaluation.pictures import MOST_REFERENCE, PictureFile, read_pictures
 from megatron_vita.evaluation.questions import Question, QuestionSet
+from megatron_vita.inference.answer_key import digest_of_parts
 
 
 def read_benchmark(
@@ -37,7 +38,7 @@ def read_benchmark(
     Args:
         name: a key of BENCHMARKS.
         root: folder that it was downloaded into, or one of its data files (another split or language).
-        work: folder for NAME.pictures, which holds the pictures of tables; every rank must see it.
+        work: folder for a file of the pictures that tables hold; every rank must see it.
         style: how the prompt is worded, one of STYLES.
         subtitles: of videos: list the subtitles before the question.
         categories: only questions of these.
@@ -63,7 +64,8 @@ def read_benchmark(
         found = _chosen(name, questions, categories, limit)
         _check_videos(name, benchmark, folder, found)
     else:
-        with PictureFile(work / f"{name}.pictures") as pictures:
+        read = digest_of_parts(*(str(file.resolve()) for file in files), sorted(categories), limit)[:8]
+        with PictureFile(work / f"{name}-{read}.pictures") as pictures:  # another read must not shorten the file
             found = _chosen(name, _pictures(name, benchmark, files, folder, style, pictures), categories, limit)
     return found
 
@@ -79,7 +81,8 @@ def benchmark_set(
 ) -> QuestionSet:
     """The questions of a benchmark as a set; arguments as `read_benchmark`, which reads it.
 
-    It is named by the benchmark, and by subtitles, prompts and categories, so that their answers stand side by side.
+    It is named by the benchmark, and by data file, subtitles, prompts and categories, if they are not the usual ones,
+    so that their answers stand side by side.
 
     Raises:
         ConfigError: there is no such benchmark, or style.
@@ -93,6 +96,7 @@ def benchmark_set(
         )
 
     named = [f"{name} with subtitles" if subtitles else name]
+    named += [root.name] if root.is_file() else []
     named += [f"prompts of {style}"] if style != "long_vita" else []
     named += [f"only {' and '.join(categories)}"] if categories else []
     return QuestionSet(", ".join(named), read)
