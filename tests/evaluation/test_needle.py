@@ -22,7 +22,7 @@ from megatron_vita.evaluation.needle.needles import Needle, numbered_city, numbe
 from megatron_vita.evaluation.needle.needles import given as given_needles
 from megatron_vita.evaluation.needle.sets import text_sets, visual_sets
 from megatron_vita.evaluation.needle.text import TextNeedles, costs_of, prose
-from megatron_vita.evaluation.needle.visual import VisualNeedles, haystack_frames
+from megatron_vita.evaluation.needle.visual import Haystack, VisualNeedles, open_haystack
 from megatron_vita.evaluation.questions import Question
 from megatron_vita.evaluation.tasks import TASKS
 from megatron_vita.inference import answer_key
@@ -44,8 +44,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> VitaTokenizer:
     return VitaTokenizer.load(tokenizer_folder(tmp_path_factory.mktemp("text") / "tokenizer"))
 
 
-def pictures(many: int) -> list[MediaFile]:
-    return [MediaFile(path=f"{number}.png") for number in range(many)]
+def pictures(many: int) -> Haystack:
+    return Haystack(many, lambda number: MediaFile(path=f"{number}.png"))
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
@@ -94,28 +94,32 @@ def test_every_cell_is_asked_every_sample() -> None:
 
 @given(SAMPLES, st.integers(2, 40), st.integers(1, 50))
 def test_a_clip_is_a_run_of_the_haystack_around_its_needle(grid: Grid, frames: int, many: int) -> None:
-    questions = VisualNeedles(grid, frames, pictures(many), lambda sample: Needle("Which?", str(sample), image=HIDDEN))
-    for index, question in enumerate(questions):
+    def needle(depth: float, sample: int) -> Needle:
+        return Needle("Which?", str(sample), image=HIDDEN)
+
+    for index, question in enumerate(VisualNeedles(grid, frames, pictures(many), needle)):
         depth, sample = grid.cell(index)
         (video,) = question.sample.videos
         clip = list(video.frames)
         assert len(clip) == frames
         assert clip.pop(place(depth, frames)) == HIDDEN
         first = int(str(clip[0].path).removesuffix(".png"))
-        assert clip == [pictures(many)[number % many] for number in range(first, first + frames - 1)]
+        assert [frame.path for frame in clip] == [f"{(first + number) % many}.png" for number in range(frames - 1)]
         assert (question.expected, question.line) == (str(sample), index + 1)
         assert question.fields == {"needle": "visual", "frames": frames, "depth": depth, "sample": sample}
         question.sample.check()
 
 
-def test_the_depth_alone_changes_between_the_depths_of_a_sample() -> None:
-    def needle(sample: int) -> Needle:
+def test_questions_of_a_depth_draw_by_themselves_and_lengths_draw_alike() -> None:
+    def needle(depth: float, sample: int) -> Needle:
         return Needle("Which?", "7", image=HIDDEN)
 
-    questions = VisualNeedles(Grid(depths=(0, 1), samples=2, seed=3), 20, pictures(1000), needle)
-    early, other, late, _ = (question.sample.videos[0].frames for question in questions)
-    assert early[1:] == late[:-1]
-    assert early[1:] != other[1:], "another sample has another run"
+    grid = Grid(depths=(0, 1), samples=2, seed=3)
+    short, long = (VisualNeedles(grid, frames, pictures(1000), needle) for frames in (20, 40))
+    clips = [[frame for frame in question.sample.videos[0].frames if frame != HIDDEN] for question in short]
+    assert len({str(clip) for clip in clips}) == 4
+    for clip, longer in zip(clips, long, strict=True):
+        assert [frame for frame in longer.sample.videos[0].frames if frame != HIDDEN][:19] == clip
 
 
 def test_generated_pictures_are_drawn_once_and_show_what_is_asked(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_generated_pictures_are_drawn_once_and_show_what_is_asked(tmp_path: Path
     assert not list(tmp_path.iterdir()), "nothing is drawn before a set is read"
     questions = [question for one in sets for question in one.read(None)]
     files = sorted(tmp_path.rglob("*.png"))
-    assert len(files) == 4 + 2, "four scenes and two pages serve all clips"
+    assert len(files) == 2 * 3 + 2, "three scenes and a page for each sample; the shorter clip has two of the scenes"
     stamps = [path.stat().st_mtime_ns for path in files]
     again = [question for one in visual_sets([3, 4], grid, tmp_path) for question in one.read(None)]
     assert again == questions
@@ -146,7 +150,7 @@ def test_frames_that_clips_share_are_digested_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(answer_key, "_content", lambda file: str(seen.append(file) or file.path))
     keys = MediaKeys()
     questions = VisualNeedles(
-        Grid(depths=(0, 0.5, 1), samples=1, seed=1), 9, pictures(6), lambda sample: Needle("?", "7", image=HIDDEN)
+        Grid(depths=(0, 0.5, 1), samples=1, seed=1), 9, pictures(6), lambda *_: Needle("?", "7", image=HIDDEN)
     )
     digests = [keys.key(question.sample.videos[0]) for question in questions]
     assert len(seen) == 7
@@ -155,18 +159,21 @@ def test_frames_that_clips_share_are_digested_once(monkeypatch: pytest.MonkeyPat
 
 def test_a_video_becomes_frames_once(tmp_path: Path) -> None:
     video = write_media(tmp_path)["video"]
-    frames = haystack_frames(video, tmp_path / "out", 3, 1)
-    assert len(frames) == 3
-    stamps = [Path(str(frame.path)).stat().st_mtime_ns for frame in frames]
-    assert haystack_frames(video, tmp_path / "out", 3, 1) == frames
-    assert [Path(str(frame.path)).stat().st_mtime_ns for frame in frames] == stamps
+    found = open_haystack(video, tmp_path / "out", 3, 1)
+    assert found.count == 3
+    paths = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert [found.frame(number).path for number in range(3)] == [str(path) for path in paths]
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    assert open_haystack(video, tmp_path / "out", 3, 1).count == 3
+    assert [path.stat().st_mtime_ns for path in paths] == stamps
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_folder_of_frames_is_used_where_it_lies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("2.png", "10.png", "1.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    frames = haystack_frames(tmp_path, tmp_path / "out", 8, 1)
-    assert [Path(str(frame.path)).name for frame in frames] == ["1.png", "2.png", "10.png"]
+    found = open_haystack(tmp_path, tmp_path / "out", 8, 1)
+    assert [Path(str(found.frame(number).path)).name for number in range(found.count)] == ["1.png", "2.png", "10.png"]
     assert not (tmp_path / "out").exists()
     assert "3 frames; clips of up to 8 repeat them" in caplog.text
 
@@ -175,7 +182,7 @@ def test_a_folder_of_frames_is_used_where_it_lies(tmp_path: Path, caplog: pytest
 def test_a_haystack_without_frames(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "hay")
     with pytest.raises(ConfigError, match=r"Check --haystack"):
-        haystack_frames(tmp_path / "hay", tmp_path / "out", 8, 1)
+        open_haystack(tmp_path / "hay", tmp_path / "out", 8, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- text
@@ -194,7 +201,7 @@ def test_a_text_has_as_many_tokens_as_asked_but_for_a_sentence(
         text, asked = text_of(question).rsplit("\n", 1)
         length = len(tokenizer.encode(" " + text))
         assert tokens - costs.max() < length <= tokens
-        needle = numbered_city(grid)(grid.cell(index)[1])
+        needle = numbered_city(grid)(*grid.cell(index))
         assert text.count(needle.text) == 1
         assert asked == needle.question
         assert needle.answer == question.expected
@@ -215,7 +222,7 @@ def test_depths_of_a_text_by_hand(tokenizer: VitaTokenizer) -> None:
     grid = Grid(depths=(0, 0.4, 0.6, 1), samples=1, seed=1)
     needle = Needle("Who?", "you", text="it is you")
     tokens = int(costs.sum() + costs_of([needle.text], tokenizer)[0])
-    questions = TextNeedles(grid, tokens, ["the"] * 3, lambda sample: needle, tokenizer, costs)
+    questions = TextNeedles(grid, tokens, ["the"] * 3, lambda *_: needle, tokenizer, costs)
     assert [text_of(question) for question in questions] == [
         "it is you the the the\nWho?",
         "the it is you the the\nWho?",
@@ -223,7 +230,7 @@ def test_depths_of_a_text_by_hand(tokenizer: VitaTokenizer) -> None:
         "the the the it is you\nWho?",
     ]
     (short,) = TextNeedles(
-        Grid(depths=(1,), samples=1, seed=1), tokens - 1, ["the"] * 3, lambda sample: needle, tokenizer, costs
+        Grid(depths=(1,), samples=1, seed=1), tokens - 1, ["the"] * 3, lambda *_: needle, tokenizer, costs
     )
     assert text_of(short) == "the the it is you\nWho?"
 
@@ -271,9 +278,11 @@ def test_needles_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "It is\\n seven.", "question": "Which?", "answer": "7"}')
     assert read_needles(tmp_path / "t.jsonl", "text") == [Needle("Which?", "7", text="It is seven.")]
     fewer = given_needles([Needle("?", str(number)) for number in range(3)], Grid(depths=(0,), samples=7, seed=2))
-    drawn = [fewer(sample).answer for sample in range(7)]
+    drawn = [fewer(0, sample).answer for sample in range(7)]
     assert drawn[:3] == drawn[3:6] == [*drawn[:3]]
     assert sorted(drawn[:3]) == ["0", "1", "2"], "each once before any again"
+    orders = {tuple(fewer(depth / 10, sample).answer for sample in range(3)) for depth in range(11)}
+    assert len(orders) > 2, "every depth has its own order"
 
 
 @pytest.mark.parametrize(
@@ -305,10 +314,10 @@ def test_generated_needles_depend_on_the_seed_and_the_sample_alone(tmp_path: Pat
     wanted: list[tuple[tuple[float, ...], int, int]] = [((0,), 2, 1), ((0, 1), 5, 1), ((0,), 2, 2)]
     grids = [Grid(depths=depths, samples=samples, seed=seed) for depths, samples, seed in wanted]
     for make in (numbered_city, lambda grid: numbered_page(grid, tmp_path)):
-        first, longer, other = ([make(grid)(sample) for sample in range(2)] for grid in grids)
+        first, longer, other = ([make(grid)(0, sample) for sample in range(2)] for grid in grids)
         assert first == longer != other
         assert first[0] != first[1]
-    assert numbered_city(grids[0])(0).answer in numbered_city(grids[0])(0).text
+    assert numbered_city(grids[0])(0, 1).answer in numbered_city(grids[0])(0, 1).text
 
 
 @pytest.mark.parametrize(

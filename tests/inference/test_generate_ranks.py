@@ -84,8 +84,10 @@ def all_tools(folder: Path, name: str, flags: list[str]) -> None:
             (folder / name / "good.jsonl").write_text("".join(lines[:-1]))
         assert CHAT.main([*model, "--max-new-tokens", "5", "Which digit?"]) == 0
         questions = ["--data", str(folder / "q.jsonl"), "--output", str(folder / name / "results")]
+        grid = ["--needle", "visual", "text", "--frames", "9", "--lengths", "60", "--depths", "1", "--samples", "1"]
         for _ in range(2):
             assert EVALUATE.main([*model, *questions, "--max-new-tokens", "5"]) == 0
+        assert EVALUATE.main([*model, *questions[2:], *grid, "--max-new-tokens", "5"]) == 0
         batch[batch.index("--input") + 1] = str(folder / name / "good.jsonl")
         Engine.load = None  # type: ignore[assignment,method-assign]
         batch += ["--media-root", str(folder)]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from megatron_vita.data.sample import MediaFile
+from megatron_vita.files import write_atomic
 
 SIDE = 448
 """Pixels of a picture's side, InternVL's tile."""
@@ -22,15 +27,23 @@ def draw_number(number: str) -> bytes:
 def draw_scene(seed: int, number: int) -> bytes:
     """A PNG of coloured ellipses and boxes on a coloured ground: scene `number` of a seed."""
     draw = np.random.default_rng((seed, number))
-    ground, *colours = ((int(r), int(g), int(b)) for r, g, b in draw.integers(30, 226, size=(7, 3)))
-    scene = Image.new("RGB", (SIDE, SIDE), ground)
+    scene = Image.new("P", (SIDE, SIDE), 0)
+    scene.putpalette(draw.integers(30, 226, size=7 * 3).tolist())
     pen = ImageDraw.Draw(scene)
-    for colour in colours:
+    for colour in range(1, 7):
         left, top = draw.integers(-SIDE // 8, SIDE, size=2).tolist()
         wide, tall = draw.integers(SIDE // 10, SIDE // 2, size=2).tolist()
         shape = pen.ellipse if draw.random() < 0.5 else pen.rectangle
         shape((left, top, left + wide, top + tall), fill=colour)
-    return _png(scene.quantize(16))
+    return _png(scene)
+
+
+def drawn(path: Path, draw: Callable[[], bytes]) -> MediaFile:
+    """A picture's file, which is drawn if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, draw())
+    return MediaFile(path=str(path))
 
 
 def _png(picture: Image.Image) -> bytes:

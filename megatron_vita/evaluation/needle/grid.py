@@ -44,7 +44,11 @@ def place(depth: float, length: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Depths, and questions at each of them. Question i (from 0) of every depth draws alike, so depths compare."""
+    """Depths, and questions at each of them.
+
+    Needle and haystack are drawn for each question of a depth, so that questions are independent; haystacks of all
+    lengths draw alike, so that lengths compare.
+    """
 
     depths: tuple[float, ...]
     samples: int
@@ -67,6 +71,6 @@ class Grid:
         depth, sample = divmod(range(len(self))[index], self.samples)
         return self.depths[depth], sample
 
-    def draw(self, sample: int, purpose: int) -> np.random.Generator:
-        """What sample `sample` draws from; each purpose (a small number) has its own stream."""
-        return np.random.default_rng((self.seed, sample, purpose))
+    def draw(self, depth: float, sample: int, purpose: int) -> np.random.Generator:
+        """What a question draws from; each purpose (a small number) has its own stream."""
+        return np.random.default_rng((self.seed, round(depth * 10_000), sample, purpose))

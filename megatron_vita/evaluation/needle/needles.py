@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import ConfigError
-from megatron_vita.evaluation.needle.drawing import draw_number
+from megatron_vita.evaluation.needle.drawing import draw_number, drawn
 from megatron_vita.evaluation.needle.grid import Grid
-from megatron_vita.files import write_atomic
 
 Kind = Literal["visual", "text"]
 NEEDLE = "needle"
@@ -42,6 +42,10 @@ class Needle:
     """The sentence that is hidden in a text."""
     image: MediaFile | None = None
     """The picture that is hidden in a video."""
+
+
+Choose = Callable[[float, int], Needle]
+"""(depth, sample) -> the needle of that question."""
 
 
 def read_needles(path: Path, kind: Kind, *, media_root: Path | None = None) -> list[Needle]:
@@ -84,17 +88,21 @@ def _needle(line: str, where: str, kind: Kind, root: Path) -> Needle:
     return Needle(record["question"], record["answer"], image=MediaFile(path=str(image)))
 
 
-def given(needles: list[Needle], grid: Grid) -> Callable[[int], Needle]:
-    """Sample -> one of `needles`: each is taken once before any is taken again, in an order drawn by the seed."""
-    order = grid.draw(0, _ORDER).permutation(len(needles))
-    return lambda sample: needles[order[sample % len(order)]]
+def given(needles: list[Needle], grid: Grid) -> Choose:
+    """One of `needles`: at a depth each is taken once before any is taken again, in an order that is drawn."""
+
+    def needle(depth: float, sample: int) -> Needle:
+        order = grid.draw(depth, 0, _ORDER).permutation(len(needles))
+        return needles[order[sample % len(order)]]
+
+    return needle
 
 
-def numbered_city(grid: Grid) -> Callable[[int], Needle]:
-    """Sample -> "The secret number of CITY is N.", N of six digits."""
+def numbered_city(grid: Grid) -> Choose:
+    """A sentence such as `The secret number of Lima is 504314.`"""
 
-    def needle(sample: int) -> Needle:
-        draw = grid.draw(sample, _NEEDLE)
+    def needle(depth: float, sample: int) -> Needle:
+        draw = grid.draw(depth, sample, _NEEDLE)
         city, number = CITIES[int(draw.integers(len(CITIES)))], str(draw.integers(100_000, 1_000_000))
         question = f"What is the secret number of {city}? Answer with the number alone."
         return Needle(question, number, text=f"The secret number of {city} is {number}.")
@@ -102,15 +110,12 @@ def numbered_city(grid: Grid) -> Callable[[int], Needle]:
     return needle
 
 
-def numbered_page(grid: Grid, folder: Path) -> Callable[[int], Needle]:
-    """Sample -> a white page with a number of four digits, drawn once into `folder`."""
+def numbered_page(grid: Grid, folder: Path) -> Choose:
+    """A white page with a number of four digits, drawn once into `folder`."""
 
-    def needle(sample: int) -> Needle:
-        number = str(grid.draw(sample, _NEEDLE).integers(1000, 10_000))
-        path = folder / f"{number}.png"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, draw_number(number))
-        return Needle(NUMBER_QUESTION, number, image=MediaFile(path=str(path)))
+    def needle(depth: float, sample: int) -> Needle:
+        number = str(grid.draw(depth, sample, _NEEDLE).integers(1000, 10_000))
+        page = drawn(folder / f"{number}.png", partial(draw_number, number))
+        return Needle(NUMBER_QUESTION, number, image=page)
 
     return needle

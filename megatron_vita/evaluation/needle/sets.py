@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vita.data.sample import MediaFile
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.needle.grid import Grid
-from megatron_vita.evaluation.needle.needles import Needle, given, numbered_city, numbered_page, read_needles
+from megatron_vita.evaluation.needle.needles import Choose, given, numbered_city, numbered_page, read_needles
 from megatron_vita.evaluation.needle.text import TextNeedles, costs_of, prose
-from megatron_vita.evaluation.needle.visual import VisualNeedles, haystack_frames
+from megatron_vita.evaluation.needle.visual import Haystack, VisualNeedles, open_haystack
 from megatron_vita.evaluation.questions import Question, QuestionSet
 from megatron_vita.inference.opening import open_for_inference
 from megatron_vita.inference.settings import EngineSettings
@@ -47,10 +46,10 @@ def visual_sets(
     lengths = _lengths("--frames", frames, 2)
 
     @cache
-    def material() -> tuple[Sequence[MediaFile], Callable[[int], Needle]]:
+    def material() -> tuple[Haystack, Choose]:
         found = read_needles(needles, "visual", media_root=media_root) if needles else None
         needle = given(found, grid) if found else numbered_page(grid, folder / "numbers")
-        return haystack_frames(haystack, folder, lengths[-1], grid.seed), needle
+        return open_haystack(haystack, folder, lengths[-1], grid.seed), needle
 
     def read(length: int, limit: int | None) -> Sequence[Question]:
         questions = VisualNeedles(grid, length, *material())
@@ -83,7 +82,7 @@ def text_sets(
     lengths = _lengths("--lengths", tokens, 1)
 
     @cache
-    def material() -> tuple[Sequence[str], Callable[[int], Needle], VitaTokenizer, npt.NDArray[np.int64]]:
+    def material() -> tuple[Sequence[str], Choose, VitaTokenizer, npt.NDArray[np.int64]]:
         tokenizer, *others = (
             VitaTokenizer.load(open_for_inference(model, EngineSettings()).tokenizer_dir) for model in models
         )

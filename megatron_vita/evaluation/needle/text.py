@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
@@ -14,7 +14,7 @@ from megatron_vita.data.sample import Message, Sample, Text
 from megatron_vita.data.text.chat_tokenizer import ChatTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.needle.grid import Grid
-from megatron_vita.evaluation.needle.needles import NEEDLE, Needle
+from megatron_vita.evaluation.needle.needles import NEEDLE, Choose, Needle
 from megatron_vita.evaluation.questions import Question
 
 _SENTENCES = 4096
@@ -53,7 +53,7 @@ class TextNeedles(Sequence[Question]):
         grid: Grid,
         tokens: int,
         sentences: Sequence[str],
-        needle: Callable[[int], Needle],
+        needle: Choose,
         tokenizer: ChatTokenizer,
         costs: npt.NDArray[np.int64],
     ) -> None:
@@ -62,9 +62,9 @@ class TextNeedles(Sequence[Question]):
         Args:
             grid: depths and samples.
             tokens: T, most tokens of a text with its needle. It is shorter by less than a sentence.
-            sentences: prose that a text takes a run of, from a place that the sample draws; from the beginning again
+            sentences: prose that a text takes a run of, from a place that is drawn; from the beginning again
                 behind the last.
-            needle: the needle of each sample.
+            needle: of each question.
             tokenizer: counts.
             costs: what `costs_of(sentences, tokenizer)` gives.
 
@@ -74,9 +74,9 @@ class TextNeedles(Sequence[Question]):
         self._grid, self._tokens, self._sentences, self._needle = grid, tokens, sentences, needle
         self._tokenizer = tokenizer
         self._costs = costs
-        for sample in range(grid.samples):
-            if (cost := self._cost(needle(sample))) > tokens:
-                raise ConfigError(f"--lengths {tokens}: the needle {needle(sample).text!r} alone has {cost} tokens.")
+        for cell in grid:
+            if (cost := self._cost(needle(*cell))) > tokens:
+                raise ConfigError(f"--lengths {tokens}: the needle {needle(*cell).text!r} alone has {cost} tokens.")
 
     def __len__(self) -> int:
         return len(self._grid)
@@ -89,8 +89,8 @@ class TextNeedles(Sequence[Question]):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         depth, sample = self._grid.cell(index)
-        needle = self._needle(sample)
-        start = int(self._grid.draw(sample, _START).integers(len(self._sentences)))
+        needle = self._needle(depth, sample)
+        start = int(self._grid.draw(depth, sample, _START).integers(len(self._sentences)))
         ends = self._ends(start, self._tokens - self._cost(needle))
         # the boundary between sentences, or before the first, that is nearest to the depth
         boundary = int(np.abs(np.concatenate(([0], ends)) - depth * (ends[-1] if len(ends) else 0)).argmin())
