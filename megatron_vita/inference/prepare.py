@@ -91,6 +91,8 @@ class Preparation:
         try:
             if limits is not None:
                 limits.check("prompt_tokens", len(example.tokens))
+                if (alternatives := request.sampling.prompt_logprobs) is not None:
+                    limits.check("prompt_logprobs", len(example.tokens) * (1 + alternatives), param="prompt_logprobs")
             fits(len(example.tokens))
             return Prepared(request, example, media, self._keys(request, example, media))
         finally:

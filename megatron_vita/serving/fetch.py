@@ -58,9 +58,7 @@ def fetch(
     deadline = time.monotonic() + timeout
     network = _CheckedNetwork(resolve or _resolve, allowed or is_public, deadline)
     try:
-        with httpcore.ConnectionPool(
-            ssl_context=ssl.create_default_context(), network_backend=network, max_connections=1
-        ) as pool:
+        with httpcore.ConnectionPool(network_backend=network, max_connections=1) as pool:
             target = _parsed(url)
             for _ in range(MOST_REDIRECTS + 1):
                 found = _get(pool, target, kind, limit_bytes)

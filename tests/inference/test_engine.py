@@ -21,6 +21,7 @@ from megatron_vita.data.sample import MediaFile, Message, Sample, Text
 from megatron_vita.data.text.chat import build_example
 from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.engine import Engine, model_name
+from megatron_vita.inference.openai import LimitError, Limits
 from megatron_vita.inference.prompt import Generation, RawPrompt, Request, TokenLogprob
 from megatron_vita.inference.sampling import GREEDY, SamplingConfig
 from megatron_vita.inference.settings import EngineSettings
@@ -402,6 +403,14 @@ def test_a_text_is_continued_without_a_chat_template(engine: Engine) -> None:
     assert first.ids == plain_greedy(engine, text, 4)
     with pytest.raises(DataError, match="empty_turn"):
         engine.prepare(Request("3", RawPrompt(), GREEDY))
+
+
+def test_tokens_and_their_logprobs_are_limited(engine: Engine) -> None:
+    asked = Request("0", RawPrompt(ids=(1, 2, 3)), SamplingConfig(prompt_logprobs=2))
+    engine.open(asked, Limits(prompt_tokens=3, prompt_logprobs=9))
+    for limits in (Limits(prompt_tokens=2), Limits(prompt_logprobs=8)):
+        with pytest.raises(LimitError, match="is the limit"):
+            engine.open(asked, limits)
 
 
 def test_ids_and_pixels_are_those_of_training(engine: Engine, samples: list[Sample]) -> None:

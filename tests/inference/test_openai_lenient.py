@@ -87,6 +87,10 @@ def test_options_of_the_chat_template_are_passed_on() -> None:
     assert isinstance(request.sample, Sample)
     assert request.sample.template_options == (("budget", '{"a": [1]}'), ("thinking", "false"))
     assert read.warnings == ("'chat_template_kwargs.x': the chat template has no such option; it is ignored.",)
+    raw = b'{"chat_template_kwargs": {"thinking": {"url": "data:image/png;base64,AA=="}}, "messages": [%s]}'
+    (request,) = chat(parse_body(raw % json.dumps(USER[0]).encode()), template_options={"thinking"}).requests
+    assert isinstance(request.sample, Sample)
+    assert request.sample.template_options == (("thinking", '{"url": "data:image/png;base64,AA=="}'),)
     for wrong in (3, {"thinking": "\ud800"}):
         error = refused({"messages": USER, "chat_template_kwargs": wrong}, template_options={"thinking"})
         assert (error.param or "").startswith("chat_template_kwargs")
@@ -326,7 +330,9 @@ talks = st.lists(
     prompt=values | st.lists(st.integers(), max_size=3) | st.lists(st.text(max_size=3), max_size=3),
 )
 def test_any_json_is_read_or_refused(more: dict[str, Any], messages: Any, prompt: Any) -> None:
-    options = ReadOptions(strict=False, limits=Limits(), vocab_size=99, media_root=Path(__file__).parent)
+    options = ReadOptions(
+        strict=False, limits=Limits(), vocab_size=99, media_root=Path(__file__).parent, template_options=FIELDS
+    )
     for read, body in ((chat_request, {"messages": messages}), (completion_request, {"prompt": prompt})):
         raw = json.dumps({**body, **more}).encode()
         try:

@@ -37,6 +37,9 @@ class DataUrl:
         head, _, content = url[len("data:") :].partition(",")
         return cls(head, memoryview(content.encode("ascii", "replace")))
 
+    def __str__(self) -> str:
+        return f"data:{self.head},{bytes(self.content).decode('latin-1')}"
+
     def frames(self) -> int:
         """Frames that it holds; 0 if it is no list of frames."""
         return sum(1 for _ in _split(self.content)) if self._media_type == _FRAMES else 0

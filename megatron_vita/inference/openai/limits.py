@@ -61,6 +61,9 @@ class Limits:
     prompt_tokens: int | None = None
     """Tokens of the prompt; None: as many as the model and its cache hold."""
 
+    prompt_logprobs: int = 4 << 20
+    """Log-probabilities of the prompt's tokens, those of alternatives included."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

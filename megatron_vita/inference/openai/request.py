@@ -270,8 +270,11 @@ def _template_options(given: Mapping[str, Any], options: ReadOptions, unread: Un
     for name in kwargs:
         if name not in options.template_options:
             unread.field(f"chat_template_kwargs.{read.shown(name)}", "the chat template has no such option")
-    known = {name: json.dumps(kwargs[name], ensure_ascii=False) for name in kwargs if name in options.template_options}
-    return tuple((name, read.text(known[name], f"chat_template_kwargs.{name}")) for name in sorted(known))
+    known = sorted(name for name in kwargs if name in options.template_options)
+    values = (json.dumps(kwargs[name], ensure_ascii=False, default=str) for name in known)
+    return tuple(
+        (name, read.text(value, f"chat_template_kwargs.{name}")) for name, value in zip(known, values, strict=True)
+    )
 
 
 def _part_of(

@@ -134,7 +134,7 @@ def _guide(given: Mapping[str, Any], limits: Limits | None) -> str | None:
     place = "response_format.json_schema"
     schema = read.mapping(read.mapping(given.get("json_schema"), place).get("schema"), f"{place}.schema")
     try:
-        guide = json.dumps(schema, allow_nan=False)
+        guide = json.dumps(schema, allow_nan=False, default=str)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{place}.schema is no JSON: {error}.", param=place, code="invalid_value") from None
     if limits is not None:
