@@ -240,6 +240,15 @@ def test_rotated_questions_share_picture_and_circle(tmp_path: Path) -> None:
     assert held(tmp_path) == RED + BLUE, "each picture once"
 
 
+def test_a_picture_may_stand_in_a_later_row(tmp_path: Path) -> None:
+    cells = {5: "9", 7: published.coded(BLUE), 9: published.coded(RED)}
+    rows = [{"index": index, "question": "Who?", "answer": "I", "image": cell} for index, cell in cells.items()]
+    published.tsv(tmp_path / "DocVQA_VAL.tsv", rows)
+    questions = read_benchmark("docvqa", tmp_path, work=tmp_path / "work")
+    assert [question.line for question in questions] == [1, 2, 3]
+    assert [read_image(question.sample.images[0]).data for question in questions] == [RED, BLUE, RED]
+
+
 @pytest.mark.parametrize("write", [published.mvbench, published.mvbench_segments])
 def test_mvbench_asks_for_parts_unless_they_were_cut(write: Callable[[Path], None], tmp_path: Path) -> None:
     questions = {question.fields["category"]: question for question in read("mvbench", write, tmp_path)}
@@ -367,7 +376,10 @@ def test_bad_rows_are_named(
     ("content", "says"),
     [
         ("index\tquestion\tanswer\timage\n1\tWho?\tI\tnot base 64!\n", "row 1: .*`image` is no base64"),
-        ("index\tquestion\tanswer\timage\n1\tWho?\tI\t2\n", "row 1: its picture is that of row `2`"),
+        (
+            "index\tquestion\tanswer\timage\n1\tWho?\tI\t2\n",
+            "row 1: its picture is that of row `2`, which does not hold one",
+        ),
         ("index\tquestion\tanswer\timage\n1\tWho?\n", "row 1: 2 cells under 4 names"),
         ('index\tquestion\tanswer\timage\n1\t"Who?\tI\t2\n', "no table of tab-separated texts"),
         ("index\tquestion\tanswer\timage\n1\t\udcff\tI\t2\n", "no table of tab-separated texts in UTF-8"),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from megatron_vita.data.media.names import locate
 from megatron_vita.data.rejects import counted, reject
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.evaluation.benchmarks.item import to_question
+from megatron_vita.evaluation.benchmarks.item import Item, to_question
 from megatron_vita.evaluation.benchmarks.prompts import STYLES, Style
 from megatron_vita.evaluation.benchmarks.rows import read_rows
 from megatron_vita.evaluation.benchmarks.table import BENCHMARKS, Benchmark, ImageReader
@@ -173,23 +174,41 @@ def _pictures(
             raise reject("media_missing", f"{path} does not exist under {folder}, and its row holds no picture.")
         return MediaFile(path=found, label=path)
 
+    def question(number: int, where: str, item: Item, media: Sequence[MediaFile]) -> Question:
+        try:
+            return to_question(item, media, video=False, task=benchmark.task, source=name, line=number)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    waiting: list[tuple[int, str, Item | None, str | list[MediaFile]]] = []
     for number, where, row in read_rows(files):
         try:
             item = read(row, style)
-            cell = item.pictures if item else row.get("image")
-            index = str(row.get("index", number))
-            if isinstance(cell, str) and 0 < len(cell) <= MOST_REFERENCE and re.fullmatch(r"[\w.-]+", cell):
-                if cell not in by_index:
-                    raise DataError(f"its picture is that of row `{cell}`, which does not stand before it.")
-                media = by_index[cell]
-            else:
-                media = read_pictures(cell, pictures, find, f"{files[0].name}, row {number}")
-            if "index" in row:
-                by_index[index] = media
-            if item is not None:
-                yield to_question(item, media, video=False, task=benchmark.task, source=name, line=number)
+            media = _cell(item.pictures if item else row.get("image"), pictures, find, os.path.basename(where))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        if isinstance(media, str):
+            media = by_index.get(media, media)
+        if "index" in row and not isinstance(media, str):
+            by_index[str(row["index"])] = media
+        if waiting or isinstance(media, str):  # for a row that is still to come; questions keep their order
+            waiting.append((number, where, item, media))
+        elif item is not None:
+            yield question(number, where, item, media)
+    for number, where, item, media in waiting:
+        if isinstance(media, str) and media not in by_index:
+            raise DataError(
+                f"{where}: its picture is that of row `{media}`, which does not hold one. Fetch the file again."
+            )
+        if item is not None:
+            yield question(number, where, item, by_index[media] if isinstance(media, str) else media)
+
+
+def _cell(cell: Any, pictures: PictureFile, find: Callable[[str], MediaFile], label: str) -> str | list[MediaFile]:
+    """The pictures of a cell, or the index of the row that holds them (as VLMEvalKit writes them once)."""
+    if isinstance(cell, str) and 0 < len(cell) <= MOST_REFERENCE and re.fullmatch(r"[\w.-]+", cell):
+        return cell
+    return read_pictures(cell, pictures, find, label)
 
 
 def _videos(
