@@ -37,6 +37,8 @@ FLAGS = ("--header-timeout", "2")
 """Of the server: slow senders are given up soon, so that ten thousand requests take minutes."""
 _PATIENCE = 120.0
 """Seconds that a client waits for an answer."""
+_PROCESSES = 4
+"""At most: the server, and one that decodes videos for each of its threads that read them: two readers, the engine."""
 _SILENCE = 1.0
 """Seconds without more of an answer after which a client goes."""
 _MOST_BYTES = 4 << 20
@@ -209,11 +211,13 @@ def figures(here: Server, client: httpx.Client, report: Report, before: Holding,
     ratio = after.rss / before.rss
     yield Figure("resident memory", f"{before.rss >> 20} to {after.rss >> 20} MiB ({ratio - 1:+.1%})", "5 % more",
                  ratio <= 1.05)  # fmt: skip
-    for name, was, now in (
-        ("open files", before.descriptors, after.descriptors),
-        ("threads", before.threads, after.threads),
+    started = after.processes - before.processes  # each has a link
+    for name, was, now, more in (
+        ("open files", before.descriptors, after.descriptors, 2 + started),
+        ("threads", before.threads, after.threads, 2),
     ):
-        yield Figure(name, f"{was} to {now}", "2 more", now <= was + 2)
+        yield Figure(name, f"{was} to {now}", f"{more} more", now <= was + more)
+    yield Figure("processes", str(after.processes), str(_PROCESSES), after.processes <= _PROCESSES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,23 +74,23 @@ class Server:
 
     def holds(self) -> Holding:
         """What the process and its children hold now."""
-        rss = descriptors = threads = 0
         here = psutil.Process(self.process.pid)
-        for one in (here, *here.children(recursive=True)):
+        rss, children = here.memory_info().rss, here.children(recursive=True)
+        for one in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rss += one.memory_info().rss
-                descriptors += one.num_fds()
-                threads += one.num_threads()
-        return Holding(rss, descriptors, threads)
+        return Holding(rss, here.num_fds(), here.num_threads(), 1 + len(children))
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Resident bytes, open files and threads."""
+    """Resident bytes of all processes, open files and threads of the first, and how many there are."""
 
     rss: int
     descriptors: int
     threads: int
+    processes: int
+    """Each thread that reads videos has one to decode them, once it has met one."""
 
 
 @contextlib.contextmanager
