@@ -65,6 +65,13 @@ def end_with_parent() -> None:
 # ---- what the disk has ----
 
 
+def release_memory() -> None:
+    """Give the system back what the C library keeps of freed memory, where it can be asked to (glibc)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def sync(path: Path) -> None:
     """Flush a file's content to disk; of a folder its entries, so that a power cut leaves no name without its file."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_vita.errors import VitaError
+from megatron_vita.files import release_memory
 from megatron_vita.serving.body import Pending
 from megatron_vita.serving.errors import HttpError
 from megatron_vita.serving.jobs import Job
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REST = 1.0
+"""Seconds without a request after which memory is given back."""
 State = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -52,6 +56,7 @@ class Service:
         self._jobs: dict[bytes, Job] = {}  # those that run, by digest of their body
         self._all: set[Job] = set()
         self._seconds = 1.0  # that a request takes, of late
+        self._resting: asyncio.TimerHandle | None = None
 
     def attach(self, engine: Engine, loop: EngineLoop, reader: Reader) -> None:
         """The model is loaded."""
@@ -143,6 +148,8 @@ class Service:
             if self._jobs.get(digest) is one:
                 del self._jobs[digest]
             self._count(one)
+            if not self._all:
+                self._rest()
 
         job.start(lambda: reader.read(kind, box, job.id), ended)
         return job
@@ -171,6 +178,18 @@ class Service:
         if job.listeners == 0 and not job.done:
             self.metrics.cancelled.inc()
             job.give_up()
+
+    def _rest(self) -> None:
+        """Let memory go that requests took, once none has come for a while: the C library would keep it."""
+        if self._resting is not None:
+            self._resting.cancel()
+        events = asyncio.get_running_loop()
+
+        def release() -> None:
+            if not self._all:
+                events.run_in_executor(None, release_memory)
+
+        self._resting = events.call_later(REST, release)
 
     @property
     def waiting(self) -> int:
