@@ -135,6 +135,8 @@ class Job:
         """End without an answer."""
         if self.done:
             return
+        if isinstance(error, VitaError):  # its message says all; frames that hold the body would wait for the collector
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         self.failure = error
         if self._task is not None:
             self._task.cancel()

@@ -150,6 +150,22 @@ def test_answers_end_where_they_should(client: openai.OpenAI) -> None:
     assert long.usage.total_tokens == 512, "the limit is lowered to what is left of the context"
 
 
+def test_json_is_written_where_it_is_asked_for(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"x": {"enum": [True, False]}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    found = ask(client, response_format=asked, max_tokens=200, temperature=1, seed=1)
+    assert json.loads(found.choices[0].message.content)["x"] in (True, False)
+    some = ask(client, response_format={"type": "json_object"}, max_tokens=50).choices[0]
+    assert some.message.content.lstrip().startswith("{")
+    if some.finish_reason == "stop":
+        assert isinstance(json.loads(some.message.content), dict)
+
+
 def test_completions_go_on_with_a_text(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": "any", "prompt": ["the red", "the box"], "max_tokens": 5, "temperature": 0}
     whole = client.completions.create(**fields, logprobs=2)
@@ -300,7 +316,12 @@ def test_hostile_clients_change_nothing(here: Any, attacker: ModuleType) -> None
         report = attacker.attack_server(here.port, 200, random.randrange(1 << 30), key=KEY)
         after = attacker.settled(here, client)
         judged = list(attacker.figures(here, client, report, before, after))
-    missed = [one.line() for one in judged if one.kept is False and one.name != "resident memory"]
+    # What a process holds is judged more loosely than in the benchmark: some of its children start only now. One file,
+    # thread or megabyte kept for each attack of one kind would be more.
+    held = ("resident memory", "open files", "threads")
+    missed = [one.line() for one in judged if one.kept is False and one.name not in held]
     assert not missed, "\n".join((*report.table(), *missed))
     assert after.rss < before.rss + (300 << 20)
+    assert after.descriptors < before.descriptors + 15
+    assert after.threads < before.threads + 15
     assert report.attacks == 200
