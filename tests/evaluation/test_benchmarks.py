@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_vita.data.media.image import read_image
 from megatron_vita.data.sample import Image, MediaFile, Text, Video
@@ -340,6 +344,8 @@ def _edit(path: Path, **changes: Any) -> None:
         ("mvbench", published.mvbench, "json/action_sequence.json", {"start": "1:02"}, "no time in seconds"),
         ("mvbench", published.mvbench, "json/action_sequence.json", {"video": "../" * 9 + "x.mp4"}, "path_escape"),
         ("longvideobench", published.longvideobench, "lvb_val.json", {"correct_choice": 7}, "no number of one of 3"),
+        ("mvbench", published.mvbench, "json/action_sequence.json", {"video": ""}, "`video` is missing or empty"),
+        ("longvideobench", published.longvideobench, "lvb_val.json", {"question": None}, "`question` is missing"),
         ("videomme", published.videomme, "videomme/test-00000-of-00001.parquet", {"answer": ""}, "no answer"),
         ("videomme", published.videomme, "videomme/test-00000-of-00001.parquet", {"answer": "E"}, "none of its 4"),
         ("chartqa", published.chartqa_parquet, "data/test-00000-of-00001.parquet", {"answer": None}, "no answer"),
@@ -443,3 +449,46 @@ def test_the_document_lists_every_benchmark_and_task() -> None:
         assert re.search(rf"^\| `{name}` \| .* \| {one.questions:,} \| `{one.task}` \|", document, re.MULTILINE), name
     for task in TASKS:
         assert re.search(rf"^\* `{task}`", document, re.MULTILINE), task
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["A", "['a', 'b']"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+ROWS: dict[str, dict[str, Any]] = {
+    "mmbench": {"index": 7, "question": "Q", "A": "a", "B": "b", "answer": "A", "image": published.coded(RED)},
+    "ai2d": {"question": "Q", "options": ["a", "b"], "answer": "1", "image": published.coded(RED)},
+    "ocrbench": {"question": "Q", "answer": "['a']", "category": "c", "image": published.coded(RED)},
+    "docvqa": {"question": "Q", "answers": ["a"], "question_types": ["t"], "image": published.coded(RED)},
+    "mmmu": {"id": "validation_M_1", "question": "<image 1>", "options": "['a', 'b']", "answer": "A",
+             "image_1": {"bytes": published.coded(RED)}},
+    "longvideobench": {"video_path": "v", "question": "Q", "candidates": ["a"], "correct_choice": 0, "id": 1},
+    "videomme": {"videoID": "v", "question": "Q", "options": ["A. a", "B. b"], "answer": "A", "duration": "short"},
+    "action_sequence": {"video": "v", "question": "Q", "candidates": ["a", "b"], "answer": "a", "start": 1, "end": 2},
+}  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_any_row_is_read_or_refused(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(ROWS)))
+    row = dict(ROWS[kind])
+    for key in data.draw(st.lists(st.sampled_from(sorted(row)), max_size=2)):
+        row[key] = data.draw(VALUES)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"{kind}.json"
+        file.write_text(json.dumps([row]))
+        name = "mvbench" if kind == "action_sequence" else kind
+        with contextlib.suppress(ConfigError, DataError):
+            for question in read_benchmark(name, file, work=Path(folder) / "work"):
+                question.sample.check()
+                assert question.golds
+                assert all(isinstance(one, str) for one in (*question.golds, *question.options))

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_vita.errors import DataError
 from megatron_vita.evaluation.benchmarks import prompts
-from megatron_vita.evaluation.benchmarks.item import LETTERS, Item, lettered, text, texts
+from megatron_vita.evaluation.benchmarks.item import LETTERS, Item, lettered, needed, text, texts
 from megatron_vita.evaluation.benchmarks.prompts import Style
 from megatron_vita.evaluation.benchmarks.rows import Row
 
@@ -18,7 +18,7 @@ _FORMULA = "Handwritten Mathematical Expression Recognition"
 
 def mmbench(row: Row, style: Style) -> Item:
     """MMBench: columns index, hint, question, A to D, answer, category, l2-category, image."""
-    question, options, hint = text(row, "question"), lettered(row), text(row, "hint")
+    question, options, hint = needed(row, "question"), lettered(row), text(row, "hint")
     if style == "lmms_eval":
         body = f"{question} There are several options:\n{prompts.listed(options)}"
         prompt = f"{hint} {body}" if hint else body
@@ -39,7 +39,7 @@ def mmbench(row: Row, style: Style) -> Item:
 
 def ai2d(row: Row, style: Style) -> Item:
     """AI2D: columns question, A to D, answer (a letter), image; or options, answer (a number from 0), image."""
-    question, options, golds = text(row, "question"), lettered(row), _golds(row)
+    question, options, golds = needed(row, "question"), lettered(row), _golds(row)
     if not options:
         options = texts(row, "options")
         if not golds[0].isdigit() or int(golds[0]) >= len(options):
@@ -63,7 +63,7 @@ def mmmu(row: Row, style: Style) -> Item | None:
     VLMEvalKit's question, A, B, ..., answer, image (a list). Questions of the `dev` split are examples: None."""
     if text(row, "split") == "dev":
         return None
-    question, options = text(row, "question"), lettered(row)
+    question, options = needed(row, "question"), lettered(row)
     cells: Any = row.get("image")
     if not options and "options" in row:
         options = _spelt(row["options"])
@@ -86,7 +86,7 @@ def mmmu(row: Row, style: Style) -> Item | None:
 
 def ocrbench(row: Row, style: Style) -> Item:
     """OCRBench: columns question, answer (a list), category, image; or question_type and dataset."""
-    question = text(row, "question")
+    question = needed(row, "question")
     if style == "long_vita":
         question += "\nAnswer this question using the text in the image directly without any other context."
     return Item(
@@ -115,7 +115,7 @@ def docvqa(row: Row, style: Style) -> Item:
 
 
 def _phrase(row: Row, style: Style, *, golds: tuple[str, ...], **names: str) -> Item:
-    prompt = f"{text(row, 'question')}\n{prompts.PHRASE}"
+    prompt = f"{needed(row, 'question')}\n{prompts.PHRASE}"
     fields = _fields(row, **{"id": "index", **names})
     return Item(prompt=prompts.pictured(style, prompt), golds=golds, fields=fields, pictures=row.get("image"))
 

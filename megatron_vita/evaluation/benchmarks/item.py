@@ -75,6 +75,18 @@ def text(row: Row, *names: str) -> str:
     return ""
 
 
+def needed(row: Row, name: str) -> str:
+    """A column that must not be empty.
+
+    Raises:
+        DataError: it is.
+    """
+    found = text(row, name)
+    if not found:
+        raise DataError(f"`{name}` is missing or empty; the columns are {', '.join(sorted(map(str, row)))}.")
+    return found
+
+
 def texts(row: Row, *names: str) -> tuple[str, ...]:
     """A list of texts, a text that spells one, or one text; empty where it is missing."""
     for name in names:

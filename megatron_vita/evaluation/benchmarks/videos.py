@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron_vita.data.media.names import VIDEO_SUFFIXES, locate
 from megatron_vita.data.sample import MediaFile
 from megatron_vita.errors import DataError
 from megatron_vita.evaluation.benchmarks import prompts
-from megatron_vita.evaluation.benchmarks.item import LETTERS, Item, text, texts, without_letters
+from megatron_vita.evaluation.benchmarks.item import LETTERS, Item, needed, text, texts, without_letters
 from megatron_vita.evaluation.benchmarks.prompts import Style
 from megatron_vita.evaluation.benchmarks.rows import Row
 from megatron_vita.evaluation.benchmarks.subtitles import read_subtitles
@@ -104,14 +105,13 @@ def mvbench(row: Row, style: Style, root: Path, subtitles: bool, file: Path) -> 
     listed = prompts.listed(options, "({}) {}")
     prompt: tuple[str | int, ...]
     if style == "lmms_eval":
-        prompt = (0, f"Question:{text(row, 'question')}\nOption:\n{listed}\nOnly give the best option.\n")
+        prompt = (0, f"Question:{needed(row, 'question')}\nOption:\n{listed}\nOnly give the best option.\n")
     else:
         behind = "Answer with the letter." if style == "long_vita" else "Only give the best option.Best option:("
-        prompt = (f"{_WATCH}Question: {text(row, 'question')}\nOptions:\n{listed}", 0, f"\n{behind}")
+        prompt = (f"{_WATCH}Question: {needed(row, 'question')}\nOptions:\n{listed}", 0, f"\n{behind}")
     item = Item(prompt=prompt, golds=_one_of(row, options), options=options, fields={"category": file.stem})
-    video = text(row, "video")
-    stem = Path(video).stem
-    names = dict.fromkeys((video, *(str(Path(video).with_name(stem + suffix)) for suffix in (".mp4", ".webm", ".avi"))))
+    video = needed(row, "video")
+    names = dict.fromkeys((video, *(os.path.splitext(video)[0] + suffix for suffix in (".mp4", ".webm", ".avi"))))
     folders = [
         f"{above}{folder}" for folder in task.folders for above in ("video/", "", "video/data0613/", "data0613/")
     ]
@@ -131,7 +131,7 @@ def longvideobench(row: Row, style: Style, root: Path, subtitles: bool, file: Pa
     choice = row.get("correct_choice")
     if not isinstance(choice, int) or not 0 <= choice < len(options):
         raise DataError(f"`correct_choice` {choice!r} is no number of one of {len(options)} options.")
-    asked = f"{text(row, 'question')}\n{prompts.listed(options)}\n{prompts.OPTION_LETTER}"
+    asked = f"{needed(row, 'question')}\n{prompts.listed(options)}\n{prompts.OPTION_LETTER}"
     asked += {"long_vita": prompts.SHORT, "vlmevalkit": "", "lmms_eval": "\n"}[style]
     spoken = _spoken(root, subtitles, f"subtitles/{text(row, 'subtitle_path')}")
     fields = {
@@ -141,15 +141,15 @@ def longvideobench(row: Row, style: Style, root: Path, subtitles: bool, file: Pa
         "duration": row.get("duration_group"),  # seconds of the longest of the group: 15, 60, 600, 3600
     }
     item = Item(prompt=(0, spoken + asked), golds=(LETTERS[choice],), options=options, fields=fields)
-    return item, Place((f"videos/{text(row, 'video_path')}",))
+    return item, Place((f"videos/{needed(row, 'video_path')}",))
 
 
 def videomme(row: Row, style: Style, root: Path, subtitles: bool, file: Path) -> tuple[Item, Place]:
     """Video-MME: videoID, question_id, question, options (each with its letter), answer (a letter), domain,
     sub_category, task_type, duration (short, medium, long)."""
-    options, name = texts(row, "options"), text(row, "videoID")
+    options, name = texts(row, "options"), needed(row, "videoID")
     spoken = _spoken(root, subtitles, f"subtitle/{name}.srt")
-    asked = text(row, "question") + "\n" + "\n".join(options)
+    asked = needed(row, "question") + "\n" + "\n".join(options)
     if style == "lmms_eval":
         prompt = (
             spoken + _SELECT_LMMS + asked + "\n" + ("The best answer is:" if spoken else f"\n{prompts.OPTION_LETTER}")
