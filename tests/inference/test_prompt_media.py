@@ -113,6 +113,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MediaFile]:
         path = folder / "frames" / ("inner" if number > 18 else ".") / f"{number:02}.png"
         path.write_bytes(picture(30 + number, 20, seed=number))
     found["folder"] = MediaFile(path=str(folder / "frames"), frame_rate=2.0)
+    found["part"] = replace(found["h264.mp4"], start=1.5, end=4.0)
     members = tuple(found[name] for name in ("square", "wide", "tall"))
     found["members"] = MediaFile(frames=members, label="archive/frames")
     return found
@@ -121,7 +122,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MediaFile]:
 ALL = [
     (Image, "wide"), (Image, "square"), (Video, "h264.mp4"), (Video, "turned.mp4"), (Image, "tall"), (Video, "folder"),
     (Video, "mpeg4.avi"), (Image, "bytes"), (Video, "video bytes"), (Video, "region"), (Video, "vp9.webm"),
-    (Video, "members"), (Video, "large.mkv"), (Image, "wide"),
+    (Video, "members"), (Video, "part"), (Video, "large.mkv"), (Image, "wide"),
 ]  # fmt: skip
 
 
