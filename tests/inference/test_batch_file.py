@@ -101,7 +101,11 @@ def test_a_bad_line_stops_nobody(tmp_path: Path) -> None:
         "gone": (request("gone", look("gone.png")), "messages[0].content[0].image_url.url", "media_missing"),
         "root": (request("root", look("../x.png")), "messages[0].content[0].image_url.url", "path_escape"),
         "fake": (request("fake", look("fake.png")), None, "media_broken"),
-        "bomb": (request("bomb", look("data:image/png;base64," + bomb)), None, "media_bomb"),
+        "bomb": (
+            request("bomb", look("data:image/png;base64," + bomb)),
+            "messages[0].content[0].image_url.url",
+            "media_bomb",
+        ),
     }
     good = [request(f"good{number}", str(number)) for number in range(3)]
     write(tmp_path, [good[0], *(line for line, _, _ in bad.values()), good[1], good[2]])

@@ -193,6 +193,9 @@ def test_an_address_is_fetched_only_if_that_is_allowed() -> None:
         ({"list_entries": 1}, [says("x")], {"stop": ["a", "b"]}),
         ({"stop_characters": 1}, [says("x")], {"stop": "ab"}),
         ({"choices": 2}, [says("x")], {"n": 3}),
+        ({"text_characters": 2}, [says("")], {"prompt": "abc"}),
+        ({"text_characters": 2}, [says("")], {"prompt": ["ab", [1]]}),
+        ({"choices": 1}, [says("")], {"prompt": ["ab", [1]]}),
         ({"opened": 5}, [shows(), shows()], {"n": 3}),
     ],
 )  # fmt: skip
@@ -200,11 +203,19 @@ def test_limits_are_named_before_anything_is_decoded(
     limits: dict[str, int], content: list[Any], more: dict[str, Any]
 ) -> None:
     options = ReadOptions(strict=False, limits=Limits(**limits))
+    read = completion_request if "prompt" in more else chat_request
     with pytest.raises(LimitError) as error:
-        chat_request({"messages": [{"role": "user", "content": content}], **more}, id="r", options=options)
+        read({"messages": [{"role": "user", "content": content}], **more}, id="r", options=options)
     ((name, value),) = limits.items()
     assert f"{name}={value} is the limit" in str(error.value)
     assert error_object(error.value)["code"] == f"{name}_limit"
+
+
+def test_media_are_decoded_once_all_else_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_url, "decoded", lambda _: pytest.fail("decoded"))
+    body = {"messages": [{"role": "user", "content": [shows(), says("?")]}]}
+    for more in ({"temperature": -1}, {"n": 0}, {"max_tokens": 0}, {"model": 3}, {"response_format": {"type": "x"}}):
+        refused({**body, **more})
 
 
 # ---- completions ----

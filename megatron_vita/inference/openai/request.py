@@ -9,7 +9,7 @@ Read leniently (servers), it is ignored with a warning, unless the client cannot
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,14 @@ def chat_request(body: Any, *, id: str, options: ReadOptions) -> ApiRequest:
     if not options.strict:
         media = replace(media, max_tiles=_most_tiles(given, options, unread))
         frames = _most_frames(given, options, unread)
-    sample = conversation(given.get("messages"), media, unread, source=options.source, line=options.line)
-    if not options.strict:
-        sample = replace(sample, template_options=_template_options(given, options, unread))
-    return _request(given, id, [sample], top if logprobs else None, options, unread, max_frames=frames)
+
+    def prompts() -> Sequence[Sample]:
+        sample = conversation(given.get("messages"), media, unread, source=options.source, line=options.line)
+        return [
+            sample if options.strict else replace(sample, template_options=_template_options(given, options, unread))
+        ]
+
+    return _request(given, id, prompts, top if logprobs else None, options, unread, max_frames=frames)
 
 
 def completion_request(body: Any, *, id: str, options: ReadOptions) -> ApiRequest:
@@ -146,17 +150,17 @@ def completion_request(body: Any, *, id: str, options: ReadOptions) -> ApiReques
     if not {"max_tokens", "max_completion_tokens"} & set(given):
         given["max_tokens"] = COMPLETION_TOKENS
     prompts = _prompts(given.get("prompt"), options)
-    read_body = _request(given, id, prompts, logprobs, options, unread)
+    asked = _request(given, id, lambda: prompts, logprobs, options, unread)
     if not read.boolean(given.get("echo", False), "echo"):
-        return read_body
+        return asked
     if logprobs is not None or any(one.ids is not None for one in prompts):
         raise RequestError(
             "echo: neither with logprobs nor of token ids. `prompt_logprobs` has those of the prompt.",
             param="echo",
             code="unsupported_parameter",
         )
-    each = len(read_body.requests) // len(prompts)
-    return replace(read_body, echo=tuple(one.text for one in prompts for _ in range(each)))
+    each = len(asked.requests) // len(prompts)
+    return replace(asked, echo=tuple(one.text for one in prompts for _ in range(each)))
 
 
 def _given(body: Any, known: tuple[str, ...], unread: Unread) -> dict[str, Any]:
@@ -175,13 +179,14 @@ def _given(body: Any, known: tuple[str, ...], unread: Unread) -> dict[str, Any]:
 def _request(
     given: Mapping[str, Any],
     id: str,
-    prompts: Sequence[Sample | RawPrompt],
+    read_prompts: Callable[[], Sequence[Sample | RawPrompt]],
     logprobs: int | None,
     options: ReadOptions,
     unread: Unread,
     *,
     max_frames: int | None = None,
 ) -> ApiRequest:
+    """The request; its prompts, which may take long, are read once all else is known to be right."""
     model = read.text(given["model"], "model") if "model" in given else None
     stream = read.boolean(given.get("stream", False), "stream")
     include_usage = False
@@ -197,6 +202,7 @@ def _request(
             f"min_tokens={chosen.min_tokens} is more than max_tokens={limit}.", param="min_tokens", code="invalid_value"
         )
     choices = read.whole(given.get("n", 1), "n", 1, MAX_CHOICES)
+    prompts = read_prompts()
     if options.limits is not None:
         options.limits.check("choices", choices * len(prompts), param="n")
         media = sum(len(prompt.images) + len(prompt.videos) for prompt in prompts)
@@ -221,20 +227,19 @@ def _request(
 def _prompts(prompt: Any, options: ReadOptions) -> list[RawPrompt]:
     """One or several prompts: texts, or token ids."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and not isinstance(prompt[0], str | list)):
-        prompt, places = [prompt], ["prompt"]
-    else:
-        prompt = read.array(prompt, "prompt")
-        places = [f"prompt[{number}]" for number in range(len(prompt))]
-    if not prompt:
+        return [_prompt(prompt, "prompt", options)]
+    if not read.array(prompt, "prompt"):
         raise RequestError("prompt: there is none.", param="prompt", code="invalid_value")
     limits = options.limits
     if limits is not None:
         limits.check("choices", len(prompt), param="prompt")
         limits.check("text_characters", sum(len(one) for one in prompt if isinstance(one, str | list)), param="prompt")
-    return [_prompt(one, place, options) for one, place in zip(prompt, places, strict=True)]
+    return [_prompt(one, f"prompt[{number}]", options) for number, one in enumerate(prompt)]
 
 
 def _prompt(prompt: Any, place: str, options: ReadOptions) -> RawPrompt:
+    if options.limits is not None and isinstance(prompt, str | list):
+        options.limits.check("text_characters", len(prompt), param="prompt")
     if isinstance(prompt, str):
         return RawPrompt(text=read.text(prompt, place), source=options.source, line=options.line)
     most = sampling.MOST if options.vocab_size is None else options.vocab_size - 1
