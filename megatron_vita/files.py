@@ -67,9 +67,8 @@ def end_with_parent() -> None:
 
 def release_memory() -> None:
     """Give the system back what the C library keeps of freed memory, where it can be asked to (glibc)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def sync(path: Path) -> None:
