@@ -101,6 +101,8 @@ def test_needles_are_asked_and_kept(
     again = run(here, tmp_path / "out", *GRID, *one)
     assert again == lines
     assert len(asked) - before == 4
+    run(here, tmp_path / "out", *GRID, *one, "--depths", "3", "--samples", "2")
+    assert len(asked) - before == 4 + 3 * (3 * 2 - 2), "what is new"
 
 
 def test_a_benchmark_is_asked_in_each_wording(here: Path, tmp_path: Path, asked: list[Sample]) -> None:

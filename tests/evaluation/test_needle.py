@@ -80,9 +80,17 @@ def test_the_nearest_place(depth: float, length: int) -> None:
     assert abs(index - depth * (length - 1)) <= 0.5
 
 
+@given(SAMPLES)
+def test_no_two_questions_have_one_line(grid: Grid) -> None:
+    lines = [grid.line(*cell) for cell in grid]
+    assert len(set(lines)) == len(lines)
+    assert min(lines) >= 1
+
+
 def test_every_cell_is_asked_every_sample() -> None:
     grid = Grid(depths=(0, 0.5, 1), samples=2, seed=1)
-    assert [grid.cell(index) for index in range(len(grid))] == [(0, 0), (0, 1), (0.5, 0), (0.5, 1), (1, 0), (1, 1)]
+    assert [grid.cell(index) for index in range(len(grid))] == [(0, 0), (0.5, 0), (1, 0), (0, 1), (0.5, 1), (1, 1)]
+    assert list(grid) == [grid.cell(index) for index in range(len(grid))]
     with pytest.raises(IndexError):
         grid.cell(6)
     with pytest.raises(ConfigError, match=r"--samples 0"):
@@ -105,7 +113,7 @@ def test_a_clip_is_a_run_of_the_haystack_around_its_needle(grid: Grid, frames: i
         assert clip.pop(place(depth, frames)) == HIDDEN
         first = int(str(clip[0].path).removesuffix(".png"))
         assert [frame.path for frame in clip] == [f"{(first + number) % many}.png" for number in range(frames - 1)]
-        assert (question.expected, question.line) == (str(sample), index + 1)
+        assert (question.expected, question.line) == (str(sample), grid.line(depth, sample))
         assert question.fields == {"needle": "visual", "frames": frames, "depth": depth, "sample": sample}
         question.sample.check()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -13,6 +12,8 @@ from megatron_vita.errors import ConfigError
 DEPTHS = 11
 """Depths by default: 0, 0.1, ... 1."""
 _MOST = 1001
+_FINE = 10_000
+"""Steps of a depth: it has four digits."""
 
 
 def depths_of(values: Sequence[float]) -> tuple[float, ...]:
@@ -63,14 +64,19 @@ class Grid:
         return len(self.depths) * self.samples
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
-        """(depth, sample) of each question in order."""
-        yield from product(self.depths, range(self.samples))
+        """(depth, sample) of each question in order: one of every depth, then the next of every depth."""
+        return ((depth, sample) for sample in range(self.samples) for depth in self.depths)
 
     def cell(self, index: int) -> tuple[float, int]:
         """(depth, sample) of a question. Raises IndexError behind the last."""
-        depth, sample = divmod(range(len(self))[index], self.samples)
+        sample, depth = divmod(range(len(self))[index], len(self.depths))
         return self.depths[depth], sample
+
+    @staticmethod
+    def line(depth: float, sample: int) -> int:
+        """Number of a question, from 1, that grids with other depths or more samples have, too."""
+        return sample * (_FINE + 1) + round(depth * _FINE) + 1
 
     def draw(self, depth: float, sample: int, purpose: int) -> np.random.Generator:
         """What a question draws from; each purpose (a small number) has its own stream."""
-        return np.random.default_rng((self.seed, round(depth * 10_000), sample, purpose))
+        return np.random.default_rng((self.seed, round(depth * _FINE), sample, purpose))

@@ -89,7 +89,7 @@ class TextNeedles(Sequence[Question]):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         depth, sample = self._grid.cell(index)
-        needle = self._needle(depth, sample)
+        needle, line = self._needle(depth, sample), self._grid.line(depth, sample)
         start = int(self._grid.draw(depth, sample, _START).integers(len(self._sentences)))
         ends = self._ends(start, self._tokens - self._cost(needle))
         # the boundary between sentences, or before the first, that is nearest to the depth
@@ -99,9 +99,9 @@ class TextNeedles(Sequence[Question]):
         name = f"needle of {self._tokens} tokens, depth {depth:g}, sample {sample + 1}"
         turn = Message("user", (Text(" ".join(text) + "\n" + needle.question),))
         return Question(
-            Sample((turn,), source=name, line=index + 1),
+            Sample((turn,), source=name, line=line),
             needle.answer,
-            index + 1,
+            line,
             {"needle": "text", "tokens": self._tokens, "depth": depth, "sample": sample},
             task=NEEDLE,
         )

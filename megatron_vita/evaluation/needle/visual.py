@@ -64,7 +64,7 @@ class VisualNeedles(Sequence[Question]):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         depth, sample = self._grid.cell(index)
-        needle = self._needle(depth, sample)
+        needle, line = self._needle(depth, sample), self._grid.line(depth, sample)
         assert needle.image is not None
         many = self._haystack.count
         start = int(self._grid.draw(depth, sample, _START).integers(many))
@@ -74,9 +74,9 @@ class VisualNeedles(Sequence[Question]):
         video = MediaFile(frames=tuple(clip), label=name)
         turn = Message("user", (Video(0), Text("\n" + needle.question)))
         return Question(
-            Sample((turn,), videos=(video,), source=name, line=index + 1),
+            Sample((turn,), videos=(video,), source=name, line=line),
             needle.answer,
-            index + 1,
+            line,
             {"needle": "visual", "frames": self._frames, "depth": depth, "sample": sample},
             task=NEEDLE,
         )
