@@ -74,7 +74,8 @@ class Engine:
         self._world = World(model.groups)
         self.worker = Worker(model, tokenizer, spec, settings, self._world, video_backend=video_backend)
         capacity = self.worker.blocks.capacity
-        self.open = Preparation(path, self.config, tokenizer, spec, settings, capacity, video_backend)
+        guides = self.worker.runner.guides if self._world.samples else None
+        self.open = Preparation(path, self.config, tokenizer, spec, settings, capacity, video_backend, guides)
         """Prepares a request for `enqueue`, in any thread of the leader."""
         self._new: list[New] = []
         self._aborted: list[str] = []

@@ -7,8 +7,9 @@ fails, alone.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,7 +78,7 @@ class Guide:
 
 
 class Guides:
-    """Makes the guides of one engine, on the rank that samples."""
+    """Makes the guides of one engine, on the rank that samples. Threads may share it."""
 
     def __init__(self, tokenizer: VitaTokenizer, ends: frozenset[int]) -> None:
         """
@@ -87,17 +88,25 @@ class Guides:
         """
         self._tokenizer = tokenizer
         self._ends = ends
-        self._begun = lru_cache(maxsize=64)(lambda schema: matcher_of(self._vocabulary, grammar_of(schema)))
+        self._lock = threading.Lock()
+        self._known: LLTokenizer | None = None
+        self._begun = lru_cache(maxsize=64)(lambda schema: matcher_of(self._vocabulary(), grammar_of(schema)))
+
+    def learn(self, schema: str) -> None:
+        """Make what the guides of a schema have in common, so that `begin` is quick."""
+        self._begun(schema)
 
     def begin(self, schema: str) -> Guide:
         """The guide of a new answer by a schema that `check_guide` has let through."""
-        return Guide(self._begun(schema).deep_copy(), -(-self._vocabulary.vocab_size // 32))
+        return Guide(self._begun(schema).deep_copy(), -(-self._vocabulary().vocab_size // 32))
 
-    @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        """As llguidance knows it; it takes seconds for 150,000 tokens, so it is made when it is first needed."""
-        wrapper = library().TokenizerWrapper(_Vocabulary(self._tokenizer, self._ends))
-        return library().LLTokenizer(wrapper, eos_token=sorted(self._ends))
+        """As llguidance knows it; it takes a second or two for 150,000 tokens, so it is made when it is needed."""
+        with self._lock:
+            if self._known is None:
+                wrapper = library().TokenizerWrapper(_Vocabulary(self._tokenizer, self._ends))
+                self._known = library().LLTokenizer(wrapper, eos_token=sorted(self._ends))
+            return self._known
 
 
 class _Vocabulary:

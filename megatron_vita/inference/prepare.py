@@ -14,6 +14,7 @@ from megatron_vita.data.spec import PreprocessSpec
 from megatron_vita.data.text.tokenizer import VitaTokenizer
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.grammar import check_guide
+from megatron_vita.inference.guide import Guides
 from megatron_vita.inference.length import check_length
 from megatron_vita.inference.openai.limits import Limits
 from megatron_vita.inference.prefix_cache import Key, block_keys
@@ -47,6 +48,9 @@ class Preparation:
     capacity: int
     """Tokens that the cache holds for one sequence."""
     video_backend: str = "auto"
+    guides: Guides | None = None
+    """Of the engine, if this rank chooses tokens: what a schema needs is made while its request is prepared, not
+    between two steps."""
 
     def __call__(self, request: Request, limits: Limits | None = None, like: Prepared | None = None) -> Prepared:
         """Ids of a prompt and its media, by the functions that made the training shards. No pixels yet.
@@ -63,8 +67,10 @@ class Preparation:
             LimitError: a prompt that holds too much.
         """
         request.sampling.check_vocabulary(self.config.vocab_size)
-        if request.sampling.guide is not None:
-            check_guide(request.sampling.guide)
+        if (guide := request.sampling.guide) is not None:
+            check_guide(guide)
+            if self.guides is not None:
+                self.guides.learn(guide)
         sample = request.sample
         if sample.messages and sample.messages[-1].role != "user":
             raise reject("bad_order", f"{sample.id}: the last turn is an answer already; end with a question.")

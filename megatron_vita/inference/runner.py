@@ -57,7 +57,7 @@ class ModelRunner:
         self.world = world
         self._compute = CachedForward(model)
         self._groups = model.groups
-        self._guides = guides
+        self.guides = guides
         self._head = lm_head
         self._samplers: dict[int, SequenceSampler] = {}
 
@@ -65,7 +65,7 @@ class ModelRunner:
         """Remember how a new sequence's tokens are chosen."""
         if self.world.samples:
             config, vocab_size = sequence.request.sampling, self.model.model.vocab_size
-            guide = None if config.guide is None else self._guides.begin(config.guide)
+            guide = None if config.guide is None else self.guides.begin(config.guide)
             self._samplers[sequence.number] = SequenceSampler(config, sequence.prompt.tolist(), vocab_size, ends, guide)
 
     def forget(self, sequence: Sequence) -> None:
