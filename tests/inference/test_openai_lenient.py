@@ -56,6 +56,27 @@ def says(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
+# ---- turns ----
+
+
+def test_turns_of_one_role_in_a_row_are_one_turn() -> None:
+    talk = [
+        {"role": "system", "content": "Be"}, {"role": "system", "content": "brief."},
+        {"role": "user", "content": [says("Look:"), shows()]}, {"role": "user", "content": "What"},
+        {"role": "user", "content": [shows(), says("is it?")]},
+        {"role": "assistant", "content": "A dog."}, {"role": "user", "content": "And?"},
+    ]  # fmt: skip
+    read = chat({"messages": talk})
+    sample = read.requests[0].sample
+    assert isinstance(sample, Sample)
+    assert [one.role for one in sample.messages] == ["system", "user", "assistant", "user"]
+    assert sample.messages[0].parts == (Text("Be\nbrief."),)
+    assert sample.messages[1].parts == (Text("Look:"), Image(0), Text("\nWhat"), Image(1), Text("\nis it?"))
+    assert any("in a row" in warning for warning in read.warnings)
+    with pytest.raises(RequestError):
+        chat_request({"messages": talk}, id="r", options=ReadOptions(strict=True))
+
+
 # ---- fields ----
 
 

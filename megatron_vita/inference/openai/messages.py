@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,10 @@ def conversation(messages: Any, options: MediaOptions, unread: Unread, *, source
     read = [reader.message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     if options.limits is not None:
         reader.check(options.limits, read)
-    turns = tuple(Message(one.role, tuple(reader.parts(one))) for one in read)
-    sample = Sample(turns, tuple(reader.images), tuple(reader.videos), source=source, line=line)
+    turns = [Message(one.role, tuple(reader.parts(one))) for one in read]
+    if not unread.strict:
+        turns = _joined(turns, unread)
+    sample = Sample(tuple(turns), tuple(reader.images), tuple(reader.videos), source=source, line=line)
     try:
         sample.check()
     except DataError as error:
@@ -239,6 +241,24 @@ class _Reader:
             return Image(len(self.images) - 1)
         self.videos.append(file)
         return Video(len(self.videos) - 1)
+
+
+def _joined(turns: Sequence[Message], unread: Unread) -> list[Message]:
+    """Turns that alternate: those of one role in a row become one, on lines of their own."""
+    joined: list[Message] = []
+    for turn in turns:
+        if not joined or joined[-1].role != turn.role:
+            joined.append(turn)
+            continue
+        unread.warn("messages: turns of one role in a row are read as one turn, on lines of their own.")
+        parts = list(joined[-1].parts)
+        for number, part in enumerate(turn.parts):
+            if isinstance(part, Text):
+                _append_text(parts, part.text if number else "\n" + part.text)
+            else:
+                parts.append(part)
+        joined[-1] = Message(turn.role, tuple(parts))
+    return joined
 
 
 def _append_text(parts: list[Part], words: str) -> None:
