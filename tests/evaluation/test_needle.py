@@ -146,6 +146,7 @@ def test_generated_pictures_are_drawn_once_and_show_what_is_asked(tmp_path: Path
     assert again == questions
     assert [path.stat().st_mtime_ns for path in files] == stamps
     assert len(sets[0].read(1)) == 1
+    assert isinstance(sets[0].read(10**9), VisualNeedles), "all are not made at once, either"
     page = Image.open(tmp_path / f"numbers/{questions[0].expected}.png").convert("L")
     assert page.getpixel((3, 3)) == 255, "a white page"
     assert page.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) in range(150, 254), "with something on it"

@@ -194,8 +194,11 @@ def test_a_report_without_matplotlib_says_so(tmp_path: Path, monkeypatch: pytest
     assert "![" not in page
 
 
-def test_models_of_one_name_are_their_paths(tmp_path: Path) -> None:
-    write_report(tmp_path, [result(model="a/x", name="x"), result(model="b/x", name="x")])
+def test_models_and_files_of_one_name_are_their_paths(tmp_path: Path) -> None:
+    twins = [result(model=f"{name}/x", name="x", data=f"{name}/q.jsonl", extracted=None) for name in "ab"]
+    write_report(tmp_path, [*twins, result(model="c", name="c", data="d/r.jsonl", extracted="7")])
     page = (tmp_path / "report.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("##")] == ["## a/q.jsonl", "## b/q.jsonl", "## r"]
     assert "| a/x " in page
     assert "| b/x " in page
+    assert page.count("Of 1 of 1 answers no option or value could be inferred") == 2

@@ -52,8 +52,7 @@ def visual_sets(
         return open_haystack(haystack, folder, lengths[-1], grid.seed), needle
 
     def read(length: int, limit: int | None) -> Sequence[Question]:
-        questions = VisualNeedles(grid, length, *material())
-        return questions if limit is None else questions[:limit]
+        return _first(VisualNeedles(grid, length, *material()), limit)
 
     return [QuestionSet(f"needle visual {n} frames", partial(read, n), n) for n in lengths]
 
@@ -96,10 +95,14 @@ def text_sets(
         return sentences, needle, tokenizer, costs_of(sentences, tokenizer)
 
     def read(length: int, limit: int | None) -> Sequence[Question]:
-        questions = TextNeedles(grid, length, *material())
-        return questions if limit is None else questions[:limit]
+        return _first(TextNeedles(grid, length, *material()), limit)
 
     return [QuestionSet(f"needle text {n} tokens", partial(read, n)) for n in lengths]
+
+
+def _first(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+    """The first `limit` questions; all are left to be made later."""
+    return questions if limit is None or limit >= len(questions) else questions[:limit]
 
 
 def _lengths(flag: str, lengths: Sequence[int], least: int) -> list[int]:

@@ -15,6 +15,7 @@ from megatron_vita.evaluation.score import UNREADABLE, Tally
 from megatron_vita.files import write_atomic
 
 Result = Mapping[str, Any]
+_FILES = (".json", ".jsonl", ".parquet")
 LENGTHS = {"visual": "frames", "text": "tokens"}
 """Kind of needle -> field of its haystack's length."""
 
@@ -32,8 +33,10 @@ def write_report(output: Path, results: Sequence[Result]) -> bool:
     report = _Report(output, find_spec("matplotlib") is not None)
     names = _names(results)
     plain = [result for result in results if not result["fields"].get("needle")]
-    for data, lines in _grouped(plain, lambda result: result["data"]).items():
-        _write_set(report, data, lines, names)
+    sets = _grouped(plain, lambda result: result["data"])
+    titles = _short({data: Path(data).stem if data.endswith(_FILES) else data for data in sets})
+    for data, lines in sets.items():
+        _write_set(report, titles[data], lines, names)
     needles = [result for result in results if result["fields"].get("needle")]
     for (kind, model), lines in _grouped(needles, lambda r: (r["fields"]["needle"], r["model"])).items():
         _write_needles(report, kind, names[model], lines)
@@ -72,9 +75,8 @@ class _Report:
         write_atomic(self._output / "report.md", "\n\n".join(self._paragraphs) + "\n")
 
 
-def _write_set(report: _Report, data: str, lines: Sequence[Result], names: Mapping[str, str]) -> None:
+def _write_set(report: _Report, title: str, lines: Sequence[Result], names: Mapping[str, str]) -> None:
     """A table for each kind of bucket: rows are models and numbers of frames."""
-    title = Path(data).stem if data.endswith((".json", ".jsonl", ".parquet")) else data
     models = list(dict.fromkeys(result["model"] for result in lines))
     groups = _grouped(lines, lambda r: (models.index(r["model"]), r["zero_tiles"], r.get("max_frames") or 0))
     swept = any(frames for _, _, frames in groups)
@@ -87,6 +89,9 @@ def _write_set(report: _Report, data: str, lines: Sequence[Result], names: Mappi
     report.say(f"## {title}", f"Task {', '.join(sorted({r['task'] for r in lines}))}; accuracy in percent.")
     for bucket in used or [""]:
         report.say(bucket_table(settings, bucket))
+    unclear = sum("extracted" in result and result["extracted"] is None for result in lines)
+    if unclear:
+        report.say(f"Of {unclear} of {len(lines)} answers no option or value could be inferred; they are wrong.")
     seen = [result for result in lines if not result["zero_tiles"] and result.get("max_frames")]
     if len({result["max_frames"] for result in seen}) > 1:
         curves = _sweeps(seen, names)
@@ -157,5 +162,9 @@ def _grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[An
 
 def _names(results: Iterable[Result]) -> dict[str, str]:
     """Path -> name of each model; the path itself where two have one name."""
-    names = {result["model"]: result["name"] for result in results}
-    return {model: name if list(names.values()).count(name) == 1 else model for model, name in names.items()}
+    return _short({result["model"]: result["name"] for result in results})
+
+
+def _short(names: Mapping[str, str]) -> dict[str, str]:
+    """Path -> its short name, or the path itself where another has the same one."""
+    return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
