@@ -36,9 +36,11 @@ def status_and_object(error: Exception) -> tuple[int, dict[str, Any], dict[str, 
     """
     if isinstance(error, HttpError):
         kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-        found = {"message": str(error), "type": kind, "param": None, "code": error.code}
-        return error.status, {"error": found}, error.headers
+        told = {"message": str(error), "type": kind, "param": None, "code": error.code}
+        return error.status, {"error": told}, error.headers
     if isinstance(error, DataError | ConfigError):
-        return status_of(error), {"error": error_object(error)}, {}
+        found = error_object(error)
+        found["message"] = found["message"].removeprefix("request:1: ")  # its place in a batch file, which is none here
+        return status_of(error), {"error": found}, {}
     message = str(error) if isinstance(error, VitaError) else "the server failed; its log says why."
     return 500, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}, {}

@@ -62,6 +62,8 @@ def test_models_health_metrics_and_errors_in_openais_form() -> None:
             error = client.request(method, path)
             assert error.status_code == status
             assert error.json()["error"]["message"]
+        no_question = client.post(CHAT, json={"messages": [{"role": "assistant", "content": "Hm."}]})
+        assert not no_question.json()["error"]["message"].startswith("request")
         for content, kind, status in (
             (b"{", "application/json", 400), (b"[1]", "application/json", 400), (b"{}", "text/plain", 415),
             (b"\xff", "application/json", 400), (b"[" * 100_000, "application/json", 400),
