@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -81,6 +82,11 @@ def _listen(settings: ServerSettings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                f"--host {settings.host}: no address of this machine ({error.strerror or error}). Give one, or leave "
+                "the flag out for 127.0.0.1."
+            ) from None
         raise ConfigError(
             f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}. Choose another --port."
         ) from None

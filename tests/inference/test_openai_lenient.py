@@ -399,3 +399,43 @@ def test_base64_is_decoded_alike_in_pieces_and_at_once(content: bytes, head: str
         for wrong in (url[:-1] + "!", url + "A", url[:-4] + "=" + url[-3:]):
             with pytest.raises(RequestError):
                 ask(shows(wrong), says("?"))
+
+
+def test_turns_that_do_not_alternate_are_joined() -> None:
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": [shows(), says("two")]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "three"},
+    ]
+    read = chat({"messages": said})
+    system, user = read.requests[0].sample.messages  # type: ignore[union-attr]
+    assert (system.role, system.parts) == ("system", (Text("Be brief.\nBe kind."),))
+    assert (user.role, user.parts) == ("user", (Text("one"), Image(0), Text("\ntwo\nthree")))
+    assert read.warnings.count("messages: an empty answer is left out.") == 1
+    alternating = [said[0], said[2], {"role": "assistant", "content": "1"}, said[4]]
+    assert [m.role for m in chat({"messages": alternating}).requests[0].sample.messages] == [  # type: ignore[union-attr]
+        "system", "user", "assistant", "user",
+    ]  # fmt: skip
+    for wrong in (said[2:4], [said[3]], [said[2], said[0], said[4]], [{"role": "user", "content": " "}]):
+        assert refused({"messages": wrong}).param == "messages"
+    with pytest.raises(RequestError, match="turn 2 says nothing"):
+        chat_request({"messages": said[2:5]}, id="r", options=ReadOptions(strict=True))
+
+
+def test_equal_prompts_are_drawn_independently_without_a_seed() -> None:
+    def seeds(**more: Any) -> list[int]:
+        return [one.sampling.seed for one in complete({"prompt": ["a", "a"], "n": 2, **more}).requests]
+
+    assert len(set(seeds())) == 4
+    assert seeds(seed=7) == [7, 8, 7, 8]
+
+
+def test_a_wrong_type_is_named_with_what_the_field_takes() -> None:
+    ask = {"messages": [{"role": "user", "content": "hi"}]}
+    assert "a string or an array" in str(refused({**ask, "stop": 5}))
+    assert "not 3.5" in str(refused({**ask, "max_tokens": 3.5}))
+    assert "--allow-fetch" in str(refused({"messages": [{"role": "user", "content": [shows("http://x.org/a.png")]}]}))

@@ -60,3 +60,11 @@ def test_the_document_has_every_limit_with_its_default() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|none) \|", text, re.MULTILINE))
     written = {name: "none" if value is None else f"{int(value):,}" for name, value in Limits().to_dict().items()}
     assert told == written
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    from megatron_vita.serving.run import _listen
+
+    for host in ("192.0.2.1", "no such name"):
+        with pytest.raises(ConfigError, match=f"--host {host}: no address of this machine"):
+            _listen(ServerSettings(host=host, port=0, api_key="k"))

@@ -100,6 +100,8 @@ def whole(value: Any, place: str, low: int, high: int, *, param: str | None = No
     Raises:
         RequestError: another type, or out of bounds; it names `param`, by default the place.
     """
+    if isinstance(value, float):  # "not a number" would puzzle
+        raise RequestError(f"{place} must be a whole number, not {value}.", param=place, code="invalid_type")
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(place, value, "a whole number")
     if not low <= value <= high:
@@ -122,14 +124,14 @@ def boolean(value: Any, place: str) -> bool:
     return value
 
 
-def array(value: Any, place: str) -> list[Any]:
-    """A list.
+def array(value: Any, place: str, wanted: str = "an array") -> list[Any]:
+    """A list; `wanted` says what else the field takes.
 
     Raises:
         RequestError: another type.
     """
     if not isinstance(value, list):
-        raise wrong_type(place, value, "an array")
+        raise wrong_type(place, value, wanted)
     return value
 
 

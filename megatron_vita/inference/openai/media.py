@@ -54,8 +54,8 @@ def find_medium(
             raise RequestError(f"{place}: {error}", param=place, code=error.code) from None
     if scheme in ("http", "https", "ftp", "s3"):
         raise RequestError(
-            f"{place} is an address on the network ({scheme}); nothing is downloaded. Give a path below the media "
-            "root, or a data URI.",
+            f"{place} is an address on the network ({scheme}), which is not downloaded. Give a path below the media "
+            "root or a data URI; or let the server download http and https (--allow-fetch).",
             param=place,
             code="media_remote",
         )

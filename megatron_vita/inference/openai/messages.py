@@ -142,6 +142,8 @@ class _Reader:
         content = fields.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
+        elif content is None and _ROLES[role] == "assistant" and not self.unread.strict:
+            content = []
         elif not isinstance(content, list):
             raise wrong_type(f"{place}.content", content, "a string or an array of parts")
         parts = [self._part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
@@ -244,17 +246,22 @@ class _Reader:
 
 
 def _joined(turns: Sequence[Message], unread: Unread) -> list[Message]:
-    """Turns that alternate: those of one role in a row become one, on lines of their own."""
+    """Turns that alternate: empty answers are left out, those of one role in a row become one, on lines of their own."""
     joined: list[Message] = []
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
+        words = (part.text if isinstance(part, Text) else "picture" for part in turn.parts)
+        if turn.role == "assistant" and number < len(turns) and not "".join(words).strip():
+            # a server says it where a stop string came first, and clients send it back
+            unread.warn("messages: an empty answer is left out.")
+            continue
         if not joined or joined[-1].role != turn.role:
             joined.append(turn)
             continue
         unread.warn("messages: turns of one role in a row are read as one turn, on lines of their own.")
         parts = list(joined[-1].parts)
-        for number, part in enumerate(turn.parts):
+        for place, part in enumerate(turn.parts):
             if isinstance(part, Text):
-                _append_text(parts, part.text if number else "\n" + part.text)
+                _append_text(parts, part.text if place else "\n" + part.text)
             else:
                 parts.append(part)
         joined[-1] = Message(turn.role, tuple(parts))

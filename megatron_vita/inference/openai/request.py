@@ -211,7 +211,8 @@ def _request(
         Request(
             f"{id}-{place * choices + choice}",
             prompt,
-            replace(chosen, seed=sampling.wrapped(chosen.seed + choice)),
+            # a client's seed gives equal prompts equal answers; without one they are drawn independently
+            replace(chosen, seed=sampling.wrapped(chosen.seed + choice + (0 if "seed" in given else place * choices))),
             limit,
             max_frames=max_frames,
             clamp_length=not options.strict,
@@ -228,7 +229,7 @@ def _prompts(prompt: Any, options: ReadOptions) -> list[RawPrompt]:
     """One or several prompts: texts, or token ids."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and not isinstance(prompt[0], str | list)):
         return [_prompt(prompt, "prompt", options)]
-    if not read.array(prompt, "prompt"):
+    if not read.array(prompt, "prompt", "a string or an array"):
         raise RequestError("prompt: there is none.", param="prompt", code="invalid_value")
     limits = options.limits
     if limits is not None:

@@ -71,7 +71,11 @@ def read_sampling(
     if chosen.get("top_k") == -1:  # vLLM's "all"
         chosen["top_k"] = 0
     if "stop" in given:
-        strings = [given["stop"]] if isinstance(given["stop"], str) else read.array(given["stop"], "stop")
+        strings = (
+            [given["stop"]]
+            if isinstance(given["stop"], str)
+            else read.array(given["stop"], "stop", "a string or an array of strings")
+        )
         if limits is not None:
             limits.check("list_entries", len(strings), param="stop")
         chosen["stop"] = tuple(read.text(one, f"stop[{i}]") for i, one in enumerate(strings))
