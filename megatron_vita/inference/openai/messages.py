@@ -246,7 +246,7 @@ class _Reader:
 
 
 def _joined(turns: Sequence[Message], unread: Unread) -> list[Message]:
-    """Turns that alternate: empty answers are left out, those of one role in a row become one, on lines of their own."""
+    """Turns that alternate: without empty answers, those of one role in a row as one, on lines of their own."""
     joined: list[Message] = []
     for number, turn in enumerate(turns, 1):
         words = (part.text if isinstance(part, Text) else "picture" for part in turn.parts)
