@@ -72,6 +72,11 @@ class Server:
         assert found is not None, "the log does not say how long loading took"
         return float(found[1])
 
+    def processor_seconds(self) -> float:
+        """Seconds of processors that it has taken so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
     def holds(self) -> Holding:
         """What the process and its children hold now."""
         here = psutil.Process(self.process.pid)
