@@ -5,7 +5,7 @@
 Starts tools/serve.py on a free port of this machine and asks it, from this process:
 
 equal       64 clients at once, mixed lengths and media, greedy and seeded: the same answers as one client alone gets.
-throughput  requests a second of 32 clients, over those of one client, with the same mixture.
+throughput  requests a second of 32 clients, over those of one client, with the same mixture; answers of 16 to 128 tokens.
 first token time to it with 32 clients, streamed: half of the requests wait less than the median.
 cancel      from the client's disconnecting to an empty cache, while decoding and while the prompt is being computed.
 start       from the process's start to readiness, less the time of loading.
@@ -97,7 +97,12 @@ def equal(here: Server, count: int) -> Iterator[Figure]:
 def throughput(here: Server, rounds: int) -> Iterator[Figure]:
     """Requests a second, of one client and of many."""
     rates = []
-    for clients, bodies in ((1, mixed(CLIENTS, seed=2)), (CLIENTS, mixed(CLIENTS * rounds, seed=3))):
+    tokens = (
+        16,
+        128,
+    )  # as answers of chats are; those of a few tokens are mostly prompts, which one step computes anyway
+    alone, many = mixed(CLIENTS, seed=2, tokens=tokens), mixed(CLIENTS * rounds, seed=3, tokens=tokens)
+    for clients, bodies in ((1, alone), (CLIENTS, many)):
         begun, worked = time.monotonic(), here.processor_seconds()
         at_once(here, clients, bodies)
         seconds, worked = time.monotonic() - begun, here.processor_seconds() - worked
