@@ -95,6 +95,8 @@ def test_every_cell_is_asked_every_sample() -> None:
         grid.cell(6)
     with pytest.raises(ConfigError, match=r"--samples 0"):
         Grid(depths=(0,), samples=0, seed=1)
+    with pytest.raises(ConfigError, match=r"--seed -1"):
+        Grid(depths=(0,), samples=1, seed=-1)
 
 
 # --------------------------------------------------------------------------------------------------------- visual
@@ -284,7 +286,7 @@ def test_needles_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "n.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     needles = read_needles(tmp_path / "n.jsonl", "visual")
     assert needles == [Needle("Which?", "7", image=MediaFile(path=str((tmp_path / "a.png").resolve())))] * 2
-    (tmp_path / "t.jsonl").write_text('{"text": "It is\\n seven.", "question": "Which?", "answer": "7"}')
+    (tmp_path / "t.jsonl").write_text('{"text": "It is\\n\u2028 seven.", "question": "Which?", "answer": "7"}')
     assert read_needles(tmp_path / "t.jsonl", "text") == [Needle("Which?", "7", text="It is seven.")]
     fewer = given_needles([Needle("?", str(number)) for number in range(3)], Grid(depths=(0,), samples=7, seed=2))
     drawn = [fewer(0, sample).answer for sample in range(7)]

@@ -9,9 +9,8 @@ import numpy as np
 
 from megatron_vita.errors import ConfigError
 
-DEPTHS = 11
-"""Depths by default: 0, 0.1, ... 1."""
 _MOST = 1001
+"""Depths that a number of depths may ask for."""
 _FINE = 10_000
 """Steps of a depth: it has four digits."""
 
@@ -59,6 +58,8 @@ class Grid:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigError(f"--samples {self.samples}: must be at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: needles are drawn with a seed from 0 on.")
 
     def __len__(self) -> int:
         return len(self.depths) * self.samples

@@ -60,7 +60,7 @@ def read_needles(path: Path, kind: Kind, *, media_root: Path | None = None) -> l
         ConfigError: naming file and line: a missing file or image, no JSON object, or a key that is missing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Check --needles.") from None
     root = (media_root or path.parent).resolve()

@@ -123,8 +123,8 @@ def _of_video(path: Path, folder: Path, most: int) -> list[MediaFile]:
         with open_video(whole) as video:
             numbers = video.plan(spec, most)
             for start in range(0, len(numbers), _WINDOW):
-                for place, item in enumerate(video.frames_at(spec, numbers[start : start + _WINDOW]), start):
+                for number, item in enumerate(video.frames_at(spec, numbers[start : start + _WINDOW]), start):
                     suffix = "png" if item.data.startswith(b"\x89PNG") else "jpg"
-                    (partial_into / f"{place:06}.{suffix}").write_bytes(item.data)
+                    (partial_into / f"{number:06}.{suffix}").write_bytes(item.data)
         partial_into.rename(into)
     return frames_of(str(into))
