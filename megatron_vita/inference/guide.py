@@ -90,7 +90,7 @@ class Guides:
         self._ends = ends
         self._lock = threading.Lock()
         self._known: LLTokenizer | None = None
-        self._begun = lru_cache(maxsize=64)(lambda schema: matcher_of(self._vocabulary(), grammar_of(schema)))
+        self._begun = lru_cache(maxsize=16)(lambda schema: matcher_of(self._vocabulary(), grammar_of(schema)))
 
     def learn(self, schema: str) -> None:
         """Make what the guides of a schema have in common, so that `begin` is quick."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -85,6 +85,7 @@ def joined(kind: Kind, chunks: Sequence[Mapping[str, Any]], index: int) -> dict[
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_chunks_of_all_choices_are_the_response(kind: Kind, data: st.DataObject) -> None:
     wanted, with_usage = data.draw(st.booleans()), data.draw(st.booleans())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vita.data.text.tokenizer import VitaTokenizer
@@ -94,6 +94,7 @@ schemas = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(schema=schemas, seed=st.integers(0, 999), temperature=TEMPERATURES)
 def test_an_answer_matches_its_schema(schema: dict[str, Any], seed: int, temperature: float) -> None:
     config = SamplingConfig(guide=json.dumps(schema), temperature=temperature, seed=seed)
@@ -105,9 +106,9 @@ def test_an_answer_matches_its_schema(schema: dict[str, Any], seed: int, tempera
 
 
 def test_any_object() -> None:
-    found = [answer(SamplingConfig(guide=ANY_OBJECT), seed) for seed in range(20)]
+    found = [answer(SamplingConfig(guide=ANY_OBJECT), seed) for seed in range(12)]
     whole = [json.loads(kit()[0].decode(ids)) for ids, _ in found if len(ids) < 150]
-    assert len(whole) > 5
+    assert len(whole) > 3
     assert all(isinstance(one, dict) for one in whole)
 
 
