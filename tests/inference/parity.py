@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from megatron_vita.convert.exporter import export
 from megatron_vita.data.example import Example
 from megatron_vita.data.sample import Sample
 from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prepare import Prepared
 from megatron_vita.inference.prompt import Request
+from megatron_vita.inference.prompt_media import PromptMedia
 from megatron_vita.inference.sampling import GREEDY, Sampled
 from megatron_vita.inference.settings import EngineSettings
 from tests.inference.tiny import question, save_checkpoint, write_media
@@ -158,13 +160,15 @@ def forced_logits(engine: Engine, cases: Sequence[Case], arrivals: Sequence[int]
     if not engine.leader:
         engine.follow()
         return {name: torch.stack(seen) for name, seen in rows.items()}
-    prepare = engine.prepare
+    prepare = engine.open
 
-    def prepared(request: Request) -> Any:
-        example = by_name[request.id].example
-        return prepare(request) if example is None else (example, NoMedia())
+    def prepared(request: Request) -> Prepared:
+        example, media = by_name[request.id].example, cast(PromptMedia, NoMedia())
+        if example is None:
+            return prepare(request)
+        return Prepared(request, example, media, prepare._keys(request, example, media))
 
-    engine.prepare = prepared  # type: ignore[method-assign]
+    engine.open = prepared  # type: ignore[assignment]
     answers: dict[str, tuple[int, ...]] = {}
     waiting = sorted(zip(arrivals, range(len(cases)), strict=True), reverse=True)
     step = 0
@@ -178,7 +182,7 @@ def forced_logits(engine: Engine, cases: Sequence[Case], arrivals: Sequence[int]
                 answers[output.request_id] = output.outcome.ids
         step += 1
     engine.pause()
-    engine.prepare = prepare  # type: ignore[method-assign]
+    engine.open = prepare
     assert answers == {case.name: case.forced for case in cases}
     assert engine.worker.blocks.free_blocks() == engine.worker.cache.num_blocks, "every block is given back"
     return {name: torch.stack(seen) for name, seen in rows.items()}
