@@ -68,14 +68,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("published benchmarks").add_argument
     add("--benchmark", nargs="+", action="extend", default=[], metavar="NAME", help="see docs/evaluate.md")
     add("--root", type=Path, help="where they lie: DIR/NAME, DIR, or a data file of the benchmark")
-    add("--prompt-style", default="long_vita", help="long_vita (default), vlmevalkit or lmms_eval")
+    add("--prompt-style", help="long_vita (default), vlmevalkit or lmms_eval")
     add("--subtitles", action="store_true", help="list the subtitles before the question")
     add("--category", nargs="+", action="extend", default=[], help="only questions of these categories")
     add = parser.add_argument_group("needles in haystacks").add_argument
     add("--needle", nargs="+", choices=("visual", "text"), default=[], help="a frame of a video, a sentence of a text")
     add("--lengths", type=int, nargs="+", default=[], help="tokens of the texts; of videos see --frames")
-    add("--depths", type=float, nargs="+", default=[11], help="a number of depths, or depths from 0 to 1 (default: 11)")
-    add("--samples", type=int, default=5, help="needles of each length and depth (default: 5)")
+    add("--depths", type=float, nargs="+", default=[], help="a number of depths, or depths from 0 to 1 (default: 11)")
+    add("--samples", type=int, help="needles of each length and depth (default: 5)")
     add("--needles", type=Path, help="JSONL of {image or text, question, answer} (default: generated)")
     add("--haystack", type=Path, help="folder of frames or video; or text file (default: generated)")
     add_sampling_arguments(parser)
@@ -89,14 +89,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("nothing to ask: give --data, --benchmark or --needle")
     if bool(args.benchmark) != bool(args.root):
         parser.error("--benchmark and --root, the folder that it was downloaded into, go together")
-    if not args.benchmark and (args.subtitles or args.category):
-        parser.error("--subtitles and --category go with --benchmark")
+    if not args.benchmark and (args.subtitles or args.category or args.prompt_style):
+        parser.error("--subtitles, --category and --prompt-style go with --benchmark")
+    if args.task and not args.data:
+        parser.error("--task goes with --data: benchmarks and needles are judged by tasks of their own")
+    if args.media_root and not (args.data or "visual" in args.needle):
+        parser.error("--media-root goes with --data and --needle visual; media of a benchmark lie below --root")
+    if args.frames and not (args.data or args.benchmark or "visual" in args.needle):
+        parser.error("--frames: texts have none. Give their tokens with --lengths")
     if "visual" in args.needle and not args.frames:
         parser.error("--needle visual: give the lengths of the clips with --frames")
     if ("text" in args.needle) != bool(args.lengths):
         parser.error("--needle text and --lengths, the tokens of its texts, go together")
-    if not args.needle and (args.needles or args.haystack):
-        parser.error("--needles and --haystack go with --needle")
+    if not args.needle and (args.needles or args.haystack or args.depths or args.samples):
+        parser.error("--needles, --haystack, --depths and --samples go with --needle")
     if len(args.needle) > 1 and (args.needles or args.haystack):
         parser.error("--needles and --haystack fit one kind of needle: give --needle visual or --needle text")
     return args
@@ -111,14 +117,14 @@ def question_sets(args: argparse.Namespace) -> list[QuestionSet]:
 
     work = args.output / "media"
     sets = [data_file(path, args.media_root, work) for path in args.data]
-    worded = {"style": args.prompt_style, "subtitles": args.subtitles, "categories": args.category}
+    worded = {"style": args.prompt_style or "long_vita", "subtitles": args.subtitles, "categories": args.category}
     for name in args.benchmark:
         root = args.root / name if (args.root / name).is_dir() else args.root
         sets.append(benchmark_set(name, root, work=work, **worded))
     if args.frames:
         sets = [one for whole in sets for one in whole.sweep(args.frames)]
     if args.needle:
-        grid = Grid(depths=depths_of(args.depths), samples=args.samples, seed=args.seed)
+        grid = Grid(depths=depths_of(args.depths or [11]), samples=args.samples or 5, seed=args.seed)
         given = {"haystack": args.haystack, "needles": args.needles}
         if "visual" in args.needle:
             sets += visual_sets(args.frames, grid, work, media_root=args.media_root, **given)

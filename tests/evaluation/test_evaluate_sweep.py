@@ -162,6 +162,10 @@ def test_what_cannot_be_asked(
         (["--data", "q", "--lengths", "5"], "go together"),
         (["--data", "q", "--haystack", "h"], "go with --needle"),
         (["--needle", "text", "visual", "--lengths", "5", "--frames", "2", "--haystack", "h"], "one kind"),
+        (["--data", "q", "--depths", "3"], "go with --needle"),
+        (["--data", "q", "--samples", "3"], "go with --needle"),
+        (["--needle", "text", "--lengths", "5", "--task", "anls"], "--task goes with --data"),
+        (["--needle", "text", "--lengths", "5", "--frames", "8"], "texts have none"),
         (["--data", "q", "--samples", "0"], "at least 1"),
     ],
 )
@@ -200,6 +204,9 @@ def test_benchmarks_are_asked_by_their_names(here: Path, tmp_path: Path, asked: 
     [
         (["--benchmark", "mmmu"], "--benchmark and --root"),
         (["--data", "q.jsonl", "--subtitles"], "go with --benchmark"),
+        (["--data", "q.jsonl", "--prompt-style", "lmms_eval"], "go with --benchmark"),
+        (["--benchmark", "mmmu", "--root", "r", "--task", "anls"], "--task goes with --data"),
+        (["--benchmark", "mmmu", "--root", "r", "--media-root", "m"], "below --root"),
         ([], "give --data, --benchmark or --needle"),
     ],
 )
