@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.score import UNREADABLE
-from megatron_vita.files import write_atomic
+from megatron_vita.files import lock_process, no_locks, write_atomic
 
 _HEAD = b'{"run": "'
 """How a line of results begins."""
@@ -38,13 +38,19 @@ class ResultFile:
         """Open or create; a last line torn by a kill is dropped.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be written, or another process writes it.
             DataError: another line is not a result, so it is no results file.
         """
         self.path = path
         self.results: list[Result] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.with_suffix(".lock").open("a", encoding="utf-8")
+            if not _held(self._lock):
+                self._lock.close()
+                raise ConfigError(
+                    f"{path}: another evaluation is writing there. Wait for its end, or give another --output."
+                )
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written: {error.strerror}. Check --output.") from None
@@ -109,8 +115,19 @@ class ResultFile:
         self.results.append(result)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; another evaluation may write it."""
         self._file.close()
+        self._lock.close()
+
+
+def _held(stream: IO[str]) -> bool:
+    """Whether this process alone holds the lock file, or its file system has no locks."""
+    try:
+        return lock_process(stream)
+    except OSError as error:
+        if no_locks(error):
+            return True
+        raise
 
 
 def _line(result: Result) -> str:

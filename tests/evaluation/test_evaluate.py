@@ -291,6 +291,20 @@ def test_wrong_settings_are_refused(here: Path, tmp_path: Path) -> None:
         run(here, tmp_path)
 
 
+def test_two_evaluations_do_not_write_one_results_file(tmp_path: Path) -> None:
+    """Else each question has two answers, and the earlier process writes on in a file that the other has replaced."""
+    hold = "import sys; from pathlib import Path; from megatron_vita.evaluation.results import ResultFile\n"
+    hold += "kept = ResultFile(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "results.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another evaluation is writing there"):
+            ResultFile(tmp_path / "results.jsonl")
+        other.kill()
+    ResultFile(tmp_path / "results.jsonl").close()
+
+
 def test_a_results_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
     notes = tmp_path / "results.jsonl"
     notes.write_text("my notes without a line break")
