@@ -147,7 +147,9 @@ def evaluate(
         return [model.path for model in plans[0].models if model.asked]
 
     if workers > 1 and settings.engine.world_size > 1:
-        raise ConfigError(f"workers={workers}: each of them has one rank, but the layout has {settings.engine.world_size}. Leave one out.")
+        raise ConfigError(
+            f"workers={workers}: each has one rank, but the layout has {settings.engine.world_size}. Leave one out."
+        )
     loaded = from_leader(prepare)
     if not leads():
         _follow(loaded, settings)
