@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="folder that tools/serve.py takes")
-    parser.add_argument("--count", type=int, default=10_000, help="attacks, after a twentieth as many to warm up")
+    parser.add_argument("--count", type=int, default=10_000, help="attacks, after a tenth as many to warm up")
     parser.add_argument("--seed", type=int, default=1, help="of the attacks")
     parser.add_argument("--log", type=Path, help="keep the server's log here")
     args = parser.parse_args(argv)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = stack.enter_context(server(args.model, args.log or Path(scratch) / "serve.log", FLAGS))
         client = stack.enter_context(httpx.Client(base_url=here.url, timeout=_PATIENCE, trust_env=False))
         started = here.holds()
-        attack_server(here.port, args.count // 20, args.seed + 1)  # what a process allocates once and keeps
+        attack_server(here.port, args.count // 10, args.seed + 1)  # what a process allocates once and keeps
         before, begun = settled(here, client), time.monotonic()
         report = attack_server(here.port, args.count, args.seed)
         seconds = time.monotonic() - begun
