@@ -107,6 +107,7 @@ def library() -> Any:
 
 @lru_cache(maxsize=256)
 def _problem(schema: str) -> str | None:
+    """What is wrong with a schema, as a child finds it. Raises ConfigError: the child does not come to an end."""
     if schema == ANY_OBJECT:
         return None
     if len(schema) > MAX_CHARACTERS:
@@ -121,8 +122,10 @@ def _problem(schema: str) -> str | None:
             timeout=30 * _SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return f"trying it out took more than {30 * _SECONDS} seconds. Simplify it, or try again."
+    except subprocess.TimeoutExpired:  # the machine is busy, so this says little of the schema: it is not remembered
+        raise ConfigError(
+            f"trying the JSON schema out took more than {30 * _SECONDS} seconds. Simplify it, or try again."
+        ) from None
     if child.returncode == -signal.SIGXCPU:
         return f"trying it out took more than {_SECONDS} seconds of computing. Simplify its patterns and multiples."
     if child.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -222,6 +223,18 @@ def test_a_child_tries_schemas_out() -> None:
     check_guide(json.dumps(PERSON))
     assert refused(HEAVY) == refused(HEAVY)
     assert "too many" in refused(HEAVY)
+
+
+def test_a_trial_that_a_busy_machine_cut_short_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any, timeout: float, **__: Any) -> Any:
+        raise subprocess.TimeoutExpired("child", timeout)
+
+    schema = '{"const": "asked twice"}'
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", late)
+        with pytest.raises(ConfigError, match="try again"):
+            check_guide(schema)
+    check_guide(schema)
 
 
 @pytest.mark.slow
