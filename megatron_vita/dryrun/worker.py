@@ -47,6 +47,8 @@ def main(compiled: Path | None, workers: int, *, real: bool) -> None:
         from megatron_vita.dryrun import fake_cuda
 
         fake_cuda.install(MEMORY_BYTES)
+    import torch._dynamo  # noqa: F401  the first step of autograd or an optimizer would
+
     import megatron_vita.dryrun.generation
     import megatron_vita.dryrun.train_steps  # noqa: F401  imported once, for all children
 

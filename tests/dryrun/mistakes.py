@@ -30,7 +30,9 @@ def main() -> None:
     counted = Collectives(real=False)
     counted.install()
     fake_cuda.install(worker.MEMORY_BYTES)
-    import megatron_vita.dryrun.train_steps  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    import megatron_vita.dryrun.train_steps  # noqa: F401  imported once, for all children
 
     stage = load_run(RECIPE, FLAGS, expand=False).stages[1]
     job = DryRunJob(stage=stage, world_size=8, steps=1).to_json()
