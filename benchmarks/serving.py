@@ -6,7 +6,7 @@ Starts tools/serve.py on a free port of this machine and asks it, from this proc
 
 equal       64 clients at once, mixed lengths and media, greedy and seeded: the same answers as one client alone gets.
 throughput  requests a second of 32 clients, over those of one client; the same mixture, answers of 16 to 128 tokens.
-first token time to it with 32 clients, streamed: half of the requests wait less than the median.
+first token seconds to it, streamed, for one client and for 32: median and 95th percentile.
 cancel      from the client's disconnecting to an empty cache, while decoding and while the prompt is being computed.
 start       from the process's start to readiness, less the time of loading.
 
