@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unreadable = sum(row["unreadable"] for row in rows)
     if unreadable:
         print(
-            f"evaluate: {unreadable} questions could not be read and count as wrong (see `error` in the results)",
+            f"evaluate: {unreadable} questions could not be read or are too long, and count as wrong (see `error` in "
+            "the results)",
             file=sys.stderr,
         )
     print(f"wrote {', '.join(str(args.output / name) for name in ('results.jsonl', 'summary.json', 'report.md'))}")

@@ -220,9 +220,13 @@ def _ask(plan: _Plan, settings: EvalSettings, workers: int) -> None:
             settings = replace(settings, engine=replace(settings.engine, kv_cache_memory=share))
         answers = in_processes(workers, lambda rank: _answer([_share(m, rank, workers) for m in models], settings))
     with tqdm(total=total, initial=total - left, unit="q", smoothing=0.1, mininterval=0.5) as bar:
-        score = 0.0
+        score, warned = 0.0, set()
         for asked, result in enumerate(answers, 1):
             results.add(result)
+            if result["verdict"] == UNREADABLE and result["data"] not in warned:
+                warned.add(result["data"])  # a set's others have often the same reason
+                bar.clear()
+                log.warning("%s, question %d, counts as wrong: %s", result["data"], result["line"], result["error"])
             score += score_of(result)
             bar.set_description(result["name"], refresh=False)
             bar.set_postfix_str(f"score {score / asked:.1%}", refresh=False)

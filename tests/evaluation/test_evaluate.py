@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,8 @@ def test_a_damaged_picture_counts_as_wrong_and_is_told(
     said = capsys.readouterr()
     assert "8 (2 unreadable)" in said.out
     assert "2 questions could not be read" in said.err
+    assert said.err.count("counts as wrong: ") == 1, "the first of a set says why"
+    assert re.search("question [26], counts as wrong: media_broken: .*square.png", said.err)
     assert [one["line"] for one in by_line(tmp_path / "out") if one["verdict"] == "unreadable"] == [2, 6]
 
 
