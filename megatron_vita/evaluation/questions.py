@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,12 @@ def _name(path: Path) -> str:
 
 
 def _plain(record: Any) -> dict[str, Any]:
-    """The values that are neither turns nor media."""
+    """The values that are neither turns nor media. NaN, which no JSON has, is what tables write for a missing value."""
     if not isinstance(record, dict):
         return {}
     kinds = (str, int, float, bool, type(None))
-    return {key: value for key, value in record.items() if key not in _MEDIA_KEYS and isinstance(value, kinds)}
+    plain = {key: value for key, value in record.items() if key not in _MEDIA_KEYS and isinstance(value, kinds)}
+    return {key: value if not isinstance(value, float) or isfinite(value) else None for key, value in plain.items()}
 
 
 def _texts(record: Any, key: str, where: str) -> tuple[str, ...]:

@@ -292,11 +292,23 @@ def test_subtitles(tmp_path: Path) -> None:
         read_benchmark("longvideobench", tmp_path / "lvb/root", work=tmp_path, subtitles=True)
 
 
-def test_categories(tmp_path: Path) -> None:
+def test_categories(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = read("mvbench", published.mvbench, tmp_path, categories=["action_antonym"])
     assert [question.fields["category"] for question in found] == ["action_antonym"]
     with pytest.raises(ConfigError, match=r"no question in it of \['dancing'\]; it has \['action_antonym', 'action"):
         read_benchmark("mvbench", tmp_path / "root", work=tmp_path, categories=["dancing"])
+    some = read_benchmark("mvbench", tmp_path / "root", work=tmp_path, categories=["dancing", "action_antonym"])
+    assert [question.fields["category"] for question in some] == ["action_antonym"]
+    assert "mvbench: no question of ['dancing']; it has ['action_antonym'" in caplog.text
+
+
+def test_a_value_that_is_missing_in_a_table_is_none(tmp_path: Path) -> None:
+    talk = '"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "B"}]'
+    (tmp_path / "own.jsonl").write_text(f'{{{talk}, "duration": NaN, "category": "x"}}\n')
+    assert read_questions(tmp_path / "own.jsonl")[0].fields == {"duration": None, "category": "x"}
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"^[^ ]*empty\.jsonl: no record can be read .* Is the file empty"):
+        read_questions(tmp_path / "empty.jsonl")
 
 
 def test_a_data_file_may_be_the_root(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_markdown_table_by_hand() -> None:
         "| long name | 1.5 |\n"
         "| x         |  10 |"
     )  # fmt: skip
+    assert markdown(["a"], [["two\nlines"]]).splitlines()[-1].startswith("| two lines |"), "a row is one line"
 
 
 def test_rows_are_frames_and_columns_are_durations() -> None:

@@ -173,4 +173,5 @@ def _detect(file: Path, where: str) -> DatasetSpec:
     for record in open_reader(file).head(50):
         if not isinstance(record, DataError):
             return detect_row(record, f"{where}: {file}")
-    raise ConfigError(f"{where}: {file}: no record can be read, so the form cannot be detected. Set `source:`.")
+    place = str(file) if where == str(file) else f"{where}: {file}"
+    raise ConfigError(f"{place}: no record can be read among the first 50. Is the file empty, or of another format?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from megatron_vita.evaluation.benchmarks.videos import VideoReader
 from megatron_vita.evaluation.pictures import MOST_REFERENCE, PictureFile, read_pictures
 from megatron_vita.evaluation.questions import Question, QuestionSet
 from megatron_vita.inference.answer_key import digest_of_parts
+
+log = logging.getLogger(__name__)
 
 
 def read_benchmark(
@@ -158,6 +161,9 @@ def _chosen(name: str, questions: Iterator[Question], categories: Sequence[str],
         raise ConfigError(
             f"{name}: no question in it{f' of {sorted(wanted)}; it has {sorted(seen)}' if wanted else ''}."
         )
+    missing = wanted - seen
+    if missing and (limit is None or len(found) < limit):  # else not all are read; another benchmark may have them
+        log.warning("%s: no question of %s; it has %s", name, sorted(missing), sorted(seen))
     return found
 
 

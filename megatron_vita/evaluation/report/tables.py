@@ -19,7 +19,7 @@ Setting = tuple[str, str]
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An aligned Markdown table; a vertical bar in a cell is escaped. The first column is text, others are numbers."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(row[place]) for row in cells)) for place in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
