@@ -50,7 +50,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allowed-host",
         action="append",
         default=[],
-        help="name of a reverse proxy in front; no key is needed",
+        help="another host name under which the server may be asked without a key, such as a reverse proxy's",
     )
     add("--served-model-name", help="name of the model for clients (default: its stage or folder)")
     add("--media-root", type=Path, help="folder of media that requests may name by file:// and relative paths")
@@ -97,7 +97,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help=f"what one request may hold, again and again: {', '.join(Limits().to_dict())} (docs/serving.md)",
+        help=f"what one request may hold; may be given several times: {', '.join(Limits().to_dict())} (docs/serving.md)",
     )
     add_engine_arguments(parser)
     parser.set_defaults(video_timeout=60.0)  # the answers of all clients wait for it

@@ -173,5 +173,7 @@ def _detect(file: Path, where: str) -> DatasetSpec:
     for record in open_reader(file).head(50):
         if not isinstance(record, DataError):
             return detect_row(record, f"{where}: {file}")
-    place = str(file) if where == str(file) else f"{where}: {file}"
-    raise ConfigError(f"{place}: no record can be read among the first 50. Is the file empty, or of another format?")
+    said = "no record can be read among the first 50. Is the file empty, or of another format?"
+    if where == str(file):  # no mix names it
+        raise ConfigError(f"{where}: {said}")
+    raise ConfigError(f"{where}: {file}: {said} If only they are broken, set `source:`.")
