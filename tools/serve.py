@@ -97,7 +97,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help=f"what one request may hold; may be given several times: {', '.join(Limits().to_dict())} (docs/serving.md)",
+        help=f"what one request may hold; repeatable: {', '.join(Limits().to_dict())} (docs/serving.md)",
     )
     add_engine_arguments(parser)
     parser.set_defaults(video_timeout=60.0)  # the answers of all clients wait for it
