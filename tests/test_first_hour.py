@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,3 +203,15 @@ def test_a_rank_alone_is_compared_with_its_dry_run(gpu_modules: Any) -> None:
     assert verdicts(measured={**measured, "peak": 1200.0})["one: peak to dry run"] is False
     assert verdicts(collectives=[])["one: same collectives"] is False
     assert verdicts(error="a device-side assert")["one: with real tensors"] is False
+
+
+def test_figures_are_read_where_many_files_are_open(harness: Any) -> None:
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD, 1025)  # more than select.select takes
+    try:
+        os.write(writing, b'{"one": 1}\n{"tw')
+        os.close(writing)
+        assert harness._read(high, time.monotonic() + 60) == (['{"one": 1}', '{"tw'], True)
+    finally:
+        os.close(reading)
+        os.close(high)

@@ -123,7 +123,9 @@ def _child(section: Section, size: Size, within_s: float, writing: int, log: Pat
 def _read(reading: int, deadline: float) -> tuple[list[str], bool]:
     """Complete lines from a pipe, and whether it was closed before the deadline."""
     text = b""
-    while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    waiting = select.poll()  # select.select takes no file number above 1,023
+    waiting.register(reading, select.POLLIN)
+    while waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
         read = os.read(reading, 65536)
         if not read:
             return text.decode().splitlines(), True
