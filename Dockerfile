@@ -2,7 +2,7 @@
 # An image for GPU clusters.
 #   docker build -t megatron_vita .                              PyTorch's CUDA development image, extras compiled (slow)
 #   docker build --build-arg BASE=<NVIDIA's PyTorch image> \
-#                --build-arg EXTRAS= -t megatron_vita .          Transformer Engine, flash-attn and Apex are in it already
+#                --build-arg EXTRAS=[serve,evaluate] -t megatron_vita .   it has Transformer Engine, flash-attn, Apex
 #   docker build --build-arg BASE=python:3.11-slim --target cpu -t megatron_vita:cpu .   no GPU: tests and the quickstart
 ARG BASE=pytorch/pytorch:2.9.0-cuda13.0-cudnn9-devel
 
@@ -15,7 +15,7 @@ ENV PATH=/opt/megatron_vita/.venv/bin:$PATH
 CMD ["make", "quickstart"]
 
 FROM ${BASE} AS cuda
-ARG EXTRAS=[cuda]
+ARG EXTRAS=[cuda,serve,evaluate]
 WORKDIR /opt/megatron_vita
 COPY . .
 # --no-build-isolation: what compiles must compile against the image's own torch, which stays as it is.
