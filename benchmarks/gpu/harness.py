@@ -77,11 +77,14 @@ def run_section(section: Section, size: Size, limit_s: float, log: Path) -> Resu
         os.close(reading)
         _child(section, size, 0.8 * limit_s, writing, log)
     os.close(writing)
-    lines, ended = _read(reading, began + limit_s)
-    os.close(reading)
-    if not ended:
-        os.killpg(child, signal.SIGKILL)
-    _, code = os.waitpid(child, 0)
+    ended = False
+    try:
+        lines, ended = _read(reading, began + limit_s)
+    finally:  # a section that hangs would compute for ever
+        os.close(reading)
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+        _, code = os.waitpid(child, 0)
     for line in lines:
         content = json.loads(line)
         if "error" in content:
