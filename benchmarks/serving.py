@@ -9,6 +9,7 @@ throughput  requests a second of 32 clients, over those of one client; the same 
 first token seconds to it, streamed, for one client and for 32: median and 95th percentile.
 cancel      from the client's disconnecting to an empty cache, while decoding and while the prompt is being computed.
 start       from the process's start to readiness, less the time of loading.
+memory      most that a request of 4,096 frames takes beside its body; another server, of 131,072 positions.
 
 Exit status 1 if a bar is missed.
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serving_kit import CHAT, Figure, Server, chat, mixed, percentile, server
+from serving_kit import CHAT, Figure, Server, chat, image_part, mixed, percentile, picture, server
 
 CLIENTS = 32
 _TIMEOUT = httpx.Timeout(600.0)
@@ -97,10 +98,7 @@ def equal(here: Server, count: int) -> Iterator[Figure]:
 def throughput(here: Server, rounds: int) -> Iterator[Figure]:
     """Requests a second, of one client and of many."""
     rates = []
-    tokens = (
-        16,
-        128,
-    )  # as answers of chats are; those of a few tokens are mostly prompts, which one step computes anyway
+    tokens = (16, 128)  # as answers of chats are; those of a few are mostly prompts, which one step computes anyway
     alone, many = mixed(CLIENTS, seed=2, tokens=tokens), mixed(CLIENTS * rounds, seed=3, tokens=tokens)
     for clients, bodies in ((1, alone), (CLIENTS, many)):
         begun, worked = time.monotonic(), here.processor_seconds()
@@ -161,6 +159,32 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def memory(here: Server, frames: int) -> Iterator[Figure]:
+    """Peak of the server's processes while it answers about thousands of frames, each a picture of its own."""
+    pictures = [image_part(picture((448, 448), seed, "JPEG"), "image/jpeg", max_dynamic_patch=1) for seed in range(16)]
+    body = json.dumps(chat("Which digit is marked?", *(pictures[n % 16] for n in range(frames)), max_tokens=4)).encode()
+    done = threading.Event()
+    peaks = [before := here.holds().rss]
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peaks.append(here.holds().rss)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        with httpx.Client(base_url=here.url, timeout=_TIMEOUT, trust_env=False) as client:
+            response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    finally:
+        done.set()
+        watching.join()
+    if response.status_code != 200:
+        raise RuntimeError(f"status {response.status_code}: {response.text[:300]}")
+    beside = (max(peaks) - before - len(body)) / 2**20
+    name = f"peak of a request of {frames} frames, beside its body of {len(body) >> 20} MiB"
+    yield Figure(name, f"{beside:.0f} MiB", "2048 MiB", beside < 2048)
+
+
 def start(here: Server) -> Iterator[Figure]:
     """How long it took to be ready."""
     loading = here.loading()
@@ -192,6 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for figure in figures:
                 print(figure.line(), flush=True)
                 missed += figure.kept is False
+        frames = 64 if args.quick else 4096
+        long = ("--max-position-embeddings", str(32 * frames), "--kv-cache-memory", "1GiB")
+        other = stack.enter_context(server(args.model, Path(scratch) / "long.log", long))
+        print("-- memory", flush=True)
+        for figure in memory(other, frames):
+            print(figure.line(), flush=True)
+            missed += figure.kept is False
     return int(missed > 0)
 
 
