@@ -32,7 +32,8 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from inference_kit import Figure, PeakMemory, on_ranks
+from figure import Figure
+from inference_kit import PeakMemory, on_ranks
 
 from megatron_vita import checkpoint, core_optimizer
 from megatron_vita.checkpoint.boxes import volume, whole

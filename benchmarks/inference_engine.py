@@ -11,7 +11,8 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from inference_kit import FULL_LENGTH, Figure, drive, make_engine, make_worker, on_ranks, prompt, settings
+from figure import Figure
+from inference_kit import FULL_LENGTH, drive, make_engine, make_worker, on_ranks, prompt, settings
 
 from megatron_vita import checkpoint
 from megatron_vita.config import ModelConfig, VisionConfig

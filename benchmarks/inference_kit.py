@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +44,6 @@ FULL_LENGTH = SamplingConfig(ignore_eos=True)
 """Greedy, and every answer is as long as it may be: the work does not depend on random weights."""
 VOCAB_SIZE = 152_064
 """Of Qwen2.5, padded as its checkpoints are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One measured number and its bar."""
-
-    name: str
-    measured: str
-    bar: str = ""
-    kept: bool | None = None
-    """None: not judged."""
-
-    def line(self) -> str:
-        """For the table."""
-        verdict = {True: ": kept", False: ": MISSED", None: ""}[self.kept]
-        bar = f"bar {self.bar}{verdict}" if self.bar else ""
-        return f"{self.name:66} {self.measured:44} {bar}".rstrip()
 
 
 def settings(**changed: Any) -> EngineSettings:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from figure import Figure
 from inference_kit import (
     VOCAB_SIZE,
-    Figure,
     PeakMemory,
     Received,
     drive,

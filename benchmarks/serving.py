@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serving_kit import CHAT, Figure, Server, chat, image_part, mixed, percentile, picture, server
+from figure import Figure
+from serving_kit import CHAT, Server, chat, image_part, mixed, percentile, picture, server
 
 CLIENTS = 32
 _TIMEOUT = httpx.Timeout(600.0)

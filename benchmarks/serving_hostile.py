@@ -29,7 +29,8 @@ from pathlib import Path
 import anyio
 import hostile
 import httpx
-from serving_kit import CHAT, Figure, Holding, Server, chat, image_part, picture, server, video, video_part
+from figure import Figure
+from serving_kit import CHAT, Holding, Server, chat, image_part, picture, server, video, video_part
 
 AT_ONCE = 12
 BATCH = 250

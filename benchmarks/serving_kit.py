@@ -28,23 +28,6 @@ _START = 300.0
 """Seconds that a server may take to be ready."""
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One measured number and its bar."""
-
-    name: str
-    measured: str
-    bar: str = ""
-    kept: bool | None = None
-    """None: not judged."""
-
-    def line(self) -> str:
-        """For the table."""
-        verdict = {True: ": kept", False: ": MISSED", None: ""}[self.kept]
-        bar = f"bar {self.bar}{verdict}" if self.bar else ""
-        return f"{self.name:58} {self.measured:34} {bar}".rstrip()
-
-
 @dataclass(slots=True)
 class Server:
     """A server process that is ready."""

@@ -50,7 +50,6 @@ class Job:
             size: bytes of its body.
         """
         self.id, self.size = id, size
-        self.created = time.time()
         self.begun = time.monotonic()
         self.first: float | None = None
         """Time of the first output."""
